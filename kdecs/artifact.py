@@ -1,0 +1,280 @@
+"""Artifact directories: what every stage writes, and the manifest that makes one complete.
+
+Format of `manifest.json` (version 1), one JSON object:
+
+    kind            corpus-cache | base-model | teacher | soft-labels | student | sweep | report
+    format_version  1
+    kdecs_version   version of the writer
+    config_hash     hash of the resolved config (kdecs.config.config_hash)
+    inputs          {name: sha256 of the input's manifest or content}
+    files           [{path, bytes, sha256, rows (or null)}], paths relative with "/"
+    details         free facts of the kind (metrics, answer words, …), no absolute paths, no dates
+
+It is written last, by temporary file, fsync and rename: a directory without one is unfinished.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdecs import __version__
+from kdecs.errors import ArtifactError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+Kind = Literal["corpus-cache", "base-model", "teacher", "soft-labels", "student", "sweep", "report"]
+_BLOCK_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 256 << 20
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact: path relative to the directory, size, checksum, rows if a table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rows: int | None = None
+
+
+class Manifest(BaseModel):
+    """The parsed `manifest.json` of an artifact directory (format above)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Kind
+    format_version: int
+    kdecs_version: str
+    config_hash: str
+    inputs: dict[str, str]
+    files: tuple[FileEntry, ...]
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_checksum(path: Path) -> str:
+    """A checksum that stands for a path's content, the same on every machine.
+
+    A file: its sha256. An artifact directory: the sha256 of its manifest (which holds those of its files).
+    Any other directory: the sha256 over the sorted (relative path, sha256) of its visible files.
+    Raises ArtifactError where the path does not exist.
+    """
+    if path.is_file():
+        return sha256_of_file(path)
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such file or directory")
+    manifest = path / MANIFEST_NAME
+    if manifest.is_file():
+        return sha256_of_file(manifest)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write to; on success fsync it and rename it to `path`.
+
+    On any error the temporary file is removed and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_current_umask())
+        os.replace(temporary, path)
+        _fsync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text (UTF-8) atomically and durably."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file with indented JSON (sorted keys, no NaN) atomically and durably."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, blocking: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on `path` (made if missing); yields False where not blocking and taken.
+
+    The kernel frees the lock when its holder dies. The file itself stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def write_manifest(
+    directory: Path,
+    kind: Kind,
+    *,
+    config_hash: str,
+    inputs: Mapping[str, str],
+    files: Iterable[str],
+    rows: Mapping[str, int] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Checksum the named files (relative paths), fsync them, and write the manifest last."""
+    rows = rows or {}
+    entries = []
+    for name in sorted(set(files)):
+        path = _inside(directory, name)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entries.append(
+            FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256_of_file(path), rows=rows.get(name))
+        )
+    manifest = Manifest(
+        kind=kind,
+        format_version=FORMAT_VERSION,
+        kdecs_version=__version__,
+        config_hash=config_hash,
+        inputs=dict(sorted(inputs.items())),
+        files=tuple(entries),
+        details=dict(details or {}),
+    )
+    write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
+    """Parse a directory's manifest and check its kind, version and paths (no checksums).
+
+    Raises ArtifactError, one line, where the directory is missing, unfinished or of another kind.
+    """
+    if not directory.is_dir():
+        raise ArtifactError(
+            f"{directory}: no such directory, expected an artifact directory ({kind or 'any kind'})"
+        )
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise ArtifactError(
+            f"{directory}: no {MANIFEST_NAME}, so it is unfinished or no artifact directory; "
+            "run the command that writes it again"
+        )
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{path}: {path.stat().st_size} bytes, more than any manifest has")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(f"{path}: {field}: {first['msg']}") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format version {manifest.format_version}, this kdecs reads {FORMAT_VERSION}; "
+            "write the directory again or install the kdecs that wrote it"
+        )
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"{directory}: holds a {manifest.kind}, expected a {kind} directory")
+    for entry in manifest.files:
+        _inside(directory, entry.path)
+    return manifest
+
+
+def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
+    """Whether the directory holds this very work, finished: kind, config hash and file sizes agree."""
+    if not (directory / MANIFEST_NAME).is_file():
+        return False
+    manifest = read_manifest(directory, kind)
+    if manifest.config_hash != config_hash:
+        return False
+    return not any(_size_fault(directory, entry) for entry in manifest.files)
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError for the first file that is missing or has another size (cheap check)."""
+    for entry in manifest.files:
+        if fault := _size_fault(directory, entry):
+            raise ArtifactError(f"{fault}; run the command that writes {directory} again")
+
+
+def verify_artifact(directory: Path, *, on_file: Callable[[FileEntry], None] | None = None) -> list[str]:
+    """Every fault of an artifact directory, one line each; an empty list if it is whole.
+
+    Reads every byte. `on_file` is called after each file (for a progress bar).
+    Raises ArtifactError where there is no readable manifest.
+    """
+    manifest = read_manifest(directory)
+    faults = []
+    for entry in manifest.files:
+        path = directory / entry.path
+        fault = _size_fault(directory, entry)
+        if fault is None and (found := sha256_of_file(path)) != entry.sha256:
+            fault = (
+                f"{path}: sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…: the file is damaged"
+            )
+        if fault:
+            faults.append(fault)
+        if on_file:
+            on_file(entry)
+    return faults
+
+
+def _size_fault(directory: Path, entry: FileEntry) -> str | None:
+    path = directory / entry.path
+    if not path.is_file():
+        return f"{path}: missing, the manifest lists it with {entry.bytes} bytes"
+    if (found := path.stat().st_size) != entry.bytes:
+        return f"{path}: {found} bytes, the manifest says {entry.bytes}"
+    return None
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The path of a listed file; refuses names that leave the directory, by `..`, root or link."""
+    pure = PurePosixPath(name)
+    path = directory / name
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise ArtifactError(f"{directory}: lists the file {name!r}, which lies outside the directory")
+    if path.exists() and not path.resolve().is_relative_to(directory.resolve()):
+        raise ArtifactError(f"{directory}: {name!r} is a link that leaves the directory")
+    return path
+
+
+def _fsync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

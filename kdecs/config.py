@@ -1,0 +1,212 @@
+"""What the configs of all stages share: YAML file, then `--set a.b=value`, resolved once, frozen, no torch.
+
+Each stage's config stands in its folder's `config.py`.
+Paths in a YAML file or in `--set` are relative to the current directory, and absolute once resolved.
+The resolved config is written beside a stage's outputs as `config.json`; workers read that.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
+
+from kdecs.artifact import content_checksum, write_text
+from kdecs.errors import ArtifactError, ConfigError
+
+CONFIG_NAME = "config.json"
+
+
+class Unhashed:
+    """Marks a field that does not change what is computed: output place, threads, logging."""
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _local_or_hub(reference: str) -> str:
+    expanded = os.path.expanduser(reference)
+    looks_local = os.path.exists(expanded) or reference.startswith(("/", "./", "../", "~"))
+    return os.path.abspath(expanded) if looks_local else reference
+
+
+InputPath = Annotated[Path, AfterValidator(_absolute)]
+"""A file or directory that is read: its content stands for it in the config hash."""
+
+OutputPath = Annotated[Path, AfterValidator(_absolute), Unhashed()]
+"""A directory that is written: no part of the config hash."""
+
+ModelReference = Annotated[str, AfterValidator(_local_or_hub)]
+"""A local model directory (absolute path, its content hashed) or a hub name such as `roberta-base`."""
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Unhashed()]
+"""What people call a run; no part of the config hash."""
+
+
+class Config(BaseModel):
+    """Base of all configs: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Optimization(Config):
+    """AdamW with linear warm-up and linear decay to zero."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    warmup_share: float = Field(default=0.06, ge=0, lt=1, description="share of all steps")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    epochs: int = Field(default=3, ge=1)
+    seed: int = 0
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def load_config(model: type[AnyConfig], path: Path | None, overrides: Iterable[str] = ()) -> AnyConfig:
+    """The resolved config: the YAML (or JSON) file, then each `a.b=value` (value in YAML).
+
+    Raises ConfigError, one line, naming the file, the field, the value and what is allowed.
+    """
+    values = read_yaml(path) if path else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, such as optimization.epochs=2")
+        try:
+            set_dotted(values, key, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: the value is not YAML") from None
+    return parse_config(model, values, source=str(path or "--set"))
+
+
+def parse_config(model: type[AnyConfig], values: Mapping[str, Any], *, source: str) -> AnyConfig:
+    """Validate plain values; `source` names them in the error. Raises ConfigError, one line."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_describe(error, model)}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping. Raises ConfigError, one line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: {reason}, expected a YAML config file") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}: not YAML{place}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of config keys, found {type(values).__name__}")
+    return values
+
+
+def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.c` in nested dicts in place, making the levels on the way."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {parent} is {child!r}, not a group of keys")
+        values = child
+    values[last] = value
+
+
+def write_config(config: Config, directory: Path) -> None:
+    """Write the resolved config as `config.json` into an output directory."""
+    write_text(directory / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
+
+
+def config_hash(config: Config) -> str:
+    """Hex sha256 of the work a config describes: the same work has the same hash on every machine.
+
+    Content checksums stand in for paths; fields marked `Unhashed` are left out.
+    Raises ConfigError where an input path does not exist.
+    """
+    view = json.dumps(_hash_view(config), sort_keys=True)
+    return hashlib.sha256(f"{type(config).__name__}\n{view}".encode()).hexdigest()
+
+
+def input_checksums(**paths: Path | str | None) -> dict[str, str]:
+    """`inputs` of a manifest: name -> content checksum (a hub name stands for itself); None is left out."""
+    return {name: _checksum(path) for name, path in paths.items() if path is not None}
+
+
+def _hash_view(value: Any) -> Any:
+    if isinstance(value, Config):
+        fields = type(value).model_fields
+        return {
+            name: _hash_view(_as_path(getattr(value, name), field.metadata))
+            for name, field in fields.items()
+            if not any(isinstance(mark, Unhashed) for mark in field.metadata)
+        }
+    if isinstance(value, Path):
+        return _checksum(value)
+    if isinstance(value, dict):
+        return {key: _hash_view(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_hash_view(item) for item in value]
+    return value
+
+
+def _as_path(value: Any, metadata: list[Any]) -> Any:
+    """A model reference that is a local directory is hashed by content, like any input path."""
+    is_reference = any(isinstance(mark, AfterValidator) and mark.func is _local_or_hub for mark in metadata)
+    return Path(value) if is_reference and Path(value).is_absolute() else value
+
+
+def _checksum(path: Path | str) -> str:
+    if isinstance(path, str) and not Path(path).is_absolute():
+        return path
+    try:
+        return content_checksum(Path(path))
+    except ArtifactError as error:
+        raise ConfigError(f"{error}, which the config names as an input") from None
+
+
+def _describe(error: ValidationError, model: type[Config]) -> str:
+    errors = error.errors()
+    first = errors[0]
+    field = ".".join(str(part) for part in first["loc"]) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key; known here: {', '.join(_known_keys(model, first['loc'][:-1]))}"
+    elif first["type"] != "missing" and not isinstance(first["input"], dict):
+        message = f"found {first['input']!r}: {message}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{field}: {message}{more}"
+
+
+def _known_keys(model: type[Config], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the config group at a location (the tag of a union's member is part of the location)."""
+    candidates = [model]
+    for part in location:
+        inner = [
+            c for m in candidates if part in m.model_fields for c in _configs_in(m.model_fields[str(part)])
+        ]
+        tagged = [m for m in candidates if _has_tag(m, part)]
+        candidates = inner or tagged or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _configs_in(field: FieldInfo) -> list[type[Config]]:
+    annotation = field.annotation
+    options = getattr(annotation, "__args__", (annotation,))
+    return [option for option in options if isinstance(option, type) and issubclass(option, Config)]
+
+
+def _has_tag(model: type[Config], tag: int | str) -> bool:
+    family = model.model_fields.get("family")
+    return family is not None and tag in getattr(family.annotation, "__args__", ())

@@ -1,0 +1,60 @@
+"""Answer words (Table 3) and their tokens: each must be one token where it stands in the prompt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdecs.errors import ModelError
+
+CAUSAL_CONNECTIVES = ("because", "as", "since", "thus")
+NON_CAUSAL_CONNECTIVE = "other"
+CONNECTIVES = (*CAUSAL_CONNECTIVES, NON_CAUSAL_CONNECTIVE)
+"""Order of the answer words wherever connective logits are stored: causal words first."""
+
+NUM_CAUSAL = len(CAUSAL_CONNECTIVES)
+
+
+def answer_token_ids(
+    tokenizer: Any,
+    words: Sequence[str],
+    *,
+    before: str,
+    after: str = "",
+    stand_ins: Mapping[str, str] | None = None,
+) -> list[int]:
+    """The token id of each answer word as it stands between `before` and `after`.
+
+    `tokenizer` is a fast Transformers tokenizer (offsets are needed). `stand_ins` maps a word that splits to a
+    single-token word that takes its place. Raises ModelError naming the words that split, or two words that share
+    a token.
+    """
+    stand_ins = stand_ins or {}
+    if unknown := sorted(set(stand_ins) - set(words)):
+        raise ModelError(f"stand-ins for {', '.join(unknown)}: not among the answer words {', '.join(words)}")
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    ids: list[int] = []
+    split: list[str] = []
+    for word in words:
+        pieces = _pieces(tokenizer, before, stand_ins.get(word, word), after)
+        ids.append(pieces[0] if pieces else -1)
+        if len(pieces) != 1:
+            split.append(f"{word} ({len(pieces)} tokens)")
+    if split:
+        raise ModelError(
+            f"tokenizer {name}: answer words that are not one token each: {', '.join(split)}; "
+            "name a single-token word for each in stand_ins, such as {disapproval: reject}"
+        )
+    if len(set(ids)) != len(ids):
+        twins = [word for word, token in zip(words, ids, strict=True) if ids.count(token) > 1]
+        raise ModelError(f"tokenizer {name}: the answer words {', '.join(twins)} share a token")
+    return ids
+
+
+def _pieces(tokenizer: Any, before: str, word: str, after: str) -> list[int]:
+    """Ids of the tokens that overlap the word's characters (a leading space may belong to the first)."""
+    encoded = tokenizer(before + word + after, return_offsets_mapping=True, add_special_tokens=False)
+    start, end = len(before), len(before) + len(word)
+    pieces = []
+    for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if left < end and right > start and token != getattr(tokenizer, "unk_token_id", None):
+            pieces.append(token)
+    return pieces

@@ -1,0 +1,106 @@
+"""Prompt texts of teacher (Eq. 1) and student (Eq. 5), with the character ranges that training needs.
+
+Both begin with the history u_1 … u_{i-1}, joined by the tokenizer's separator (a newline where it has none).
+Whole prompts are tokenised at once; a mask is found by its character offset, never by searching for its id,
+so that a mask token typed by a speaker does no harm.
+"""
+
+from dataclasses import dataclass
+
+from kdecs.corpus.schema import Dialogue
+
+PROMPT_VERSION = 1
+"""Part of every lineage: labels and caches of another template version do not mix."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPrompt:
+    """Text up to and without the connective; `history_end` is the first character after the history."""
+
+    text: str
+    history_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudentPrompt:
+    """Text with four masks. Character offsets: first of each mask; [start, end) of u_i's and u_j's copies."""
+
+    text: str
+    history_end: int
+    emotion_mask: int
+    connective_mask: int
+    start_mask: int
+    end_mask: int
+    target_range: tuple[int, int]
+    candidate_range: tuple[int, int]
+
+
+class _Writer:
+    """Joins pieces of text and tells where each began."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self.length = 0
+
+    def add(self, piece: str) -> int:
+        start = self.length
+        self._pieces.append(piece)
+        self.length += len(piece)
+        return start
+
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+
+def history_text(dialogue: Dialogue, target: int, separator: str) -> str:
+    """u_1 … u_{i-1}, each followed by the separator; empty for the first turn."""
+    return "".join(u.text + separator for u in dialogue.utterances[: target - 1])
+
+
+def teacher_prompt(
+    dialogue: Dialogue, target: int, candidate: int, *, emotion: str, separator: str = "\n"
+) -> TeacherPrompt:
+    """Eq. 1 up to the word `is`: the family adds the mask, or reads the next token's logits."""
+    history = history_text(dialogue, target, separator)
+    u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
+    text = (
+        f"{history}{target} {u_i.speaker} feels {emotion} and says {u_i.text}. "
+        f"{candidate} {u_j.speaker} says {u_j.text}. "
+        f"The connective word between {target} and {candidate} is"
+    )
+    return TeacherPrompt(text=text, history_end=len(history))
+
+
+def student_prompt(
+    dialogue: Dialogue, target: int, candidate: int, *, mask: str, separator: str = "\n"
+) -> StudentPrompt:
+    """Eq. 5 with the tokenizer's mask token in all four places."""
+    u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
+    writer = _Writer()
+    writer.add(history_text(dialogue, target, separator))
+    history_end = writer.length
+    writer.add(f"{target} {u_i.speaker} feels ")
+    emotion_mask = writer.add(mask)
+    writer.add(" and says ")
+    target_start = writer.add(u_i.text)
+    target_range = (target_start, writer.length)
+    writer.add(". ")
+    connective_mask = writer.add(mask)
+    writer.add(f" {candidate} {u_j.speaker} says ")
+    candidate_start = writer.add(u_j.text)
+    candidate_range = (candidate_start, writer.length)
+    writer.add(". The causal span start at ")
+    start_mask = writer.add(mask)
+    writer.add(", end at ")
+    end_mask = writer.add(mask)
+    writer.add(".")
+    return StudentPrompt(
+        text=writer.text(),
+        history_end=history_end,
+        emotion_mask=emotion_mask,
+        connective_mask=connective_mask,
+        start_mask=start_mask,
+        end_mask=end_mask,
+        target_range=target_range,
+        candidate_range=candidate_range,
+    )

@@ -1,0 +1,60 @@
+"""What every entry script shares: arguments, one-line errors, exit codes. No torch."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from kdecs.config import AnyConfig, load_config
+from kdecs.errors import EXIT_REFUSED, EXIT_STOPPED, KdecsError, explain_os_error
+
+
+def stage_config(
+    model: type[AnyConfig], description: str, examples: str, *, argv: list[str] | None = None
+) -> AnyConfig:
+    """Parse `--config FILE [--set KEY=VALUE …]` of a stage's script into its resolved config."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML (or JSON) config")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one dotted key of the config; repeatable",
+    )
+    arguments = parser.parse_args(argv)
+    return load_config(model, arguments.config, arguments.overrides)
+
+
+def run_entry(main: Callable[[], None]) -> NoReturn:
+    """Run an entry: refusals become one line on stderr and their exit code, faults of ours a traceback."""
+    sys.exit(exit_code_of(main))
+
+
+def exit_code_of(main: Callable[[], None]) -> int:
+    """Run `main` and return its exit code, 0 if it returned; prints one line for what a user can act on."""
+    try:
+        main()
+    except KdecsError as error:
+        _print_line(str(error))
+        return error.exit_code
+    except OSError as error:
+        line = explain_os_error(error)
+        if line is None:
+            raise
+        _print_line(line)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        _print_line("interrupted; the same command goes on from what is complete")
+        return EXIT_STOPPED
+    return 0
+
+
+def _print_line(message: str) -> None:
+    print(f"kdecs: error: {' '.join(message.split())}", file=sys.stderr, flush=True)

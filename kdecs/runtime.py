@@ -1,0 +1,140 @@
+"""Rank state, devices, threads, seeds and stop signals: the one place that reads the launcher's environment."""
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kdecs.errors import DeviceError, Stopped
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The state of one rank, made once at an entry and passed down."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes what belongs to the whole job."""
+        return self.rank == 0
+
+
+@dataclass
+class StopSignal:
+    """Set by SIGTERM or SIGINT; training loops look at it between steps."""
+
+    requested: bool = False
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        """Catch SIGTERM and SIGINT; a second signal has its usual effect."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def raise_if_requested(self, message: str) -> None:
+        """Raise Stopped where no state has to be saved first."""
+        if self.requested:
+            raise Stopped(message)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, self._previous[number])
+
+
+def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
+    """The rank state from the launcher's environment (RANK, LOCAL_RANK, WORLD_SIZE; one rank without).
+
+    `device` is auto, cpu or cuda; KDECS_DEVICE overrides auto. Raises DeviceError where CUDA is asked for and absent.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = os.environ.get("KDECS_DEVICE", "auto") if device == "auto" else device
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"device {wanted!r}: expected auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device cuda was asked for, but torch sees no GPU; use cpu, or check the driver")
+    if wanted != "cpu" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise DeviceError(
+                f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}; start fewer ranks"
+            )
+        torch.cuda.set_device(local_rank)
+        chosen = torch.device("cuda", local_rank)
+    else:
+        chosen = torch.device("cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if threads:
+        torch.set_num_threads(threads)
+    return Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=chosen)
+
+
+@contextmanager
+def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
+    """A torch process group over all ranks (NCCL on GPUs, gloo on CPUs), destroyed on leaving.
+
+    With one rank there is none, unless `single`: DeepSpeed's engine wants a group of one.
+    """
+    if runtime.world_size == 1 and not single:
+        yield
+        return
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0" if runtime.world_size == 1 else "29500")
+    backend = "nccl" if runtime.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=runtime.rank, world_size=runtime.world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool, runtime: Runtime) -> bool:
+    """Whether the flag holds on any rank. Collective."""
+    if runtime.world_size == 1:
+        return flag
+    value = torch.tensor([int(flag)], device=runtime.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
+    """Every rank's value, by rank, on every rank. Collective; values are pickled within the job only."""
+    if runtime.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def on_main_first(action: Callable[[], Any], runtime: Runtime) -> Any:
+    """Run `action` on rank 0, then on the others (a cache that rank 0 builds and all read). Collective."""
+    result = action() if runtime.is_main else None
+    if runtime.world_size > 1:
+        dist.barrier()
+    return result if runtime.is_main else action()

@@ -1,0 +1,41 @@
+"""The config of a sweep: base student, search space, resources (`tune/sweep.py`)."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed
+
+
+class Choices(Config):
+    """A grid dimension of a search space: every value is tried."""
+
+    grid: tuple[Any, ...] = Field(min_length=1)
+
+
+class TrackingConfig(Config):
+    """Where runs are tracked: an MLflow URI (SQLite by default, beside the sweep) and experiment."""
+
+    uri: str | None = Field(default=None, description="null: sqlite:///<output>/../mlflow.db")
+    experiment: str = "kdecs"
+    registered_model: str = "kdecs-student"
+
+
+class SweepConfig(Config):
+    """`tune/sweep.py SPACE.yaml`: a grid of students over seeds, alpha, temperature and teacher.
+
+    `student` holds the student's config without output and labels; `space` maps dotted keys of it, or
+    the word `teacher` (a key of `teachers`), to the values tried.
+    """
+
+    name: Name
+    output: OutputPath
+    teachers: dict[str, InputPath] = Field(default_factory=dict, description="name -> soft-label directory")
+    student: dict[str, Any]
+    space: dict[str, Choices] = Field(min_length=1)
+    max_concurrent_trials: Annotated[int, Unhashed()] = Field(default=2, ge=1)
+    cpus_per_trial: Annotated[float, Unhashed()] = Field(default=1, gt=0)
+    gpus_per_trial: Annotated[float, Unhashed()] = Field(default=0, ge=0)
+    max_failures: Annotated[int, Unhashed()] = Field(default=2, ge=0, description="restarts of a dying trial")
+    ray_address: Annotated[str | None, Unhashed()] = Field(default=None, description="null: a local Ray")
+    tracking: Annotated[TrackingConfig, Unhashed()] = TrackingConfig()
