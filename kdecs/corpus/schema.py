@@ -1,0 +1,153 @@
+"""What a corpus is made of: emotion labels, utterances, dialogues, and the faults of a file.
+
+File formats (read by kdecs.corpus.reading):
+
+    RECCON JSON   {dialogue id: [[utterance, …]]}, the outer list always of length 1
+    JSON lines    one dialogue a line: {"id": …, "utterances": [utterance, …]}
+
+    utterance     turn (1..n), speaker, utterance (the text), emotion; a non-neutral one may also have
+                  "expanded emotion cause evidence" (turns, or "b" for a cause outside the dialogue) and
+                  "expanded emotion cause span" (of the same length; "b" beside "b"); other keys are free
+
+Source of the schema: RECCON (Poria et al. 2021). The fine labels are those of Table 3 of Chen et al. 2024.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+NEUTRAL = "neutral"
+
+COARSE_EMOTIONS: tuple[str, ...] = (
+    "happiness",
+    "surprise",
+    "anger",
+    "sadness",
+    "disgust",
+    "fear",
+    NEUTRAL,
+)
+# In RECCON's annotation beside its six emotions: kept as labels of their own, never mapped silently.
+ADDITIONAL_EMOTIONS: tuple[str, ...] = ("excited", "frustrated")
+FINE_EMOTIONS: tuple[str, ...] = (
+    "sadness",
+    "worry",
+    "anger",
+    "hope",
+    "disgust",
+    "happiness",
+    "sympathy",
+    "like",
+    "gratitude",
+    "acceptance",
+    "disapproval",
+    "curiosity",
+    NEUTRAL,
+    "surprise",
+    "praise",
+    "others",
+)
+KNOWN_EMOTIONS: frozenset[str] = frozenset(COARSE_EMOTIONS + ADDITIONAL_EMOTIONS + FINE_EMOTIONS)
+
+# Spelling variants in RECCON's files (16 utterances in all), replaced on reading and counted.
+EMOTION_VARIANTS: dict[str, str] = {
+    "happy": "happiness",
+    "happines": "happiness",
+    "sad": "sadness",
+    "angry": "anger",
+    "surprised": "surprise",
+}
+
+# A coarse label for each fine one. The grouping follows GoEmotions' map to Ekman's six (Demszky et al.
+# 2020), but for sympathy, which in these dialogues answers bad news; "others" has no kin, so it is neutral.
+# labels.read_table lays a user's entries over it.
+FINE_TO_COARSE: dict[str, str] = {
+    "sadness": "sadness",
+    "worry": "fear",
+    "anger": "anger",
+    "hope": "happiness",
+    "disgust": "disgust",
+    "happiness": "happiness",
+    "sympathy": "sadness",
+    "like": "happiness",
+    "gratitude": "happiness",
+    "acceptance": "happiness",
+    "disapproval": "anger",
+    "curiosity": "surprise",
+    NEUTRAL: NEUTRAL,
+    "surprise": "surprise",
+    "praise": "happiness",
+    "others": NEUTRAL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One annotated cause: the turn it stands in and its span there.
+
+    `turn` and `span` are None together: a cause outside the dialogue ("b" in the file).
+    """
+
+    turn: int | None
+    span: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One utterance; `evidence` is None where the file has no evidence key, `emotion` where unlabelled."""
+
+    turn: int
+    speaker: str
+    text: str
+    emotion: str | None
+    evidence: tuple[Evidence, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Utterances in order (`utterances[turn - 1]`); `part` is the first word of RECCON's row ids."""
+
+    id: str
+    utterances: tuple[Utterance, ...]
+    part: str = "dailydialog"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A file that passed the schema, with the label variants replaced (variant → count) and its warnings."""
+
+    path: Path
+    dialogues: tuple[Dialogue, ...]
+    normalised: Counter[str]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One breach of the schema: where it stands, what was found, what was expected.
+
+    `dialogue`, `turn` and `field` are None where a fault concerns more than one; in JSON lines without a
+    readable id, `dialogue` is "line N".
+    """
+
+    file: str
+    dialogue: str | None
+    turn: int | None
+    field: str | None
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        place = [_one_line(self.file)]
+        if self.dialogue is not None:
+            place.append(f"dialogue {_one_line(self.dialogue)}")
+        if self.turn is not None:
+            place.append(f"turn {self.turn}")
+        if self.field is not None:
+            place.append(f"field {_one_line(self.field)}")
+        return f"{', '.join(place)}: found {self.found}, expected {self.expected}"
+
+
+def _one_line(name: str) -> str:
+    """A name as it is where it prints on one line, otherwise escaped."""
+    return name if name and name.isprintable() else repr(name)

@@ -1,0 +1,48 @@
+"""Trivial rules that stand beside every score: what no model is worth less than."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from kdecs.corpus.pairs import Pair, Universe, pairs_of
+from kdecs.corpus.schema import Corpus
+from kdecs.evaluation.predictions import PairKey, Prediction
+
+ALL_NEGATIVE, SELF, SELF_AND_PREVIOUS = "all negative", "j = i", "j >= i-1"
+MAJORITY_EMOTION = "majority emotion"
+
+_RULES: dict[str, Callable[[Pair], bool]] = {
+    ALL_NEGATIVE: lambda pair: False,
+    SELF: lambda pair: pair.candidate == pair.target,
+    SELF_AND_PREVIOUS: lambda pair: pair.candidate >= pair.target - 1,
+}
+
+
+def trivial_predictions(corpus: Corpus, universe: Universe) -> dict[str, dict[PairKey, Prediction]]:
+    """Predictions of each rule by name.
+
+    "all negative", "j = i", "j >= i-1": a cause's span is its whole utterance, no emotion is predicted.
+    "majority emotion": every utterance has the most frequent emotion of this corpus, and no pair is a cause.
+    """
+    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, universe)]
+    found = {
+        name: {p.key: p for p in (_predict(pair, rule(pair)) for pair in pairs)}
+        for name, rule in _RULES.items()
+    }
+    emotion = majority_emotion(corpus)
+    found[MAJORITY_EMOTION] = {
+        (dialogue.id, turn, turn): Prediction(dialogue.id, turn, turn, emotion, False, "")
+        for dialogue in corpus.dialogues
+        for turn in range(1, len(dialogue.utterances) + 1)
+    }
+    return found
+
+
+def majority_emotion(corpus: Corpus) -> str | None:
+    """The most frequent gold emotion (the first by name among equals), None where there is none."""
+    counts = Counter(u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion is not None)
+    return min(counts, key=lambda emotion: (-counts[emotion], emotion), default=None)
+
+
+def _predict(pair: Pair, is_cause: bool) -> Prediction:
+    span = pair.dialogue.utterances[pair.candidate - 1].text if is_cause else ""
+    return Prediction(pair.dialogue.id, pair.target, pair.candidate, None, is_cause, span)

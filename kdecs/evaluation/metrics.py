@@ -1,0 +1,163 @@
+"""Scores of predictions against a corpus, in percent.
+
+With g, p the gold and predicted span of a row (stripped; p is "" where no cause is predicted):
+
+    Pos F1   mean of F over positive rows. Protocol reccon: F = 1 if p == g; SQuAD's token F1 if one contains
+             the other and p is not ""; else 0. Protocol squad: SQuAD's token F1 throughout.
+    EM       exact / positives
+    Neg F1   recall r = right negatives / negatives, precision = r.n. / (r.n. + positives predicted "");
+             reccon-released also counts every incorrect positive there if the last similar positive row of
+             the corpus was predicted "", as RECCON's released script does
+    macro    (Pos F1 + Neg F1) / 2
+
+Utterance level: F1 of class 1 and of class 0 over rows. Strict: a positive counts only if the predicted
+emotion of its target is right too; the negatives' scores and all denominators stay. 0/0 counts as 0.
+A pair whose target is predicted neutral is predicted negative.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdecs.corpus.pairs import Universe
+from kdecs.corpus.schema import Corpus
+from kdecs.evaluation.baselines import MAJORITY_EMOTION, trivial_predictions
+from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.evaluation.rows import COLUMN, Protocol, ScoredRows, score_rows, sums_by_dialogue
+
+UTTERANCE_KEYS = ("utterance_positive_f1", "utterance_negative_f1", "utterance_macro_f1")
+STRICT_KEYS = ("exact_match", "positive_f1", "negative_f1", "macro_f1", *UTTERANCE_KEYS)
+SCORE_KEYS = ("emotion_accuracy", *STRICT_KEYS, *(f"strict_{key}" for key in STRICT_KEYS))
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceScores:
+    """F1 of the causal class, of the other class, and their mean, in percent."""
+
+    positive_f1: float
+    negative_f1: float
+    macro_f1: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All scores (`values`, keys SCORE_KEYS, percent), what they count over, and the trivial rules'."""
+
+    values: dict[str, float]
+    universe: Universe
+    protocol: Protocol
+    num_positive: int
+    num_negative: int
+    missing: int
+    num_utterances: int
+    utterances_without_emotion: int
+    baselines: dict[str, dict[str, float]]
+    sums_by_dialogue: NDArray[np.float64] = field(repr=False)
+    scored: ScoredRows = field(repr=False)
+
+    def __getitem__(self, key: str) -> float:
+        return self.values[key]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `kdecs evaluate --json`; unrounded."""
+        return {
+            **self.values,
+            "universe": self.universe,
+            "protocol": self.protocol,
+            "num_positive": self.num_positive,
+            "num_negative": self.num_negative,
+            "missing": self.missing,
+            "num_utterances": self.num_utterances,
+            "utterances_without_emotion": self.utterances_without_emotion,
+            "baselines": self.baselines,
+        }
+
+
+def evaluate(
+    corpus: Corpus,
+    predictions: Mapping[PairKey, Prediction],
+    *,
+    universe: Universe = "fold1",
+    protocol: Protocol = "reccon",
+) -> Scores:
+    """Score predictions by pair against a labelled corpus; the trivial rules' scores stand beside.
+
+    Raises PredictionError where a target has two predicted emotions.
+    """
+    scored = score_rows(corpus, predictions, universe, protocol)
+    sums = sums_by_dialogue(corpus, scored, predictions)
+    total = sums.sum(axis=0)
+    num_utterances = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
+    return Scores(
+        values={key: float(value) for key, value in metrics_of(total).items()},
+        universe=universe,
+        protocol=protocol,
+        num_positive=int(total[COLUMN["positives"]]),
+        num_negative=int(total[COLUMN["negatives"]]),
+        missing=scored.num_missing,
+        num_utterances=num_utterances,
+        utterances_without_emotion=num_utterances - int(total[COLUMN["emotions_decided"]]),
+        baselines=baseline_scores(corpus, universe),
+        sums_by_dialogue=sums,
+        scored=scored,
+    )
+
+
+def baseline_scores(corpus: Corpus, universe: Universe) -> dict[str, dict[str, float]]:
+    """Utterance-level scores of each trivial rule; the majority emotion's also has its emotion accuracy."""
+    found = {}
+    for name, predictions in trivial_predictions(corpus, universe).items():
+        scored = score_rows(corpus, predictions, universe, "reccon")
+        values = metrics_of(sums_by_dialogue(corpus, scored, predictions).sum(axis=0))
+        keys = ("emotion_accuracy", *UTTERANCE_KEYS) if name == MAJORITY_EMOTION else UTTERANCE_KEYS
+        found[name] = {key: float(values[key]) for key in keys}
+    return found
+
+
+def metrics_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Every score (keys SCORE_KEYS, percent) of contributions summed to (…, K), each of shape (…)."""
+
+    def column(name: str) -> NDArray[np.float64]:
+        return sums[..., COLUMN[name]]
+
+    positives, negatives, right = column("positives"), column("negatives"), column("right_negatives")
+    tp, fp = column("utterance_tp"), column("utterance_fp")
+    fn, tn = column("utterance_fn"), column("utterance_tn")
+    negative_f1 = _ratio(2 * right, right + column("empty_positives") + negatives)
+    utterance_negative_f1 = _ratio(2 * tn, 2 * tn + fn + fp)
+    scores = {"emotion_accuracy": _ratio(column("emotions_right"), column("emotions_decided"))}
+    for prefix, utterance_tp in (("", tp), ("strict_", column("strict_utterance_tp"))):
+        positive_f1 = _ratio(column(f"{prefix}token_f1"), positives)
+        utterance_positive_f1 = _ratio(2 * utterance_tp, 2 * tp + fp + fn)
+        scores |= {
+            f"{prefix}exact_match": _ratio(column(f"{prefix}exact"), positives),
+            f"{prefix}positive_f1": positive_f1,
+            f"{prefix}negative_f1": negative_f1,
+            f"{prefix}macro_f1": (positive_f1 + negative_f1) / 2,
+            f"{prefix}utterance_positive_f1": utterance_positive_f1,
+            f"{prefix}utterance_negative_f1": utterance_negative_f1,
+            f"{prefix}utterance_macro_f1": (utterance_positive_f1 + utterance_negative_f1) / 2,
+        }
+    return {key: 100 * value for key, value in scores.items()}
+
+
+def utterance_scores(labels: Sequence[bool], predicted: Sequence[bool]) -> UtteranceScores:
+    """F1 of both classes over pairs judged causal or not, in percent (ECPE); 0/0 counts as 0."""
+    gold, found = np.asarray(labels, dtype=bool), np.asarray(predicted, dtype=bool)
+    if gold.shape != found.shape:
+        raise ValueError(f"{gold.size} labels and {found.size} predictions")
+    wrong = np.sum(gold != found)
+    positive, negative = (
+        float(100 * _ratio(2 * np.sum(gold & found), 2 * np.sum(gold & found) + wrong)),
+        float(100 * _ratio(2 * np.sum(~gold & ~found), 2 * np.sum(~gold & ~found) + wrong)),
+    )
+    return UtteranceScores(positive, negative, (positive + negative) / 2)
+
+
+def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
+    """Element-wise quotient with 0/0 = 0."""
+    numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)

@@ -1,0 +1,179 @@
+"""Prediction files: JSON lines, one object a pair.
+
+    {"dialogue_id": "tr_1", "target": 3, "candidate": 2, "emotion": "happiness",
+     "is_cause": true, "span": "…"}
+
+`emotion` is that of the target, or null for a system that predicts none. `span` is "" for no span; a system
+that decides by utterance gives `is_cause` true with span "". Other keys are free. Pairs outside the scored
+universe serve emotion accuracy only.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kdecs.artifact import atomic_path
+from kdecs.corpus.decoding import NotJson, RepeatedKeys, decode_json, iter_lines, shorten
+from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Corpus
+from kdecs.corpus.validation import is_unicode
+from kdecs.errors import PredictionError, explain_os_error
+
+PairKey = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a system says of one pair; `emotion` is the target's (None: not predicted), `span` "" for none."""
+
+    dialogue_id: str
+    target: int
+    candidate: int
+    emotion: str | None
+    is_cause: bool
+    span: str
+
+    @property
+    def key(self) -> PairKey:
+        """(dialogue id, target, candidate)."""
+        return self.dialogue_id, self.target, self.candidate
+
+
+_KEYS = tuple(Prediction.__dataclass_fields__)
+
+
+def read_predictions(path: Path | str, corpus: Corpus) -> dict[PairKey, Prediction]:
+    """The predictions of a file by (dialogue id, target, candidate), label variants replaced.
+
+    Raises PredictionError, one line, at the first fault: unreadable or not JSON lines, a key missing or of
+    the wrong type, an unknown dialogue, turn or emotion, a pair given twice, two emotions for one target,
+    `is_cause` false with a span.
+    """
+    path = Path(path)
+    num_turns = {dialogue.id: len(dialogue.utterances) for dialogue in corpus.dialogues}
+    predictions: dict[PairKey, Prediction] = {}
+    emotions: dict[tuple[str, int], str] = {}
+    for place, line in _lines(path):
+        prediction = _parse(line, place)
+        _check_place(prediction, num_turns, place, corpus)
+        if prediction.key in predictions:
+            raise PredictionError(
+                f"{place}: the pair {_name(prediction)} is given a second time, expected once"
+            )
+        _check_emotion(prediction, emotions, place)
+        predictions[prediction.key] = prediction
+    return predictions
+
+
+def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> int:
+    """Write the predictions as JSON lines, whole or not at all; returns how many."""
+    count = 0
+    with atomic_path(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for prediction in predictions:
+            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def by_pair(predictions: Iterable[Prediction]) -> dict[PairKey, Prediction]:
+    """Predictions by pair, as `evaluate` takes them. Raises PredictionError for a pair given twice."""
+    found: dict[PairKey, Prediction] = {}
+    for prediction in predictions:
+        if prediction.key in found:
+            raise PredictionError(f"the pair {_name(prediction)} is given a second time, expected once")
+        found[prediction.key] = prediction
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    if "\0" in str(path):
+        raise PredictionError("found a path with a NUL character, expected a prediction file")
+    try:
+        for number, line in iter_lines(path):
+            yield f"{path}, line {number}", line
+    except OSError as error:
+        raise PredictionError(f"{path}: {explain_os_error(error) or error}") from None
+
+
+def _parse(line: bytes, place: str) -> Prediction:
+    try:
+        decoded = decode_json(line)
+    except NotJson as error:
+        raise PredictionError(
+            f"{place}: found {error.found}, expected {error.expected}, one object a line"
+        ) from None
+    value = decoded.value
+    if not isinstance(value, dict):
+        raise PredictionError(f"{place}: found {shorten(value)}, expected an object with {', '.join(_KEYS)}")
+    if isinstance(value, RepeatedKeys):
+        raise PredictionError(f"{place}: found the key {value.repeated()[0]!r} more than once, expected once")
+    for key in _KEYS:
+        if key not in value:
+            raise PredictionError(f"{place}: the key {key!r} is missing, expected {', '.join(_KEYS)}")
+    _check_types(value, place)
+    emotion = value["emotion"]
+    prediction = Prediction(
+        value["dialogue_id"],
+        value["target"],
+        value["candidate"],
+        EMOTION_VARIANTS.get(emotion, emotion) if emotion is not None else None,
+        value["is_cause"],
+        value["span"],
+    )
+    if not prediction.is_cause and prediction.span.strip():
+        raise PredictionError(
+            f"{place}: the pair {_name(prediction)} has is_cause false and the span "
+            f'{shorten(prediction.span)}, expected the span "" or is_cause true'
+        )
+    return prediction
+
+
+def _check_types(value: Mapping[str, Any], place: str) -> None:
+    for key in ("target", "candidate"):
+        if type(value[key]) is not int:
+            raise PredictionError(
+                f"{place}: {key} is {shorten(value[key])}, expected a turn: an integer from 1"
+            )
+    if type(value["is_cause"]) is not bool:
+        raise PredictionError(f"{place}: is_cause is {shorten(value['is_cause'])}, expected true or false")
+    for key in ("dialogue_id", "span", "emotion"):
+        text = value[key]
+        if key == "emotion" and text is None:
+            continue
+        if not isinstance(text, str) or not is_unicode(text):
+            raise PredictionError(f"{place}: {key} is {shorten(text)}, expected a string")
+
+
+def _check_place(prediction: Prediction, num_turns: Mapping[str, int], place: str, corpus: Corpus) -> None:
+    turns = num_turns.get(prediction.dialogue_id)
+    if turns is None:
+        raise PredictionError(
+            f"{place}: the dialogue {shorten(prediction.dialogue_id)} is not in {corpus.path}; "
+            "score the file against the corpus it was predicted for"
+        )
+    for name, turn in (("target", prediction.target), ("candidate", prediction.candidate)):
+        if not 1 <= turn <= turns:
+            raise PredictionError(
+                f"{place}: {name} is {turn}, expected a turn from 1 to {turns} "
+                f"(dialogue {prediction.dialogue_id} has {turns})"
+            )
+
+
+def _check_emotion(prediction: Prediction, emotions: dict[tuple[str, int], str], place: str) -> None:
+    emotion = prediction.emotion
+    if emotion is None:
+        return
+    if emotion not in KNOWN_EMOTIONS:
+        known = ", ".join(sorted(KNOWN_EMOTIONS))
+        raise PredictionError(f"{place}: the emotion {shorten(emotion)} is unknown, expected one of {known}")
+    first = emotions.setdefault((prediction.dialogue_id, prediction.target), emotion)
+    if first != emotion:
+        raise PredictionError(
+            f"{place}: the target {prediction.dialogue_id}/{prediction.target} has the emotion {emotion!r} "
+            f"here and {first!r} in an earlier line, expected one for a target"
+        )
+
+
+def _name(prediction: Prediction) -> str:
+    return f"{shorten(prediction.dialogue_id)[1:-1]}/{prediction.target}/{prediction.candidate}"

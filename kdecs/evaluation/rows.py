@@ -1,0 +1,194 @@
+"""Rows of a corpus and what each contributes to the scores.
+
+A row is what RECCON scores: one a gold span of a pair, and one for each pair without a cause. Every score is
+a function of sums over rows (and, for emotion accuracy, over utterances), so break-downs and resampling only
+choose what to sum.
+
+Shapes: R rows, D dialogues, K = len(COLUMNS) contributions. All float64.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdecs.corpus.pairs import Universe, causes_of, pairs_of
+from kdecs.corpus.schema import NEUTRAL, Corpus, Dialogue
+from kdecs.errors import PredictionError
+from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.evaluation.text_match import match, squad_f1
+
+Protocol = Literal["reccon", "reccon-released", "squad"]
+
+COLUMNS = (
+    "positives",
+    "negatives",
+    "exact",  # positive rows whose prediction is the gold span
+    "token_f1",  # sum of F over positive rows
+    "right_negatives",  # negative rows predicted ""
+    "empty_positives",  # positive rows that count as predicted "" in the precision of Neg F1
+    "utterance_tp",
+    "utterance_fp",
+    "utterance_fn",
+    "utterance_tn",
+    "strict_exact",
+    "strict_token_f1",
+    "strict_utterance_tp",
+    "emotions_right",
+    "emotions_decided",
+)
+COLUMN = {name: position for position, name in enumerate(COLUMNS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its pair and its gold span (None for a negative row)."""
+
+    dialogue_index: int
+    dialogue: Dialogue
+    target: int
+    candidate: int
+    gold: str | None
+
+    @property
+    def key(self) -> PairKey:
+        """(dialogue id, target, candidate) of the row's pair."""
+        return self.dialogue.id, self.target, self.candidate
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Rows in corpus order with their contributions (R, K), and how many pairs had no prediction."""
+
+    rows: list[Row]
+    contributions: NDArray[np.float64]
+    num_missing: int
+    num_neutral: int  # pairs predicted causal whose target is predicted neutral, which makes them negative
+
+
+def rows_of(corpus: Corpus, universe: Universe) -> list[Row]:
+    """Rows in corpus order: by dialogue, target, then positives by evidence and negatives by candidate."""
+    rows: list[Row] = []
+    for index, dialogue in enumerate(corpus.dialogues):
+        pairs = pairs_of(dialogue, universe)
+        for target in sorted({pair.target for pair in pairs}):
+            causes = causes_of(dialogue.utterances[target - 1])
+            rows += [Row(index, dialogue, target, turn, span) for _, turn, span in causes]
+            rows += [
+                Row(index, dialogue, target, pair.candidate, None)
+                for pair in pairs
+                if pair.target == target and not pair.is_cause
+            ]
+    return rows
+
+
+def decide_emotions(predictions: Mapping[PairKey, Prediction]) -> dict[tuple[str, int], str]:
+    """The predicted emotion of each (dialogue id, target) that has one. Raises PredictionError for two."""
+    emotions: dict[tuple[str, int], str] = {}
+    for prediction in predictions.values():
+        if prediction.emotion is None:
+            continue
+        first = emotions.setdefault((prediction.dialogue_id, prediction.target), prediction.emotion)
+        if first != prediction.emotion:
+            raise PredictionError(
+                f"the target {prediction.dialogue_id}/{prediction.target} has two predicted emotions, "
+                f"{first!r} and {prediction.emotion!r}, expected one"
+            )
+    return emotions
+
+
+def score_rows(
+    corpus: Corpus, predictions: Mapping[PairKey, Prediction], universe: Universe, protocol: Protocol
+) -> ScoredRows:
+    """Compare every row of the universe with its prediction; a pair without one is predicted "no cause"."""
+    rows = rows_of(corpus, universe)
+    emotions = decide_emotions(predictions)
+    contributions = np.zeros((len(rows), len(COLUMNS)))
+    missing: set[PairKey] = set()
+    neutral: set[PairKey] = set()
+    incorrect: list[int] = []
+    last_similar_is_empty = False
+    for number, row in enumerate(rows):
+        prediction = predictions.get(row.key)
+        emotion = emotions.get((row.dialogue.id, row.target))
+        if prediction is None:
+            missing.add(row.key)
+        is_cause = prediction is not None and prediction.is_cause
+        if is_cause and emotion == NEUTRAL:
+            neutral.add(row.key)
+            is_cause = False
+        span = prediction.span.strip() if prediction is not None and is_cause else ""
+        if row.gold is None:
+            _add_negative(contributions[number], is_cause, span)
+            continue
+        outcome = match(row.gold, span)
+        if outcome == "similar":
+            last_similar_is_empty = span == ""
+        elif outcome == "incorrect":
+            incorrect.append(number)
+        emotion_is_right = emotion is not None and emotion == row.dialogue.utterances[row.target - 1].emotion
+        _add_positive(
+            contributions[number],
+            is_cause,
+            span,
+            outcome == "correct",
+            _token_f1(row.gold, span, protocol),
+            emotion_is_right,
+        )
+    if protocol == "reccon-released" and last_similar_is_empty:
+        contributions[incorrect, COLUMN["empty_positives"]] = 1
+    return ScoredRows(rows, contributions, len(missing), len(neutral))
+
+
+def sums_by_dialogue(
+    corpus: Corpus, scored: ScoredRows, predictions: Mapping[PairKey, Prediction]
+) -> NDArray[np.float64]:
+    """(D, K): the rows' contributions summed over each dialogue, and its utterances' emotion decisions."""
+    sums = np.zeros((len(corpus.dialogues), len(COLUMNS)))
+    np.add.at(sums, [row.dialogue_index for row in scored.rows], scored.contributions)
+    emotions = decide_emotions(predictions)
+    right, decided = COLUMN["emotions_right"], COLUMN["emotions_decided"]
+    for index, dialogue in enumerate(corpus.dialogues):
+        for utterance in dialogue.utterances:
+            emotion = emotions.get((dialogue.id, utterance.turn))
+            if emotion is not None:
+                sums[index, decided] += 1
+                sums[index, right] += emotion == utterance.emotion
+    return sums
+
+
+def _token_f1(gold: str, span: str, protocol: Protocol) -> float:
+    """F of a positive row, 0 to 1."""
+    if protocol == "squad":
+        return squad_f1(gold, span)
+    outcome = match(gold, span)
+    if outcome == "correct":
+        return 1.0
+    return squad_f1(gold, span) if outcome == "similar" and span else 0.0
+
+
+def _add_negative(row: NDArray[np.float64], is_cause: bool, span: str) -> None:
+    row[COLUMN["negatives"]] = 1
+    row[COLUMN["right_negatives"]] = span == ""
+    row[COLUMN["utterance_fp" if is_cause else "utterance_tn"]] = 1
+
+
+def _add_positive(
+    row: NDArray[np.float64],
+    is_cause: bool,
+    span: str,
+    is_exact: bool,
+    token_f1: float,
+    emotion_is_right: bool,
+) -> None:
+    row[COLUMN["positives"]] = 1
+    row[COLUMN["exact"]] = is_exact
+    row[COLUMN["token_f1"]] = token_f1
+    row[COLUMN["empty_positives"]] = span == ""
+    row[COLUMN["utterance_tp" if is_cause else "utterance_fn"]] = 1
+    if emotion_is_right:
+        row[COLUMN["strict_exact"]] = is_exact
+        row[COLUMN["strict_token_f1"]] = token_f1
+        row[COLUMN["strict_utterance_tp"]] = is_cause

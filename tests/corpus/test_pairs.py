@@ -1,0 +1,144 @@
+import csv
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kdecs.corpus.pairs import candidate_pairs, context_hash, count_rows, pairs_of, training_subset
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import Dialogue, Utterance
+from kdecs.errors import ConfigError
+
+RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
+needs_reccon = pytest.mark.skipif(not RECCON.is_dir(), reason="the RECCON files are not here (KDECS_RECCON)")
+
+# dialogues, utterances, positive rows, negative rows, pairs of "all": RECCON's own released row ids.
+COUNTS = {
+    "train": (834, 8206, 7269, 20646, 52419),
+    "valid": (47, 493, 347, 838, 3170),
+    "test": (225, 2405, 1894, 5330, 15819),
+}
+
+
+def dialogue_of(*texts: str, speakers: str = "", emotion: str = "neutral") -> Dialogue:
+    speakers = speakers or "AB" * len(texts)
+    utterances = (
+        Utterance(n, s, t, emotion, None) for n, (t, s) in enumerate(zip(texts, speakers, strict=False), 1)
+    )
+    return Dialogue("d", tuple(utterances))
+
+
+@needs_reccon
+@pytest.mark.parametrize("split", COUNTS)
+def test_counts_equal_the_released_row_ids(split):
+    corpus = read_corpus(RECCON / f"dailydialog_{split}.json")
+    fold1 = count_rows(pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue))
+    num_all = sum(len(pairs_of(dialogue, "all")) for dialogue in corpus.dialogues)
+    num_utterances = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
+    assert (len(corpus.dialogues), num_utterances, *fold1, num_all) == COUNTS[split]
+
+
+@needs_reccon
+def test_row_ids_are_the_released_ones():
+    corpus = read_corpus(RECCON / "dailydialog_valid.json")
+    ids = [row for dialogue in corpus.dialogues for pair in pairs_of(dialogue) for row in pair.row_ids]
+    with (RECCON / "fold1_valid_ids.csv").open(newline="", encoding="utf-8") as file:
+        released = {row["id"]: row["labels"] for row in csv.DictReader(file)}
+    assert len(ids) == len(released)
+    assert set(ids) == set(released)
+    assert {row for row in ids if "_true_cause_" in row} == {
+        row for row, label in released.items() if label == "1"
+    }
+
+
+def test_row_ids_of_a_worked_dialogue(write, valid_document):
+    corpus = read_corpus(write(valid_document))
+    rows = {pair.id: pair.row_ids for pair in pairs_of(corpus.dialogues[0])}
+    head = "dailydialog_tr_1_utt"
+    assert rows["tr_1/1/1"] == (f"{head}_1_true_cause_utt_1_span_0",)
+    assert rows["tr_1/2/1"] == (f"{head}_2_true_cause_utt_1_span_1", f"{head}_2_true_cause_utt_1_span_2")
+    assert rows["tr_1/2/2"] == (f"{head}_2_true_cause_utt_2_span_0",)
+    # "b" takes no number: the causes inside the dialogue are counted alone.
+    assert rows["tr_1/4/4"] == (f"{head}_4_true_cause_utt_4_span_0",)
+    assert rows["tr_1/4/1"] == (f"{head}_4_impossible_cause_utt_1",)
+    assert [pair.id for pair in pairs_of(corpus.dialogues[0])][-5:] == [f"tr_1/5/{j}" for j in range(1, 6)]
+
+
+def test_a_cause_in_the_future_makes_no_row_but_keeps_its_number(write, valid_document):
+    corpus = read_corpus(write(valid_document))
+    first = pairs_of(corpus.dialogues[1])[0]
+    assert first.row_ids == ("dailydialog_tr_2_utt_1_true_cause_utt_1_span_1",)
+    assert first.spans == ("Hello .",)
+    assert len(corpus.warnings) == 1
+    assert "tr_2, turn 1" in corpus.warnings[0]
+
+
+def test_universes_of_a_worked_dialogue(write, valid_document):
+    dialogue = read_corpus(write(valid_document)).dialogues[0]
+    fold1, trained, everything = (pairs_of(dialogue, u) for u in ("fold1", "fold1+neutral", "all"))
+    assert [pair.id for pair in trained if pair not in fold1] == ["tr_1/3/3"]
+    assert len(everything) == 15
+    assert set(fold1) < set(trained) < set(everything)
+    assert count_rows(everything)[0] == count_rows(fold1)[0] == 6
+    assert [p.is_cause for p in fold1 if p.target == 5] == [False] * 5
+
+
+def test_candidates_of_an_unlabelled_dialogue():
+    pairs = candidate_pairs(dialogue_of("a", "b", "c"))
+    assert [(p.target, p.candidate) for p in pairs] == [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
+    near = candidate_pairs(dialogue_of("a", "b", "c"), max_distance=1)
+    assert [(p.target, p.candidate) for p in near] == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]
+
+
+def test_the_hash_covers_context_alone():
+    dialogue = dialogue_of("a", "b", "c")
+    assert len(context_hash(dialogue, 2)) == 32
+    assert context_hash(dialogue, 2) == context_hash(dialogue_of("a", "b", "x"), 2)
+    assert context_hash(dialogue, 2) == context_hash(dialogue_of("a", "b", emotion="anger"), 2)
+    assert context_hash(dialogue, 2) != context_hash(dialogue_of("a", "x"), 2)
+    assert context_hash(dialogue, 2) != context_hash(dialogue_of("a", "b", speakers="AA"), 2)
+    assert context_hash(dialogue, 3) != context_hash(dialogue, 2)
+
+
+def test_the_hash_frames_its_strings():
+    contexts = [
+        dialogue_of("ab", "c"),
+        dialogue_of("a", "bc"),
+        dialogue_of("abc"),
+        dialogue_of("A", speakers="bc"),
+    ]
+    contexts.append(Dialogue("d", (Utterance(1, "AB", "c", None, None),)))
+    contexts.append(Dialogue("d", (Utterance(1, "A", "Bc", None, None),)))
+    hashes = [context_hash(dialogue, len(dialogue.utterances)) for dialogue in contexts]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_the_hash_is_stable_across_releases():
+    # Soft labels on disk are joined by it: a change of this value orphans all of them.
+    assert context_hash(dialogue_of("Hello .", "Hi !"), 2) == "17d2cd0ba455ae8f3ca76b0b5d1bb6c8"
+
+
+def test_training_subsets_are_nested_and_seeded():
+    dialogues = [Dialogue(f"tr_{n}", dialogue_of("a").utterances) for n in range(97)]
+    shares = [0.001, 0.1, 0.25, 0.5, 0.9, 1.0]
+    subsets = [training_subset(dialogues, share, seed=3) for share in shares]
+    assert [len(s) for s in subsets] == [1, 10, 25, 49, 88, 97]
+    for small, large in itertools.pairwise(subsets):
+        assert {d.id for d in small} < {d.id for d in large}
+    assert subsets[-1] == dialogues
+    assert training_subset(dialogues, 0.5, seed=4) != subsets[3]
+    shuffled = training_subset(dialogues[::-1], 0.5, seed=3)
+    assert {d.id for d in shuffled} == {d.id for d in subsets[3]}
+    for share in (0.0, -1.0, 1.01, float("nan")):
+        with pytest.raises(ConfigError, match="share"):
+            training_subset(dialogues, share, seed=3)
+
+
+def test_the_bundled_sample_has_pairs_of_both_kinds():
+    corpus = read_corpus(bundled_sample("train"))
+    positive, negative = count_rows(pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue))
+    assert positive > 50
+    assert negative > positive
+    json.dumps([pair.row_ids for dialogue in corpus.dialogues for pair in pairs_of(dialogue)])

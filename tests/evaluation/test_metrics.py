@@ -1,0 +1,220 @@
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import Corpus, Dialogue, Evidence, Utterance
+from kdecs.errors import PredictionError
+from kdecs.evaluation.baselines import trivial_predictions
+from kdecs.evaluation.metrics import evaluate, utterance_scores
+from kdecs.evaluation.predictions import Prediction, by_pair
+from kdecs.evaluation.text_match import match, squad_f1
+
+RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
+BIG_GAME = "I am very happy , too . It was a big game and I won ."
+
+
+def corpus_of(*dialogues: Dialogue) -> Corpus:
+    return Corpus(Path("corpus.json"), dialogues, Counter(), ())
+
+
+def dialogue_of(*utterances: tuple[str, str, list[tuple[int, str]] | None], id: str = "d") -> Dialogue:
+    """Utterances (text, emotion, evidence)."""
+    made = []
+    for turn, (text, emotion, evidence) in enumerate(utterances, 1):
+        causes = None if evidence is None else tuple(Evidence(j, span) for j, span in evidence)
+        made.append(Utterance(turn, "AB"[turn % 2], text, emotion, causes))
+    return Dialogue(id, tuple(made))
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "outcome", "token_f1"),
+    [
+        ("We won the game !", "we won the game", "incorrect", 1.0),
+        ("We won the game !", "We won the game", "similar", 1.0),
+        (BIG_GAME, "a big game", "similar", 0.2857),
+        ("We won !", "!", "similar", 0.0),
+        ("We won !", "", "similar", 0.0),
+        (" We won ! ", "We won !", "correct", 1.0),
+    ],
+)
+def test_worked_rows(gold, predicted, outcome, token_f1):
+    assert match(gold, predicted) == outcome
+    assert squad_f1(gold, predicted) == pytest.approx(token_f1, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "positive_f1", "exact_match"),
+    [
+        ("We won the game !", "we won the game", 0.0, 0.0),
+        ("We won the game !", "We won the game", 100.0, 0.0),
+        (BIG_GAME, "a big game", 28.57, 0.0),
+        ("We won !", "!", 0.0, 0.0),
+        ("We won !", "We won !", 100.0, 100.0),
+    ],
+)
+def test_worked_rows_through_evaluate(gold, predicted, positive_f1, exact_match):
+    corpus = corpus_of(dialogue_of((gold, "happiness", [(1, gold)])))
+    scores = evaluate(corpus, by_pair([Prediction("d", 1, 1, "happiness", True, predicted)]))
+    assert scores["positive_f1"] == pytest.approx(positive_f1, abs=5e-3)
+    assert scores["exact_match"] == exact_match
+    assert scores["utterance_positive_f1"] == 100
+
+
+def worked_corpus() -> tuple[Corpus, list[Prediction]]:
+    """Two right negatives, a wrong one, an exact match, the third worked row, an incorrect positive."""
+    corpus = corpus_of(
+        dialogue_of(
+            ("We won the game !", "happiness", [(1, "We won the game !")]),
+            (BIG_GAME, "happiness", [(2, BIG_GAME)]),
+            ("We won the game !", "happiness", [(3, "We won the game !")]),
+        )
+    )
+    predictions = [
+        Prediction("d", 1, 1, "happiness", True, "We won the game !"),
+        Prediction("d", 2, 1, "happiness", False, ""),
+        Prediction("d", 2, 2, "happiness", True, "a big game"),
+        Prediction("d", 3, 1, "anger", True, "won"),
+        Prediction("d", 3, 2, "anger", False, ""),
+        Prediction("d", 3, 3, "anger", True, "we won the game"),
+    ]
+    return corpus, predictions
+
+
+def test_worked_corpus():
+    corpus, predictions = worked_corpus()
+    scores = evaluate(corpus, by_pair(predictions))
+    assert (scores.num_positive, scores.num_negative, scores.missing) == (3, 3, 0)
+    assert scores["exact_match"] == pytest.approx(33.33, abs=5e-3)
+    assert scores["positive_f1"] == pytest.approx(42.86, abs=5e-3)
+    assert scores["negative_f1"] == pytest.approx(80.0)
+    assert scores["macro_f1"] == pytest.approx((42.857142 + 80) / 2)
+    assert scores["emotion_accuracy"] == pytest.approx(200 / 3)
+    # Strict: the exact match and the similar row have the right emotion, the incorrect one has not.
+    assert scores["strict_positive_f1"] == pytest.approx(scores["positive_f1"])
+    assert scores["strict_utterance_positive_f1"] == pytest.approx(100 * 4 / 7)
+    assert scores["utterance_positive_f1"] == pytest.approx(100 * 6 / 7)
+
+
+def test_strict_needs_the_emotion_of_each_positive():
+    corpus, predictions = worked_corpus()
+    wrong = [
+        Prediction(p.dialogue_id, p.target, p.candidate, "fear", p.is_cause, p.span) for p in predictions
+    ]
+    scores = evaluate(corpus, by_pair(wrong))
+    assert scores["strict_exact_match"] == scores["strict_positive_f1"] == 0
+    assert scores["strict_negative_f1"] == scores["negative_f1"] == pytest.approx(80)
+    assert scores["positive_f1"] == pytest.approx(42.857142)
+
+
+def test_a_neutral_target_has_no_cause():
+    corpus, predictions = worked_corpus()
+    scores = evaluate(corpus, by_pair(replace(p, emotion="neutral") for p in predictions))
+    assert scores["exact_match"] == scores["positive_f1"] == scores["utterance_positive_f1"] == 0
+    assert scores["negative_f1"] == pytest.approx(100 * 2 * 3 / (2 * 3 + 3))
+    assert scores.scored.num_neutral == 4
+
+
+def test_missing_pairs_count_as_no_cause_and_once_each():
+    corpus = corpus_of(
+        dialogue_of(
+            ("a b", "happiness", [(1, "a"), (1, "b")]), ("c", "anger", [(2, "c")]), ("d", "neutral", None)
+        )
+    )
+    scores = evaluate(corpus, {})
+    assert (scores.num_positive, scores.num_negative, scores.missing) == (3, 1, 3)
+    assert scores.utterances_without_emotion == 3
+    assert scores["negative_f1"] == pytest.approx(100 * 2 / 5)
+    assert evaluate(corpus, {}, universe="all").missing == 6
+
+
+def test_predictions_outside_the_universe_serve_emotions_alone():
+    corpus = corpus_of(dialogue_of(("a", "happiness", [(1, "a")]), ("b", "neutral", None)))
+    inside = Prediction("d", 1, 1, "happiness", True, "a")
+    outside = Prediction("d", 2, 2, "neutral", False, "")
+    scores = evaluate(corpus, by_pair([inside, outside]))
+    assert scores["emotion_accuracy"] == 100
+    assert scores.utterances_without_emotion == 0
+    assert scores["macro_f1"] == evaluate(corpus, by_pair([inside]))["macro_f1"]
+
+
+def test_released_protocol_reads_the_last_similar_row():
+    texts = ["first cause", "second cause", "third cause"]
+    corpus = corpus_of(dialogue_of(*[(text, "anger", [(n, text)]) for n, text in enumerate(texts, 1)]))
+
+    def negative_f1(*spans: str, protocol: str = "reccon-released") -> float:
+        predictions = [Prediction("d", n, n, "anger", True, span) for n, span in enumerate(spans, 1)]
+        return evaluate(corpus, by_pair(predictions), protocol=protocol)["negative_f1"]
+
+    # Three negative rows are right by being missing; an empty last similar row charges every incorrect one.
+    assert negative_f1("zzz", "yyy", "") == pytest.approx(100 * 6 / (6 + 3))
+    assert negative_f1("zzz", "yyy", "", protocol="reccon") == pytest.approx(100 * 6 / (6 + 1))
+    assert negative_f1("", "yyy", "third") == pytest.approx(100 * 6 / (6 + 1))
+    assert negative_f1("xxx", "yyy", "zzz") == 100
+
+
+def test_released_rows_run_in_evidence_order():
+    corpus = corpus_of(
+        dialogue_of(
+            ("one", "neutral", None), ("two", "neutral", None), ("x", "anger", [(2, "two"), (1, "one")])
+        )
+    )
+    predictions = [Prediction("d", 3, 1, "anger", True, "on"), Prediction("d", 3, 2, "anger", False, "")]
+    # Evidence order: 2 (predicted ""), then 1 (similar, not empty), which is the last similar row.
+    released = evaluate(corpus, by_pair(predictions), protocol="reccon-released")
+    assert released["negative_f1"] == evaluate(corpus, by_pair(predictions))["negative_f1"]
+
+
+def test_squad_protocol_scores_overlap_without_containment():
+    corpus = corpus_of(dialogue_of(("We won the game !", "happiness", [(1, "We won the game !")])))
+    predictions = by_pair([Prediction("d", 1, 1, "happiness", True, "we won the game")])
+    assert evaluate(corpus, predictions)["positive_f1"] == 0
+    scores = evaluate(corpus, predictions, protocol="squad")
+    assert scores["positive_f1"] == 100
+    assert scores["exact_match"] == 0
+
+
+def test_two_emotions_for_one_target_are_refused():
+    corpus, predictions = worked_corpus()
+    predictions[1] = Prediction("d", 2, 1, "fear", False, "")
+    with pytest.raises(PredictionError, match="d/2 has two predicted emotions"):
+        evaluate(corpus, by_pair(predictions))
+
+
+def test_trivial_rules_stand_beside_every_score():
+    corpus = read_corpus(bundled_sample("test"))
+    rules = trivial_predictions(corpus, "fold1")
+    scores = evaluate(corpus, rules["j >= i-1"])
+    assert set(scores.baselines) == {"all negative", "j = i", "j >= i-1", "majority emotion"}
+    assert scores.baselines["j >= i-1"]["utterance_macro_f1"] == scores["utterance_macro_f1"]
+    majority = evaluate(corpus, rules["majority emotion"])
+    assert scores.baselines["majority emotion"]["emotion_accuracy"] == majority["emotion_accuracy"] > 0
+    assert scores.baselines["all negative"]["utterance_positive_f1"] == 0
+
+
+def test_empty_denominators_are_zero():
+    scores = evaluate(corpus_of(dialogue_of(("a", "neutral", None))), {})
+    assert set(scores.values.values()) == {0.0}
+
+
+def test_utterance_scores_of_labels():
+    scores = utterance_scores([True, True, False, False, False], [True, False, True, False, False])
+    assert (scores.positive_f1, scores.negative_f1) == (pytest.approx(50), pytest.approx(100 * 4 / 6))
+    assert scores.macro_f1 == (scores.positive_f1 + scores.negative_f1) / 2
+    assert utterance_scores([], []).macro_f1 == 0
+    with pytest.raises(ValueError, match="2 labels and 1"):
+        utterance_scores([True, False], [True])
+
+
+@pytest.mark.skipif(not RECCON.is_dir(), reason="the RECCON files are not here (KDECS_RECCON)")
+def test_trivial_rules_on_the_test_split():
+    scores = evaluate(read_corpus(RECCON / "dailydialog_test.json"), {})
+    rules = {
+        name: [round(value, 2) for value in values.values()] for name, values in scores.baselines.items()
+    }
+    assert rules["j >= i-1"] == [64.12, 85.89, 75.0]
+    assert rules["j = i"] == [47.04, 85.89, 66.46]
+    assert rules["majority emotion"][0] == 54.3
