@@ -1,0 +1,36 @@
+"""How far a teacher's soft labels agree with the gold causes of a split.
+
+Shapes: n pairs, A answer words (the causal ones first).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kdecs.corpus.answer_words import NUM_CAUSAL
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.schema import Dialogue
+from kdecs.evaluation.metrics import utterance_scores
+
+
+def is_causal(logits_nA: np.ndarray) -> np.ndarray:
+    """Boolean (n,): whether the causal words together are more probable than `other`."""
+    causal_n = np.logaddexp.reduce(logits_nA[:, :NUM_CAUSAL].astype(np.float32), axis=1)
+    return causal_n > logits_nA[:, NUM_CAUSAL]
+
+
+def agreement_with_gold(
+    dialogues: Sequence[Dialogue], logits_by_id: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Utterance-level scores (percent) over the fold1 rows: a positive row for each gold span."""
+    pairs = [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1")]
+    rows = [pair for pair in pairs for _ in range(max(1, len(pair.spans)))]
+    if not rows:
+        return {}
+    predicted = is_causal(np.stack([logits_by_id[pair.id] for pair in rows]))
+    scores = utterance_scores([pair.is_cause for pair in rows], predicted.tolist())
+    return {
+        "positive_f1": float(scores.positive_f1),
+        "negative_f1": float(scores.negative_f1),
+        "macro_f1": float(scores.macro_f1),
+    }

@@ -1,0 +1,77 @@
+"""Export a teacher's soft labels: raw answer-word logits of every pair of every split, in checked shards.
+
+Start it as often as there are devices: plain python, torchrun, the deepspeed launcher, or jobs of their own
+on one output directory. Workers share the shards among themselves; the same command resumes after any stop.
+"""
+
+import sys
+
+from tqdm import tqdm
+
+from kdecs.entry import run_entry, stage_config
+from kdecs.soft_labels.config import ExportConfig
+from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
+from kdecs.soft_labels.job import refuse_early
+
+EXAMPLES = """  python launch/export_soft_labels.py --config launch/configs/export/tiny.yaml
+  deepspeed --no_local_rank launch/export_soft_labels.py --config launch/configs/export/llama-7b.yaml
+  python launch/export_soft_labels.py --config launch/configs/export/tiny.yaml --set num_shards=16
+"""
+
+
+class ExportBar:
+    """A progress bar over pairs on rank 0, and a line for each shard that this worker finishes."""
+
+    def __init__(self, is_main: bool) -> None:
+        self._bar: tqdm = tqdm(unit="pair", desc="soft labels", disable=None if is_main else True)
+
+    def __call__(self, progress: Progress) -> None:
+        self._bar.total = progress.pairs_total
+        self._bar.update(max(0, progress.pairs_done - self._bar.n))
+        if progress.line:
+            tqdm.write(progress.line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def summary(config: ExportConfig, result: ExportResult) -> str:
+    details = result.manifest.details
+    num_pairs = sum(details["num_pairs"].values())
+    agreement = details["agreement"]["valid"]
+    macro_f1 = f"{agreement['macro_f1']:.2f}" if agreement else "none, there are no pairs to judge"
+    rate = f"{result.pairs_per_second:,.1f} pairs a second" if result.num_new_pairs else "all there before"
+    return (
+        f"{config.output}: {num_pairs:,} soft labels in {len(result.manifest.files)} shards, {rate}; "
+        f"agreement with gold on valid: macro F1 {macro_f1}"
+    )
+
+
+def main() -> None:
+    config = stage_config(ExportConfig, __doc__ or "", EXAMPLES)
+    if is_finished(config):
+        print(f"{config.output}: soft labels complete, skipped", flush=True)
+        return
+    refuse_early(config)
+    # Torch takes seconds to import: not before it is known that there is work.
+    from kdecs.runtime import StopSignal, start_runtime
+    from kdecs.teacher.scoring import TeacherScorer
+
+    stop = StopSignal()
+    stop.install()
+    runtime = start_runtime(threads=config.threads_per_worker)
+    scorer = TeacherScorer.load(
+        config.teacher, runtime=runtime, dtype=config.dtype, micro_batch_tokens=config.micro_batch_tokens
+    )
+    bar = ExportBar(runtime.is_main)
+    try:
+        result = export_shards(config, scorer, runtime, stop, report=bar)
+    finally:
+        bar.close()
+    if runtime.is_main:
+        print(summary(config, result), flush=True)
+
+
+if __name__ == "__main__":
+    run_entry(main)

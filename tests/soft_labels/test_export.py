@@ -1,0 +1,244 @@
+"""Same bytes whatever the division of the work and its interruptions; nothing damaged or foreign is kept."""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_teacher import FakeScorer, NeverStop, StopAfter, files_of, make_config, start_worker, worker
+
+from kdecs.artifact import read_manifest, verify_artifact, write_manifest
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.errors import ArtifactError, LabelError, Stopped
+from kdecs.soft_labels import format as shard_format
+from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
+from kdecs.soft_labels.format import read_shard
+
+
+def export(teacher: Path, output: Path, **changes: object) -> ExportResult:
+    return export_shards(make_config(teacher, output, **changes), FakeScorer(teacher), worker(), NeverStop())
+
+
+def test_what_is_exported(finished: Path, teacher: Path) -> None:
+    manifest = read_manifest(finished, "soft-labels")
+    words = tuple(manifest.details["answer_words"])
+    assert words == ("because", "as", "since", "thus", "other")
+    tables = [read_shard(finished / entry.path, words) for entry in manifest.files]
+    found = {
+        (split, *row) for t in tables for split, *row in zip(t.splits, t.pair_ids, t.pair_hashes, strict=True)
+    }
+    expected = {
+        (split, pair.id, pair.hash)
+        for split in ("train", "valid", "test")
+        for dialogue in read_corpus(bundled_sample(split)).dialogues
+        for pair in pairs_of(dialogue, "fold1+neutral")
+    }
+    assert found == expected
+    assert sum(entry.rows or 0 for entry in manifest.files) == len(expected)
+    assert sum(manifest.details["num_pairs"].values()) == len(expected)
+    assert set(manifest.inputs) == {"teacher", "corpus_train", "corpus_valid", "corpus_test"}
+    assert manifest.details["agreement"]["valid"]["macro_f1"] > 80  # the stand-in leans towards gold
+    assert manifest.details["devices"] == ["cpu"]
+    assert is_finished(make_config(teacher, finished))
+
+
+def test_two_processes_give_the_bytes_of_one(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "labels"
+    processes = [start_worker(teacher, output, rank, 2, 0.02) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert files_of(output) == files_of(finished)
+
+
+def test_a_worker_killed_again_and_again_gives_the_same_bytes(
+    finished: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """A second worker, never killed, takes the dead one's shards over while it still runs."""
+    output = tmp_path / "labels"
+    rng = random.Random(3)
+    for _ in range(2):
+        victim = start_worker(teacher, output, 0, 2, 0.3)
+        _wait_for(lambda: (output / ".work" / "job.json").is_file())
+        time.sleep(rng.uniform(0.05, 0.4))
+        survivor = start_worker(teacher, output, 1, 2, 0.05) if _ else None
+        victim.kill()
+        victim.join(60)
+        assert victim.exitcode == -9
+        if survivor:
+            survivor.join(60)
+            assert survivor.exitcode == 0
+    assert files_of(output) == files_of(finished)
+    assert list(output.glob(".*.tmp")) == []
+
+
+def test_stopped_at_every_look_gives_the_same_bytes(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "labels"
+    config = make_config(teacher, output)
+    stops = 0
+    while not is_finished(config):
+        with contextlib.suppress(Stopped):
+            export_shards(config, FakeScorer(teacher), worker(), StopAfter(3))
+            break
+        stops += 1
+    assert stops >= 2
+    assert files_of(output) == files_of(finished)
+
+
+def test_a_complete_export_is_left_alone(finished: Path, teacher: Path) -> None:
+    def refuse() -> None:
+        raise AssertionError("scored again")
+
+    result = export_shards(
+        make_config(teacher, finished), FakeScorer(teacher, on_batch=refuse), worker(), NeverStop()
+    )
+    assert result.num_new_pairs == 0
+    assert result.manifest == read_manifest(finished)
+
+
+def test_resume_redoes_missing_and_damaged_shards_alone(
+    finished: Path, teacher: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    shutil.copytree(finished, output)
+    (output / "manifest.json").unlink()
+    (output / "shard-00001.parquet").unlink()
+    _flip(output / "shard-00003.parquet", 1000)
+    lines: list[str] = []
+
+    def report(progress: Progress) -> None:
+        lines.extend([progress.line] if progress.line else [])
+
+    scorer, result = FakeScorer(teacher), None
+    result = export_shards(make_config(teacher, output), scorer, worker(), NeverStop(), report=report)
+    redone = [line.split(":")[0] for line in lines if "pairs a second" in line]
+    assert redone == ["shard-00001.parquet", "shard-00003.parquet"]
+    assert 0 < result.num_new_pairs < sum(entry.rows or 0 for entry in result.manifest.files)
+    (aside,) = (output / "quarantine").iterdir()
+    assert any("shard-00003.parquet: damaged" in line and str(aside) in line for line in lines)
+    assert files_of(output) == files_of(finished)
+    assert verify_artifact(output) == []
+
+
+def test_a_shard_lost_after_completion_is_redone(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    output = tmp_path / "labels"
+    shutil.copytree(finished, output)
+    (output / "shard-00002.parquet").unlink()
+    assert not is_finished(make_config(teacher, output))
+    export(teacher, output)
+    assert files_of(output) == files_of(finished)
+
+
+def test_verify_sees_one_flipped_byte(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "labels"
+    shutil.copytree(finished, output)
+    assert verify_artifact(output) == []
+    _flip(output / "shard-00004.parquet", 77)
+    (fault,) = verify_artifact(output)
+    assert "shard-00004.parquet: sha256" in fault
+    assert "the file is damaged" in fault
+
+
+def test_a_label_that_is_not_finite_stops_with_its_pair(teacher: Path, tmp_path: Path) -> None:
+    pair = pairs_of(read_corpus(bundled_sample("valid")).dialogues[0], "fold1+neutral")[2]
+    output = tmp_path / "labels"
+    with pytest.raises(LabelError, match=f"pair {pair.id}: logits .*nan.* not all finite"):
+        export_shards(
+            make_config(teacher, output), FakeScorer(teacher, poison=pair.id), worker(), NeverStop()
+        )
+    assert not (output / "manifest.json").exists()
+
+
+def test_a_teacher_of_another_corpus_is_refused(teacher: Path, tmp_path: Path) -> None:
+    other = {"train": bundled_sample("test"), "valid": bundled_sample("valid")}
+    with pytest.raises(ArtifactError, match=r"trained with another corpus_train .*allow_other_corpus: true"):
+        export(teacher, tmp_path / "labels", corpus=other)
+    assert not (tmp_path / "labels").exists()
+    export(teacher, tmp_path / "labels", corpus=other, allow_other_corpus=True)
+
+
+def test_a_directory_of_other_work_is_refused(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"soft labels of another config .* choose another output"):
+        export(teacher, finished, num_shards=4)
+    output = tmp_path / "unfinished"
+    with pytest.raises(Stopped):
+        export_shards(make_config(teacher, output), FakeScorer(teacher), worker(), StopAfter(3))
+    with pytest.raises(ArtifactError, match=r"unfinished soft labels of other work \(another config_hash\)"):
+        export(teacher, output, num_shards=4)
+    scorer = FakeScorer(teacher, lineage={"prompt_version": "2", "teacher": "fake"})
+    with pytest.raises(ArtifactError, match=r"other work \(another lineage\)"):
+        export_shards(make_config(teacher, output), scorer, worker(), NeverStop())
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    shutil.copy(finished / "shard-00000.parquet", strange)
+    with pytest.raises(ArtifactError, match=r"holds shard-00000.parquet but no record of who wrote it"):
+        export(teacher, strange)
+
+
+def test_a_directory_of_another_kind_is_refused(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    write_manifest(tmp_path, "student", config_hash="0", inputs={}, files=["a.txt"])
+    with pytest.raises(ArtifactError, match="holds a student, expected a soft-labels"):
+        export(teacher, tmp_path)
+
+
+def test_a_full_disk_loses_nothing(
+    finished: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, whole = tmp_path / "labels", shard_format.write_shard
+    written: list[Path] = []
+
+    def full(path: Path, *arguments: object, **keywords: object) -> object:
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        return whole(path, *arguments, **keywords)
+
+    monkeypatch.setattr("kdecs.soft_labels.export.write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(teacher, output)
+    assert sorted(output.glob("shard-*.parquet")) == sorted(written)
+    monkeypatch.undo()
+    result = export(teacher, output)
+    assert result.num_new_pairs < sum(entry.rows or 0 for entry in result.manifest.files)
+    assert files_of(output) == files_of(finished)
+
+
+def test_the_same_pair_in_two_splits_is_exported_twice(teacher: Path, tmp_path: Path) -> None:
+    paths = {"train": bundled_sample("valid"), "valid": bundled_sample("valid")}
+    result = export(teacher, tmp_path / "labels", corpus=paths, allow_other_corpus=True)
+    assert result.manifest.details["num_pairs"]["train"] == result.manifest.details["num_pairs"]["valid"]
+
+
+def test_progress_counts_to_the_end(teacher: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    export_shards(
+        make_config(teacher, tmp_path / "labels"),
+        FakeScorer(teacher),
+        worker(),
+        NeverStop(),
+        report=seen.append,
+    )
+    done = np.array([progress.pairs_done for progress in seen])
+    assert (np.diff(done) >= 0).all()
+    assert done[-1] == seen[-1].pairs_total
+    assert sum(progress.line is not None for progress in seen) == 5
+
+
+def _flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 16
+    path.write_bytes(data)
+
+
+def _wait_for(condition: object, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

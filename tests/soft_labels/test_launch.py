@@ -1,0 +1,113 @@
+"""The entry script: skip without torch, refusals in one line, SIGTERM, two ranks."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from fake_teacher import files_of
+
+from kdecs.artifact import read_manifest
+from kdecs.config import load_config
+from kdecs.corpus.reading import bundled_sample
+from kdecs.soft_labels.config import ExportConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "export_soft_labels.py"
+# Runs the script with the stand-in teacher in the place of the real one.
+STAND_IN = f"""
+import runpy, sys, time, types
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from fake_teacher import FakeScorer
+class TeacherScorer:
+    @classmethod
+    def load(cls, directory, *, runtime, dtype, micro_batch_tokens):
+        return FakeScorer(directory, on_batch=lambda: time.sleep(0.2))
+scoring = types.ModuleType("kdecs.teacher.scoring")
+scoring.TeacherScorer = TeacherScorer
+sys.modules["kdecs.teacher.scoring"] = scoring
+sys.argv = ["export_soft_labels.py", *sys.argv[1:]]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def write_yaml(path: Path, teacher: Path, output: Path, changes: dict[str, object] | None = None) -> Path:
+    corpus = {split: str(bundled_sample(split)) for split in ("train", "valid", "test")}
+    values = {"teacher": str(teacher), "output": str(output), "corpus": corpus, "num_shards": 5}
+    path.write_text(yaml.safe_dump(values | (changes or {})))
+    return path
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "KDECS_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_complete_export_is_skipped_without_torch(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "export.yaml", teacher, finished)
+    without_torch = f"""
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["export_soft_labels.py", "--config", {str(config)!r}]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    process = start("-c", without_torch)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert out == f"{finished}: soft labels complete, skipped\n"
+
+
+def test_refusals_are_one_line(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"num_shards": 3}, "holds soft labels of another config"),
+        ({"teacher": str(tmp_path), "output": str(tmp_path / "o")}, "no manifest.json"),
+        ({"shards": 3}, "shards: unknown key; known here: allow_other_corpus"),
+    ):
+        process = start(
+            str(SCRIPT), "--config", str(write_yaml(tmp_path / "e.yaml", teacher, finished, changes))
+        )
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (1, "")
+        assert err.count("\n") == 1
+        assert message in err
+
+
+def test_a_rank_is_terminated_and_another_takes_over(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    """Rank 1 of two stops with exit 143; rank 0 labels the rest: the bytes of an undisturbed run."""
+    output = tmp_path / "labels"
+    config = str(write_yaml(tmp_path / "export.yaml", teacher, output))
+    stopped = start("-c", STAND_IN, "--config", config, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    deadline = time.monotonic() + 60
+    while not (output / ".work" / "job.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    other = start("-c", STAND_IN, "--config", config, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
+    _, error = stopped.communicate(timeout=60)
+    assert stopped.returncode == 143
+    assert "of 5 shards finished; run the same command again to go on" in error
+    out, _ = other.communicate(timeout=120)
+    assert other.returncode == 0
+    assert files_of(output) == files_of(finished)
+    num_pairs = sum(entry.rows or 0 for entry in read_manifest(output).files)
+    assert f"{num_pairs:,} soft labels in 5 shards" in out
+    assert "agreement with gold on valid: macro F1" in out
+
+
+def test_committed_configs_parse(tmp_path: Path) -> None:
+    paths = sorted((ROOT / "launch" / "configs" / "export").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        shutil.copy(path, tmp_path)
+        config = load_config(ExportConfig, path)
+        assert config.corpus.test is not None
