@@ -15,7 +15,7 @@ from kdecs.corpus.decoding import NotJson, decode_json, iter_lines, shorten
 from kdecs.corpus.labels import LabelSet, emotions_of
 from kdecs.corpus.schema import Corpus, Dialogue, Fault
 from kdecs.corpus.validation import Checker
-from kdecs.errors import CorpusError, explain_os_error
+from kdecs.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _dialogues(
     """Sound dialogues; faults go to the checker. `on_dialogue` is called after each one, sound or not."""
     num_seen = 0
     if "\0" in str(path):
-        checker.fault("a path with a NUL character", "a readable corpus file")
+        checker.fault("a path with a NUL character", "a corpus file")
         return
     try:
         for identifier, utterances in _raw_dialogues(path, checker):
@@ -103,7 +103,7 @@ def _dialogues(
             if dialogue is not None:
                 yield dialogue
     except OSError as error:
-        checker.fault(explain_os_error(error) or str(error), "a readable corpus file")
+        checker.fault(f"no readable file ({error.strerror or error})", "a corpus file")
     if num_seen == 0 and not checker.faults:
         checker.fault("no dialogue", "at least one")
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from kdecs.corpus.pairs import Universe
 from kdecs.corpus.schema import Corpus
 from kdecs.evaluation.baselines import MAJORITY_EMOTION, trivial_predictions
+from kdecs.evaluation.emotions import EmotionReport, emotion_report
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.evaluation.rows import COLUMN, Protocol, ScoredRows, score_rows, sums_by_dialogue
 
@@ -55,6 +56,7 @@ class Scores:
     num_utterances: int
     utterances_without_emotion: int
     baselines: dict[str, dict[str, float]]
+    emotions: EmotionReport
     sums_by_dialogue: NDArray[np.float64] = field(repr=False)
     scored: ScoredRows = field(repr=False)
 
@@ -70,6 +72,7 @@ class Scores:
             "num_positive": self.num_positive,
             "num_negative": self.num_negative,
             "missing": self.missing,
+            "emotion_macro_f1": self.emotions.macro_f1,
             "num_utterances": self.num_utterances,
             "utterances_without_emotion": self.utterances_without_emotion,
             "baselines": self.baselines,
@@ -101,6 +104,7 @@ def evaluate(
         num_utterances=num_utterances,
         utterances_without_emotion=num_utterances - int(total[COLUMN["emotions_decided"]]),
         baselines=baseline_scores(corpus, universe),
+        emotions=emotion_report(corpus, predictions),
         sums_by_dialogue=sums,
         scored=scored,
     )

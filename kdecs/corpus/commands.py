@@ -1,0 +1,211 @@
+"""`kdecs corpus …`: verify, stats, pairs, fetch. Imports what is slow inside the functions."""
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdecs.errors import CorpusError
+
+if TYPE_CHECKING:
+    from kdecs.corpus.statistics import CorpusStatistics
+
+app = typer.Typer(
+    no_args_is_help=True, help="Check, count and pair corpus files (RECCON JSON or JSON lines)."
+)
+
+
+class LabelSetChoice(StrEnum):
+    """Emotion labels that a file may use."""
+
+    any = "any"
+    coarse = "coarse"
+    fine = "fine"
+
+
+class UniverseChoice(StrEnum):
+    """Which pairs: see `kdecs.corpus.pairs`."""
+
+    fold1 = "fold1"
+    fold1_neutral = "fold1+neutral"
+    all = "all"
+
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE…", help="RECCON JSON or JSON lines")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Labels = Annotated[
+    LabelSetChoice,
+    typer.Option("--labels", help="known emotions: RECCON's (coarse), FG-RECCON's 16 (fine), or both (any)"),
+]
+Unlabelled = Annotated[
+    bool, typer.Option("--unlabelled", help="accept utterances without emotion and evidence")
+]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part", help="first word of row ids; default: iemocap by id or file name, else dailydialog"
+    ),
+]
+Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions to coarse ones")]
+Table = Annotated[
+    Path | None,
+    typer.Option("--table", metavar="FILE", help="JSON object {fine: coarse} laid over the built-in table"),
+]
+
+
+@app.command(
+    epilog="Examples: kdecs corpus verify train.json test.json · kdecs corpus verify my.jsonl --labels fine"
+)
+def verify(
+    files: Files, labels: Labels = LabelSetChoice.any, unlabelled: Unlabelled = False, as_json: Json = False
+) -> None:
+    """Check files against the schema; every fault with file, dialogue, turn, field, found and expected."""
+    from kdecs.corpus.cross_split import duplicates_between
+    from kdecs.corpus.reading import check_file
+
+    checked = [check_file(file, labelled=not unlabelled, label_set=labels.value) for file in files]
+    faults = [fault for _, found in checked for fault in found]
+    if as_json:
+        print(json.dumps([asdict(fault) for fault in faults], indent=2))
+    else:
+        for corpus, found in checked:
+            for fault in found:
+                print(fault)
+            for warning in corpus.warnings:
+                print(f"warning: {warning}")
+            if not found:
+                print(
+                    f"{corpus.path}: valid, {len(corpus.dialogues)} dialogues{_variants(corpus.normalised)}"
+                )
+        for duplicate in duplicates_between([corpus for corpus, _ in checked]):
+            print(f"warning: {duplicate}")
+    if faults:
+        sys.stdout.flush()
+        if len(faults) == 1:
+            raise CorpusError(str(faults[0]))
+        num_faulty = len({fault.file for fault in faults})
+        raise CorpusError(f"{len(faults)} faults in {num_faulty} of {len(files)} files, first: {faults[0]}")
+
+
+@app.command(
+    epilog="Examples: kdecs corpus stats train.json valid.json test.json · "
+    "kdecs corpus stats train.json test.json --drop-cross-split --plots plots/"
+)
+def stats(
+    files: Files,
+    labels: Labels = LabelSetChoice.any,
+    coarse: Coarse = False,
+    table: Table = None,
+    drop_cross_split: Annotated[
+        bool,
+        typer.Option(
+            "--drop-cross-split",
+            help="count the first file (training) without dialogues whose text stands in a later one",
+        ),
+    ] = False,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", metavar="DIR", help="write figures (PNG) to a directory")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count dialogues, utterances, rows of fold 1, all pairs and emotions (the paper's Tables 1 and 2)."""
+    from kdecs.corpus.cross_split import drop_cross_split as drop
+    from kdecs.corpus.labels import map_corpus, read_table
+    from kdecs.corpus.reading import check_file
+    from kdecs.corpus.schema import FINE_TO_COARSE
+    from kdecs.corpus.statistics import statistics_of
+
+    if drop_cross_split and len(files) < 2:
+        raise typer.BadParameter(
+            "--drop-cross-split needs the training file first and another split after it"
+        )
+    mapping = read_table(table) if table else FINE_TO_COARSE
+    checked = [check_file(file, label_set=labels.value) for file in files]
+    corpora = [map_corpus(corpus, mapping) if coarse or table else corpus for corpus, _ in checked]
+    if drop_cross_split:
+        corpora[0], dropped = drop(corpora[0], corpora[1:])
+        for duplicate in dropped:
+            print(f"dropped: {duplicate}", file=sys.stderr)
+        num_texts = len({duplicate.other_dialogue for duplicate in dropped})
+        print(f"dropped {len(dropped)} dialogues ({num_texts} texts) of {files[0]}", file=sys.stderr)
+    counted = [statistics_of(corpus, len(found)) for corpus, (_, found) in zip(corpora, checked, strict=True)]
+    if as_json:
+        print(json.dumps([file.as_dict() for file in counted], indent=2))
+    else:
+        _print_statistics(counted)
+    if plots:
+        from kdecs.corpus.plots import write_plots
+
+        for path in write_plots(corpora, plots):
+            print(f"wrote {path}", file=sys.stderr)
+    faults = [fault for _, found in checked for fault in found]
+    if faults:
+        sys.stdout.flush()
+        raise CorpusError(f"{faults[0]} ({len(faults)} faults; faulty dialogues are not counted)")
+
+
+@app.command(
+    epilog="Examples: kdecs corpus pairs test.json > pairs.jsonl · kdecs corpus pairs test.json --universe all"
+)
+def pairs(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="RECCON JSON or JSON lines")],
+    universe: Annotated[UniverseChoice, typer.Option(help="which pairs")] = UniverseChoice.fold1,
+    labels: Labels = LabelSetChoice.any,
+    part: Part = None,
+) -> None:
+    """Print a file's pairs as JSON lines: id, dialogue_id, target, candidate, label, spans (row_ids)."""
+    from kdecs.corpus.pairs import pairs_of
+    from kdecs.corpus.reading import read_corpus
+
+    corpus = read_corpus(file, label_set=labels.value, part=part)
+    for dialogue in corpus.dialogues:
+        for pair in pairs_of(dialogue, universe.value):
+            record: dict[str, object] = {
+                "id": pair.id,
+                "dialogue_id": dialogue.id,
+                "target": pair.target,
+                "candidate": pair.candidate,
+                "label": int(pair.is_cause),
+                "spans": list(pair.spans),
+            }
+            if universe is UniverseChoice.fold1:
+                record["row_ids"] = list(pair.row_ids)
+            print(json.dumps(record, ensure_ascii=False))
+
+
+def _variants(normalised: dict[str, int]) -> str:
+    found = ", ".join(f"{label} ({count})" for label, count in sorted(normalised.items()))
+    return f"; label variants replaced: {found}" if found else ""
+
+
+def _print_statistics(counted: "list[CorpusStatistics]") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    sizes = RichTable("", title="Pairs and sizes (Table 2)", box=SIMPLE_HEAD)
+    emotions = RichTable("emotion", title="Emotions of utterances (Table 1)", box=SIMPLE_HEAD)
+    for file in counted:
+        for table in (sizes, emotions):
+            table.add_column(Text(Path(file.file).stem), justify="right", overflow="fold")
+    for name in ("positive_rows", "negative_rows", "pairs_all", "dialogues", "utterances", "faults"):
+        sizes.add_row(name.replace("_", " "), *(f"{getattr(file, name):,}" for file in counted))
+    console.print(sizes)
+    names = {name: sum(f.emotions.get(name, 0) for f in counted) for f in counted for name in f.emotions}
+    for name in sorted(names, key=lambda name: (-names[name], name)):
+        cells = [f.emotions.get(name, 0) for f in counted]
+        shares = [100 * n / max(1, f.utterances) for n, f in zip(cells, counted, strict=True)]
+        emotions.add_row(name, *(f"{n:,} ({s:.1f}%)" for n, s in zip(cells, shares, strict=True)))
+    console.print(emotions)
+    console.print("Rows are those of fold 1: one for each gold span, one for each pair without a cause.")
+    for file in counted:
+        for warning in file.warnings:
+            console.print(Text(f"warning: {warning}"))
+        if variants := _variants(file.normalised):
+            console.print(Text(f"{file.file}{variants}"))

@@ -1,0 +1,151 @@
+"""`kdecs evaluate` and `kdecs compare`. Imports what is slow inside the functions."""
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kdecs.corpus.schema import Corpus
+    from kdecs.evaluation.metrics import Scores
+    from kdecs.evaluation.predictions import PairKey, Prediction
+
+
+class ProtocolChoice(StrEnum):
+    """How a span counts: see `kdecs.evaluation.metrics`."""
+
+    reccon = "reccon"
+    reccon_released = "reccon-released"
+    squad = "squad"
+
+
+class ScoredUniverse(StrEnum):
+    """Which pairs are scored."""
+
+    fold1 = "fold1"
+    all = "all"
+
+
+CorpusFile = Annotated[Path, typer.Option("--corpus", metavar="FILE", help="labelled corpus file")]
+Protocols = Annotated[ProtocolChoice, typer.Option(help="how a predicted span counts")]
+Universes = Annotated[
+    ScoredUniverse, typer.Option(help="fold1: targets that have annotated causes; all: every target")
+]
+Samples = Annotated[int, typer.Option(min=100, help="samples of the bootstrap and of the permutation test")]
+Seed = Annotated[int, typer.Option(help="seed of the samples")]
+Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions of both sides to coarse ones")]
+Table = Annotated[
+    Path | None,
+    typer.Option("--table", metavar="FILE", help="JSON object {fine: coarse} laid over the built-in table"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
+
+
+def evaluate(
+    corpus: CorpusFile,
+    predictions: Annotated[
+        Path, typer.Option("--predictions", metavar="FILE", help="prediction file: JSON lines, one a pair")
+    ],
+    protocol: Protocols = ProtocolChoice.reccon,
+    universe: Universes = ScoredUniverse.fold1,
+    details: Annotated[
+        bool,
+        typer.Option(
+            "--details", help="also F1 and confusions of emotions; scores by distance, emotion, length"
+        ),
+    ] = False,
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="also 95% intervals: bootstrap over dialogues")
+    ] = False,
+    samples: Samples = 2000,
+    seed: Seed = 0,
+    coarse: Coarse = False,
+    table: Table = None,
+    as_json: Json = False,
+) -> None:
+    """Score a prediction file of any system against a corpus; trivial rules' scores stand beside."""
+    from kdecs.evaluation.breakdowns import breakdowns
+    from kdecs.evaluation.metrics import evaluate as score
+
+    gold = _corpus(corpus, coarse, table)
+    scores = score(
+        gold, _predictions(predictions, gold, coarse, table), universe=universe.value, protocol=protocol.value
+    )
+    found = scores.as_dict()
+    if intervals:
+        from kdecs.evaluation.significance import bootstrap_intervals
+
+        found["intervals"] = bootstrap_intervals(scores.sums_by_dialogue, num_samples=samples, seed=seed)
+    if details:
+        found["emotions"] = scores.emotions.as_dict()
+        found["breakdowns"] = breakdowns(scores)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        from kdecs.evaluation.display import print_scores
+
+        print_scores(scores, found)
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="prediction file of system A")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="prediction file of system B")],
+    corpus: CorpusFile,
+    protocol: Protocols = ProtocolChoice.reccon,
+    universe: Universes = ScoredUniverse.fold1,
+    samples: Samples = 2000,
+    seed: Seed = 0,
+    coarse: Coarse = False,
+    table: Table = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two prediction files on one corpus: A minus B, 95% interval and p, paired by dialogue."""
+    from kdecs.evaluation.metrics import evaluate as score
+    from kdecs.evaluation.significance import compare_systems
+
+    gold = _corpus(corpus, coarse, table)
+    scores: list[Scores] = [
+        score(gold, _predictions(file, gold, coarse, table), universe=universe.value, protocol=protocol.value)
+        for file in (a, b)
+    ]
+    compared = compare_systems(
+        scores[0].sums_by_dialogue, scores[1].sums_by_dialogue, num_samples=samples, seed=seed
+    )
+    if as_json:
+        found: dict[str, Any] = {key: asdict(value) for key, value in compared.items()}
+        found |= {
+            key: scores[0].as_dict()[key] for key in ("universe", "protocol", "num_positive", "num_negative")
+        }
+        found |= {"missing_a": scores[0].missing, "missing_b": scores[1].missing}
+        print(json.dumps(found, indent=2))
+    else:
+        from kdecs.evaluation.display import print_comparison
+
+        print_comparison(a, b, scores[0], scores[1], compared)
+
+
+def _corpus(path: Path, coarse: bool, table: Path | None) -> "Corpus":
+    from kdecs.corpus.labels import map_corpus
+    from kdecs.corpus.reading import read_corpus
+
+    corpus = read_corpus(path)
+    return map_corpus(corpus, _mapping(table)) if coarse or table else corpus
+
+
+def _predictions(
+    path: Path, corpus: "Corpus", coarse: bool, table: Path | None
+) -> "dict[PairKey, Prediction]":
+    from kdecs.evaluation.predictions import map_emotions, read_predictions
+
+    predictions = read_predictions(path, corpus)
+    return map_emotions(predictions, _mapping(table)) if coarse or table else predictions
+
+
+def _mapping(table: Path | None) -> dict[str, str]:
+    from kdecs.corpus.labels import read_table
+    from kdecs.corpus.schema import FINE_TO_COARSE
+
+    return read_table(table) if table else FINE_TO_COARSE

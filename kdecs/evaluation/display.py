@@ -1,0 +1,101 @@
+"""Tables of scores for a terminal. JSON is what programs read; figures here are rounded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kdecs.evaluation.metrics import STRICT_KEYS, Scores
+from kdecs.evaluation.significance import Comparison
+
+_MANY_LABELS = 10
+
+
+def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
+    """Scores beside the trivial rules; intervals, emotions and break-downs where `found` has them."""
+    console = Console(soft_wrap=True)
+    table = Table(title="Scores beside trivial rules", box=SIMPLE_HEAD)
+    table.add_column("score (%)", no_wrap=True)
+    for name in ("system", "strict", *scores.baselines):
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    for key in ("emotion_accuracy", "emotion_macro_f1", *STRICT_KEYS):
+        rules = [f"{rule[key]:.2f}" if key in rule else "" for rule in scores.baselines.values()]
+        strict = f"{found[f'strict_{key}']:.2f}" if key in STRICT_KEYS else ""
+        table.add_row(key.replace("_", " "), f"{found[key]:.2f}", strict, *rules)
+    console.print(table)
+    if "intervals" in found:
+        _print_intervals(console, found)
+    console.print(Text(counts_line(scores)))
+    if "emotions" in found:
+        _print_emotions(console, scores)
+        for title, groups in found["breakdowns"].items():
+            _print_breakdown(console, title, groups)
+
+
+def print_comparison(
+    a: Path, b: Path, scores_a: Scores, scores_b: Scores, compared: Mapping[str, Comparison]
+) -> None:
+    """A, B, the difference with its interval, and p, for each score."""
+    console = Console(soft_wrap=True)
+    table = Table("score (%)", box=SIMPLE_HEAD, title="A minus B, paired by dialogue")
+    for name in ("A", "B", "A − B", "95% interval", "p"):
+        table.add_column(name, justify="right")
+    for key, found in compared.items():
+        interval = f"{found.low:+.2f} … {found.high:+.2f}"
+        cells = (f"{found.a:.2f}", f"{found.b:.2f}", f"{found.difference:+.2f}", interval, f"{found.p:.4f}")
+        table.add_row(key.replace("_", " "), *cells)
+    console.print(table)
+    for name, path, scores in (("A", a, scores_a), ("B", b, scores_b)):
+        console.print(Text(f"{name} = {path}: {counts_line(scores)}"))
+
+
+def counts_line(scores: Scores) -> str:
+    """Universe, protocol and what was counted, in one line."""
+    line = (
+        f"universe {scores.universe}, protocol {scores.protocol}: {scores.num_positive:,} positive and "
+        f"{scores.num_negative:,} negative rows; {scores.missing:,} pairs without a prediction (taken as no "
+        f"cause); {scores.utterances_without_emotion:,} of {scores.num_utterances:,} utterances without a "
+        "predicted emotion"
+    )
+    if scores.scored.num_neutral:
+        line += f"; {scores.scored.num_neutral:,} causes dropped, as their target is predicted neutral"
+    return line
+
+
+def _print_intervals(console: Console, found: Mapping[str, Any]) -> None:
+    table = Table("score (%)", box=SIMPLE_HEAD, title="95% intervals, bootstrap over dialogues")
+    for name in ("score", "low", "high"):
+        table.add_column(name, justify="right")
+    for key, (low, high) in found["intervals"].items():
+        table.add_row(key.replace("_", " "), f"{found[key]:.2f}", f"{low:.2f}", f"{high:.2f}")
+    console.print(table)
+
+
+def _print_emotions(console: Console, scores: Scores) -> None:
+    report = scores.emotions
+    if not report.labels:
+        return
+    table = Table("gold \\ predicted", title="Confusions of emotions", box=SIMPLE_HEAD)
+    short = len(report.labels) > _MANY_LABELS
+    for label in report.labels:
+        table.add_column(label[:4] if short else label, justify="right")
+    table.add_column("F1", justify="right")
+    for label, row in zip(report.labels, report.confusion.tolist(), strict=True):
+        table.add_row(label, *(str(count) for count in row), f"{report.f1[label]:.2f}")
+    console.print(table)
+
+
+def _print_breakdown(console: Console, title: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    keys = ("positive_f1", "negative_f1", "macro_f1", "utterance_macro_f1")
+    table = Table(box=SIMPLE_HEAD, title=f"Scores by {title.replace('_', ' ')}")
+    table.add_column(title.split("_")[-1], no_wrap=True)
+    for name in ("positive rows", "negative rows", "Pos F1", "Neg F1", "macro F1", "utt. macro"):
+        table.add_column(name, justify="right")
+    for group, values in groups.items():
+        counts = (f"{values['num_positive']:,}", f"{values['num_negative']:,}")
+        table.add_row(group, *counts, *(f"{values[key]:.2f}" for key in keys))
+    console.print(table)

@@ -1,0 +1,187 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kdecs.corpus.commands import app
+from kdecs.corpus.reading import bundled_sample
+from kdecs.errors import CorpusError
+
+RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
+needs_reccon = pytest.mark.skipif(not RECCON.is_dir(), reason="the RECCON files are not here (KDECS_RECCON)")
+COUNTS = {
+    "train": (834, 8206, 7269, 20646, 52419),
+    "valid": (47, 493, 347, 838, 3170),
+    "test": (225, 2405, 1894, 5330, 15819),
+}
+
+
+def run(*arguments: object, refused: bool = False):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if refused:
+        assert isinstance(result.exception, CorpusError), result.output
+        assert "\n" not in str(result.exception)
+    else:
+        assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+@needs_reccon
+def test_stats_print_the_counts_table():
+    files = [RECCON / f"dailydialog_{split}.json" for split in COUNTS]
+    counted = json.loads(run("stats", *files, "--json").stdout)
+    keys = ("dialogues", "utterances", "positive_rows", "negative_rows", "pairs_all")
+    assert [tuple(file[key] for key in keys) for file in counted] == list(COUNTS.values())
+    assert [file["faults"] for file in counted] == [0, 0, 0]
+    assert [file["pairs_of_several_spans"] for file in counted] == [237, 19, 120]
+    assert [file["targets_caused_outside_alone"] for file in counted] == [163, 4, 24]
+    assert [file["emotions"].get("excited", 0) for file in counted] == [2, 0, 1]
+    assert [len(file["warnings"]) for file in counted] == [2, 0, 0]
+    assert counted[0]["normalised"] == {"angry": 1, "happy": 5, "sad": 3, "surprised": 1}
+
+
+@needs_reccon
+def test_texts_in_two_splits_are_reported_and_dropped():
+    files = [RECCON / f"dailydialog_{split}.json" for split in COUNTS]
+    result = run("stats", *files, "--drop-cross-split", "--json")
+    dropped = [line for line in result.stderr.splitlines() if line.startswith("dropped: ")]
+    texts = {line.split("same text as ")[1] for line in dropped}
+    assert len(texts) == 11
+    assert sum("dailydialog_test" in text for text in texts) == 10
+    # One of the eleven texts stands twice in the training file.
+    assert len(dropped) == 12
+    assert json.loads(result.stdout)[0]["dialogues"] == 834 - 12
+
+
+@needs_reccon
+def test_pairs_print_the_released_row_ids():
+    lines = run("pairs", RECCON / "dailydialog_valid.json").stdout.splitlines()
+    printed = [(row, json.loads(line)["label"]) for line in lines for row in json.loads(line)["row_ids"]]
+    with (RECCON / "fold1_valid_ids.csv").open(newline="", encoding="utf-8") as file:
+        released = {(row["id"], int(row["labels"])) for row in csv.DictReader(file)}
+    assert len(printed) == len(released)
+    assert set(printed) == released
+
+
+def test_stats_of_the_sample_have_the_contract_keys():
+    counted = json.loads(run("stats", bundled_sample("test"), "--json").stdout)
+    keys = {
+        "file",
+        "dialogues",
+        "utterances",
+        "positive_rows",
+        "negative_rows",
+        "pairs_all",
+        "emotions",
+        "faults",
+    }
+    assert keys <= set(counted[0])
+    assert sum(counted[0]["emotions"].values()) == counted[0]["utterances"]
+    assert "Table 2" in run("stats", bundled_sample("test")).stdout
+
+
+def test_stats_map_fine_labels_to_coarse_ones(write):
+    coarse = json.loads(run("stats", bundled_sample("test"), "--coarse", "--json").stdout)[0]["emotions"]
+    assert {"gratitude", "worry", "others"}.isdisjoint(coarse)
+    assert "fear" in coarse
+    table = write({"worry": "sadness"}, "table.json")
+    overridden = json.loads(run("stats", bundled_sample("test"), "--table", table, "--json").stdout)[0][
+        "emotions"
+    ]
+    assert "fear" not in overridden
+    assert overridden["sadness"] == coarse["sadness"] + coarse["fear"]
+
+
+def test_stats_refuse_a_label_outside_the_set(write, valid_document):
+    path = write(valid_document)
+    run("stats", path, "--labels", "any")
+    result = run("verify", path, "--labels", "coarse", refused=True)
+    assert "'gratitude'" in str(result.exception)
+
+
+def test_stats_count_the_sound_part_and_refuse(write, valid_document):
+    valid_document["tr_2"][0][0]["emotion"] = "bliss"
+    valid_document["tr_2"][0][1]["turn"] = 7
+    result = run("stats", write(valid_document), "--json", refused=True)
+    counted = json.loads(result.stdout)[0]
+    assert (counted["dialogues"], counted["faults"]) == (1, 2)
+    assert "tr_2, turn 1, field emotion: found 'bliss'" in str(result.exception)
+
+
+def test_drop_cross_split_needs_two_files():
+    assert (
+        CliRunner().invoke(app, ["stats", str(bundled_sample("train")), "--drop-cross-split"]).exit_code == 2
+    )
+
+
+def test_dropping_keeps_what_stands_in_one_split(write, valid_document):
+    train = write(valid_document, "train.json")
+    test = write({"te_1": valid_document["tr_1"]}, "test.json")
+    result = run("stats", train, test, "--drop-cross-split", "--json")
+    assert [file["dialogues"] for file in json.loads(result.stdout)] == [1, 1]
+    assert "tr_1: the same text as te_1" in result.stderr
+
+
+def test_pairs_of_the_worked_file(write, valid_document):
+    path = write(valid_document)
+    lines = [json.loads(line) for line in run("pairs", path).stdout.splitlines()]
+    assert list(lines[0]) == ["id", "dialogue_id", "target", "candidate", "label", "spans", "row_ids"]
+    assert lines[1] == {
+        "id": "tr_1/2/1",
+        "dialogue_id": "tr_1",
+        "target": 2,
+        "candidate": 1,
+        "label": 1,
+        "spans": ["We won", "game"],
+        "row_ids": [
+            "dailydialog_tr_1_utt_2_true_cause_utt_1_span_1",
+            "dailydialog_tr_1_utt_2_true_cause_utt_1_span_2",
+        ],
+    }
+    everything = [json.loads(line) for line in run("pairs", path, "--universe", "all").stdout.splitlines()]
+    assert len(everything) == 15 + 6
+    assert "row_ids" not in everything[0]
+    assert '"dialogue_id": "tr_1"' in run("pairs", path, "--part", "iemocap").stdout
+    assert "iemocap_tr_1_utt" in run("pairs", path, "--part", "iemocap").stdout
+
+
+def test_verify_lists_every_fault(write, valid_document):
+    valid_document["tr_1"][0][0]["emotion"] = "bliss"
+    valid_document["tr_1"][0][1]["expanded emotion cause span"][0] = "not there"
+    del valid_document["tr_2"][0][2]["speaker"]
+    path = write(valid_document)
+    result = run("verify", path, refused=True)
+    assert len([line for line in result.stdout.splitlines() if not line.startswith("warning")]) == 3
+    assert "3 faults in 1 of 1 files" in str(result.exception)
+    faults = json.loads(run("verify", path, "--json", refused=True).stdout)
+    assert [(f["file"], f["dialogue"], f["turn"], f["field"]) for f in faults] == [
+        (str(path), "tr_1", 1, "emotion"),
+        (str(path), "tr_1", 2, "expanded emotion cause span"),
+        (str(path), "tr_2", 3, "speaker"),
+    ]
+
+
+def test_verify_passes_the_sample():
+    files = [bundled_sample(split) for split in ("train", "valid", "test")]
+    assert run("verify", *files).stdout.count(": valid, ") == 3
+    run("verify", bundled_sample("unlabelled"), "--unlabelled")
+    run("verify", bundled_sample("unlabelled"), refused=True)
+
+
+def test_a_missing_file_is_refused_in_one_line(tmp_path):
+    for command in ("verify", "stats", "pairs"):
+        assert "nowhere.json" in str(run(command, tmp_path / "nowhere.json", refused=True).exception)
+
+
+def test_commands_start_without_heavy_imports():
+    code = (
+        "import sys, kdecs.corpus.commands, kdecs.evaluation.commands, kdecs.evaluation.metrics;"
+        "heavy = {'torch', 'transformers', 'scipy', 'matplotlib', 'ray', 'mlflow', 'pyarrow'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

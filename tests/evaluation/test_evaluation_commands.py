@@ -1,0 +1,123 @@
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kdecs.corpus.reading import bundled_sample
+from kdecs.errors import CorpusError, KdecsError, PredictionError
+from kdecs.evaluation.commands import compare, evaluate
+
+app = typer.Typer()
+app.command("evaluate")(evaluate)
+app.command("compare")(compare)
+
+TEST = bundled_sample("test")
+UTTERANCE = {"utterance_positive_f1", "utterance_negative_f1", "utterance_macro_f1"}
+ROW = {"exact_match", "positive_f1", "negative_f1", "macro_f1"} | UTTERANCE
+
+
+def run(*arguments: object, refused: type[KdecsError] | None = None):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if refused:
+        assert isinstance(result.exception, refused), (result.output, result.exception)
+        assert "\n" not in str(result.exception)
+    else:
+        assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def scores_of(predictions: Path, *options: str) -> dict:
+    return json.loads(
+        run("evaluate", "--corpus", TEST, "--predictions", predictions, "--json", *options).stdout
+    )
+
+
+def test_evaluate_prints_the_contract_keys(sample_predictions):
+    scores = scores_of(sample_predictions["near"])
+    counts = {"universe", "num_positive", "num_negative", "missing", "baselines"}
+    assert {"emotion_accuracy"} | ROW | {f"strict_{key}" for key in ROW} | counts <= set(scores)
+    assert set(scores["baselines"]) == {"all negative", "j = i", "j >= i-1", "majority emotion"}
+    assert all(set(rule) >= UTTERANCE for rule in scores["baselines"].values())
+    assert scores["universe"] == "fold1"
+    assert scores["missing"] == 0
+    # Unrounded: a mean over this many rows does not end after two digits.
+    assert scores["positive_f1"] != round(scores["positive_f1"], 4)
+    assert scores["utterance_positive_f1"] == scores["baselines"]["j >= i-1"]["utterance_positive_f1"]
+
+
+def test_evaluate_in_the_other_universe_counts_what_is_missing(sample_predictions):
+    fold1, everything = (scores_of(sample_predictions["near"], "--universe", u) for u in ("fold1", "all"))
+    assert everything["num_positive"] == fold1["num_positive"]
+    assert everything["num_negative"] > fold1["num_negative"]
+    # Pairs of targets without causes were not predicted: all of them negative rows.
+    assert everything["missing"] == everything["num_negative"] - fold1["num_negative"]
+
+
+@pytest.mark.parametrize("protocol", ["reccon", "reccon-released", "squad"])
+def test_evaluate_names_its_protocol(sample_predictions, protocol):
+    assert scores_of(sample_predictions["near"], "--protocol", protocol)["protocol"] == protocol
+
+
+def test_evaluate_details(sample_predictions):
+    scores = scores_of(sample_predictions["majority"], "--details", "--intervals", "--samples", "200")
+    assert scores["emotion_accuracy"] == scores["emotions"]["accuracy"]
+    assert sum(scores["emotions"]["count"].values()) == scores["num_utterances"]
+    assert set(scores["breakdowns"]) == {"distance", "emotion", "utterance_length"}
+    for groups in scores["breakdowns"].values():
+        assert sum(group["num_positive"] for group in groups.values()) == scores["num_positive"]
+        assert sum(group["num_negative"] for group in groups.values()) == scores["num_negative"]
+    low, high = scores["intervals"]["emotion_accuracy"]
+    assert low < scores["emotion_accuracy"] < high
+
+
+def test_evaluate_prints_tables(sample_predictions):
+    shown = run(
+        "evaluate",
+        "--corpus",
+        TEST,
+        "--predictions",
+        sample_predictions["majority"],
+        "--details",
+        "--intervals",
+    ).stdout
+    for words in ("universe fold1", "90 positive and 231 negative rows", "Confusions", "Scores by distance"):
+        assert words in shown
+
+
+def test_evaluate_maps_both_sides_to_coarse_labels(tmp_path):
+    first = json.loads(Path(TEST).read_text())
+    dialogue_id, nested = next(iter(first.items()))
+    lines = [
+        {"dialogue_id": dialogue_id, "target": u["turn"], "candidate": u["turn"], "emotion": "happiness"}
+        | {"is_cause": False, "span": ""}
+        for u in nested[0]
+    ]
+    path = tmp_path / "happy.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert scores_of(path, "--coarse")["emotion_accuracy"] > scores_of(path)["emotion_accuracy"]
+
+
+def test_compare_reports_difference_interval_and_p(sample_predictions):
+    arguments = ("compare", sample_predictions["near"], sample_predictions["self"], "--corpus", TEST)
+    compared = json.loads(run(*arguments, "--samples", "300", "--json").stdout)
+    found = compared["utterance_positive_f1"]
+    assert found["difference"] == pytest.approx(found["a"] - found["b"])
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert 0 < found["p"] <= 1
+    same = json.loads(
+        run(*arguments[:2], *arguments[1:2], *arguments[3:], "--samples", "300", "--json").stdout
+    )
+    assert same["macro_f1"]["difference"] == 0
+    assert same["macro_f1"]["p"] == 1
+    assert "A minus B" in run(*arguments, "--samples", "300").stdout
+
+
+def test_refusals_are_one_line(sample_predictions, tmp_path):
+    near = sample_predictions["near"]
+    run("evaluate", "--corpus", tmp_path / "no.json", "--predictions", near, refused=CorpusError)
+    run("evaluate", "--corpus", TEST, "--predictions", tmp_path / "no.jsonl", refused=PredictionError)
+    run("evaluate", "--corpus", bundled_sample("train"), "--predictions", near, refused=PredictionError)
+    run("compare", near, tmp_path / "no.jsonl", "--corpus", TEST, refused=PredictionError)
+    assert CliRunner().invoke(app, ["evaluate", "--corpus", str(TEST)]).exit_code == 2
