@@ -16,6 +16,9 @@ class StudentModel(Config):
         default="position", description="position: Eq. 8-9 as written; pointer: a query against each token"
     )
     max_prompt_tokens: int = Field(default=512, ge=32)
+    stand_ins: dict[str, str] = Field(
+        default_factory=dict, description="emotion -> single-token word, where the emotion's own word splits"
+    )
 
 
 class Distillation(Config):

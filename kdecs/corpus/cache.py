@@ -1,0 +1,245 @@
+"""The tokenised cache of one corpus file: built once a node, memory-mapped, shared by all trials.
+
+An artifact directory of kind corpus-cache, `<cache>/corpus-<key>/`, its key made of the file's content, the
+tokenizer, the template's version and the maximum length. `pairs.arrow` is one uncompressed Arrow IPC file; its
+rows are the pairs of the universe fold1+neutral, by dialogue, target, candidate:
+
+    pair_id, pair_hash     string (kdecs.corpus.pairs)
+    dialogue, target, candidate   int32; `dialogue` is the index in the file
+    emotion                int32, index into the manifest's details["emotions"]
+    is_cause               int32, 0 or 1
+    token_ids              list<int32>
+    emotion_mask, connective_mask, start_mask, end_mask, candidate_first   int32, positions in token_ids
+    span_start, span_end   int32, 1-based within u_j's copy; 0 none, -1 truncated away
+    candidate_offsets      list<int32>: start, end, start, end, … characters in u_j's text, two a token
+
+A mapped column costs no memory of its own: every process shares the pages of the file.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kdecs.artifact import (
+    atomic_path,
+    check_sizes,
+    file_lock,
+    is_complete,
+    read_manifest,
+    sha256_of_file,
+    verify_artifact,
+    write_manifest,
+)
+from kdecs.corpus.encoding import EncodedPair, PairEncoder
+from kdecs.corpus.pairs import Pair, pairs_of
+from kdecs.corpus.reading import read_corpus
+from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
+from kdecs.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+
+CACHE_VERSION = 1
+_FILE = "pairs.arrow"
+_ROWS_A_BATCH = 16_384
+_ENCODED_AT_ONCE = 256
+_INTEGERS = (
+    "dialogue",
+    "target",
+    "candidate",
+    "emotion",
+    "is_cause",
+    "emotion_mask",
+    "connective_mask",
+    "start_mask",
+    "end_mask",
+    "candidate_first",
+    "span_start",
+    "span_end",
+)
+_LISTS = ("token_ids", "candidate_offsets")
+_TEXTS = ("pair_id", "pair_hash")
+_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in _TEXTS]
+    + [(name, pa.int32()) for name in _INTEGERS]
+    + [(name, pa.list_(pa.int32())) for name in _LISTS]
+)
+
+
+class CorpusCache:
+    """The rows of a cache file. Integer columns are arrays (P,) of int32; lists are read row by row."""
+
+    def __init__(self, directory: Path, *, emotions: Sequence[str]) -> None:
+        self.directory = directory
+        self.emotions = tuple(emotions)
+        self._map = pa.memory_map(str(directory / _FILE), "r")
+        reader = pa.ipc.open_file(self._map)
+        if reader.schema != _SCHEMA:
+            raise ArtifactError(
+                f"{directory / _FILE}: its columns are not those of this version; remove {directory}"
+            )
+        batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._batches = batches
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._integers = {name: _joined([b.column(name).to_numpy() for b in batches]) for name in _INTEGERS}
+        self._lists = {name: [_list_views(batch.column(name)) for batch in batches] for name in _LISTS}
+        self.num_tokens = self._list_lengths("token_ids")
+        self.num_candidate_tokens = self._list_lengths("candidate_offsets") // 2
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str) -> npt.NDArray[np.int32]:
+        """An integer column (P,), read-only."""
+        return self._integers[name]
+
+    def list_at(self, name: str, row: int) -> npt.NDArray[np.int32]:
+        """One row of a list column, a view into the mapped file."""
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        offsets, values = self._lists[name][batch]
+        local = row - int(self._starts[batch])
+        return values[offsets[local] : offsets[local + 1]]
+
+    def offsets_at(self, row: int) -> npt.NDArray[np.int32]:
+        """Characters [start, end) in u_j's text of each token of its copy: (M, 2)."""
+        return self.list_at("candidate_offsets", row).reshape(-1, 2)
+
+    def _list_lengths(self, name: str) -> npt.NDArray[np.int32]:
+        return _joined([np.diff(offsets) for offsets, _ in self._lists[name]])
+
+    def identities(self, rows: Iterable[int]) -> tuple[list[str], list[str]]:
+        """Pair ids and pair hashes of the rows."""
+        ids, hashes = [], []
+        for row in rows:
+            batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+            local = int(row - self._starts[batch])
+            ids.append(self._batches[batch].column("pair_id")[local].as_py())
+            hashes.append(self._batches[batch].column("pair_hash")[local].as_py())
+        return ids, hashes
+
+
+def open_cache(corpus_file: Path, encoder: PairEncoder, cache: Path) -> CorpusCache:
+    """The tokenised cache of a corpus file, built first where it is missing (one process builds, others wait).
+
+    Raises CorpusError for a faulty corpus, ModelError where the template does not fit the maximum length.
+    """
+    key = cache_key(corpus_file, encoder)
+    directory = cache / f"corpus-{key[:16]}"
+    with file_lock(cache / f".corpus-{key[:16]}.lock"):
+        if not is_complete(directory, "corpus-cache", key):
+            _build(corpus_file, encoder, directory, key)
+    manifest = read_manifest(directory, "corpus-cache")
+    check_sizes(directory, manifest)
+    return CorpusCache(directory, emotions=manifest.details["emotions"])
+
+
+def cache_key(corpus_file: Path, encoder: PairEncoder) -> str:
+    """Hex sha256 over corpus content, tokenizer, template version, maximum length and format version."""
+    parts = (sha256_of_file(corpus_file), encoder.fingerprint, str(CACHE_VERSION))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def ordered_emotions(labels: Iterable[str]) -> tuple[str, ...]:
+    """Distinct labels in canonical order: neutral, the coarse ones, the fine ones, any other by name."""
+    canonical = list(dict.fromkeys((NEUTRAL, *COARSE_EMOTIONS, *FINE_EMOTIONS)))
+    rank = {label: index for index, label in enumerate(canonical)}
+    return tuple(sorted(set(labels), key=lambda label: (rank.get(label, len(rank)), label)))
+
+
+def _build(corpus_file: Path, encoder: PairEncoder, directory: Path, key: str) -> None:
+    corpus = read_corpus(corpus_file)
+    emotions = ordered_emotions(u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion)
+    indexed = (
+        (index, pair) for index, d in enumerate(corpus.dialogues) for pair in pairs_of(d, "fold1+neutral")
+    )
+    num_pairs = num_truncated = 0
+    with (
+        atomic_path(directory / _FILE) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, _SCHEMA) as writer,
+    ):
+        for rows in _chunks(_encoded_rows(indexed, encoder, emotions), _ROWS_A_BATCH):
+            num_pairs += len(rows)
+            num_truncated += sum(row.pop("num_truncated") > 0 for row in rows)
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+    if num_truncated:
+        logger.warning(
+            "%s: %d of %d prompts exceed %d tokens without any history: ends of utterances were cut",
+            corpus_file,
+            num_truncated,
+            num_pairs,
+            encoder.max_tokens,
+        )
+    write_manifest(
+        directory,
+        "corpus-cache",
+        config_hash=key,
+        inputs={"corpus": sha256_of_file(corpus_file)},
+        files=[_FILE],
+        rows={_FILE: num_pairs},
+        details={"emotions": emotions, "num_truncated": num_truncated},
+    )
+    if faults := verify_artifact(directory):
+        raise ArtifactError(f"{faults[0]}; check the disk and run the same command again")
+
+
+def _encoded_rows(
+    indexed: Iterable[tuple[int, Pair]], encoder: PairEncoder, emotions: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    emotion_index = {label: index for index, label in enumerate(emotions)}
+    for chunk in _chunks(indexed, _ENCODED_AT_ONCE):
+        hashes: dict[tuple[int, int], str] = {}
+        for (dialogue, pair), encoded in zip(chunk, encoder.encode([pair for _, pair in chunk]), strict=True):
+            target = (dialogue, pair.target)
+            if target not in hashes:
+                hashes[target] = pair.hash
+            yield _row(dialogue, pair, encoded, emotion_index) | {"pair_hash": hashes[target]}
+
+
+def _row(dialogue: int, pair: Pair, encoded: EncodedPair, emotion_index: dict[str, int]) -> dict[str, Any]:
+    assert pair.emotion is not None  # fold1+neutral holds labelled targets only
+    return {
+        "pair_id": pair.id,
+        "dialogue": dialogue,
+        "target": pair.target,
+        "candidate": pair.candidate,
+        "emotion": emotion_index[pair.emotion],
+        "is_cause": int(pair.is_cause),
+        "token_ids": encoded.token_ids,
+        "emotion_mask": encoded.emotion_mask,
+        "connective_mask": encoded.connective_mask,
+        "start_mask": encoded.start_mask,
+        "end_mask": encoded.end_mask,
+        "candidate_first": encoded.candidate_first,
+        "span_start": encoded.span_start,
+        "span_end": encoded.span_end,
+        "candidate_offsets": [place for offset in encoded.candidate_offsets for place in offset],
+        "num_truncated": encoded.num_truncated,
+    }
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _joined(parts: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    """One array of all batches: the mapped one where there is a single batch, else a copy."""
+    if not parts:
+        return np.empty(0, dtype=np.int32)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _list_views(column: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    return column.offsets.to_numpy(), column.values.to_numpy()

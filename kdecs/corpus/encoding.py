@@ -1,0 +1,192 @@
+"""A pair as the student reads it: token ids, places of the four masks, tokens of u_j's copy, gold span.
+
+Whole prompts are tokenised; every place is found by its character offset in the prompt.
+Over-long prompts lose their oldest history tokens, then the end of u_i, then the end of u_j.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdecs.corpus.pairs import Pair
+from kdecs.corpus.prompts import PROMPT_VERSION, StudentPrompt, kept_tokens, student_prompt
+from kdecs.errors import ModelError
+
+NO_SPAN = 0
+UNKNOWN_SPAN = -1
+"""The gold span lies in a part of u_j that was truncated: no span loss for this pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """One prompt in tokens. All positions are indices into `token_ids`.
+
+    `candidate_first` is the first token of u_j's copy and `candidate_offsets` the characters [start, end) in
+    u_j's text of each of its M tokens. `span_start`, `span_end`: the longest gold span's first and last token,
+    1-based within the copy; 0 no span, -1 truncated away. `num_truncated`: tokens lost beyond the history.
+    """
+
+    token_ids: list[int]
+    emotion_mask: int
+    connective_mask: int
+    start_mask: int
+    end_mask: int
+    candidate_first: int
+    candidate_offsets: list[tuple[int, int]]
+    span_start: int
+    span_end: int
+    num_truncated: int
+
+
+class PairEncoder:
+    """Encodes pairs for one tokenizer and one maximum length.
+
+    `tokenizer` is a fast Transformers tokenizer with a mask token. Raises ModelError otherwise.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"tokenizer {name}: not a fast tokenizer, expected one that gives character offsets"
+            )
+        if tokenizer.mask_token is None:
+            raise ModelError(f"tokenizer {name}: it has no mask token, expected a masked language model's")
+        self.max_tokens = max_tokens
+        self._mask: str = tokenizer.mask_token
+        self._separator: str = tokenizer.sep_token or "\n"
+        # A copy: the tokenizer handed in keeps its own truncation and padding.
+        self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 over all that changes an encoding: tokenizer, template, maximum length."""
+        parts = (
+            self._backend.to_str(),
+            self._mask,
+            self._separator,
+            str(self.max_tokens),
+            str(PROMPT_VERSION),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedPair]:
+        """The encoded pairs, in order. Raises ModelError where even the bare template is too long."""
+        prompts = [
+            student_prompt(p.dialogue, p.target, p.candidate, mask=self._mask, separator=self._separator)
+            for p in pairs
+        ]
+        encodings = self._backend.encode_batch([prompt.text for prompt in prompts])
+        for pair, prompt, encoding in zip(pairs, prompts, encodings, strict=True):
+            yield self._encoded(pair, prompt, encoding)
+
+    def _encoded(self, pair: Pair, prompt: StudentPrompt, encoding: Any) -> EncodedPair:
+        ids: list[int] = encoding.ids
+        masks = [
+            encoding.char_to_token(place)
+            for place in (prompt.emotion_mask, prompt.connective_mask, prompt.start_mask, prompt.end_mask)
+        ]
+        first, last = _token_range(encoding, prompt.text, prompt.candidate_range)
+        offsets = _offsets_within(encoding, prompt.text, first, last, prompt.candidate_range)
+        removed, num_truncated = self._removed(pair, prompt, encoding, first)
+        if num_truncated:
+            offsets = [o for token, o in enumerate(offsets, start=first) if token not in removed]
+        if removed:
+            ids = [token for index, token in enumerate(ids) if index not in removed]
+        shift = _Shift(removed)
+        start, end = _span_tokens(pair, offsets)
+        return EncodedPair(
+            token_ids=ids,
+            emotion_mask=shift(masks[0]),
+            connective_mask=shift(masks[1]),
+            start_mask=shift(masks[2]),
+            end_mask=shift(masks[3]),
+            candidate_first=shift(first),
+            candidate_offsets=offsets,
+            span_start=start,
+            span_end=end,
+            num_truncated=num_truncated,
+        )
+
+    def _removed(self, pair: Pair, prompt: StudentPrompt, encoding: Any, first: int) -> tuple[set[int], int]:
+        """Indices of the tokens to drop, and how many of them are not history."""
+        num_tokens = len(encoding.ids)
+        if num_tokens <= self.max_tokens:
+            return set(), 0
+        offsets = encoding.offsets
+        kept = kept_tokens(offsets, prompt, self.max_tokens)
+        removed = set(range(num_tokens)).difference(kept)
+        if len(kept) > self.max_tokens or first in removed:
+            raise ModelError(
+                f"pair {pair.id}: {num_tokens} tokens, and {self.max_tokens} do not hold even the template "
+                "with its speakers; raise max_prompt_tokens or shorten the speakers' names"
+            )
+        return removed, sum(offsets[token][0] >= prompt.history_end for token in removed)
+
+
+class _Shift:
+    """Where a kept token stands once others were dropped."""
+
+    def __init__(self, removed: set[int]) -> None:
+        self._removed = sorted(removed)
+
+    def __call__(self, token: int) -> int:
+        return token - sum(index < token for index in self._removed)
+
+
+def _token_range(encoding: Any, text: str, characters: tuple[int, int]) -> tuple[int, int]:
+    """First and last token of a character range that holds at least one visible character."""
+    start, end = characters
+    first = last = None
+    for place in range(start, end):
+        if (first := encoding.char_to_token(place)) is not None:
+            break
+    for place in range(end - 1, start - 1, -1):
+        if (last := encoding.char_to_token(place)) is not None:
+            break
+    if first is None or last is None:
+        raise ModelError(
+            f"the tokenizer gives no token for the text {text[start:end]!r}, expected at least one"
+        )
+    # One character can be several tokens (an emoji in bytes); char_to_token names the first of them.
+    while last + 1 < len(encoding.ids) and _starts_before(encoding, last + 1, end):
+        last += 1
+    return first, last
+
+
+def _starts_before(encoding: Any, token: int, end: int) -> bool:
+    characters = encoding.token_to_chars(token)
+    return characters is not None and characters[0] < end and characters[1] <= end
+
+
+def _offsets_within(
+    encoding: Any, text: str, first: int, last: int, candidate_range: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Characters of tokens first … last, relative to u_j's text, without white space at either end."""
+    begin, finish = candidate_range
+    offsets = []
+    for token in range(first, last + 1):
+        start, end = encoding.token_to_chars(token)
+        start, end = max(start, begin), min(end, finish)
+        while start < end and text[start].isspace():
+            start += 1
+        while end > start and text[end - 1].isspace():
+            end -= 1
+        offsets.append((start - begin, end - begin))
+    return offsets
+
+
+def _span_tokens(pair: Pair, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The longest gold span as 1-based first and last token of u_j's copy."""
+    if not pair.is_cause:
+        return NO_SPAN, NO_SPAN
+    span = max(pair.spans, key=len).strip()
+    start = pair.dialogue.utterances[pair.candidate - 1].text.find(span)
+    end = start + len(span)
+    inside = [k for k, (left, right) in enumerate(offsets, start=1) if left < end and right > start]
+    if not inside or start < 0:
+        return UNKNOWN_SPAN, UNKNOWN_SPAN
+    return inside[0], inside[-1]

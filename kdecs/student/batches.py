@@ -1,0 +1,141 @@
+"""Which pairs form a step, and their tensors. Same seed and epoch: same batches, on any number of ranks.
+
+Legend: B prompts, T tokens, M tokens of u_j's copy, A answer words.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdecs.corpus.cache import CorpusCache
+from kdecs.corpus.encoding import EncodedPair
+from kdecs.student.model import Batch
+
+Ints = npt.NDArray[np.integer[Any]]
+_MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
+_PAD_MULTIPLE = 8
+
+
+class Targets(NamedTuple):
+    """What a batch is trained towards, int64 (B,) unless said; -1: unknown, left out of that loss."""
+
+    emotion_B: Tensor
+    is_cause_B: Tensor
+    start_B: Tensor
+    end_B: Tensor
+    weights_B: Tensor  # float32; 0 for a row that only pads a rank's share
+    teacher_BA: Tensor | None  # float32 raw logits
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same targets on a device; copies do not wait for each other."""
+        return Targets(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+def epoch_batches(
+    num_tokens_P: Ints, rows: Ints, *, batch_size: int, bucket_batches: int, seed: int, epoch: int
+) -> list[Ints]:
+    """Every row once, in batches of like length: shuffled, cut in buckets, sorted within, batches shuffled."""
+    generator = np.random.default_rng([seed, epoch])
+    shuffled = generator.permutation(rows)
+    batches: list[Ints] = []
+    bucket_size = batch_size * bucket_batches
+    for start in range(0, len(shuffled), bucket_size):
+        bucket = shuffled[start : start + bucket_size]
+        bucket = bucket[np.argsort(num_tokens_P[bucket], kind="stable")]
+        batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
+    order = generator.permutation(len(batches))
+    return [batches[index] for index in order]
+
+
+def batches_of_tokens(num_tokens_P: Ints, rows: Ints, max_tokens: int) -> list[Ints]:
+    """Rows by length in batches of at most `max_tokens` padded tokens (a longer prompt stands alone)."""
+    ordered = rows[np.argsort(num_tokens_P[rows], kind="stable")]
+    batches: list[Ints] = []
+    start = 0
+    for end in range(1, len(ordered) + 1):
+        is_last = end == len(ordered)
+        if is_last or (end - start + 1) * _padded(int(num_tokens_P[ordered[end]])) > max_tokens:
+            batches.append(ordered[start:end])
+            start = end
+    return batches
+
+
+def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """A rank's rows of a global batch and their weights; padded with weight 0 to the largest share."""
+    share = rows[rank::world_size]
+    missing = -(-len(rows) // world_size) - len(share)
+    weights = np.ones(len(share) + missing, dtype=np.float32)
+    if missing:
+        share = np.concatenate([share, rows[:missing]])
+        weights[-missing:] = 0
+    return share, weights
+
+
+def cached_batch(cache: CorpusCache, rows: Ints, pad_id: int) -> Batch:
+    """The prompts of the rows, gathered from the mapped cache."""
+    masks_B4 = np.stack([cache.column(name)[rows] for name in _MASK_COLUMNS], axis=1)
+    return padded_batch(
+        [cache.list_at("token_ids", int(row)) for row in rows],
+        masks_B4,
+        cache.column("candidate_first")[rows],
+        cache.num_candidate_tokens[rows],
+        pad_id,
+    )
+
+
+def encoded_batch(encoded: Sequence[EncodedPair], pad_id: int) -> Batch:
+    """The prompts of freshly encoded pairs."""
+    return padded_batch(
+        [np.asarray(pair.token_ids) for pair in encoded],
+        np.array([(p.emotion_mask, p.connective_mask, p.start_mask, p.end_mask) for p in encoded]),
+        np.array([pair.candidate_first for pair in encoded]),
+        np.array([len(pair.candidate_offsets) for pair in encoded]),
+        pad_id,
+    )
+
+
+def padded_batch(
+    prompts: Sequence[Ints], masks_B4: Ints, first_B: Ints, length_B: Ints, pad_id: int
+) -> Batch:
+    """Prompts padded on the right to the longest, rounded up to a multiple of 8 tokens."""
+    lengths_B = np.array([len(prompt) for prompt in prompts])
+    width = _padded(int(lengths_B.max()))
+    token_ids_BT = np.full((len(prompts), width), pad_id, dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        token_ids_BT[row, : len(prompt)] = prompt
+    places_M = np.arange(int(length_B.max()))
+    candidate_mask_BM = places_M < length_B[:, None]
+    candidate_BM = np.where(candidate_mask_BM, first_B[:, None] + places_M, 0)
+    return Batch(
+        token_ids_BT=torch.from_numpy(token_ids_BT),
+        attention_BT=torch.from_numpy((np.arange(width) < lengths_B[:, None]).astype(np.int64)),
+        masks_B4=torch.from_numpy(masks_B4.astype(np.int64)),
+        candidate_BM=torch.from_numpy(candidate_BM.astype(np.int64)),
+        candidate_mask_BM=torch.from_numpy(candidate_mask_BM),
+    )
+
+
+def gold_targets(
+    cache: CorpusCache,
+    rows: Ints,
+    weights_B: npt.NDArray[np.float32],
+    emotion_labels: Ints,
+    teacher_BA: npt.NDArray[np.float32] | None,
+) -> Targets:
+    """Targets of the rows; `emotion_labels` takes the cache's emotion index to the student's (-1: unknown to it)."""
+    return Targets(
+        emotion_B=torch.from_numpy(emotion_labels[cache.column("emotion")[rows]].astype(np.int64)),
+        is_cause_B=torch.from_numpy(cache.column("is_cause")[rows].astype(np.int64)),
+        start_B=torch.from_numpy(cache.column("span_start")[rows].astype(np.int64)),
+        end_B=torch.from_numpy(cache.column("span_end")[rows].astype(np.int64)),
+        weights_B=torch.from_numpy(weights_B),
+        teacher_BA=None if teacher_BA is None else torch.from_numpy(teacher_BA),
+    )
+
+
+def _padded(length: int) -> int:
+    return -(-length // _PAD_MULTIPLE) * _PAD_MULTIPLE

@@ -1,0 +1,245 @@
+"""The student (Eq. 5-9): a masked language model read at its masks, and two span heads.
+
+Legend: B prompts, T tokens, H hidden, E emotions, A connective answer words, M tokens of u_j's copy,
+S = M + 1 span places (0 = no span), L longest prompt.
+
+The head of the language model sees only the states at the two word masks, and only the answer rows of the
+output embedding are multiplied.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
+from kdecs.errors import ModelError
+
+SpanHeadName = Literal["position", "pointer"]
+
+
+class Batch(NamedTuple):
+    """Tensors of B prompts, int64 but for the bool `candidate_mask_BM`; `candidate_BM`: positions of u_j's tokens."""
+
+    token_ids_BT: Tensor
+    attention_BT: Tensor
+    masks_B4: Tensor  # positions of mask_emo, mask_cau, mask_st, mask_ed
+    candidate_BM: Tensor
+    candidate_mask_BM: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; copies do not wait for each other."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class StudentOutput(NamedTuple):
+    """Raw logits; places beyond a prompt's own tokens are -inf in the span logits."""
+
+    emotion_BE: Tensor
+    connective_BA: Tensor
+    start_BS: Tensor
+    end_BS: Tensor
+
+
+@dataclass(frozen=True)
+class AnswerIds:
+    """Token ids of the emotions' and the connectives' answer words."""
+
+    emotions: tuple[int, ...]
+    connectives: tuple[int, ...]
+
+
+class PositionSpanHead(nn.Module):
+    """Eq. 8-9 as written: softmax(h W + b) over the positions of the prompt, W of H × L.
+
+    Restricted to position 0 (no span) and u_j's copy, which is the same as a softmax over these places alone.
+    """
+
+    def __init__(self, hidden_size: int, max_positions: int) -> None:
+        super().__init__()
+        self.start = nn.Linear(hidden_size, max_positions)
+        self.end = nn.Linear(hidden_size, max_positions)
+
+    def forward(
+        self, start_BH: Tensor, end_BH: Tensor, hidden_BTH: Tensor, candidate_BM: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, S) of start and end."""
+        del hidden_BTH
+        places_BS = functional.pad(candidate_BM, (1, 0))
+        return self.start(start_BH).gather(1, places_BS), self.end(end_BH).gather(1, places_BS)
+
+
+class PointerSpanHead(nn.Module):
+    """A learned query of the mask's state against the state of each token of u_j; "no span" has its own logit."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.start = nn.Linear(hidden_size, hidden_size)
+        self.end = nn.Linear(hidden_size, hidden_size)
+        self.no_start = nn.Linear(hidden_size, 1)
+        self.no_end = nn.Linear(hidden_size, 1)
+
+    def forward(
+        self, start_BH: Tensor, end_BH: Tensor, hidden_BTH: Tensor, candidate_BM: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, S) of start and end."""
+        index = candidate_BM.unsqueeze(-1).expand(-1, -1, hidden_BTH.size(-1))
+        tokens_BMH = hidden_BTH.gather(1, index)
+        scale = hidden_BTH.size(-1) ** -0.5
+        start_BM = torch.einsum("bh,bmh->bm", self.start(start_BH), tokens_BMH) * scale
+        end_BM = torch.einsum("bh,bmh->bm", self.end(end_BH), tokens_BMH) * scale
+        return torch.cat((self.no_start(start_BH), start_BM), 1), torch.cat((self.no_end(end_BH), end_BM), 1)
+
+
+class StudentModel(nn.Module):
+    """Any AutoModelForMaskedLM encoder with its head at the masks, and span heads of its own."""
+
+    def __init__(
+        self, language_model: Any, answers: AnswerIds, *, span_head: SpanHeadName, max_prompt_tokens: int
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.num_emotions = len(answers.emotions)
+        hidden_size = language_model.config.hidden_size
+        self.span_head: PositionSpanHead | PointerSpanHead = (
+            PositionSpanHead(hidden_size, max_prompt_tokens)
+            if span_head == "position"
+            else PointerSpanHead(hidden_size)
+        )
+        for name, ids in (("emotion_ids", answers.emotions), ("connective_ids", answers.connectives)):
+            self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
+        self.emotion_ids: Tensor
+        self.connective_ids: Tensor
+        _check_head(language_model)
+
+    def forward(self, batch: Batch) -> StudentOutput:
+        """Logits at the masks for a batch of prompts."""
+        encoder = self.language_model.base_model
+        hidden_BTH = encoder(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT)[0]
+        index = batch.masks_B4.unsqueeze(-1).expand(-1, -1, hidden_BTH.size(-1))
+        masks_B4H = hidden_BTH.gather(1, index)
+        words_B2H = head_states(self.language_model, masks_B4H[:, :2])
+        start_BS, end_BS = self.span_head(masks_B4H[:, 2], masks_B4H[:, 3], hidden_BTH, batch.candidate_BM)
+        absent_BS = functional.pad(~batch.candidate_mask_BM, (1, 0))
+        return StudentOutput(
+            emotion_BE=self._answer_logits(words_B2H[:, 0], self.emotion_ids),
+            connective_BA=self._answer_logits(words_B2H[:, 1], self.connective_ids),
+            start_BS=start_BS.float().masked_fill(absent_BS, -torch.inf),
+            end_BS=end_BS.float().masked_fill(absent_BS, -torch.inf),
+        )
+
+    def _answer_logits(self, states_BH: Tensor, ids_A: Tensor) -> Tensor:
+        decoder = self.language_model.get_output_embeddings()
+        bias_A = None if decoder.bias is None else decoder.bias[ids_A]
+        return functional.linear(states_BH, decoder.weight[ids_A], bias_A)
+
+
+def head_states(language_model: Any, states: Tensor) -> Tensor:
+    """The language model's head up to the output embedding, at the given states (…, H).
+
+    Raises ModelError for an architecture whose head is not known.
+    """
+    if hasattr(language_model, "lm_head") and hasattr(
+        language_model.lm_head, "dense"
+    ):  # RoBERTa, MPNet, XLM-R
+        head = language_model.lm_head
+        return head.layer_norm(functional.gelu(head.dense(states)))
+    if hasattr(language_model, "cls") and hasattr(language_model.cls, "predictions"):  # BERT and its kin
+        return language_model.cls.predictions.transform(states)
+    if hasattr(language_model, "vocab_transform"):  # DistilBERT
+        hidden = language_model.activation(language_model.vocab_transform(states))
+        return language_model.vocab_layer_norm(hidden)
+    if hasattr(language_model, "head") and hasattr(language_model, "decoder"):  # ModernBERT
+        return language_model.head(states)
+    raise ModelError(
+        f"{type(language_model).__name__}: the head of this architecture is not known here; "
+        "choose a RoBERTa, XLM-R, MPNet, BERT, DistilBERT or ModernBERT base"
+    )
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep Transformers from drawing bars for its files: they take milliseconds and tear our own."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def load_tokenizer(reference: str) -> Any:
+    """The base's fast tokenizer. Raises ModelError, one line, where it cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(reference, use_fast=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_not_loaded(reference, "tokenizer", error)) from None
+
+
+def load_language_model(reference: str | Path) -> Any:
+    """The base as a masked language model in float32, from safetensors. Raises ModelError, one line."""
+    try:
+        with without_progress_bars():
+            return AutoModelForMaskedLM.from_pretrained(
+                str(reference), dtype=torch.float32, use_safetensors=True
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_not_loaded(str(reference), "masked language model", error)) from None
+
+
+def student_answer_ids(
+    tokenizer: Any, emotions: Sequence[str], stand_ins: Mapping[str, str] | None = None
+) -> AnswerIds:
+    """Token ids of the answer words where they stand in the student's prompt. Raises ModelError if one splits."""
+    used = {word: stand_in for word, stand_in in (stand_ins or {}).items() if word in emotions}
+    return AnswerIds(
+        emotions=tuple(
+            answer_token_ids(tokenizer, emotions, before="feels ", after=" and says", stand_ins=used)
+        ),
+        connectives=tuple(answer_token_ids(tokenizer, CONNECTIVES, before="so. ", after=" 1 says")),
+    )
+
+
+def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
+    """The smallest of the wanted, the tokenizer's and the model's maximum number of tokens."""
+    limits = [wanted]
+    if 0 < tokenizer.model_max_length < 10**6:  # "no limit" is a huge number
+        limits.append(tokenizer.model_max_length)
+    positions = getattr(language_model.config, "max_position_embeddings", None)
+    if positions:
+        embeddings = getattr(language_model.base_model, "embeddings", None)
+        table = getattr(embeddings, "position_embeddings", None)
+        offset = getattr(table, "padding_idx", None)  # RoBERTa counts positions from padding_idx + 1
+        limits.append(positions - (0 if offset is None else offset + 1))
+    return min(limits)
+
+
+def _check_head(language_model: Any) -> None:
+    """The shortcut through the head must give what the whole model gives; compared on one short input."""
+    ids = torch.arange(8, device=language_model.device).unsqueeze(0) % language_model.config.vocab_size
+    was_training = language_model.training
+    language_model.eval()
+    with torch.no_grad():
+        hidden = language_model.base_model(input_ids=ids)[0]
+        decoder = language_model.get_output_embeddings()
+        found = functional.linear(head_states(language_model, hidden), decoder.weight, decoder.bias)
+        expected = language_model(input_ids=ids).logits
+    language_model.train(was_training)
+    if not torch.allclose(found, expected, atol=1e-4, rtol=1e-4):
+        raise ModelError(
+            f"{type(language_model).__name__}: its head does not compute what is known of this architecture; "
+            "choose a RoBERTa, XLM-R, MPNet, BERT, DistilBERT or ModernBERT base"
+        )
+
+
+def _not_loaded(reference: str, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{reference}: no {what} could be loaded from there ({reason})"

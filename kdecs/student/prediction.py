@@ -1,0 +1,177 @@
+"""The predictor: who feels what, and why, for whole dialogues.
+
+student = Student.from_pretrained("runs/demo/student")
+predictions = student.predict(dialogues)
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdecs.artifact import check_sizes, read_manifest
+from kdecs.corpus.encoding import PairEncoder
+from kdecs.corpus.pairs import Pair, Universe, candidate_pairs, pairs_of
+from kdecs.corpus.schema import Corpus, Dialogue
+from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.student.batches import batches_of_tokens, encoded_batch
+from kdecs.student.inference import score_pairs, span_characters
+from kdecs.student.model import StudentModel
+from kdecs.student.product import StudentCard, load_student
+from kdecs.student.validation import decide, pair_emotions, target_index
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH_TOKENS = 8192
+_PAIRS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class PairPrediction:
+    """A prediction with what stands behind it: the cause score in [0, 1] and the span's characters in u_j's text.
+
+    `span_range` is [start, end), None where the prediction is no cause.
+    """
+
+    prediction: Prediction
+    score: float
+    span_range: tuple[int, int] | None
+
+
+class Student:
+    """A trained student, ready to predict. Thread-safe only if calls do not overlap."""
+
+    def __init__(
+        self, model: StudentModel, tokenizer: Any, card: StudentCard, *, device: torch.device, precision: str
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.card = card
+        self.device = device
+        self.precision = precision
+        self.encoder = PairEncoder(tokenizer, card.max_prompt_tokens)
+        self._pad_id: int = tokenizer.pad_token_id or 0
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: torch.device | str = "cpu", precision: str = "float32"
+    ) -> "Student":
+        """Load a student directory (safetensors and JSON only).
+
+        Raises ArtifactError for a directory that is missing, unfinished, damaged or of another kind, ModelError
+        where its weights or tokenizer cannot be loaded.
+        """
+        directory = Path(directory).expanduser().absolute()
+        check_sizes(directory, read_manifest(directory, "student"))
+        model, tokenizer, card = load_student(directory)
+        return cls(model, tokenizer, card, device=torch.device(device), precision=precision)
+
+    def predict(
+        self,
+        dialogues: Iterable[Dialogue],
+        *,
+        max_distance: int | None = None,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> list[Prediction]:
+        """Predictions for every pair j <= i of the dialogues, labelled or not, in order.
+
+        `max_distance` bounds i - j; `on_batch` is called with the number of pairs done.
+        """
+        pairs = [pair for d in dialogues for pair in candidate_pairs(d, max_distance=max_distance)]
+        return [
+            found.prediction for found in self.detail(pairs, batch_tokens=batch_tokens, on_batch=on_batch)
+        ]
+
+    def predict_pairs(
+        self,
+        corpus: Corpus,
+        *,
+        universe: Universe = "fold1+neutral",
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> dict[PairKey, Prediction]:
+        """Predictions for the pairs of a universe, by (dialogue id, target, candidate): what `evaluate` takes."""
+        pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, universe)]
+        found = self.detail(pairs, batch_tokens=batch_tokens, on_batch=on_batch)
+        return {item.prediction.key: item.prediction for item in found}
+
+    def detail(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> list[PairPrediction]:
+        """Predictions with scores and character ranges, in the order of the pairs.
+
+        The emotion of a target is decided over its pairs among those given. Targets are never split, so memory
+        stays bounded by a few thousand pairs.
+        """
+        found: list[PairPrediction] = []
+        for chunk in _whole_targets(pairs, _PAIRS_AT_ONCE):
+            found += self._detail_chunk(chunk, batch_tokens, on_batch)
+        return found
+
+    def _detail_chunk(
+        self, pairs: list[Pair], batch_tokens: int, on_batch: Callable[[int], object] | None
+    ) -> list[PairPrediction]:
+        encoded = list(self.encoder.encode(pairs))
+        lengths = np.array([len(pair.token_ids) for pair in encoded])
+        batches = (
+            (rows, encoded_batch([encoded[row] for row in rows], self._pad_id))
+            for rows in batches_of_tokens(lengths, np.arange(len(encoded)), batch_tokens)
+        )
+        scores = score_pairs(
+            self.model,
+            batches,
+            len(encoded),
+            device=self.device,
+            precision=self.precision,
+            on_batch=on_batch,
+        )
+        num_cut = sum(pair.num_truncated > 0 for pair in encoded)
+        if num_cut:
+            logger.warning(
+                "%d of %d prompts exceed %d tokens without any history: ends of utterances were cut",
+                num_cut,
+                len(encoded),
+                self.card.max_prompt_tokens,
+            )
+        ranges = [
+            span_characters(_offsets(pair.candidate_offsets), span)
+            for pair, span in zip(encoded, scores.span_P2, strict=True)
+        ]
+        texts = [
+            pair.dialogue.utterances[pair.candidate - 1].text[start:end]
+            for pair, (start, end) in zip(pairs, ranges, strict=True)
+        ]
+        emotions = pair_emotions(scores, target_index(pairs), self.card.emotions)
+        decided = decide(pairs, scores, emotions, texts, self.card.threshold)
+        return [
+            PairPrediction(prediction, float(score), place if prediction.is_cause else None)
+            for prediction, score, place in zip(decided, scores.cause_P, ranges, strict=True)
+        ]
+
+
+def _whole_targets(pairs: Sequence[Pair], size: int) -> Iterable[list[Pair]]:
+    """Chunks of about `size` pairs that split no target (pairs of a target stand together)."""
+    chunk: list[Pair] = []
+    for pair in pairs:
+        if len(chunk) >= size and (chunk[-1].target, chunk[-1].dialogue.id) != (
+            pair.target,
+            pair.dialogue.id,
+        ):
+            yield chunk
+            chunk = []
+        chunk.append(pair)
+    if chunk:
+        yield chunk
+
+
+def _offsets(offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    return np.asarray(offsets, dtype=np.int64)

@@ -1,0 +1,158 @@
+"""A tiny RoBERTa with its own tokenizer, small labelled corpora, and soft labels for them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+
+from kdecs.artifact import write_manifest
+from kdecs.config import parse_config
+from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS
+from kdecs.runtime import Runtime
+from kdecs.soft_labels.format import ShardTable, shard_name, write_shard
+from kdecs.student.config import StudentConfig
+
+torch.set_num_threads(1)
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def byte_level_tokenizer(lines: list[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """RoBERTa's kind of tokenizer in which every answer word is one token with its leading space."""
+    words = sorted({*CONNECTIVES, *COARSE_EMOTIONS, *FINE_EMOTIONS})
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*lines, *[" " + " ".join(words)] * 200], trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    from tokenizers import AddedToken
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+        model_max_length=256,
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Train and valid: the first few dialogues of the bundled sample, short enough for a test."""
+    directory = tmp_path_factory.mktemp("corpus")
+    files = {}
+    for split, count in (("train", 6), ("valid", 3)):
+        raw = json.loads(bundled_sample(split).read_text(encoding="utf-8"))
+        files[split] = directory / f"{split}.json"
+        files[split].write_text(json.dumps({key: [raw[key][0][:6]] for key in list(raw)[:count]}))
+    return files
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer RoBERTa of 32 hidden units."""
+    directory = tmp_path_factory.mktemp("base")
+    texts = [u.text for d in read_corpus(bundled_sample("train")).dialogues for u in d.utterances]
+    tokenizer = byte_level_tokenizer(texts, 900)
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=258,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        type_vocab_size=1,
+    )
+    RobertaForMaskedLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...] = CONNECTIVES) -> Path:
+    """Soft labels of a teacher that is right with some noise: one shard over the splits."""
+    generator = np.random.default_rng(0)
+    directory.mkdir(parents=True)
+    pairs, splits = [], []
+    for split, path in files.items():
+        found = [p for d in read_corpus(path).dialogues for p in pairs_of(d, "fold1+neutral")]
+        pairs += found
+        splits += [split] * len(found)
+    logits = generator.normal(size=(len(pairs), len(words))).astype(np.float32)
+    logits[:, -1] += [-3.0 if pair.is_cause else 3.0 for pair in pairs]
+    table = ShardTable(
+        [p.id for p in pairs], [p.hash for p in pairs], splits, logits, np.full(len(pairs), -1.0, np.float32)
+    )
+    write_shard(directory / shard_name(0), table, words, device="cpu")
+    write_manifest(
+        directory,
+        "soft-labels",
+        config_hash="0" * 64,
+        inputs={"teacher": "1" * 64},
+        files=[shard_name(0)],
+        rows={shard_name(0): len(pairs)},
+        details={"answer_words": list(words), "lineage": {"teacher": "tiny"}},
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def labels(tmp_path_factory: pytest.TempPathFactory, corpus_files: dict[str, Path]) -> Path:
+    return write_labels(tmp_path_factory.mktemp("labels") / "soft", corpus_files)
+
+
+@pytest.fixture(scope="session")
+def node_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+MakeConfig = Callable[..., StudentConfig]
+
+
+@pytest.fixture
+def make_config(
+    tmp_path: Path, base: Path, corpus_files: dict[str, Path], labels: Path, node_cache: Path
+) -> MakeConfig:
+    """A student's config over the tiny base; keywords replace whole groups."""
+
+    def make(output: str = "student", **groups: object) -> StudentConfig:
+        values: dict[str, object] = {
+            "output": str(tmp_path / output),
+            "cache": str(node_cache),
+            "corpus": {name: str(path) for name, path in corpus_files.items()},
+            "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 256},
+            "distillation": {"mode": "kd", "labels": str(labels)},
+            "batches": {"global_batch_pairs": 16},
+            "optimization": {"learning_rate": 1e-3, "epochs": 2},
+        }
+        return parse_config(StudentConfig, {**values, **groups}, source="test")
+
+    return make
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    return Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2] / "../shared/reccon"))
