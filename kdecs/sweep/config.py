@@ -5,20 +5,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed
+from kdecs.run_record import TrackingConfig
 
 
 class Choices(Config):
     """A grid dimension of a search space: every value is tried."""
 
     grid: tuple[Any, ...] = Field(min_length=1)
-
-
-class TrackingConfig(Config):
-    """Where runs are tracked: an MLflow URI (SQLite by default, beside the sweep) and experiment."""
-
-    uri: str | None = Field(default=None, description="null: sqlite:///<output>/../mlflow.db")
-    experiment: str = "kdecs"
-    registered_model: str = "kdecs-student"
 
 
 class SweepConfig(Config):
@@ -31,7 +24,9 @@ class SweepConfig(Config):
     name: Name
     output: OutputPath
     teachers: dict[str, InputPath] = Field(default_factory=dict, description="name -> soft-label directory")
-    student: dict[str, Any]
+    student: dict[str, Any] = Field(
+        description="the student's config; cache defaults to <output>/cache, threads to cpus_per_trial"
+    )
     space: dict[str, Choices] = Field(min_length=1)
     max_concurrent_trials: Annotated[int, Unhashed()] = Field(default=2, ge=1)
     cpus_per_trial: Annotated[float, Unhashed()] = Field(default=1, gt=0)

@@ -1,0 +1,85 @@
+"""What a training leaves on disk for tracking: its record, points, identity. No MLflow here."""
+
+import contextlib
+import json
+import subprocess
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from kdecs import __version__
+from kdecs.artifact import write_text
+from kdecs.config import Config
+from kdecs.errors import ArtifactError
+
+METRICS_NAME = "metrics.jsonl"
+_IDENTITY_NAME = ".run-id"
+
+
+class TrackingConfig(Config):
+    """Where runs are tracked: an MLflow URI (SQLite by default, beside the sweep) and experiment."""
+
+    uri: str | None = Field(
+        default=None, description="null: MLFLOW_TRACKING_URI, else sqlite:///<output>/../mlflow.db"
+    )
+    experiment: str = "kdecs"
+    registered_model: str = "kdecs-student"
+
+
+@dataclass
+class RunRecord:
+    """One run as it is on disk. `identity` tags find it; `points` hold `epoch`, `time` (unix s) and metrics."""
+
+    identity: dict[str, str]
+    name: str
+    parent: str | None = None
+    started: float | None = None
+    finished: float | None = None
+    status: str = "RUNNING"
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    points: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: list[Path] = field(default_factory=list)
+
+
+def directory_identity(directory: Path) -> str:
+    """A random id that stays with an output directory: what is trained anew elsewhere is another run."""
+    path = directory / _IDENTITY_NAME
+    if not path.is_file():
+        write_text(path, uuid.uuid4().hex + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def read_points(path: Path) -> list[dict[str, Any]]:
+    """The points of a `metrics.jsonl`; a last line that is still being written is left for the next read.
+
+    Raises ArtifactError for a line that is no point.
+    """
+    if not path.is_file():
+        return []
+    points = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            point = json.loads(line)
+            float(point["epoch"]), float(point["time"])
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(f"{path}: line {number} is no point with epoch and time; remove it") from None
+        points.append(point)
+    return points
+
+
+def environment_tags() -> dict[str, str]:
+    """Tags that say which code ran: kdecs' version, and the git commit where the package lies in a checkout."""
+    tags = {"kdecs.version": __version__}
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git: the version alone
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            tags["kdecs.git_commit"] = answer.stdout.strip()
+    return tags

@@ -1,0 +1,112 @@
+"""A sweep over the bundled sample with made-up soft labels, a fake trainer, and MLflow's schema made once."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kdecs.artifact import write_manifest
+from kdecs.config import parse_config
+from kdecs.corpus.reading import bundled_sample
+from kdecs.run_record import TrackingConfig
+from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.trial import load_trainer, run_trial
+
+TRAINER = "fake_trainer:train"
+
+
+@pytest.fixture(autouse=True)
+def _trainer_is_importable(monkeypatch):
+    here = str(Path(__file__).parent)
+    root = str(Path(__file__).parents[2])
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, root, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory):
+    """A SQLite database with MLflow's schema; making it takes seconds, copying it nothing."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "template.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path, mlflow_template):
+    """A folder for sweeps with an MLflow database beside them."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    return folder
+
+
+def make_labels(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "shard-00000.parquet").write_bytes(directory.name.encode())
+    write_manifest(
+        directory, "soft-labels", config_hash="0" * 64, inputs={}, files=["shard-00000.parquet"], details={}
+    )
+    return directory
+
+
+@pytest.fixture
+def make_config(runs):
+    """A function that makes a sweep's config: 2 teachers × 2 alphas × 2 seeds unless told otherwise."""
+    labels = {name: str(make_labels(runs / "labels" / name)) for name in ("llama-tiny", "t5-tiny")}
+
+    def make(**changes) -> SweepConfig:
+        values = {
+            "name": "small",
+            "output": str(runs / "sweep"),
+            "teachers": labels,
+            "student": {
+                "corpus": {split: str(bundled_sample(split)) for split in ("train", "valid", "test")},
+                "model": {"base": "roberta-tiny"},
+                "optimization": {"epochs": 3},
+            },
+            "space": {
+                "teacher": {"grid": ["llama-tiny", "t5-tiny"]},
+                "distillation.alpha": {"grid": [0.3, 0.6]},
+                "optimization.seed": {"grid": [0, 1]},
+            },
+            "max_failures": 1,
+            **changes,
+        }
+        return parse_config(SweepConfig, values, source="test")
+
+    return make
+
+
+@pytest.fixture
+def uri(runs):
+    return f"sqlite:///{runs / 'mlflow.db'}"
+
+
+@pytest.fixture
+def tracking(uri):
+    return TrackingConfig(uri=uri)
+
+
+def run_in_process(config, trials, trainer, stop, follow):
+    """A runner without Ray: one trial after the other, a fault of one leaves the others."""
+    stop_file = config.output / ".stop-test"
+    for trial in trials:
+        follow()
+        if stop.requested:
+            stop_file.touch()
+        try:
+            run_trial(
+                trial.directory, trainer=load_trainer(trainer), report=lambda metrics: None, stop_file=stop_file
+            )
+        except Exception as error:
+            print(f"{trial.label}: {error}")
+        follow()
+
+
+@pytest.fixture
+def in_process():
+    return run_in_process
