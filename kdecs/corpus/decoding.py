@@ -5,6 +5,7 @@ judge or as `NotJson`, never as another exception.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,8 @@ class RepeatedKeys(dict[str, Any]):
 
     def repeated(self) -> list[str]:
         """The keys that stand more than once, each once, in order."""
-        keys = [key for key, _ in self.pairs]
-        return [key for key in self if keys.count(key) > 1]
+        counts = Counter(key for key, _ in self.pairs)
+        return [key for key in self if counts[key] > 1]
 
 
 class AbsurdInteger:

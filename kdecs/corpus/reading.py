@@ -96,7 +96,7 @@ def _dialogues(
     try:
         for identifier, utterances in _raw_dialogues(path, checker):
             num_seen += 1
-            dialogue_part = part or corpus_part(path, str(identifier))
+            dialogue_part = part or corpus_part(path, identifier if isinstance(identifier, str) else "")
             dialogue = checker.dialogue(identifier, utterances, dialogue_part)
             if on_dialogue:
                 on_dialogue()

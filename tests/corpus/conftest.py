@@ -63,3 +63,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def valid_document() -> dict[str, Any]:
     return make_valid_document()
+
+
+@pytest.fixture(scope="session", name="make_valid_document")
+def valid_document_maker() -> Callable[[], dict[str, Any]]:
+    return make_valid_document
