@@ -5,6 +5,7 @@ Whole prompts are tokenised at once; a mask is found by its character offset, ne
 so that a mask token typed by a speaker does no harm.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdecs.corpus.schema import Dialogue
@@ -15,10 +16,12 @@ PROMPT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class TeacherPrompt:
-    """Text up to and without the connective; `history_end` is the first character after the history."""
+    """Text up to and without the connective, and the character ranges that may be cut to fit a model."""
 
     text: str
     history_end: int
+    target_range: tuple[int, int]
+    candidate_range: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,18 @@ def teacher_prompt(
     dialogue: Dialogue, target: int, candidate: int, *, emotion: str, separator: str = "\n"
 ) -> TeacherPrompt:
     """Eq. 1 up to the word `is`: the family adds the mask, or reads the next token's logits."""
-    history = history_text(dialogue, target, separator)
     u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
-    text = (
-        f"{history}{target} {u_i.speaker} feels {emotion} and says {u_i.text}. "
-        f"{candidate} {u_j.speaker} says {u_j.text}. "
-        f"The connective word between {target} and {candidate} is"
-    )
-    return TeacherPrompt(text=text, history_end=len(history))
+    writer = _Writer()
+    writer.add(history_text(dialogue, target, separator))
+    history_end = writer.length
+    writer.add(f"{target} {u_i.speaker} feels {emotion} and says ")
+    target_start = writer.add(u_i.text)
+    target_range = (target_start, writer.length)
+    writer.add(f". {candidate} {u_j.speaker} says ")
+    candidate_start = writer.add(u_j.text)
+    candidate_range = (candidate_start, writer.length)
+    writer.add(f". The connective word between {target} and {candidate} is")
+    return TeacherPrompt(writer.text(), history_end, target_range, candidate_range)
 
 
 def student_prompt(
@@ -104,3 +111,23 @@ def student_prompt(
         target_range=target_range,
         candidate_range=candidate_range,
     )
+
+
+def kept_tokens(
+    offsets: Sequence[tuple[int, int]], prompt: TeacherPrompt | StudentPrompt, max_tokens: int
+) -> list[int]:
+    """Indices of the tokens that stay when a prompt is cut to `max_tokens`.
+
+    The oldest history goes first; where none is left, the end of u_i, then the end of u_j (task: over-long prompts).
+    `offsets` are the characters of each token, (0, 0) for special tokens, which always stay.
+    """
+    surplus = len(offsets) - max_tokens
+    if surplus <= 0:
+        return list(range(len(offsets)))
+    inside = [
+        [n for n, (left, right) in enumerate(offsets) if right > left and left >= start and right <= end]
+        for start, end in ((0, prompt.history_end), prompt.target_range, prompt.candidate_range)
+    ]
+    candidates = [*inside[0], *reversed(inside[1]), *reversed(inside[2])]
+    dropped = set(candidates[:surplus])
+    return [n for n in range(len(offsets)) if n not in dropped]

@@ -83,6 +83,10 @@ class TeacherConfig(Config):
     zero: ZeroConfig = ZeroConfig()
     batches: TeacherBatches = TeacherBatches()
     optimization: Optimization = Optimization()
+    train_pairs: Literal["fold1", "fold1+neutral"] = Field(
+        default="fold1+neutral",
+        description="fold1+neutral adds (i, i) of neutral targets, which are exported and so should be known",
+    )
     emotions_shown: Literal["coarse", "fine"] = Field(
         default="coarse", description="coarse maps fine labels to RECCON's in the teacher's prompt"
     )

@@ -1,0 +1,25 @@
+"""Build the one extension that DeepSpeed compiles for CPU ranks, so that no training start has to wait for it."""
+
+import os
+
+from kdecs.entry import run_entry
+from kdecs.errors import DependencyError
+
+
+def main() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    try:
+        ShareMemCommBuilder().load(verbose=False)
+    except (RuntimeError, OSError) as error:
+        last = str(error).strip().splitlines()[-1]
+        raise DependencyError(f"DeepSpeed's CPU helper does not compile ({last}): install g++ and ninja") from None
+
+
+if __name__ == "__main__":
+    run_entry(main)
