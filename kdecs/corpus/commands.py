@@ -177,6 +177,25 @@ def pairs(
             print(json.dumps(record, ensure_ascii=False))
 
 
+@app.command(epilog="Example: kdecs corpus fetch data/reccon && kdecs corpus verify data/reccon/*.json")
+def fetch(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="where the three files go")],
+    mirror: Annotated[
+        str | None, typer.Option(help="URL of a folder with the same files; default: RECCON on GitHub")
+    ] = None,
+) -> None:
+    """Download RECCON's DailyDialog files (for research use: CC BY-NC-SA 4.0); resumes, checks sha256."""
+    from tqdm import tqdm
+
+    from kdecs.corpus.fetching import RECCON_FILES, RECCON_URL
+    from kdecs.corpus.fetching import fetch as fetch_file
+
+    for file in RECCON_FILES:
+        with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
+            is_new = fetch_file(file, directory, base_url=mirror or RECCON_URL, on_bytes=bar.update)
+        print(f"{directory / file.name}: {'fetched' if is_new else 'was there'}, sha256 as pinned")
+
+
 def _variants(normalised: dict[str, int]) -> str:
     found = ", ".join(f"{label} ({count})" for label, count in sorted(normalised.items()))
     return f"; label variants replaced: {found}" if found else ""

@@ -1,0 +1,69 @@
+import builtins
+
+import pytest
+
+from kdecs.corpus.cross_split import duplicates_between, read_training_corpus
+from kdecs.corpus.plots import write_plots
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.statistics import cause_distances, prompt_words, statistics_of
+from kdecs.errors import DependencyError
+
+
+def test_statistics_of_the_worked_file(write, valid_document):
+    counted = statistics_of(read_corpus(write(valid_document)))
+    assert (counted.dialogues, counted.utterances, counted.pairs_all) == (2, 8, 21)
+    # tr_1: targets 1, 2, 4, 5; tr_2: 1 (one cause, one in the future) and 2 (an empty list of evidence).
+    assert (counted.positive_rows, counted.negative_rows) == (1 + 3 + 2 + 1, 0 + 0 + 2 + 5 + 2)
+    assert counted.pairs_of_several_spans == 1
+    assert counted.targets_caused_outside_alone == 1
+    assert list(counted.emotions) == sorted(counted.emotions)
+    assert set(counted.emotions.values()) == {1}
+
+
+def test_distances_and_words(write, valid_document):
+    corpus = read_corpus(write(valid_document))
+    assert cause_distances(corpus) == {0: 4, 1: 3}
+    words = prompt_words(corpus)
+    assert len(words) == 1 + 2 + 4 + 5 + 1 + 2
+    # The first pair: u_1 as target and again as candidate.
+    assert words[0] == 2 * len(["We", "won", "the", "game", "!"])
+
+
+def test_training_dialogues_of_another_split_are_left_out(write, valid_document):
+    train = write(valid_document, "train.json")
+    other = {"te_9": valid_document["tr_2"]}
+    other["te_9"][0][0]["utterance"] = "Hello   ."
+    other["te_9"][0][0]["expanded emotion cause span"] = ["news", "Hello"]
+    test = write(other, "test.json")
+    corpus = read_training_corpus(train, [test])
+    assert [dialogue.id for dialogue in corpus.dialogues] == ["tr_1"]
+    assert corpus.warnings[-1].endswith("the same text as te_9 in " + str(test) + "; dropped")
+    assert len(read_training_corpus(train, []).dialogues) == 2
+    assert [d.dialogue for d in duplicates_between([read_corpus(train), read_corpus(test)])] == ["tr_2"]
+
+
+def test_the_sample_splits_share_no_text():
+    assert duplicates_between([read_corpus(bundled_sample(s)) for s in ("train", "valid", "test")]) == []
+
+
+def test_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    corpora = [read_corpus(bundled_sample(split)) for split in ("train", "test")]
+    written = write_plots(corpora, tmp_path / "plots")
+    assert [path.name for path in written] == ["emotions.png", "cause_distance.png", "prompt_words.png"]
+    for path in written:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000
+
+
+def test_plots_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def refuse(name, *arguments, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(DependencyError, match=r"kdecs\[sweep\]"):
+        write_plots([read_corpus(bundled_sample("test"))], tmp_path)
