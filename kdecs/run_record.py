@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -31,7 +32,10 @@ class TrackingConfig(Config):
 
 @dataclass
 class RunRecord:
-    """One run as it is on disk. `identity` tags find it; `points` hold `epoch`, `time` (unix s) and metrics."""
+    """One run as it is on disk. `identity` tags find it; `points` hold `epoch`, `time` (unix s) and metrics.
+
+    `artifacts` describe it from its start; `scores` and `results` (files) are there once it is selected.
+    """
 
     identity: dict[str, str]
     name: str
@@ -43,6 +47,8 @@ class RunRecord:
     params: dict[str, Any] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
     artifacts: list[Path] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    results: list[Path] = field(default_factory=list)
 
 
 def directory_identity(directory: Path) -> str:
@@ -83,3 +89,11 @@ def environment_tags() -> dict[str, str]:
         if answer.returncode == 0:
             tags["kdecs.git_commit"] = answer.stdout.strip()
     return tags
+
+
+def without_password(uri: str) -> str:
+    """A URI that may be shown: user and password are left out."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return uri.replace(parts.netloc, f"…@{parts.netloc.rpartition('@')[2]}")

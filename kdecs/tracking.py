@@ -12,12 +12,11 @@ Environment: MLFLOW_TRACKING_URI where the config names no `uri`, and what MLflo
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,13 +25,26 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kdecs import __version__
-from kdecs.artifact import read_manifest
 from kdecs.errors import DependencyError
-from kdecs.run_record import METRICS_NAME, RunRecord, TrackingConfig, environment_tags, read_points
+from kdecs.run_record import (
+    METRICS_NAME,
+    RunRecord,
+    TrackingConfig,
+    environment_tags,
+    read_points,
+    without_password,
+)
 
 PARENT_TAG = "mlflow.parentRunId"
 _MAX_METRICS_A_BATCH = 900  # MLflow takes 1000 metrics a call
 _RETRY_S = 20.0
+_EXAMPLE_DIALOGUE = {
+    "id": "example",
+    "utterances": [
+        {"speaker": "A", "utterance": "I got the job!"},
+        {"speaker": "B", "utterance": "That is wonderful news."},
+    ],
+}
 
 
 @dataclass
@@ -51,11 +63,10 @@ def tracking_uri(config: TrackingConfig, output: Path) -> str:
 class Tracker:
     """Makes records true in MLflow. Never raises for an MLflow that does not answer: it warns once."""
 
-    def __init__(self, config: TrackingConfig, output: Path, *, quiet: bool = False) -> None:
+    def __init__(self, config: TrackingConfig, output: Path) -> None:
         self.config = config
         self.uri = tracking_uri(config, output)
         self._artifacts = output.parent / "mlartifacts"
-        self._quiet = quiet
         self._client: Any = None
         self._experiment = ""
         self._known: dict[tuple[tuple[str, str], ...], _Known] = {}
@@ -87,7 +98,7 @@ class Tracker:
     @property
     def shown_uri(self) -> str:
         """The URI without its password."""
-        return _without_password(self.uri)
+        return without_password(self.uri)
 
     def run_id(self, identity: Mapping[str, str]) -> str | None:
         """The id of a run that a sync of this process has seen."""
@@ -101,12 +112,14 @@ class Tracker:
 
         `champion` if it beats the current champion on the same validation corpus (or there is none),
         otherwise `challenger`. None where MLflow does not answer. A student is registered once.
+        The record's `scores` and `results` go to its run.
         """
         with self._answering() as answer:
             self._connect()
             self._sync(record)
             run_id = self._known[_key(record.identity)].run_id
             version = self._registered_version(run_id) or self._log_student(record, run_id, directory)
+            self._log_final(run_id, record)
             tags = {"kdecs.valid": corpus_checksum, "kdecs.metric": metric, "kdecs.score": repr(score)}
             for key, value in tags.items():
                 self._client.set_model_version_tag(self.config.registered_model, version, key, value)
@@ -114,18 +127,6 @@ class Tracker:
             self._client.set_registered_model_alias(self.config.registered_model, alias, version)
             answer.append(f"{self.config.registered_model} version {version}, alias {alias}")
         return str(answer[0]) if answer else None
-
-    def log_artifacts(self, record: RunRecord, paths: Iterable[Path]) -> bool:
-        """Log files or directories to a run; whether MLflow answered."""
-        with self._answering() as answer:
-            self._connect()
-            self._sync(record)
-            run_id = self._known[_key(record.identity)].run_id
-            for path in paths:
-                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-                log(run_id, str(path), *([path.name] if path.is_dir() else []))
-            answer.append(True)
-        return bool(answer)
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[list[Any]]:
@@ -138,18 +139,14 @@ class Tracker:
             if not self._warned:
                 self._warned = True
                 reason = " ".join(str(error).split())[:200].replace(self.uri, self.shown_uri)
-                self._print(
+                _warn(
                     f"warning: MLflow at {self.shown_uri} does not answer ({reason}); "
                     "training goes on, metrics are kept in files and delivered once it does"
                 )
         else:
             if self._warned:
                 self._warned = False
-                self._print(f"MLflow at {self.shown_uri} answers again")
-
-    def _print(self, line: str) -> None:
-        if not self._quiet:
-            print(f"kdecs: {line}", file=sys.stderr, flush=True)
+                _warn(f"MLflow at {self.shown_uri} answers again")
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -159,6 +156,7 @@ class Tracker:
 
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _probe_database(self.uri)
         client = MlflowClient(self.uri, registry_uri=self.uri)
         experiment = client.get_experiment_by_name(self.config.experiment)
         if experiment is None:
@@ -230,6 +228,16 @@ class Tracker:
             )
             known.epoch = epoch
 
+    def _log_final(self, run_id: str, record: RunRecord) -> None:
+        """Scores without an epoch, and files, under the time at which the run ended."""
+        from mlflow.entities import Metric
+
+        stamp = round(1000 * (record.finished or time.time()))
+        metrics = [Metric(key, value, stamp, 0) for key, value in record.scores.items()]
+        self._client.log_batch(run_id, metrics=metrics)
+        for path in record.results:
+            self._client.log_artifact(run_id, str(path))
+
     def _registered_version(self, run_id: str) -> str | None:
         name = self.config.registered_model
         found = self._client.search_model_versions(f"name = '{name}'")
@@ -237,21 +245,21 @@ class Tracker:
 
     def _log_student(self, record: RunRecord, run_id: str, directory: Path) -> str:
         mlflow = _import_mlflow()
-        from kdecs.student.pyfunc import INPUT_EXAMPLE, OUTPUT_EXAMPLE
+        import pandas
+
+        example = pandas.DataFrame({"dialogue": [json.dumps(_EXAMPLE_DIALOGUE)]})
 
         before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
         try:
-            with tempfile.TemporaryDirectory() as temporary, mlflow.start_run(run_id=run_id):
-                copy = Path(temporary) / "student"
-                _copy_artifact(directory, copy)
+            with mlflow.start_run(run_id=run_id):
                 logged = mlflow.pyfunc.log_model(
                     name="student",
                     loader_module="kdecs.student.pyfunc",
-                    data_path=str(copy),
-                    signature=mlflow.models.infer_signature(INPUT_EXAMPLE, OUTPUT_EXAMPLE),
-                    input_example=INPUT_EXAMPLE,
+                    data_path=str(directory),
+                    signature=mlflow.models.infer_signature(example, ["[]"]),
+                    input_example=example,
                     pip_requirements=[f"kdecs=={__version__}"],
                     registered_model_name=self.config.registered_model,
                 )
@@ -300,18 +308,21 @@ def _key(identity: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(identity.items()))
 
 
-def _copy_artifact(directory: Path, target: Path) -> None:
-    """The files of the manifest and the manifest: neither checkpoints nor logs."""
-    for name in [entry.path for entry in read_manifest(directory, "student").files] + ["manifest.json"]:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(directory / name, target / name)
+def _warn(line: str) -> None:
+    print(f"kdecs: {line}", file=sys.stderr, flush=True)
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return uri.replace(parts.netloc, f"…@{parts.netloc.rpartition('@')[2]}")
+def _probe_database(uri: str) -> None:
+    """Raise at once where a database does not answer; MLflow would try for nearly two minutes."""
+    if urlsplit(uri).scheme in ("http", "https", "file", ""):
+        return
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _import_mlflow() -> Any:

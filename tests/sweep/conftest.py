@@ -100,7 +100,10 @@ def run_in_process(config, trials, trainer, stop, follow):
             stop_file.touch()
         try:
             run_trial(
-                trial.directory, trainer=load_trainer(trainer), report=lambda metrics: None, stop_file=stop_file
+                trial.directory,
+                trainer=load_trainer(trainer),
+                report=lambda metrics: None,
+                stop_file=stop_file,
             )
         except Exception as error:
             print(f"{trial.label}: {error}")
@@ -110,3 +113,23 @@ def run_in_process(config, trials, trainer, stop, follow):
 @pytest.fixture
 def in_process():
     return run_in_process
+
+
+@pytest.fixture
+def runs_of():
+    """A function of an MLflow URI: (client, parent runs, child runs by trial); no trial has two."""
+
+    def find(uri):
+        from mlflow import MlflowClient
+
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("kdecs").experiment_id
+        found = client.search_runs([experiment], max_results=1000)
+        parents = [run for run in found if run.data.tags["kdecs.kind"] == "sweep"]
+        children = {
+            run.data.tags["kdecs.trial"]: run for run in found if run.data.tags["kdecs.kind"] == "trial"
+        }
+        assert len(parents) + len(children) == len(found), "two runs for one trial"
+        return client, parents, children
+
+    return find

@@ -26,7 +26,9 @@ def train(config, on_epoch, stop):
     write_config(config, output)
     checkpoint, metrics = output / "checkpoint.json", output / "metrics.jsonl"
     points = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
-    print(f"seed {seed}: from epoch {len(points)} with {os.environ.get('OMP_NUM_THREADS')} threads", flush=True)
+    print(
+        f"seed {seed}: from epoch {len(points)} with {os.environ.get('OMP_NUM_THREADS')} threads", flush=True
+    )
     if seed in behaviour.get("refuse", []):
         raise TrainingError(f"{output}: the loss is not finite\nat step 3")
     for epoch in range(len(points) + 1, config.optimization.epochs + 1):

@@ -2,7 +2,6 @@ import json
 import os
 
 import pytest
-from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, Stopped, TrainingError
@@ -14,21 +13,11 @@ from kdecs.sweep.space import enumerate_trials, sweep_hash
 TRAINER = "fake_trainer:train"
 
 
-def runs_of(uri):
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("kdecs").experiment_id
-    found = client.search_runs([experiment], max_results=1000)
-    parents = [run for run in found if run.data.tags["kdecs.kind"] == "sweep"]
-    children = {run.data.tags["kdecs.trial"]: run for run in found if run.data.tags["kdecs.kind"] == "trial"}
-    assert len(parents) + len(children) == len(found), "two runs for one trial"
-    return client, parents, children
-
-
 def logs_of(config):
     return {t.id: (t.directory / "log.txt").read_text() for t in enumerate_trials(config)}
 
 
-def test_sweep_trains_tracks_and_completes(make_config, uri, in_process, capfd):
+def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process, capfd):
     config = make_config()
     output = run_sweep(config, trainer=TRAINER, runner=in_process)
     trials = enumerate_trials(config)
@@ -69,19 +58,21 @@ def test_sweep_trains_tracks_and_completes(make_config, uri, in_process, capfd):
     assert "best on validation llama-tiny α0.6 τ2 s1" in printed
 
 
-def test_second_start_skips_and_makes_no_run(make_config, uri, in_process, capfd):
+def test_second_start_skips_and_makes_no_run(make_config, uri, runs_of, in_process, capfd):
     config = make_config()
     run_sweep(config, trainer=TRAINER, runner=in_process)
     before = {t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in enumerate_trials(config)}
     capfd.readouterr()
     run_sweep(config, trainer=TRAINER, runner=in_process)
     assert "complete, skipped" in capfd.readouterr().out
-    assert before == {t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in enumerate_trials(config)}
+    assert before == {
+        t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in enumerate_trials(config)
+    }
     _, parents, children = runs_of(uri)
     assert len(parents) == 1 and len(children) == 8
 
 
-def test_one_failing_trial_leaves_the_others(make_config, uri, in_process, monkeypatch):
+def test_one_failing_trial_leaves_the_others(make_config, uri, runs_of, in_process, monkeypatch):
     config = make_config(space={"optimization.seed": {"grid": [0, 1, 2]}, "teacher": {"grid": ["t5-tiny"]}})
     monkeypatch.setenv("FAKE_TRAINER", '{"refuse": [1], "raise": [2]}')
     with pytest.raises(TrainingError, match="2 of 3 trials failed") as caught:
@@ -107,7 +98,7 @@ def test_one_failing_trial_leaves_the_others(make_config, uri, in_process, monke
     assert "seed 2: from epoch 1" in logs_of(config)[enumerate_trials(config)[2].id]
 
 
-def test_stop_ends_the_sweep_and_the_same_command_goes_on(make_config, uri, in_process):
+def test_stop_ends_the_sweep_and_the_same_command_goes_on(make_config, uri, runs_of, in_process):
     config = make_config()
     stop = StopSignal()
 
@@ -158,7 +149,7 @@ def test_second_driver_is_refused(make_config, in_process):
     run_sweep(config, trainer=TRAINER, runner=runner)
 
 
-def test_mlflow_away_costs_no_metric(make_config, runs, uri, in_process, capfd):
+def test_mlflow_away_costs_no_metric(make_config, runs, uri, runs_of, in_process, capfd):
     config = make_config()
     database, aside = runs / "mlflow.db", runs / "aside.db"
     os.rename(database, aside)
