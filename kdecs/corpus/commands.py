@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 from kdecs.errors import CorpusError
 
 if TYPE_CHECKING:
+    from kdecs.corpus.schema import Fault
     from kdecs.corpus.statistics import CorpusStatistics
 
 app = typer.Typer(
@@ -64,24 +66,25 @@ def verify(
     files: Files, labels: Labels = LabelSetChoice.any, unlabelled: Unlabelled = False, as_json: Json = False
 ) -> None:
     """Check files against the schema; every fault with file, dialogue, turn, field, found and expected."""
-    from kdecs.corpus.cross_split import duplicates_between
-    from kdecs.corpus.reading import check_file
+    from kdecs.corpus.cross_split import DuplicateFinder
+    from kdecs.corpus.reading import scan_file
 
-    checked = [check_file(file, labelled=not unlabelled, label_set=labels.value) for file in files]
-    faults = [fault for _, found in checked for fault in found]
+    finder = DuplicateFinder()
+    faults: list[Fault] = []
+    for file in files:
+        add = partial(finder.add, str(file))
+        checked = scan_file(file, add, labelled=not unlabelled, label_set=labels.value)
+        faults += checked.faults
+        if as_json:
+            continue
+        for line in (*checked.faults, *(f"warning: {warning}" for warning in checked.warnings)):
+            print(line)
+        if not checked.faults:
+            print(f"{file}: valid, {checked.num_dialogues} dialogues{_variants(checked.normalised)}")
     if as_json:
         print(json.dumps([asdict(fault) for fault in faults], indent=2))
     else:
-        for corpus, found in checked:
-            for fault in found:
-                print(fault)
-            for warning in corpus.warnings:
-                print(f"warning: {warning}")
-            if not found:
-                print(
-                    f"{corpus.path}: valid, {len(corpus.dialogues)} dialogues{_variants(corpus.normalised)}"
-                )
-        for duplicate in duplicates_between([corpus for corpus, _ in checked]):
+        for duplicate in finder.duplicates:
             print(f"warning: {duplicate}")
     if faults:
         sys.stdout.flush()

@@ -1,5 +1,6 @@
 """Dialogues whose text stands in more than one split: found, reported, dropped from training on request."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,27 +26,37 @@ class Duplicate:
         return f"{self.file}, dialogue {self.dialogue}: the same text as {other}"
 
 
-def text_of(dialogue: Dialogue) -> tuple[str, ...]:
-    """What makes two dialogues one: the texts in order, white space apart, without speakers and labels."""
-    return tuple(" ".join(utterance.text.split()) for utterance in dialogue.utterances)
+def text_digest(dialogue: Dialogue) -> bytes:
+    """16 bytes of what makes two dialogues one: the texts in order, white space apart, no speakers or labels."""
+    text = "\n".join(" ".join(utterance.text.split()) for utterance in dialogue.utterances)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
 def find_duplicates(corpus: Corpus, others: Iterable[Corpus]) -> list[Duplicate]:
     """The dialogues of a corpus that stand in another one too, each with its first namesake."""
-    elsewhere: dict[tuple[str, ...], tuple[str, str]] = {}
+    elsewhere: dict[bytes, tuple[str, str]] = {}
     for other in others:
         for dialogue in other.dialogues:
-            elsewhere.setdefault(text_of(dialogue), (str(other.path), dialogue.id))
+            elsewhere.setdefault(text_digest(dialogue), (str(other.path), dialogue.id))
     return [
-        Duplicate(str(corpus.path), dialogue.id, *elsewhere[text_of(dialogue)])
+        Duplicate(str(corpus.path), dialogue.id, *elsewhere[text_digest(dialogue)])
         for dialogue in corpus.dialogues
-        if text_of(dialogue) in elsewhere
+        if text_digest(dialogue) in elsewhere
     ]
 
 
-def duplicates_between(corpora: Sequence[Corpus]) -> list[Duplicate]:
-    """The dialogues that stand in a later corpus too, for each corpus but the last."""
-    return [d for n, corpus in enumerate(corpora) for d in find_duplicates(corpus, corpora[n + 1 :])]
+class DuplicateFinder:
+    """Finds texts in several files while these are streamed: 16 bytes and an id are kept of each dialogue."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, tuple[str, str]] = {}
+        self.duplicates: list[Duplicate] = []
+
+    def add(self, file: str, dialogue: Dialogue) -> None:
+        """Note a dialogue; one whose text stands in an earlier file becomes a duplicate of that one."""
+        first = self._seen.setdefault(text_digest(dialogue), (file, dialogue.id))
+        if first[0] != file:
+            self.duplicates.append(Duplicate(file, dialogue.id, *first))
 
 
 def drop_cross_split(train: Corpus, others: Iterable[Corpus]) -> tuple[Corpus, list[Duplicate]]:

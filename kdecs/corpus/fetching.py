@@ -18,7 +18,7 @@ RECCON_COMMIT = "579ea8a726f6705f7a3a02f7535b8f5595ec35aa"
 RECCON_URL = f"https://raw.githubusercontent.com/declare-lab/RECCON/{RECCON_COMMIT}/data/original_annotation"
 _BLOCK_BYTES = 1 << 16
 _TIMEOUT_S = 30
-_NUM_ATTEMPTS = 4
+_NUM_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def fetch(
     *,
     base_url: str = RECCON_URL,
     on_bytes: Progress = lambda num_bytes: None,
-    pause_s: float = 1.0,
+    pause_s: float = 0.5,
 ) -> bool:
     """Bring one file into a directory; returns False where it is there already, whole.
 

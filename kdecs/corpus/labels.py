@@ -15,7 +15,7 @@ from kdecs.corpus.schema import (
     Corpus,
     Dialogue,
 )
-from kdecs.errors import CorpusError, explain_os_error
+from kdecs.errors import CorpusError
 
 LabelSet = Literal["any", "coarse", "fine"]
 
@@ -54,7 +54,7 @@ def read_table(path: Path | str) -> dict[str, str]:
     try:
         decoded = decode_json(path.read_bytes())
     except OSError as error:
-        raise CorpusError(explain_os_error(error) or f"{path}: {error}") from None
+        raise CorpusError(f"{path}: {error.strerror or error}, expected a table of labels") from None
     except NotJson as error:
         raise CorpusError(f"{path}: found {error.found}, expected {error.expected}") from None
     if not isinstance(decoded.value, dict) or decoded.repeated:

@@ -38,6 +38,8 @@ def read_corpus(
     dialogues = tuple(_dialogues(path, checker, part))
     if checker.faults:
         raise CorpusError(_first_fault(checker.faults, path))
+    for warning in checker.warnings:
+        logger.warning("%s", warning)
     if checker.normalised:
         variants = ", ".join(f"{label} ({count})" for label, count in sorted(checker.normalised.items()))
         logger.info("%s: label variants replaced: %s", path, variants)
@@ -57,17 +59,30 @@ def iter_dialogues(path: Path | str, *, labelled: bool = True, part: str | None 
 
 def find_faults(path: Path | str, *, labelled: bool = True, label_set: LabelSet = "any") -> list[Fault]:
     """Every fault of a file in its order; an empty list where it passes. A missing file is one fault."""
-    return check_file(path, labelled=labelled, label_set=label_set)[1]
+    return scan_file(path, lambda dialogue: None, labelled=labelled, label_set=label_set).faults
 
 
-def check_file(
-    path: Path | str, *, labelled: bool = True, label_set: LabelSet = "any", part: str | None = None
-) -> tuple[Corpus, list[Fault]]:
-    """The sound dialogues of a file and every fault of the others: for counting what a faulty file holds."""
+def scan_file(
+    path: Path | str,
+    on_dialogue: Callable[[Dialogue], object],
+    *,
+    labelled: bool = True,
+    label_set: LabelSet = "any",
+    part: str | None = None,
+) -> Checker:
+    """Hand each sound dialogue over and note every fault of the others; keeps no dialogue itself."""
     path = Path(path)
     checker = Checker(str(path), labelled=labelled, emotions=emotions_of(label_set))
-    dialogues = tuple(_dialogues(path, checker, part))
-    return Corpus(path, dialogues, checker.normalised, tuple(checker.warnings)), checker.faults
+    for dialogue in _dialogues(path, checker, part):
+        on_dialogue(dialogue)
+    return checker
+
+
+def check_file(path: Path | str, *, label_set: LabelSet = "any") -> tuple[Corpus, list[Fault]]:
+    """The sound dialogues of a file and every fault of the others: for counting what a faulty file holds."""
+    dialogues: list[Dialogue] = []
+    checker = scan_file(path, dialogues.append, label_set=label_set)
+    return Corpus(Path(path), tuple(dialogues), checker.normalised, tuple(checker.warnings)), checker.faults
 
 
 def corpus_part(path: Path, dialogue_id: str) -> str:

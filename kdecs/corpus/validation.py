@@ -42,6 +42,11 @@ class Checker:
         """Note one fault of the file."""
         self.faults.append(Fault(self.file, dialogue, turn, field, found, expected))
 
+    @property
+    def num_dialogues(self) -> int:
+        """How many different dialogue ids were seen."""
+        return len(self._ids)
+
     def dialogue(self, identifier: Any, utterances: Any, part: str) -> Dialogue | None:
         """The dialogue of raw values, or None where it has any fault (all of them are noted)."""
         before = len(self.faults)

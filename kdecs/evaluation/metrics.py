@@ -164,4 +164,7 @@ def utterance_scores(labels: Sequence[bool], predicted: Sequence[bool]) -> Utter
 def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
     """Element-wise quotient with 0/0 = 0."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
+    found: NDArray[np.float64] = np.divide(
+        numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0
+    )
+    return found

@@ -19,7 +19,7 @@ from kdecs.corpus.decoding import NotJson, RepeatedKeys, decode_json, iter_lines
 from kdecs.corpus.labels import map_emotion
 from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Corpus
 from kdecs.corpus.validation import is_unicode
-from kdecs.errors import PredictionError, explain_os_error
+from kdecs.errors import PredictionError
 
 PairKey = tuple[str, int, int]
 
@@ -101,7 +101,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         for number, line in iter_lines(path):
             yield f"{path}, line {number}", line
     except OSError as error:
-        raise PredictionError(f"{path}: {explain_os_error(error) or error}") from None
+        raise PredictionError(f"{path}: {error.strerror or error}, expected a prediction file") from None
 
 
 def _parse(line: bytes, place: str) -> Prediction:

@@ -6,9 +6,8 @@ Under protocol reccon-released the charge of incorrect positives is that of the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +70,7 @@ def compare_systems(
     score_a, score_b = _scores_of(sums_a), _scores_of(sums_b)
 
     def difference(index: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
-        return score_a(index, axis) - score_b(index, axis)
+        return np.subtract(score_a(index, axis), score_b(index, axis))
 
     low, high = _bootstrap(difference, num_dialogues, num_samples, seed, level)
     everything = np.arange(num_dialogues)
@@ -100,7 +99,10 @@ def summarise_seeds(values: Sequence[float], *, level: float = 0.95) -> SeedSumm
     return SeedSummary(len(values), mean, std, mean - half, mean + half)
 
 
-def _scores_of(sums: NDArray[np.float64]) -> Any:
+Statistic = Callable[..., NDArray[np.float64]]
+
+
+def _scores_of(sums: NDArray[np.float64]) -> Statistic:
     """A statistic of dialogue indices (…, D) → (S, …): every score of the drawn dialogues."""
 
     def statistic(index: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
@@ -112,7 +114,7 @@ def _scores_of(sums: NDArray[np.float64]) -> Any:
 
 
 def _bootstrap(
-    statistic: Any, num_dialogues: int, num_samples: int, seed: int, level: float
+    statistic: Statistic, num_dialogues: int, num_samples: int, seed: int, level: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     from scipy import stats
 

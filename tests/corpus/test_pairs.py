@@ -2,12 +2,13 @@ import csv
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from kdecs.corpus.pairs import candidate_pairs, context_hash, count_rows, pairs_of, training_subset
-from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.reading import bundled_sample, find_faults, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ConfigError
 
@@ -142,3 +143,40 @@ def test_the_bundled_sample_has_pairs_of_both_kinds():
     assert positive > 50
     assert negative > positive
     json.dumps([pair.row_ids for dialogue in corpus.dialogues for pair in pairs_of(dialogue)])
+
+
+def test_iemocap_like_dialogues(write):
+    """One speaker several turns running, and emotional utterances without evidence."""
+    key, span = "expanded emotion cause evidence", "expanded emotion cause span"
+    utterances = [
+        {"turn": 1, "speaker": "F", "utterance": "I can't find it .", "emotion": "frustrated"},
+        {
+            "turn": 2,
+            "speaker": "F",
+            "utterance": "I just can't .",
+            "emotion": "frustrated",
+            key: [1],
+            span: ["find it"],
+        },
+        {"turn": 3, "speaker": "M", "utterance": "Here !", "emotion": "excited"},
+    ]
+    dialogue = read_corpus(write({"Ses05F_impro01": [utterances]})).dialogues[0]
+    rows = [row for pair in pairs_of(dialogue) for row in pair.row_ids]
+    assert rows == [
+        "iemocap_Ses05F_impro01_utt_2_true_cause_utt_1_span_0",
+        "iemocap_Ses05F_impro01_utt_2_impossible_cause_utt_2",
+    ]
+    assert len(pairs_of(dialogue, "all")) == 6
+    assert pairs_of(dialogue, "fold1+neutral") == pairs_of(dialogue)
+
+
+@needs_reccon
+def test_reading_verifying_and_pairing_all_of_reccon_is_quick():
+    start = time.process_time()
+    for split in COUNTS:
+        path = RECCON / f"dailydialog_{split}.json"
+        assert not find_faults(path)
+        for dialogue in read_corpus(path).dialogues:
+            pairs_of(dialogue)
+            pairs_of(dialogue, "all")
+    assert time.process_time() - start < 2

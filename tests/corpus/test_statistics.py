@@ -2,7 +2,7 @@ import builtins
 
 import pytest
 
-from kdecs.corpus.cross_split import duplicates_between, read_training_corpus
+from kdecs.corpus.cross_split import DuplicateFinder, find_duplicates, read_training_corpus
 from kdecs.corpus.plots import write_plots
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.statistics import cause_distances, prompt_words, statistics_of
@@ -39,11 +39,15 @@ def test_training_dialogues_of_another_split_are_left_out(write, valid_document)
     assert [dialogue.id for dialogue in corpus.dialogues] == ["tr_1"]
     assert corpus.warnings[-1].endswith("the same text as te_9 in " + str(test) + "; dropped")
     assert len(read_training_corpus(train, []).dialogues) == 2
-    assert [d.dialogue for d in duplicates_between([read_corpus(train), read_corpus(test)])] == ["tr_2"]
+    assert [d.dialogue for d in find_duplicates(read_corpus(train), [read_corpus(test)])] == ["tr_2"]
 
 
 def test_the_sample_splits_share_no_text():
-    assert duplicates_between([read_corpus(bundled_sample(s)) for s in ("train", "valid", "test")]) == []
+    finder = DuplicateFinder()
+    for split in ("train", "valid", "test"):
+        for dialogue in read_corpus(bundled_sample(split)).dialogues:
+            finder.add(split, dialogue)
+    assert finder.duplicates == []
 
 
 def test_plots_are_written(tmp_path):

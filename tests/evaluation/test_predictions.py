@@ -174,7 +174,7 @@ def test_mutated_lines_are_scored_or_refused(tmp_path_factory, lines, cut):
 def test_seeded_byte_mutations_are_scored_or_refused(path):
     data = "\n".join(json.dumps(GOOD | {"candidate": n}) for n in (1, 2)).encode()
     outcomes: Counter[str] = Counter()
-    for seed in range(1500):
+    for seed in range(600):
         rng = random.Random(seed)
         position = rng.randrange(len(data))
         replaced = rng.choice([b"", b"\x00", b"\xff", b'"', b"}", b"\n", bytes([data[position] ^ 1])])
@@ -184,5 +184,5 @@ def test_seeded_byte_mutations_are_scored_or_refused(path):
             outcomes["read"] += 1
         except PredictionError:
             outcomes["refused"] += 1
-    assert outcomes.total() == 1500
-    assert min(outcomes.values()) > 100
+    assert outcomes.total() == 600
+    assert min(outcomes.values()) > 50
