@@ -66,7 +66,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0 or step == config.max_steps - 1:
-            mean_loss = float(loss)
+            mean_loss = float(loss.detach())
             if not np.isfinite(mean_loss):
                 raise TrainingError(
                     f"base model {config.name}: loss {mean_loss} at step {step}; lower learning_rate"

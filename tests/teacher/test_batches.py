@@ -1,0 +1,84 @@
+"""Batches: every pair once, budgets kept, composition independent of world size."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.teacher.batches import (
+    Unit,
+    fixed_batches,
+    global_batches,
+    pair_units,
+    share_among_ranks,
+    tree_units,
+)
+from kdecs.teacher.families import Family
+from kdecs.teacher.prefix_tree import tree_size
+from kdecs.teacher.training import learning_rate
+
+
+@pytest.fixture(scope="module")
+def encoded(families: Callable[..., Family]) -> tuple[list, list]:
+    family = families("causal")
+    pairs = [p for d in read_corpus(bundled_sample("test")).dialogues for p in pairs_of(d, "fold1")]
+    return pairs, [family.encode(pair) for pair in pairs]
+
+
+def indices(units: list[Unit]) -> list[int]:
+    return sorted(n for unit in units for n in unit.pairs)
+
+
+def test_tree_units_hold_every_pair_once_within_budget(encoded: tuple[list, list]) -> None:
+    pairs, prompts = encoded
+    units = tree_units(pairs, prompts, max_tokens=300, max_pairs=16)
+    assert indices(units) == list(range(len(pairs)))
+    for unit in units:
+        assert unit.tokens == tree_size([prompts[n].tokens for n in unit.pairs])
+        assert unit.tokens <= 300 or len(unit.pairs) == 1
+        assert len({pairs[n].dialogue.id for n in unit.pairs}) == 1
+    whole = tree_units(pairs, prompts, max_tokens=100_000, max_pairs=1000)
+    assert sum(unit.tokens for unit in whole) < sum(len(p.tokens) for p in prompts) / 2
+
+
+def test_epoch_holds_every_unit_once_and_epochs_differ(encoded: tuple[list, list]) -> None:
+    units = pair_units(encoded[1])
+    epochs = [global_batches(units, batch_pairs=16, bucket_batches=5, seed=3, epoch=e) for e in (0, 1, 0)]
+    for batches in epochs:
+        assert indices([unit for batch in batches for unit in batch]) == list(range(len(units)))
+        assert max(len(batch) for batch in batches) <= 16
+    assert epochs[0] == epochs[2]
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("padded", [True, False])
+def test_ranks_share_a_batch_completely(encoded: tuple[list, list], world_size: int, padded: bool) -> None:
+    units = pair_units(encoded[1])
+    batch = units[:37]
+    shares = share_among_ranks(batch, world_size=world_size, micro_batch_tokens=400, padded=padded)
+    assert len(shares) == world_size
+    assert sorted(n for share in shares for micro in share for n in micro.pairs) == indices(batch)
+    loads = [sum(units[n].tokens for micro in share for n in micro.pairs) for share in shares]
+    assert max(loads) - min(loads) <= max(unit.tokens for unit in batch)
+    for share in shares:
+        for micro in share:
+            longest = max(units[n].tokens for n in micro.pairs)
+            cost = len(micro.pairs) * longest if padded else sum(units[n].tokens for n in micro.pairs)
+            assert cost <= 400 or len(micro.pairs) == 1
+
+
+def test_scoring_batches_hold_every_pair_once(encoded: tuple[list, list]) -> None:
+    units = pair_units(encoded[1])
+    batches = fixed_batches(units, micro_batch_tokens=500, padded=True)
+    assert sorted(n for batch in batches for n in batch.pairs) == list(range(len(units)))
+
+
+def test_learning_rate_warms_up_and_ends_near_zero() -> None:
+    rates = np.array([learning_rate(step, 100, 1.0, 0.1) for step in range(100)])
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[-1] == pytest.approx(1 / 90)

@@ -1,0 +1,133 @@
+"""Each family against a plain Transformers forward, and the tree against prompts one by one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.pairs import Pair
+from kdecs.errors import ModelError
+from kdecs.teacher.config import LoraConfig
+from kdecs.teacher.families import Family, load_tokenizer
+from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters
+from kdecs.teacher.objective import connective_loss
+
+FAMILY_NAMES = ["causal", "seq2seq", "masked"]
+
+
+def network_of(family: Family, base: Path, *, use_tree: bool, seed: int = 0) -> TeacherNetwork:
+    torch.manual_seed(seed)
+    lora = add_lora(family.load_network(str(base), dtype=torch.float32), LoraConfig(rank=4), family.lora_task)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:  # B is zero at the start: give the adapter something to do
+            torch.nn.init.normal_(parameter, std=0.05)
+    return TeacherNetwork(family, lora, use_tree=use_tree).eval()
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_logits_equal_a_plain_forward_of_each_prompt(
+    name: str, families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    family = families(name)
+    network = network_of(family, bases(name), use_tree=False)
+    pairs = some_pairs[:6]
+    with torch.no_grad():
+        ours_PA = network([family.encode(pair) for pair in pairs])
+        for pair, row_A in zip(pairs, ours_PA, strict=True):
+            prompt = family.encode(pair)
+            ids = torch.from_numpy(prompt.tokens.astype(np.int64))[None]
+            if name == "seq2seq":
+                start = network.network.config.decoder_start_token_id
+                decoder = torch.tensor([[start, family.tokenizer.convert_tokens_to_ids("<extra_id_0>")]])
+                logits_V = network.network(input_ids=ids, decoder_input_ids=decoder).logits[0, 1]
+            else:
+                logits_V = network.network(input_ids=ids).logits[0, prompt.answer]
+            torch.testing.assert_close(row_A, logits_V[family.answer_ids], atol=1e-5, rtol=1e-5)
+
+
+def test_tree_gives_the_same_loss_and_gradients(
+    families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    family = families("causal")
+    prompts = [family.encode(pair) for pair in some_pairs]
+    is_cause_P = torch.tensor([pair.is_cause for pair in some_pairs])
+    results = []
+    for use_tree in (False, True):
+        network = network_of(family, bases("causal"), use_tree=use_tree)
+        logits_PA = network(prompts)
+        loss = connective_loss(logits_PA, is_cause_P)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in trainable_parameters(network)])
+        results.append((logits_PA.detach(), loss.detach(), gradients))
+    (logits_a, loss_a, grad_a), (logits_b, loss_b, grad_b) = results
+    torch.testing.assert_close(logits_a, logits_b, atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss_a, loss_b, rtol=1e-5, atol=0)
+    assert float((grad_a - grad_b).norm() / grad_a.norm()) < 1e-5
+    assert float(grad_a.norm()) > 0
+
+
+def test_rest_mass_completes_the_distribution(
+    families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    family = families("causal")
+    network = network_of(family, bases("causal"), use_tree=True)
+    prompts = [family.encode(pair) for pair in some_pairs[:5]]
+    with torch.no_grad():
+        answers_PA, log_rest_P = network.answers_and_rest(prompts)
+        hidden = family.hidden_at_leaves(network.network, prompts)
+        log_all_P = torch.logsumexp(family.head(network.network, hidden), dim=-1)
+    total = torch.exp(answers_PA - log_all_P[:, None]).sum(-1) + torch.exp(log_rest_P)
+    torch.testing.assert_close(total, torch.ones(5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_prompt_ends_as_the_family_wants(
+    name: str, families: Callable[..., Family], some_pairs: list[Pair]
+) -> None:
+    family = families(name)
+    pair = some_pairs[-1]
+    text = family.tokenizer.decode(family.encode(pair).tokens)
+    question = f"The connective word between {pair.target} and {pair.candidate} is"
+    ending = {"causal": question, "seq2seq": f"{question} <extra_id_0>.", "masked": f"{question}<mask>."}[
+        name
+    ]
+    assert ending in text.replace(" <mask>", "<mask>")
+    if name == "causal":
+        assert text.endswith(question)  # no trailing space, mask or full stop
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_long_prompts_lose_their_oldest_history_first(
+    name: str, families: Callable[..., Family], some_pairs: list[Pair]
+) -> None:
+    pair = max(some_pairs, key=lambda p: p.target)
+    whole = families(name).encode(pair)
+    budget = len(whole.tokens) - 10
+    cut = families(name, max_prompt_tokens=budget).encode(pair)
+    assert len(cut.tokens) == budget
+    keep = budget // 2
+    assert cut.tokens[-keep:].tolist() == whole.tokens[-keep:].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_answer_words_are_one_token_each(name: str, families: Callable[..., Family]) -> None:
+    family = families(name)
+    words = [family.tokenizer.decode([token]).strip() for token in family.answer_ids]
+    assert words == list(CONNECTIVES)
+
+
+def test_coarse_teacher_is_not_shown_fine_emotions(
+    families: Callable[..., Family], some_pairs: list[Pair]
+) -> None:
+    family = families("causal")
+    fine = next(p for p in some_pairs if p.emotion in ("gratitude", "praise", "like", "hope"))
+    assert "feels happiness and says" in family.tokenizer.decode(family.encode(fine).tokens)
+
+
+def test_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(str(tmp_path / "nothing"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,139 @@
+"""Artifact directories: damage of every kind is found, nothing half-written counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    atomic_path,
+    content_checksum,
+    file_lock,
+    is_complete,
+    read_manifest,
+    verify_artifact,
+    write_manifest,
+)
+from kdecs.errors import ArtifactError
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    directory = tmp_path / "labels"
+    (directory / "sub").mkdir(parents=True)
+    (directory / "a.bin").write_bytes(bytes(range(256)) * 16)
+    (directory / "sub" / "b.txt").write_text("text")
+    write_manifest(
+        directory,
+        "soft-labels",
+        config_hash="c" * 64,
+        inputs={"corpus": "d" * 64},
+        files=["a.bin", "sub/b.txt"],
+        rows={"a.bin": 7},
+        details={"words": ["because"]},
+    )
+    return directory
+
+
+def test_whole_directory_has_no_fault(artifact: Path) -> None:
+    assert verify_artifact(artifact) == []
+    manifest = read_manifest(artifact, "soft-labels")
+    assert [(f.path, f.bytes, f.rows) for f in manifest.files] == [("a.bin", 4096, 7), ("sub/b.txt", 4, None)]
+    assert is_complete(artifact, "soft-labels", "c" * 64)
+    assert not is_complete(artifact, "soft-labels", "e" * 64)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2047, 4095])
+def test_each_flipped_byte_is_found(artifact: Path, offset: int) -> None:
+    data = bytearray((artifact / "a.bin").read_bytes())
+    data[offset] ^= 1
+    (artifact / "a.bin").write_bytes(data)
+    assert [fault.split(": ")[1][:6] for fault in verify_artifact(artifact)] == ["sha256"]
+
+
+def test_every_fault_is_told_not_only_the_first(artifact: Path) -> None:
+    (artifact / "a.bin").write_bytes(b"short")
+    (artifact / "sub" / "b.txt").unlink()
+    faults = verify_artifact(artifact)
+    assert len(faults) == 2
+    assert "5 bytes, the manifest says 4096" in faults[0]
+    assert "missing" in faults[1]
+    assert not is_complete(artifact, "soft-labels", "c" * 64)
+
+
+def test_directory_without_manifest_is_unfinished(artifact: Path) -> None:
+    (artifact / MANIFEST_NAME).unlink()
+    assert not is_complete(artifact, "soft-labels", "c" * 64)
+    with pytest.raises(ArtifactError, match="unfinished"):
+        read_manifest(artifact)
+
+
+def test_wrong_kind_is_named(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds a soft-labels, expected a teacher"):
+        read_manifest(artifact, "teacher")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside", "a\\b", ""])
+def test_paths_that_leave_the_directory_are_refused(artifact: Path, name: str) -> None:
+    manifest = json.loads((artifact / MANIFEST_NAME).read_text())
+    manifest["files"][0]["path"] = name
+    (artifact / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="outside"):
+        read_manifest(artifact)
+
+
+def test_link_out_of_the_directory_is_refused(artifact: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("text")
+    (artifact / "sub" / "b.txt").unlink()
+    (artifact / "sub" / "b.txt").symlink_to(secret)
+    with pytest.raises(ArtifactError, match="link"):
+        read_manifest(artifact)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"kind": "teacher"}', "\x00\x01"])
+def test_damaged_manifest_is_one_clear_line(artifact: Path, damage: str) -> None:
+    (artifact / MANIFEST_NAME).write_text(damage)
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(artifact)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_format_version_is_refused(artifact: Path) -> None:
+    manifest = json.loads((artifact / MANIFEST_NAME).read_text())
+    manifest["format_version"] = 99
+    (artifact / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="format version 99, this kdecs reads 1"):
+        read_manifest(artifact)
+
+
+def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_checksum_of_a_directory_depends_on_content_alone(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("same")
+    assert content_checksum(tmp_path / "one") == content_checksum(tmp_path / "two")
+    (tmp_path / "two" / "x").write_text("other")
+    assert content_checksum(tmp_path / "one") != content_checksum(tmp_path / "two")
+
+
+def test_lock_is_seen_by_a_second_holder(tmp_path: Path) -> None:
+    with file_lock(tmp_path / "lock") as first, file_lock(tmp_path / "lock", blocking=False) as second:
+        assert (first, second) == (True, False)
+    with file_lock(tmp_path / "lock", blocking=False) as again:
+        assert again
