@@ -47,7 +47,12 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
 def evaluate(
     corpus: CorpusFile,
     predictions: Annotated[
-        Path, typer.Option("--predictions", metavar="FILE", help="prediction file: JSON lines, one a pair")
+        list[Path],
+        typer.Option(
+            "--predictions",
+            metavar="FILE",
+            help="prediction file: JSON lines, one a pair; several (one a seed) are summarised",
+        ),
     ],
     protocol: Protocols = ProtocolChoice.reccon,
     universe: Universes = ScoredUniverse.fold1,
@@ -71,23 +76,23 @@ def evaluate(
     from kdecs.evaluation.metrics import evaluate as score
 
     gold = _corpus(corpus, coarse, table)
-    scores = score(
-        gold, _predictions(predictions, gold, coarse, table), universe=universe.value, protocol=protocol.value
-    )
-    found = scores.as_dict()
-    if intervals:
-        from kdecs.evaluation.significance import bootstrap_intervals
+    found = []
+    for file in predictions:
+        given = _predictions(file, gold, coarse, table)
+        scores = score(gold, given, universe=universe.value, protocol=protocol.value)
+        run: dict[str, Any] = scores.as_dict()
+        if intervals:
+            from kdecs.evaluation.significance import bootstrap_intervals
 
-        found["intervals"] = bootstrap_intervals(scores.sums_by_dialogue, num_samples=samples, seed=seed)
-    if details:
-        found["emotions"] = scores.emotions.as_dict()
-        found["breakdowns"] = breakdowns(scores)
-    if as_json:
-        print(json.dumps(found, indent=2))
+            run["intervals"] = bootstrap_intervals(scores.sums_by_dialogue, num_samples=samples, seed=seed)
+        if details:
+            run["emotions"] = scores.emotions.as_dict()
+            run["breakdowns"] = breakdowns(scores)
+        found.append((scores, run))
+    if len(found) == 1:
+        _show(*found[0], as_json)
     else:
-        from kdecs.evaluation.display import print_scores
-
-        print_scores(scores, found)
+        _show_seeds(predictions, found, as_json)
 
 
 def compare(
@@ -125,6 +130,31 @@ def compare(
         from kdecs.evaluation.display import print_comparison
 
         print_comparison(a, b, scores[0], scores[1], compared)
+
+
+def _show(scores: "Scores", run: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(run, indent=2))
+    else:
+        from kdecs.evaluation.display import print_scores
+
+        print_scores(scores, run)
+
+
+def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]", as_json: bool) -> None:
+    """Mean, standard deviation and interval over runs; each run whole in JSON."""
+    from kdecs.evaluation.metrics import SCORE_KEYS
+    from kdecs.evaluation.significance import summarise_seeds
+
+    summary = {key: summarise_seeds([scores[key] for scores, _ in found]) for key in SCORE_KEYS}
+    if as_json:
+        runs = [{"predictions": str(file), **run} for file, (_, run) in zip(files, found, strict=True)]
+        seeds = {key: asdict(value) for key, value in summary.items()}
+        print(json.dumps({"over_seeds": seeds, "runs": runs}, indent=2))
+    else:
+        from kdecs.evaluation.display import print_seeds
+
+        print_seeds(files, [scores for scores, _ in found], summary)
 
 
 def _corpus(path: Path, coarse: bool, table: Path | None) -> "Corpus":

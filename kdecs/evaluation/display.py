@@ -1,6 +1,6 @@
 """Tables of scores for a terminal. JSON is what programs read; figures here are rounded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdecs.evaluation.metrics import STRICT_KEYS, Scores
-from kdecs.evaluation.significance import Comparison
+from kdecs.evaluation.significance import Comparison, SeedSummary
 
 _MANY_LABELS = 10
 
@@ -51,6 +51,23 @@ def print_comparison(
     console.print(table)
     for name, path, scores in (("A", a, scores_a), ("B", b, scores_b)):
         console.print(Text(f"{name} = {path}: {counts_line(scores)}"))
+
+
+def print_seeds(files: Sequence[Path], runs: Sequence[Scores], summary: Mapping[str, SeedSummary]) -> None:
+    """Mean, standard deviation and 95% interval of each score over runs, beside the best trivial rule."""
+    console = Console(soft_wrap=True)
+    table = Table("score (%)", box=SIMPLE_HEAD, title=f"Over {len(runs)} runs")
+    for name in ("mean", "std", "95% interval", "best rule"):
+        table.add_column(name, justify="right")
+    for key, found in summary.items():
+        rules = [rule[key] for rule in runs[0].baselines.values() if key in rule]
+        interval = "" if found.low is None else f"{found.low:.2f} … {found.high:.2f}"
+        std = "" if found.std is None else f"{found.std:.2f}"
+        best = f"{max(rules):.2f}" if rules else ""
+        table.add_row(key.replace("_", " "), f"{found.mean:.2f}", std, interval, best)
+    console.print(table)
+    for file, scores in zip(files, runs, strict=True):
+        console.print(Text(f"{file}: {counts_line(scores)}"))
 
 
 def counts_line(scores: Scores) -> str:

@@ -99,6 +99,18 @@ def test_evaluate_maps_both_sides_to_coarse_labels(tmp_path):
     assert scores_of(path, "--coarse")["emotion_accuracy"] > scores_of(path)["emotion_accuracy"]
 
 
+def test_several_prediction_files_are_summarised(sample_predictions):
+    arguments = ["evaluate", "--corpus", TEST]
+    for name in ("near", "self"):
+        arguments += ["--predictions", sample_predictions[name]]
+    found = json.loads(run(*arguments, "--json").stdout)
+    values = [scores_of(sample_predictions[name])["macro_f1"] for name in ("near", "self")]
+    assert [each["macro_f1"] for each in found["runs"]] == values
+    assert found["over_seeds"]["macro_f1"]["mean"] == pytest.approx(sum(values) / 2)
+    assert found["over_seeds"]["macro_f1"]["num_seeds"] == 2
+    assert "Over 2 runs" in run(*arguments).stdout
+
+
 def test_compare_reports_difference_interval_and_p(sample_predictions):
     arguments = ("compare", sample_predictions["near"], sample_predictions["self"], "--corpus", TEST)
     compared = json.loads(run(*arguments, "--samples", "300", "--json").stdout)
