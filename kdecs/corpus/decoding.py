@@ -15,6 +15,7 @@ _BOM_UTF8 = b"\xef\xbb\xbf"
 _BOMS_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _MAX_INTEGER_DIGITS = 18
 _FOUND_CHARACTERS = 60
+OTHER_ENCODING = "UTF-16 or UTF-32 text or binary data"
 
 
 class NotJson(ValueError):
@@ -86,7 +87,7 @@ def decode_json(data: bytes) -> Decoded:
 def decode_text(data: bytes) -> str:
     """UTF-8 text without its byte-order mark; raises NotJson for UTF-16 and for bytes that are not UTF-8."""
     if data.startswith(_BOMS_UTF16) or b"\0" in data[:4]:
-        raise NotJson("UTF-16 or UTF-32 text or binary data", "UTF-8; save the file as UTF-8")
+        raise NotJson(OTHER_ENCODING, "UTF-8; save the file as UTF-8")
     data = data.removeprefix(_BOM_UTF8)
     try:
         return data.decode("utf-8")

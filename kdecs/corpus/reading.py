@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kdecs.corpus.decoding import NotJson, decode_json, iter_lines, shorten
+from kdecs.corpus.decoding import OTHER_ENCODING, NotJson, decode_json, iter_lines, shorten
 from kdecs.corpus.labels import LabelSet, emotions_of
 from kdecs.corpus.schema import Corpus, Dialogue, Fault
 from kdecs.corpus.validation import Checker
@@ -155,7 +155,10 @@ def _raw_from_lines(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
         try:
             decoded = decode_json(line)
         except NotJson as error:
-            checker.fault(error.found, error.expected, dialogue=place)
+            is_other_encoding = number == 1 and error.found == OTHER_ENCODING
+            checker.fault(error.found, error.expected, dialogue=None if is_other_encoding else place)
+            if is_other_encoding:
+                return  # all other lines would be faults too
             continue
         value = decoded.value
         if not isinstance(value, dict) or "id" not in value or "utterances" not in value:

@@ -11,7 +11,7 @@ EVIDENCE_KEY = "expanded emotion cause evidence"
 SPAN_KEY = "expanded emotion cause span"
 OUTSIDE = "b"
 # Far above any real dialogue (RECCON's longest: 31 turns, 1,158 characters); the pairs of one grow as n².
-MAX_UTTERANCES = 5_000
+MAX_UTTERANCES = 2_000
 MAX_CHARACTERS = 100_000
 
 

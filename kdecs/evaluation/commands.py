@@ -71,7 +71,12 @@ def evaluate(
     table: Table = None,
     as_json: Json = False,
 ) -> None:
-    """Score a prediction file of any system against a corpus; trivial rules' scores stand beside."""
+    """Score a prediction file of any system against a corpus; trivial rules' scores stand beside.
+
+    Examples: kdecs evaluate --corpus test.json --predictions mine.jsonl --details --intervals
+
+    kdecs evaluate --corpus test.json --predictions seed1.jsonl --predictions seed2.jsonl --json
+    """
     from kdecs.evaluation.breakdowns import breakdowns
     from kdecs.evaluation.metrics import evaluate as score
 
@@ -107,7 +112,10 @@ def compare(
     table: Table = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two prediction files on one corpus: A minus B, 95% interval and p, paired by dialogue."""
+    """Compare two prediction files on one corpus: A minus B, 95% interval and p, paired by dialogue.
+
+    Example: kdecs compare kd.jsonl joint.jsonl --corpus test.json
+    """
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.significance import compare_systems
 

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kdecs.evaluation.emotions import EmotionReport
 from kdecs.evaluation.metrics import STRICT_KEYS, Scores
 from kdecs.evaluation.significance import Comparison, SeedSummary
 
-_MANY_LABELS = 10
+_MANY_LABELS = 8
+_MOST_WRONG = 3
 
 
 def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
@@ -97,13 +99,25 @@ def _print_emotions(console: Console, scores: Scores) -> None:
     if not report.labels:
         return
     table = Table("gold \\ predicted", title="Confusions of emotions", box=SIMPLE_HEAD)
-    short = len(report.labels) > _MANY_LABELS
-    for label in report.labels:
-        table.add_column(label[:4] if short else label, justify="right")
-    table.add_column("F1", justify="right")
+    shows_matrix = len(report.labels) <= _MANY_LABELS
+    for name in (*(report.labels if shows_matrix else ("utterances", "mostly taken for")), "F1"):
+        table.add_column(name, justify="right")
     for label, row in zip(report.labels, report.confusion.tolist(), strict=True):
-        table.add_row(label, *(str(count) for count in row), f"{report.f1[label]:.2f}")
+        cells = (
+            [str(count) for count in row] if shows_matrix else [str(sum(row)), _taken_for(label, row, report)]
+        )
+        table.add_row(label, *cells, f"{report.f1[label]:.2f}")
     console.print(table)
+
+
+def _taken_for(label: str, row: Sequence[int], report: EmotionReport) -> str:
+    """The most frequent wrong predictions of a gold label."""
+    wrong = [
+        (count, other) for count, other in zip(row, report.labels, strict=True) if count and other != label
+    ]
+    return ", ".join(
+        f"{other} {count}" for count, other in sorted(wrong, key=lambda item: -item[0])[:_MOST_WRONG]
+    )
 
 
 def _print_breakdown(console: Console, title: str, groups: Mapping[str, Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ Shapes: R rows, D dialogues, K = len(COLUMNS) contributions. All float64.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -72,15 +73,10 @@ def rows_of(corpus: Corpus, universe: Universe) -> list[Row]:
     """Rows in corpus order: by dialogue, target, then positives by evidence and negatives by candidate."""
     rows: list[Row] = []
     for index, dialogue in enumerate(corpus.dialogues):
-        pairs = pairs_of(dialogue, universe)
-        for target in sorted({pair.target for pair in pairs}):
+        for target, group in groupby(pairs_of(dialogue, universe), key=lambda pair: pair.target):
             causes = causes_of(dialogue.utterances[target - 1])
             rows += [Row(index, dialogue, target, turn, span) for _, turn, span in causes]
-            rows += [
-                Row(index, dialogue, target, pair.candidate, None)
-                for pair in pairs
-                if pair.target == target and not pair.is_cause
-            ]
+            rows += [Row(index, dialogue, target, p.candidate, None) for p in group if not p.is_cause]
     return rows
 
 

@@ -82,6 +82,12 @@ def test_utf_16_is_refused_by_name(write, valid_document, encoding):
     assert "UTF-16" in only_fault(write(json.dumps(valid_document).encode(encoding))).found
 
 
+def test_json_lines_in_utf_16_are_one_fault(write, valid_document):
+    lines = [json.dumps({"id": key, "utterances": value[0]}) for key, value in valid_document.items()]
+    fault = only_fault(write("\n".join(lines).encode("utf-16"), "corpus.jsonl"))
+    assert (fault.dialogue, fault.found) == (None, "UTF-16 or UTF-32 text or binary data")
+
+
 def test_other_bytes_are_refused_with_their_offset(write, valid_document):
     data = json.dumps(valid_document, ensure_ascii=False).replace("We won", "café").encode("latin-1")
     fault = only_fault(write(data))
