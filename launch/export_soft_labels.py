@@ -13,9 +13,9 @@ from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
 from kdecs.soft_labels.job import refuse_early
 
-EXAMPLES = """  python launch/export_soft_labels.py --config launch/configs/export/tiny.yaml
+EXAMPLES = """  python launch/export_soft_labels.py --config launch/configs/demo/export.yaml
   deepspeed --no_local_rank launch/export_soft_labels.py --config launch/configs/export/llama-7b.yaml
-  python launch/export_soft_labels.py --config launch/configs/export/tiny.yaml --set num_shards=16
+  python launch/export_soft_labels.py --config launch/configs/demo/export.yaml --set num_shards=16
 """
 
 
@@ -29,7 +29,7 @@ class ExportBar:
         self._bar.total = progress.pairs_total
         self._bar.update(max(0, progress.pairs_done - self._bar.n))
         if progress.line:
-            tqdm.write(progress.line, file=sys.stdout)
+            tqdm.write(f"soft labels: {progress.line}", file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -43,15 +43,15 @@ def summary(config: ExportConfig, result: ExportResult) -> str:
     macro_f1 = f"{agreement['macro_f1']:.2f}" if agreement else "none, there are no pairs to judge"
     rate = f"{result.pairs_per_second:,.1f} pairs a second" if result.num_new_pairs else "all there before"
     return (
-        f"{config.output}: {num_pairs:,} soft labels in {len(result.manifest.files)} shards, {rate}; "
-        f"agreement with gold on valid: macro F1 {macro_f1}"
+        f"soft labels {config.output.name}: {num_pairs:,} pairs in {len(result.manifest.files)} shards, {rate}; "
+        f"agreement with gold on valid: macro F1 {macro_f1}; written to {config.output}"
     )
 
 
 def main() -> None:
     config = stage_config(ExportConfig, __doc__ or "", EXAMPLES)
     if is_finished(config):
-        print(f"{config.output}: soft labels complete, skipped", flush=True)
+        print(f"soft labels {config.output.name}: complete at {config.output}, skipped", flush=True)
         return
     refuse_early(config)
     # Torch takes seconds to import: not before it is known that there is work.

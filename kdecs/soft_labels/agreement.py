@@ -22,13 +22,12 @@ def is_causal(logits_nA: np.ndarray) -> np.ndarray:
 def agreement_with_gold(
     dialogues: Sequence[Dialogue], logits_by_id: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Utterance-level scores (percent) over the fold1 rows: a positive row for each gold span."""
+    """Utterance-level scores (percent) over the fold1 pairs, each once: the figure that selects teachers."""
     pairs = [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1")]
-    rows = [pair for pair in pairs for _ in range(max(1, len(pair.spans)))]
-    if not rows:
+    if not pairs:
         return {}
-    predicted = is_causal(np.stack([logits_by_id[pair.id] for pair in rows]))
-    scores = utterance_scores([pair.is_cause for pair in rows], predicted.tolist())
+    predicted = is_causal(np.stack([logits_by_id[pair.id] for pair in pairs]))
+    scores = utterance_scores([pair.is_cause for pair in pairs], predicted.tolist())
     return {
         "positive_f1": float(scores.positive_f1),
         "negative_f1": float(scores.negative_f1),

@@ -1,0 +1,289 @@
+"""The files in cluster/: syntax, the commands they run (recorded by stand-ins on PATH), no secrets, no open ports."""
+
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdecs.config import Config, load_config
+from kdecs.soft_labels.config import ExportConfig
+from kdecs.student.config import StudentConfig
+from kdecs.sweep.config import SweepConfig
+from kdecs.teacher.config import TeacherConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CLUSTER = ROOT / "cluster"
+FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
+SHELL = [path for path in FILES if path.suffix in {".sh", ".sbatch"}]
+SBATCH = [path for path in FILES if path.suffix == ".sbatch"]
+YAML = [path for path in FILES if path.suffix == ".yaml"]
+CONFIGS: dict[str, type[Config]] = {
+    "launch/train_teacher.py": TeacherConfig,
+    "launch/export_soft_labels.py": ExportConfig,
+    "launch/train_student.py": StudentConfig,
+    "tune/sweep.py": SweepConfig,
+}
+KNOWN_DIRECTIVES = {
+    *("array", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mem", "nodes", "ntasks"),
+    *("ntasks-per-node", "open-mode", "output", "requeue", "signal", "time"),
+}
+RECORD = """#!/usr/bin/env bash
+printf '%s\\n' "$(basename "$0") $*" >>"$RECORD"
+[[ $(basename "$0") == sbatch ]] && echo 101
+[[ $(basename "$0") == scontrol && $1 == show ]] && echo node-7 && echo node-8
+[[ $(basename "$0") == srun ]] && exit "${SRUN_STATUS:-0}"
+exit 0
+"""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CLUSTER).as_posix()
+
+
+def directives(path: Path) -> dict[str, str]:
+    lines = re.findall(r"^#SBATCH --(\S+)$", path.read_text(), flags=re.MULTILINE)
+    assert len(lines) == path.read_text().count("#SBATCH")
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> dict[str, str]:
+    """An environment of a Slurm job whose commands only note how they were called."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("srun", "sbatch", "scontrol", "deepspeed"):
+        (commands / name).write_text(RECORD)
+        (commands / name).chmod(0o755)
+    root = tmp_path / "repository"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "activate").write_text("")
+    shutil.copytree(CLUSTER, root / "cluster")
+    slurm = {"SLURM_SUBMIT_DIR": root, "SLURM_JOB_ID": 4711, "SLURM_JOB_NODELIST": "node-[7-8]"}
+    slurm |= {"SLURM_NNODES": 2, "SLURM_CPUS_PER_TASK": 32, "SLURM_GPUS_ON_NODE": 4}
+    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
+    named = {key: str(value) for key, value in slurm.items()}
+    return os.environ | named | {"PATH": path, "RECORD": str(tmp_path / "record")}
+
+
+def recorded(environment: dict[str, str]) -> list[str]:
+    return Path(environment["RECORD"]).read_text().splitlines()
+
+
+def run(path: Path, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    copy = Path(environment["SLURM_SUBMIT_DIR"]) / path.relative_to(ROOT)
+    return subprocess.run(
+        ["bash", str(copy), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("path", SHELL, ids=name_of)
+def test_shell_scripts_parse(path: Path) -> None:
+    found = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    if path.name != "job.sh":  # sourced, never run
+        assert path.read_text().startswith("#!/usr/bin/env bash\n")
+        assert "\nset -euo pipefail\n" in path.read_text()
+        assert path.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("path", SBATCH, ids=name_of)
+def test_sbatch_directives(path: Path) -> None:
+    found = directives(path)
+    assert set(found) <= KNOWN_DIRECTIVES
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", found["time"])
+    assert re.fullmatch(r"TERM@\d+", found["signal"])
+    assert all(found[key].isdigit() for key in ("nodes", "gpus-per-node", "cpus-per-task"))
+    assert "requeue" in found
+    # Slurm reads directives only above the first command.
+    body = path.read_text().split("set -euo pipefail")[1]
+    assert "#SBATCH" not in body
+
+
+def test_every_file_that_is_named_exists() -> None:
+    pattern = re.compile(
+        r"(?<![\w./-])(?:launch|tune|cluster)/[\w./-]+\.(?:py|yaml|sh|sbatch|example|service)"
+    )
+    named = {(name_of(path), name) for path in FILES for name in pattern.findall(path.read_text())}
+    assert len(named) > 10
+    assert [f"{path}: {name}" for path, name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def _python_commands() -> Iterator[tuple[str, str, str]]:
+    for path in FILES:
+        for script, config in re.findall(
+            r"((?:launch|tune)/\w+\.py)\s+(?:--config\s+)?((?:launch|tune)/[\w./-]+\.yaml)", path.read_text()
+        ):
+            yield name_of(path), script, config
+
+
+@pytest.mark.parametrize(("path", "script", "config"), sorted(set(_python_commands())))
+def test_configs_of_the_commands_parse(path: str, script: str, config: str) -> None:
+    load_config(CONFIGS[script], ROOT / config)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("train_teacher", "launch/train_teacher.py --config launch/configs/teacher/llama-7b.yaml"),
+        ("export_soft_labels", "launch/export_soft_labels.py --config launch/configs/export/llama-7b.yaml"),
+        ("train_student", "launch/train_student.py --config launch/configs/student/kd.yaml"),
+        ("sweep", "tune/sweep.py tune/spaces/main.yaml --set ray_address=auto"),
+    ],
+)
+def test_what_the_jobs_run(script: str, expected: str, stand_ins: dict[str, str]) -> None:
+    result = run(CLUSTER / "slurm" / f"{script}.sbatch", environment=stand_ins)
+    assert (result.returncode, result.stderr) == (0, "")
+    command = recorded(stand_ins)[-1]
+    assert command.startswith("srun ")
+    assert command.endswith(f"python {expected}")
+    name, config = shlex.split(expected)[0], shlex.split(expected)[-1]
+    if script != "sweep":
+        load_config(CONFIGS[name], ROOT / config)
+    else:
+        assert "ray symmetric-run --address node-7:24711 --min-nodes 2 --num-cpus 32 --num-gpus 4" in command
+        assert list((Path(stand_ins["SLURM_SUBMIT_DIR"]) / "runs").iterdir()) == []  # the token is gone
+
+
+def test_a_job_that_saved_its_state_is_queued_again(stand_ins: dict[str, str]) -> None:
+    script = CLUSTER / "slurm" / "train_teacher.sbatch"
+    result = run(script, environment=stand_ins | {"SRUN_STATUS": "143"})
+    assert result.returncode == 143
+    assert recorded(stand_ins)[-1] == "scontrol requeue 4711"
+    Path(stand_ins["RECORD"]).unlink()
+    result = run(script, environment=stand_ins | {"SRUN_STATUS": "1"})
+    assert result.returncode == 1
+    assert not any("requeue" in line for line in recorded(stand_ins))
+
+
+def test_arguments_are_passed_on(stand_ins: dict[str, str]) -> None:
+    run(CLUSTER / "slurm" / "train_teacher.sbatch", "a.yaml", "--set", "zero.stage=3", environment=stand_ins)
+    assert recorded(stand_ins)[-1].endswith("--config a.yaml --set zero.stage=3")
+
+
+def test_the_pipeline_is_queued_in_order(stand_ins: dict[str, str]) -> None:
+    result = run(CLUSTER / "slurm" / "submit_pipeline.sh", environment=stand_ins)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = recorded(stand_ins)
+    assert [re.findall(r"(\w+)\.sbatch", line)[0] for line in lines] == [
+        *("train_teacher", "export_soft_labels", "sweep")
+    ]
+    assert [("--dependency=afterok:101" in line) for line in lines] == [False, True, True]
+
+
+def test_rank_state_comes_from_slurm(stand_ins: dict[str, str]) -> None:
+    environment = stand_ins | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+    result = run(
+        CLUSTER / "slurm" / "rank.sh",
+        *("bash", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE; exit 143"),
+        environment=environment,
+    )
+    assert (result.stdout, result.returncode) == ("5 1 8\n", 143)
+
+
+def test_the_deepspeed_command(stand_ins: dict[str, str]) -> None:
+    result = run(CLUSTER / "deepspeed_two_nodes.sh", environment=stand_ins)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert recorded(stand_ins)[-1] == (
+        "deepspeed --hostfile cluster/hostfile --num_nodes 2 --master_addr node-1 --master_port 29500 "
+        "--no_local_rank launch/train_teacher.py --config launch/configs/teacher/llama-7b.yaml"
+    )
+
+
+@pytest.mark.slow  # DeepSpeed takes seconds to import
+def test_deepspeeds_own_parsers_accept_command_and_hostfile(stand_ins: dict[str, str]) -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    run(CLUSTER / "deepspeed_two_nodes.sh", environment=stand_ins)
+    arguments = runner.parse_args(shlex.split(recorded(stand_ins)[-1])[1:])
+    assert arguments.no_local_rank
+    assert not arguments.no_ssh
+    assert (arguments.num_nodes, arguments.master_addr) == (2, "node-1")
+    assert arguments.user_script == "launch/train_teacher.py"
+    assert runner.fetch_hostfile(str(ROOT / arguments.hostfile)) == {"node-1": 8, "node-2": 8}
+    run(CLUSTER / "deepspeed_two_nodes.sh", environment=stand_ins | {"NODE_RANK": "1"})
+    arguments = runner.parse_args(shlex.split(recorded(stand_ins)[-1])[1:])
+    assert (arguments.no_ssh, arguments.node_rank) == (True, 1)
+    assert arguments.user_args == ["--config", "launch/configs/teacher/llama-7b.yaml"]
+
+
+def test_rays_own_check_accepts_the_on_premises_file() -> None:
+    autoscaler = pytest.importorskip("ray.autoscaler._private.util")
+    config = yaml.safe_load((CLUSTER / "ray" / "on_premises.yaml").read_text())
+    autoscaler.validate_config(autoscaler.prepare_config(config))
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+
+
+@pytest.mark.parametrize("name", ["kuberay_cluster.yaml", "kuberay_job.yaml"])
+def test_kuberay_files(name: str) -> None:
+    documents = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "ray" / name).read_text())}
+    ray = pytest.importorskip("ray")
+    cluster = (
+        documents["RayCluster"]["spec"]
+        if "RayCluster" in documents
+        else documents["RayJob"]["spec"]["rayClusterSpec"]
+    )
+    image = re.findall(r"^FROM rayproject/ray:([\d.]+)-", (CLUSTER / "ray" / "Dockerfile").read_text(), re.M)
+    assert [cluster["rayVersion"]] == image == [ray.__version__]
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("path", YAML, ids=name_of)
+def test_yaml_parses(path: Path) -> None:
+    assert all(isinstance(document, dict) for document in yaml.safe_load_all(path.read_text()))
+
+
+def test_the_mlflow_server_keeps_to_loopback_and_refuses_passwords(tmp_path: Path) -> None:
+    script = CLUSTER / "mlflow" / "serve.sh"
+    assert "--host 127.0.0.1" in script.read_text()
+    environment = os.environ | {"MLFLOW_ARTIFACTS": str(tmp_path / "artifacts")}
+    uri = "postgresql://kdecs:secret@127.0.0.1/mlflow"
+    result = subprocess.run(
+        ["bash", str(script)],
+        env=environment | {"MLFLOW_BACKEND_STORE_URI": uri},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "holds a password: put it into ~/.pgpass" in result.stderr
+    assert "secret" not in result.stderr
+    for line in (CLUSTER / "mlflow" / "mlflow.env.example").read_text().splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[A-Z_]+=\S+", line)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_the_service_file_is_accepted_by_systemd(tmp_path: Path) -> None:
+    unit = tmp_path / "kdecs-mlflow.service"
+    text = (CLUSTER / "mlflow" / "kdecs-mlflow.service").read_text()
+    unit.write_text(text.replace("%h/kdecs", str(ROOT)))
+    found = subprocess.run(
+        ["systemd-analyze", "verify", "--user", str(unit)],
+        env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_no_secrets() -> None:
+    for path in FILES:
+        assert not re.search(r"://[^/@\s$]*:[^/@\s]+@", path.read_text()), path
+        assert not re.search(r"(?im)^\s*\w*(password|secret)\w*\s*[:=]\s*\S", path.read_text()), path
