@@ -89,7 +89,7 @@ class PairEncoder:
             encoding.char_to_token(place)
             for place in (prompt.emotion_mask, prompt.connective_mask, prompt.start_mask, prompt.end_mask)
         ]
-        first, last = _token_range(encoding, prompt.text, prompt.candidate_range)
+        first, last = _token_range(encoding, prompt.text, _visible(prompt.text, prompt.candidate_range))
         offsets = _offsets_within(encoding, prompt.text, first, last, prompt.candidate_range)
         removed, num_truncated = self._removed(pair, prompt, encoding, first)
         if num_truncated:
@@ -116,7 +116,7 @@ class PairEncoder:
         num_tokens = len(encoding.ids)
         if num_tokens <= self.max_tokens:
             return set(), 0
-        offsets = encoding.offsets
+        offsets = _covering_offsets(encoding)
         kept = kept_tokens(offsets, prompt, self.max_tokens)
         removed = set(range(num_tokens)).difference(kept)
         if len(kept) > self.max_tokens or first in removed:
@@ -160,6 +160,21 @@ def _token_range(encoding: Any, text: str, characters: tuple[int, int]) -> tuple
 def _starts_before(encoding: Any, token: int, end: int) -> bool:
     characters = encoding.token_to_chars(token)
     return characters is not None and characters[0] < end and characters[1] <= end
+
+
+def _covering_offsets(encoding: Any) -> list[tuple[int, int]]:
+    """Characters of each token; a token of white space alone, which a tokenizer may trim to nothing, covers one."""
+    return [
+        (left - 1, right) if left == right and not is_special and left > 0 else (left, right)
+        for (left, right), is_special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    ]
+
+
+def _visible(text: str, characters: tuple[int, int]) -> tuple[int, int]:
+    """The range without white space at either end: it may hang together with what stands around it."""
+    start, end = characters
+    inside = text[start:end]
+    return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
 
 
 def _offsets_within(

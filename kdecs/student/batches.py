@@ -4,16 +4,18 @@ Legend: B prompts, T tokens, M tokens of u_j's copy, A answer words.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdecs.corpus.cache import CorpusCache
 from kdecs.corpus.encoding import EncodedPair
 from kdecs.student.model import Batch
+
+if TYPE_CHECKING:  # pyarrow: prediction does without
+    from kdecs.corpus.cache import CorpusCache
 
 Ints = npt.NDArray[np.integer[Any]]
 _MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
@@ -75,7 +77,7 @@ def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, npt.NDArra
     return share, weights
 
 
-def cached_batch(cache: CorpusCache, rows: Ints, pad_id: int) -> Batch:
+def cached_batch(cache: "CorpusCache", rows: Ints, pad_id: int) -> Batch:
     """The prompts of the rows, gathered from the mapped cache."""
     masks_B4 = np.stack([cache.column(name)[rows] for name in _MASK_COLUMNS], axis=1)
     return padded_batch(
@@ -120,7 +122,7 @@ def padded_batch(
 
 
 def gold_targets(
-    cache: CorpusCache,
+    cache: "CorpusCache",
     rows: Ints,
     weights_B: npt.NDArray[np.float32],
     emotion_labels: Ints,

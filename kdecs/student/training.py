@@ -106,7 +106,7 @@ class _Trainer:
         self.network: torch.nn.Module = self.model
         if runtime.world_size > 1:
             devices = [runtime.device] if runtime.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
+            self.network = DistributedDataParallel(self.model, device_ids=devices)
         self.is_finite = torch.ones((), dtype=torch.bool, device=runtime.device)
         batch_pairs = config.batches.global_batch_pairs
         self.epoch_steps = math.ceil(len(self.data.rows) / batch_pairs)
@@ -125,6 +125,8 @@ class _Trainer:
         while progress.epoch < epochs and not self._is_patience_over():
             self._train_epoch()
             self._end_epoch()
+            if progress.epoch < epochs and any_rank(self.stop.requested, self.runtime):
+                self._save_and_stop()
         if self.runtime.is_main:
             self._finish()
         any_rank(False, self.runtime)  # no rank leaves before the directory is complete

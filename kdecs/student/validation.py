@@ -1,11 +1,11 @@
 """Scoring cached pairs of a labelled corpus: decisions, the threshold's choice, the scores of an epoch."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kdecs.corpus.cache import CorpusCache
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.schema import NEUTRAL, Corpus
 from kdecs.evaluation.metrics import Scores, evaluate
@@ -14,6 +14,9 @@ from kdecs.student.batches import Ints, batches_of_tokens, cached_batch
 from kdecs.student.inference import PairScores, pair_gains, score_pairs, span_text, target_emotions
 from kdecs.student.model import StudentModel
 from kdecs.student.threshold import choose_threshold
+
+if TYPE_CHECKING:  # pyarrow: prediction does without
+    from kdecs.corpus.cache import CorpusCache
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Validation:
 
 def validate(
     model: StudentModel,
-    cache: CorpusCache,
+    cache: "CorpusCache",
     corpus: Corpus,
     emotions: tuple[str, ...],
     *,

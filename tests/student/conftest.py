@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers.utils import logging as transformers_logging
 
 from kdecs.artifact import write_manifest
 from kdecs.config import parse_config
@@ -37,9 +38,8 @@ def byte_level_tokenizer(lines: list[str], vocabulary_size: int) -> PreTrainedTo
         show_progress=False,
     )
     tokenizer.train_from_iterator([*lines, *[" " + " ".join(words)] * 200], trainer)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    from tokenizers import AddedToken
-
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -72,6 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [u.text for d in read_corpus(bundled_sample("train")).dialogues for u in d.utterances]
     tokenizer = byte_level_tokenizer(texts, 900)
     torch.manual_seed(0)
+    transformers_logging.disable_progress_bar()
     config = RobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -89,7 +90,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...] = CONNECTIVES) -> Path:
+@pytest.fixture(scope="session")
+def write_labels() -> Callable[..., Path]:
+    """Writes a soft-label directory for corpus files (split -> path), over given answer words."""
+    return _write_labels
+
+
+def _write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...] = CONNECTIVES) -> Path:
     """Soft labels of a teacher that is right with some noise: one shard over the splits."""
     generator = np.random.default_rng(0)
     directory.mkdir(parents=True)
@@ -118,7 +125,7 @@ def write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...]
 
 @pytest.fixture(scope="session")
 def labels(tmp_path_factory: pytest.TempPathFactory, corpus_files: dict[str, Path]) -> Path:
-    return write_labels(tmp_path_factory.mktemp("labels") / "soft", corpus_files)
+    return _write_labels(tmp_path_factory.mktemp("labels") / "soft", corpus_files)
 
 
 @pytest.fixture(scope="session")

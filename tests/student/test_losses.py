@@ -1,0 +1,100 @@
+"""Eq. 10-13 against values worked by hand, torch and scipy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, rel_entr, softmax
+
+from kdecs.student.losses import (
+    LossParts,
+    batch_mean,
+    connective_loss,
+    distillation_loss,
+    emotion_loss,
+    span_loss,
+    total_loss,
+)
+
+
+def test_emotion_loss_by_hand():
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(3.0)], [5.0, 1.0]])
+    found = emotion_loss(logits, torch.tensor([1, 0, -1]))
+    assert found.tolist() == pytest.approx([math.log(4 / 3), math.log(4.0), 0.0])
+
+
+def test_span_loss_is_the_sum_of_start_and_end_over_the_allowed_places():
+    start = torch.tensor([[0.0, 0.0, -torch.inf]])
+    end = torch.tensor([[0.0, 0.0, 0.0]])
+    found = span_loss(start, end, torch.tensor([1]), torch.tensor([2]))
+    assert found.item() == pytest.approx(math.log(2) + math.log(3))
+    assert span_loss(start, end, torch.tensor([-1]), torch.tensor([-1])).item() == 0.0
+
+
+def test_connective_loss_sums_the_causal_words():
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.1, 0.2, 0.4], [0.1, 0.2, 0.1, 0.2, 0.4]]))
+    found = connective_loss(logits, torch.tensor([1, 0]))
+    assert found.tolist() == pytest.approx([-math.log(0.6), -math.log(0.4)], abs=1e-6)
+
+
+def test_distillation_loss_by_hand():
+    """Two words in effect: q_t = (3/4, 1/4), q_s = (1/2, 1/2) at temperature 2."""
+    low = -1e9
+    teacher = torch.tensor([[2 * math.log(3.0), 0.0, low, low, low]])
+    student = torch.tensor([[0.0, 0.0, low, low, low]])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert distillation_loss(teacher, student, 2.0).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.0])
+def test_distillation_loss_equals_scipys_relative_entropy(temperature: float):
+    generator = np.random.default_rng(1)
+    teacher, student = generator.normal(size=(2, 9, 5)) * 4
+    p, q = softmax(teacher / temperature, axis=1), softmax(student / temperature, axis=1)
+    found = distillation_loss(torch.tensor(teacher), torch.tensor(student), temperature)
+    np.testing.assert_allclose(found.numpy(), rel_entr(p, q).sum(axis=1), rtol=2e-5, atol=1e-7)
+
+
+def test_distillation_loss_of_equals_is_zero_and_ignores_a_shift():
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)) * 30
+    assert distillation_loss(logits, logits, 2.0).abs().max() < 1e-6
+    assert distillation_loss(logits, logits + 7.0, 2.0).abs().max() < 1e-5
+
+
+def test_gradient_of_the_distillation_loss_is_q_s_minus_q_t_over_temperature():
+    teacher, student = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(2))
+    student.requires_grad_()
+    distillation_loss(teacher, student, 2.0).sum().backward()
+    expected = (torch.softmax(student / 2, 1) - torch.softmax(teacher / 2, 1)).detach() / 2
+    torch.testing.assert_close(student.grad, expected)
+    inputs = (teacher.double(), student.detach().double().requires_grad_())
+    # The loss works in float32, hence the wide step.
+    assert torch.autograd.gradcheck(
+        lambda s: distillation_loss(inputs[0], s, 2.0).double(), inputs[1:], eps=1e-2, atol=1e-3, rtol=1e-2
+    )
+
+
+def test_total_loss_of_kd_by_hand_and_of_joint():
+    emotion, span, soft, hard = (torch.tensor(value) for value in (1.0, 2.0, 0.5, 0.25))
+    kd = total_loss(LossParts(emotion, span, distillation=soft), alpha=0.6, temperature=2.0)
+    assert kd.item() == pytest.approx(0.6 * 3.0 + 0.4 * 4.0 * 0.5)
+    joint = total_loss(LossParts(emotion, span, connective=hard), alpha=0.6, temperature=2.0)
+    assert joint.item() == pytest.approx(0.6 * 3.0 + 0.25)
+
+
+def test_batch_mean_of_shares_averages_to_the_batch_mean():
+    values = torch.arange(5.0)
+    shares = [
+        batch_mean(torch.tensor([0.0, 2.0, 4.0]), torch.ones(3), count=5, world_size=2),
+        batch_mean(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1.0, 1.0, 0.0]), count=5, world_size=2),
+    ]
+    assert (sum(shares) / 2).item() == pytest.approx(values.mean().item())
+
+
+def test_losses_are_float32_whatever_the_logits():
+    logits = torch.randn(3, 5, dtype=torch.bfloat16)
+    assert connective_loss(logits, torch.tensor([0, 1, 0])).dtype == torch.float32
+    assert distillation_loss(logits, logits, 2.0).dtype == torch.float32
+    expected = -log_softmax(logits.float().numpy(), axis=1)[range(3), [0, 1, 2]]
+    np.testing.assert_allclose(emotion_loss(logits, torch.tensor([0, 1, 2])).numpy(), expected, rtol=1e-5)

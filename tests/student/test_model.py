@@ -1,0 +1,176 @@
+"""The student's network against the whole language model, head by head, for several architectures."""
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
+    RobertaForMaskedLM,
+)
+
+from kdecs.corpus.encoding import PairEncoder
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import read_corpus
+from kdecs.errors import ModelError
+from kdecs.student.batches import encoded_batch
+from kdecs.student.inference import best_spans, cause_scores
+from kdecs.student.model import (
+    AnswerIds,
+    StudentModel,
+    StudentOutput,
+    load_language_model,
+    load_tokenizer,
+    longest_prompt,
+    student_answer_ids,
+)
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def architectures():
+    torch.manual_seed(1)
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    return {
+        "bert": BertForMaskedLM(BertConfig(**SMALL)),
+        "mpnet": MPNetForMaskedLM(MPNetConfig(**SMALL)),
+        "modernbert": ModernBertForMaskedLM(ModernBertConfig(**SMALL, **special)),
+        "distilbert": DistilBertForMaskedLM(
+            DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def batch(base, corpus_files):
+    encoder = PairEncoder(AutoTokenizer.from_pretrained(base), 256)
+    pairs = [p for d in read_corpus(corpus_files["valid"]).dialogues for p in pairs_of(d)][:6]
+    return encoded_batch(list(encoder.encode(pairs)), pad_id=1)
+
+
+def student_of(base, span_head: str) -> StudentModel:
+    torch.manual_seed(0)
+    answers = student_answer_ids(load_tokenizer(str(base)), ["neutral", "happiness", "anger"])
+    model = StudentModel(load_language_model(base), answers, span_head=span_head, max_prompt_tokens=256)
+    return model.eval()
+
+
+def test_answer_logits_are_those_of_the_whole_model(base, batch):
+    model = student_of(base, "pointer")
+    output = model(batch)
+    logits = (
+        RobertaForMaskedLM.from_pretrained(base)
+        .eval()(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT)
+        .logits
+    )
+    rows = torch.arange(len(logits))
+    emotion = logits[rows, batch.masks_B4[:, 0]][:, model.emotion_ids]
+    connective = logits[rows, batch.masks_B4[:, 1]][:, model.connective_ids]
+    torch.testing.assert_close(output.emotion_BE, emotion, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.connective_BA, connective, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "modernbert", "distilbert"])
+def test_other_architectures_pass_the_check_of_their_head(name, batch):
+    language_model = architectures()[name]
+    model = StudentModel(
+        language_model, AnswerIds((3, 4, 5), (6, 7, 8, 9, 10)), span_head="pointer", max_prompt_tokens=256
+    )
+    small = batch._replace(token_ids_BT=batch.token_ids_BT % 60)
+    output = model(small)
+    assert output.emotion_BE.shape == (6, 3)
+    output.connective_BA.sum().backward()
+
+
+def test_an_unknown_head_is_refused():
+    language_model = ElectraForMaskedLM(ElectraConfig(**SMALL, embedding_size=16))
+    with pytest.raises(ModelError, match=r"ElectraForMaskedLM.*choose"):
+        StudentModel(language_model, AnswerIds((3,), (4, 5)), span_head="pointer", max_prompt_tokens=64)
+
+
+def test_the_position_head_is_a_softmax_over_the_prompt_restricted_to_u_j(base, batch):
+    """Eq. 8-9: the same probabilities as the softmax over all positions, renormalised over 0 and u_j's copy."""
+    model = student_of(base, "position")
+    output = model(batch)
+    hidden = model.language_model.base_model(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT)[
+        0
+    ]
+    for row in range(len(hidden)):
+        full = torch.softmax(model.span_head.start(hidden[row, batch.masks_B4[row, 2]]), dim=-1)
+        places = torch.cat(
+            (torch.zeros(1, dtype=torch.long), batch.candidate_BM[row][batch.candidate_mask_BM[row]])
+        )
+        expected = full[places] / full[places].sum()
+        found = torch.softmax(output.start_BS[row], dim=-1)
+        torch.testing.assert_close(found[: len(places)], expected, atol=1e-5, rtol=1e-4)
+        assert torch.all(found[len(places) :] == 0)
+
+
+@pytest.mark.parametrize("span_head", ["position", "pointer"])
+def test_every_parameter_but_unused_ones_gets_a_gradient(base, batch, span_head):
+    model = student_of(base, span_head)
+    output = model(batch)
+    parts = [output.emotion_BE, output.connective_BA, output.start_BS[:, :2], output.end_BS[:, :2]]
+    sum(part.square().sum() for part in parts).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+def test_padding_changes_nothing(base, batch):
+    model = student_of(base, "pointer")
+    alone = model(batch._replace(**{name: getattr(batch, name)[:1] for name in batch._fields}))
+    together = model(batch)
+    torch.testing.assert_close(alone.emotion_BE, together.emotion_BE[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_best_spans_equal_a_search_over_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 40, 9, generator=generator)
+    start[:, 7:], end[:, 7:] = -torch.inf, -torch.inf
+    found = best_spans(start, end)
+    for row in range(40):
+        pairs = [(a, b) for a in range(1, 9) for b in range(a, 9)]
+        best = max(pairs, key=lambda pair: (start[row, pair[0]] + end[row, pair[1]]).item())
+        assert tuple(found[row].tolist()) == best
+
+
+def test_cause_score_by_hand():
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.1, 0.2, 0.4]]))
+    start, end = torch.log(torch.tensor([[0.9, 0.1]])), torch.log(torch.tensor([[0.4, 0.6]]))
+    found = cause_scores(StudentOutput(torch.zeros(1, 2), logits, start, end))
+    assert found.item() == pytest.approx((0.6 + 1 - 0.6) / 2, abs=1e-6)
+
+
+def test_limits_of_the_prompt(base):
+    tokenizer, language_model = load_tokenizer(str(base)), load_language_model(base)
+    assert longest_prompt(tokenizer, language_model, 512) == 256  # 258 positions, RoBERTa starts at 2
+    assert longest_prompt(tokenizer, language_model, 100) == 100
+
+
+def test_an_emotion_that_splits_is_refused_and_a_stand_in_helps(base):
+    tokenizer = load_tokenizer(str(base))
+    with pytest.raises(ModelError, match=r"bewilderment.*stand_ins"):
+        student_answer_ids(tokenizer, ["neutral", "bewilderment"])
+    found = student_answer_ids(tokenizer, ["neutral", "bewilderment"], {"bewilderment": "surprise"})
+    assert found.emotions[1] == student_answer_ids(tokenizer, ["surprise"]).emotions[0]
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ModelError, match="no masked language model could be loaded"):
+        load_language_model(tmp_path)
