@@ -3,6 +3,7 @@
     SWEEP/config.json      the resolved config
     SWEEP/trials/ID/       one student directory a trial (kdecs.sweep.trial)
     SWEEP/trials.json      every trial with settings, status, metrics of its best epoch, seconds, error
+    SWEEP/baselines.json   what the trivial rules reach on validation
     SWEEP/ray.log          what Ray printed
     SWEEP/manifest.json    last, once every trial is complete
 
@@ -24,9 +25,10 @@ from kdecs.runtime import StopSignal
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.progress import SweepProgress, duration
 from kdecs.sweep.records import sweep_records
-from kdecs.sweep.results import TRIALS_NAME, TrialResult, trial_result, write_results
+from kdecs.sweep.results import BASELINES_NAME, TRIALS_NAME, TrialResult, trial_result, write_results
 from kdecs.sweep.space import Trial, enumerate_trials, sweep_hash
 from kdecs.sweep.trial import DEFAULT_TRAINER
+from kdecs.sweep.trivial import trivial_scores_of
 from kdecs.tracking import Tracker
 
 RAY_LOG_NAME = "ray.log"
@@ -152,6 +154,8 @@ class _Sweep:
             )
         if done < len(results):
             raise TrainingError(_failure_message(output, failed, waiting, len(results)))
+        for leftover in output.glob(".stop-*"):  # of drivers that were killed
+            leftover.unlink()
         _write_sweep_manifest(self.config, self.trials, results, digest)
         best = max(results, key=lambda result: result.score)
         print(
@@ -227,8 +231,9 @@ def _write_sweep_manifest(
 ) -> None:
     output = config.output
     manifests = [(trial.directory / MANIFEST_NAME).relative_to(output).as_posix() for trial in trials]
-    labels = {trial.teacher: trial.config.distillation.labels for trial in trials if trial.teacher}
     corpus = trials[0].config.corpus
+    write_json(output / BASELINES_NAME, trivial_scores_of(corpus.valid))
+    labels = {trial.teacher: trial.config.distillation.labels for trial in trials if trial.teacher}
     write_manifest(
         output,
         "sweep",
@@ -238,7 +243,7 @@ def _write_sweep_manifest(
             valid=corpus.valid,
             **{f"labels.{name}": path for name, path in labels.items()},
         ),
-        files=[CONFIG_NAME, TRIALS_NAME, *manifests],
+        files=[CONFIG_NAME, TRIALS_NAME, BASELINES_NAME, *manifests],
         rows={TRIALS_NAME: len(results)},
         details={"num_trials": len(results), "metric": "macro F1 on validation"},
     )

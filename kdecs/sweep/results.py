@@ -12,6 +12,7 @@ from kdecs.sweep.space import Trial, settings_key, trials_directory
 from kdecs.sweep.trial import LOG_NAME, read_status
 
 TRIALS_NAME = "trials.json"
+BASELINES_NAME = "baselines.json"
 SELECTION_METRIC = "macro_f1"
 _DIED = "the process died without a word: killed, or out of memory"
 

@@ -6,7 +6,9 @@ SWEEP/selection.json
     settings          ranked: label, teacher, settings, trials, mean, sd, interval (95%), num_seeds
     winner            the trial's id, label, seed and validation metrics
     test_opened_at    when the test split was first read for this sweep (UTC), written before it is read
-    test              scores of the winner with the trivial baselines, null until it is scored
+    test              scores of the winner (kdecs evaluate), null until it is scored
+    test_baselines    the trivial rules' scores there, by rule
+    registered        version and alias in MLflow's registry, null until MLflow answered
 SWEEP/test-predictions.jsonl   what was scored
 """
 
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 from scipy import stats
 
 from kdecs.artifact import MANIFEST_NAME, content_checksum, file_lock, read_manifest, write_json
@@ -31,6 +35,7 @@ from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.records import sweep_records
 from kdecs.sweep.results import SELECTION_METRIC, TrialResult, by_settings, read_results, trial_directory
 from kdecs.sweep.space import Trial
+from kdecs.sweep.trivial import trivial_scores
 from kdecs.tracking import Tracker
 
 SELECTION_NAME = "selection.json"
@@ -132,7 +137,7 @@ def _new_record(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
         "metric": SELECTION_METRIC,
         "universe": "fold1",
         "protocol": "reccon",
-        "settings": [asdict(setting) for setting in ranked],
+        "settings": json.loads(json.dumps([asdict(setting) for setting in ranked])),  # tuples as lists
         "winner": {
             "id": winner.id,
             "label": winner.label,
@@ -166,6 +171,7 @@ def _score_on_test(sweep: Path, record: dict[str, Any], winner: TrialResult) -> 
     corpus = read_corpus(config.corpus.test)
     predictions = student.predict_pairs(corpus)
     write_predictions(sweep / PREDICTIONS_NAME, predictions.values())
+    record["test_baselines"] = trivial_scores(corpus)
     record["test"] = evaluate(corpus, predictions).as_dict()
     write_json(sweep / SELECTION_NAME, record)
 
@@ -216,4 +222,34 @@ def _as_trial(sweep: Path, result: TrialResult) -> Trial:
         teacher=result.teacher,
         settings=result.settings,
         seed=result.seed,
+    )
+
+
+def print_selection(sweep: Path, record: dict[str, Any]) -> None:
+    """Print the ranked settings, then the winner's test scores beside the trivial rules."""
+    console = Console(highlight=False)
+    table = Table("setting", "seeds", "macro F1", "sd", "95% interval", title="validation, fold1, percent")
+    for setting in record["settings"]:
+        low_high = setting["interval"]
+        table.add_row(
+            setting["label"],
+            str(setting["num_seeds"]),
+            f"{setting['mean']:.2f}",
+            f"{setting['sd']:.2f}" if setting["sd"] is not None else "one seed",
+            f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else "",
+        )
+    console.print(table)
+    test, winner = record["test"], record["winner"]
+    best_rule = max(test["baselines"].items(), key=lambda item: item[1]["utterance_macro_f1"])
+    console.print(
+        f"winner {winner['label']} on test ({test['num_positive']} positive, {test['num_negative']} negative "
+        f"rows): macro F1 {test['macro_f1']:.2f}, EM {test['exact_match']:.2f}, emotion accuracy "
+        f"{test['emotion_accuracy']:.2f}, utterance macro F1 {test['utterance_macro_f1']:.2f} "
+        f'(best trivial rule "{best_rule[0]}": {best_rule[1]["utterance_macro_f1"]:.2f})',
+        soft_wrap=True,
+    )
+    registered = record["registered"] or "not registered yet: MLflow did not answer, run this again"
+    console.print(
+        f"test opened {record['test_opened_at']}; {registered}; student: {sweep / winner['directory']}",
+        soft_wrap=True,
     )

@@ -98,8 +98,12 @@ def _trial(config: SweepConfig, overrides: dict[str, Any]) -> Trial:
         if key != TEACHER_KEY:
             set_dotted(values, key, value)
     distillation = values.setdefault("distillation", {})
+    is_joint = isinstance(distillation, dict) and distillation.get("mode") == "joint"
+    if is_joint and TEMPERATURE_KEY in overrides:  # it has none: one trial, not one a temperature
+        overrides = {key: value for key, value in overrides.items() if key != TEMPERATURE_KEY}
+        del distillation["temperature"]
     teacher = None
-    if isinstance(distillation, dict) and distillation.get("mode", "kd") == "kd" and config.teachers:
+    if not is_joint and config.teachers:
         teacher = str(overrides.get(TEACHER_KEY, next(iter(config.teachers))))
         set_dotted(values, _LABELS_KEY, str(config.teachers[teacher]))
     values.setdefault("cache", str(config.output / "cache"))
@@ -128,11 +132,11 @@ def settings_key(settings: dict[str, Any]) -> str:
 
 
 def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]) -> str:
-    """Such as `llama-tiny α0.6 τ2 s3`; a joint student has neither teacher, α nor τ."""
+    """Such as `llama-tiny α0.6 τ2 s3`; a joint student has neither teacher nor τ."""
     distillation = student.distillation
-    parts = [teacher or distillation.mode]
+    parts = [teacher or distillation.mode, f"α{distillation.alpha:g}"]
     if distillation.mode == "kd":
-        parts += [f"α{distillation.alpha:g}", f"τ{distillation.temperature:g}"]
+        parts.append(f"τ{distillation.temperature:g}")
     for key, value in settings.items():
         if key not in (ALPHA_KEY, TEMPERATURE_KEY, "distillation.mode"):
             parts.append(f"{key.rpartition('.')[2]}={value}")

@@ -1,0 +1,185 @@
+"""The report's figures as PNG: leaderboard, α × τ maps, learning curves. Matplotlib without a display."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from kdecs.sweep.results import SELECTION_METRIC
+from kdecs.sweep.selection import SettingScore
+from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+_DPI = 160
+_INK, _MUTED, _ACCENT, _RULE = "#1c2330", "#9aa3b2", "#2457c5", "#c2571a"
+_COLOURS = ("#2457c5", "#c2571a", "#1c8a5a", "#8a3fb0", "#b8860b", "#0f7f95")
+_MAX_LEADERBOARD = 25
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure's file beside the page, its caption and the text for who cannot see it."""
+
+    path: str
+    title: str
+    caption: str
+
+
+def leaderboard_figure(
+    settings: Sequence[SettingScore],
+    scores: Mapping[str, Sequence[float]],
+    baselines: Mapping[str, Mapping[str, float]],
+    target: Path,
+) -> Figure:
+    """Mean and 95% interval of each setting, its seeds as points, trivial rules as dashed lines.
+
+    `scores`: label -> macro F1 of each seed.
+    """
+    shown = list(settings[:_MAX_LEADERBOARD])
+    rules = {name: v[SELECTION_METRIC] for name, v in baselines.items() if SELECTION_METRIC in v}
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(8.2, 1.5 + 0.34 * len(shown)))
+        for place, setting in enumerate(shown):
+            if setting.interval:
+                axes.plot(setting.interval, (place, place), color=_ACCENT, lw=2, alpha=0.45, zorder=2)
+            seeds = scores[setting.label]
+            axes.plot(seeds, [place] * len(seeds), "o", ms=4, color=_MUTED, zorder=3)
+            axes.plot(setting.mean, place, "D", ms=6, color=_ACCENT, zorder=4)
+        low, high = _limits(shown, scores, rules)
+        for name, value in rules.items():
+            if low <= value <= high:
+                axes.axvline(value, color=_RULE, ls="--", lw=1, zorder=1)
+                axes.text(value, -0.75, f"{name} ", color=_RULE, fontsize=8, ha="right", va="center")
+        axes.set_xlim(low, high)
+        axes.set_ylim(len(shown) - 0.5, -1.1)
+        axes.set_yticks(range(len(shown)), [setting.label for setting in shown])
+        axes.set_xlabel("macro F1 on validation, percent")
+        axes.grid(axis="x", color="#e6e9ef", zorder=0)
+        _save(figure, target)
+    more = len(settings) - len(shown)
+    return Figure(
+        target.name,
+        "Settings by macro F1 on validation",
+        "Diamond: mean over seeds; line: 95% interval (Student's t); grey points: seeds; dashed: trivial rules."
+        + (f" The {more} lower settings are in the table." if more else ""),
+    )
+
+
+def _limits(
+    shown: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], rules: Mapping[str, float]
+) -> tuple[float, float]:
+    """Room for all seeds, and for means' intervals and rules as far as they do not squeeze the rest."""
+    seeds = [score for setting in shown for score in scores[setting.label]]
+    spread = max(max(seeds) - min(seeds), 2.0)
+    low, high = min(seeds) - 0.6 * spread, max(seeds) + 0.6 * spread
+    near = [value for value in rules.values() if low - 4 * spread <= value <= high + 4 * spread]
+    low, high = min([low, *(value - 0.3 * spread for value in near)]), max([high, *near])
+    return max(0.0, low), min(100.0, high + 0.1 * spread)
+
+
+def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> Figure | None:
+    """One map a teacher of mean macro F1 over α (rows) and τ (columns); None where neither was tried."""
+    tried = [s for s in settings if ALPHA_KEY in s.settings or TEMPERATURE_KEY in s.settings]
+    if not tried:
+        return None
+    teachers = sorted({setting.teacher or "no teacher" for setting in tried})
+    alphas = sorted({_value(setting, ALPHA_KEY) for setting in tried})
+    temperatures = sorted({_value(setting, TEMPERATURE_KEY) for setting in tried})
+    maps = {teacher: np.full((len(alphas), len(temperatures)), np.nan) for teacher in teachers}
+    for setting in sorted(tried, key=lambda setting: setting.mean):  # the best of other settings shows
+        row = alphas.index(_value(setting, ALPHA_KEY))
+        column = temperatures.index(_value(setting, TEMPERATURE_KEY))
+        maps[setting.teacher or "no teacher"][row, column] = setting.mean
+    with mpl.rc_context(_STYLE):
+        width = max(2.4, 0.85 * len(temperatures) + 1.2)
+        figure, all_axes = plt.subplots(
+            1,
+            len(teachers),
+            figsize=(width * len(teachers) + 0.9, 0.62 * len(alphas) + 1.5),
+            squeeze=False,
+            sharey=True,
+        )
+        low, high = min(s.mean for s in tried), max(s.mean for s in tried)
+        for axes, teacher in zip(all_axes[0], teachers, strict=True):
+            image = axes.imshow(maps[teacher], cmap="viridis", vmin=low, vmax=high, aspect="auto")
+            for (row, column), value in np.ndenumerate(maps[teacher]):
+                if not np.isnan(value):
+                    dark = value < (low + high) / 2
+                    colour = "white" if dark else _INK
+                    axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
+            axes.set_title(teacher, fontsize=10)
+            axes.set_xticks(range(len(temperatures)), [_shown(value) for value in temperatures])
+            axes.set_yticks(range(len(alphas)), [_shown(value) for value in alphas])
+            axes.set_xlabel("temperature τ")
+        all_axes[0][0].set_ylabel("weight α of the hard losses")
+        figure.colorbar(image, ax=list(all_axes[0]), label="macro F1", fraction=0.05)
+        _save(figure, target)
+    return Figure(
+        target.name,
+        "α × τ by teacher",
+        "Mean over seeds of macro F1 on validation, percent. Where further keys were tried, the best of them.",
+    )
+
+
+def curves_figure(
+    settings: Sequence[SettingScore], points: Mapping[str, Sequence[Sequence[dict[str, Any]]]], target: Path
+) -> Figure:
+    """Macro F1 by epoch: the mean over seeds of the best settings in colour, every seed thin.
+
+    `points`: label -> the points of each seed's `metrics.jsonl`.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(8.2, 3.9))
+        for place, setting in enumerate(settings):
+            colour = _COLOURS[place] if place < len(_COLOURS) else _MUTED
+            curves = [[point[SELECTION_METRIC] for point in seed] for seed in points[setting.label] if seed]
+            for curve in curves:
+                axes.plot(range(1, len(curve) + 1), curve, color=colour, lw=0.7, alpha=0.35)
+            shortest = min((len(curve) for curve in curves), default=0)
+            if shortest and place < len(_COLOURS):
+                mean = np.mean([curve[:shortest] for curve in curves], axis=0)
+                axes.plot(
+                    range(1, shortest + 1), mean, color=colour, lw=2, marker="o", ms=3, label=setting.label
+                )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("macro F1 on validation, percent")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color="#e6e9ef")
+        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _save(figure, target)
+    return Figure(
+        target.name,
+        "Learning curves",
+        f"Thin: each seed; thick: mean over seeds of the best {min(len(settings), len(_COLOURS))} settings.",
+    )
+
+
+def _value(setting: SettingScore, key: str) -> float:
+    """The value tried, NaN-free: -1 where the key was fixed."""
+    return float(setting.settings.get(key, -1.0))
+
+
+def _shown(value: float) -> str:
+    return "fixed" if value < 0 else f"{value:g}"
+
+
+def _save(figure: Any, target: Path) -> None:
+    figure.savefig(target, dpi=_DPI, metadata={"Software": None})
+    plt.close(figure)
