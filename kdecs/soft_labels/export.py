@@ -123,8 +123,9 @@ class _Export:
         return self.config.output / shard_name(shard.index)
 
     def stop_message(self) -> str:
+        finished = sum(read_record(self.path(shard)) is not None for shard in self.shards)
         return (
-            f"{self.config.output}: stopped with {len(self.records)} of {len(self.shards)} shards finished; "
+            f"{self.config.output}: stopped with {finished} of {len(self.shards)} shards finished; "
             "run the same command again to go on"
         )
 
