@@ -10,10 +10,11 @@ from kdecs.evaluation.predictions import PairKey, Prediction
 ALL_NEGATIVE, SELF, SELF_AND_PREVIOUS = "all negative", "j = i", "j >= i-1"
 MAJORITY_EMOTION = "majority emotion"
 
-_RULES: dict[str, Callable[[Pair], bool]] = {
-    ALL_NEGATIVE: lambda pair: False,
-    SELF: lambda pair: pair.candidate == pair.target,
-    SELF_AND_PREVIOUS: lambda pair: pair.candidate >= pair.target - 1,
+# Whether the candidate is a cause, by the turns of target and candidate alone.
+RULES: dict[str, Callable[[int, int], bool]] = {
+    ALL_NEGATIVE: lambda target, candidate: False,
+    SELF: lambda target, candidate: candidate == target,
+    SELF_AND_PREVIOUS: lambda target, candidate: candidate >= target - 1,
 }
 
 
@@ -25,8 +26,8 @@ def trivial_predictions(corpus: Corpus, universe: Universe) -> dict[str, dict[Pa
     """
     pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, universe)]
     found = {
-        name: {p.key: p for p in (_predict(pair, rule(pair)) for pair in pairs)}
-        for name, rule in _RULES.items()
+        name: {p.key: p for p in (_predict(pair, rule(pair.target, pair.candidate)) for pair in pairs)}
+        for name, rule in RULES.items()
     }
     emotion = majority_emotion(corpus)
     found[MAJORITY_EMOTION] = {

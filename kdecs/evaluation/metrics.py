@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from kdecs.corpus.pairs import Universe
 from kdecs.corpus.schema import Corpus
-from kdecs.evaluation.baselines import MAJORITY_EMOTION, trivial_predictions
+from kdecs.evaluation.baselines import ALL_NEGATIVE, MAJORITY_EMOTION, RULES, majority_emotion
 from kdecs.evaluation.emotions import EmotionReport, emotion_report
 from kdecs.evaluation.predictions import PairKey, Prediction
-from kdecs.evaluation.rows import COLUMN, Protocol, ScoredRows, score_rows, sums_by_dialogue
+from kdecs.evaluation.rows import COLUMN, Protocol, Row, ScoredRows, rows_of, score_rows, sums_by_dialogue
 
 UTTERANCE_KEYS = ("utterance_positive_f1", "utterance_negative_f1", "utterance_macro_f1")
 STRICT_KEYS = ("exact_match", "positive_f1", "negative_f1", "macro_f1", *UTTERANCE_KEYS)
@@ -90,7 +90,8 @@ def evaluate(
 
     Raises PredictionError where a target has two predicted emotions.
     """
-    scored = score_rows(corpus, predictions, universe, protocol)
+    rows = rows_of(corpus, universe)
+    scored = score_rows(rows, predictions, protocol)
     sums = sums_by_dialogue(corpus, scored, predictions)
     total = sums.sum(axis=0)
     num_utterances = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
@@ -103,21 +104,28 @@ def evaluate(
         missing=scored.num_missing,
         num_utterances=num_utterances,
         utterances_without_emotion=num_utterances - int(total[COLUMN["emotions_decided"]]),
-        baselines=baseline_scores(corpus, universe),
+        baselines=baseline_scores(corpus, rows),
         emotions=emotion_report(corpus, predictions),
         sums_by_dialogue=sums,
         scored=scored,
     )
 
 
-def baseline_scores(corpus: Corpus, universe: Universe) -> dict[str, dict[str, float]]:
-    """Utterance-level scores of each trivial rule; the majority emotion's also has its emotion accuracy."""
+def baseline_scores(corpus: Corpus, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Utterance-level scores of each trivial rule on these rows; the majority emotion's accuracy beside.
+
+    The same figures as `evaluate` gives for `trivial_predictions`, without a look at any span.
+    """
+    labels = [row.gold is not None for row in rows]
     found = {}
-    for name, predictions in trivial_predictions(corpus, universe).items():
-        scored = score_rows(corpus, predictions, universe, "reccon")
-        values = metrics_of(sums_by_dialogue(corpus, scored, predictions).sum(axis=0))
-        keys = ("emotion_accuracy", *UTTERANCE_KEYS) if name == MAJORITY_EMOTION else UTTERANCE_KEYS
-        found[name] = {key: float(values[key]) for key in keys}
+    for name, rule in RULES.items():
+        scores = utterance_scores(labels, [rule(row.target, row.candidate) for row in rows])
+        values = (scores.positive_f1, scores.negative_f1, scores.macro_f1)
+        found[name] = dict(zip(UTTERANCE_KEYS, values, strict=True))
+    emotions = [u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion is not None]
+    majority = majority_emotion(corpus)
+    share = sum(emotion == majority for emotion in emotions) / len(emotions) if emotions else 0.0
+    found[MAJORITY_EMOTION] = {"emotion_accuracy": 100 * share, **found[ALL_NEGATIVE]}
     return found
 
 

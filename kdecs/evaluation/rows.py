@@ -95,13 +95,11 @@ def decide_emotions(predictions: Mapping[PairKey, Prediction]) -> dict[tuple[str
     return emotions
 
 
-def score_rows(
-    corpus: Corpus, predictions: Mapping[PairKey, Prediction], universe: Universe, protocol: Protocol
-) -> ScoredRows:
-    """Compare every row of the universe with its prediction; a pair without one is predicted "no cause"."""
-    rows = rows_of(corpus, universe)
+def score_rows(rows: list[Row], predictions: Mapping[PairKey, Prediction], protocol: Protocol) -> ScoredRows:
+    """Compare every row with its prediction; a pair without one is predicted "no cause"."""
     emotions = decide_emotions(predictions)
-    contributions = np.zeros((len(rows), len(COLUMNS)))
+    # Lists while they are filled: single assignments to an array cost ten times as much.
+    contributions = [[0.0] * len(COLUMNS) for _ in rows]
     missing: set[PairKey] = set()
     neutral: set[PairKey] = set()
     incorrect: list[int] = []
@@ -134,8 +132,10 @@ def score_rows(
             emotion_is_right,
         )
     if protocol == "reccon-released" and last_similar_is_empty:
-        contributions[incorrect, COLUMN["empty_positives"]] = 1
-    return ScoredRows(rows, contributions, len(missing), len(neutral))
+        for number in incorrect:
+            contributions[number][COLUMN["empty_positives"]] = 1
+    table = np.array(contributions, dtype=np.float64).reshape(len(rows), len(COLUMNS))
+    return ScoredRows(rows, table, len(missing), len(neutral))
 
 
 def sums_by_dialogue(
@@ -165,14 +165,14 @@ def _token_f1(gold: str, span: str, protocol: Protocol) -> float:
     return squad_f1(gold, span) if outcome == "similar" and span else 0.0
 
 
-def _add_negative(row: NDArray[np.float64], is_cause: bool, span: str) -> None:
+def _add_negative(row: list[float], is_cause: bool, span: str) -> None:
     row[COLUMN["negatives"]] = 1
     row[COLUMN["right_negatives"]] = span == ""
     row[COLUMN["utterance_fp" if is_cause else "utterance_tn"]] = 1
 
 
 def _add_positive(
-    row: NDArray[np.float64],
+    row: list[float],
     is_cause: bool,
     span: str,
     is_exact: bool,

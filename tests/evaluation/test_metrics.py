@@ -195,6 +195,17 @@ def test_trivial_rules_stand_beside_every_score():
     assert scores.baselines["all negative"]["utterance_positive_f1"] == 0
 
 
+@pytest.mark.parametrize("universe", ["fold1", "all"])
+def test_the_rules_scores_are_those_of_their_predictions(universe):
+    corpus = read_corpus(bundled_sample("test"))
+    rules = trivial_predictions(corpus, universe)
+    beside = evaluate(corpus, {}, universe=universe).baselines
+    assert set(beside) == set(rules)
+    for name, predictions in rules.items():
+        scores = evaluate(corpus, predictions, universe=universe)
+        assert beside[name] == {key: pytest.approx(scores[key]) for key in beside[name]}
+
+
 def test_empty_denominators_are_zero():
     scores = evaluate(corpus_of(dialogue_of(("a", "neutral", None))), {})
     assert set(scores.values.values()) == {0.0}
