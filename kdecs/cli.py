@@ -36,7 +36,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Emotion-cause extraction in dialogues by distillation (the method KD-ECS)."""
@@ -53,19 +54,25 @@ def verify(
     """
     from tqdm import tqdm
 
-    from kdecs.artifact import read_manifest, verify_artifact
+    from kdecs.artifact import FileEntry, read_manifest, verify_artifact
     from kdecs.errors import ArtifactError
 
     manifest = read_manifest(directory)
     total = sum(entry.bytes for entry in manifest.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
-        faults = verify_artifact(directory, on_file=lambda entry: bar.update(entry.bytes))
+
+        def advance(entry: FileEntry) -> None:
+            bar.update(entry.bytes)
+
+        faults = verify_artifact(directory, on_file=advance)
     for fault in faults[1:]:
         print(f"kdecs: error: {fault}", file=sys.stderr)
     if faults:
         more = f" ({len(faults)} faults in all)" if len(faults) > 1 else ""
         raise ArtifactError(f"{faults[0]}{more}")
-    print(f"{directory}: {manifest.kind}, {len(manifest.files)} files, {total} bytes, all as the manifest says")
+    print(
+        f"{directory}: {manifest.kind}, {len(manifest.files)} files, {total} bytes, all as the manifest says"
+    )
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from kdecs.config import AnyConfig, load_config
 from kdecs.errors import EXIT_REFUSED, EXIT_STOPPED, KdecsError, explain_os_error
+from kdecs.launcher import is_main_rank
 
 
 def stage_config(
@@ -30,6 +31,12 @@ def stage_config(
     )
     arguments = parser.parse_args(argv)
     return load_config(model, arguments.config, arguments.overrides)
+
+
+def say_skipped(line: str) -> None:
+    """Say once a job, on rank 0, that there is nothing to do."""
+    if is_main_rank():
+        print(line, flush=True)
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:

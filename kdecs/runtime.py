@@ -1,4 +1,4 @@
-"""Rank state, devices, threads, seeds and stop signals: the one place that reads the launcher's environment."""
+"""Rank state, devices, threads, seeds and stop signals."""
 
 import os
 import random
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from kdecs.errors import DeviceError, Stopped
+from kdecs.launcher import launched_rank
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StopSignal:
     _previous: dict[int, Any] = field(default_factory=dict)
 
     def install(self) -> None:
-        """Catch SIGTERM and SIGINT; a second signal has its usual effect."""
+        """Catch SIGTERM and SIGINT; a second SIGINT has its usual effect, more SIGTERMs have none."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
 
@@ -49,9 +50,11 @@ class StopSignal:
             raise Stopped(message)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A launcher passes on the SIGTERM that its ranks got themselves: repeats must not end a checkpoint.
         del frame
         self.requested = True
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
 
 
 def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
@@ -59,9 +62,7 @@ def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
 
     `device` is auto, cpu or cuda; KDECS_DEVICE overrides auto. Raises DeviceError where CUDA is asked for and absent.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank, world_size = launched_rank()
     wanted = os.environ.get("KDECS_DEVICE", "auto") if device == "auto" else device
     if wanted not in ("auto", "cpu", "cuda"):
         raise DeviceError(f"device {wanted!r}: expected auto, cpu or cuda")

@@ -5,6 +5,7 @@ OUTPUT/logs. A stage that is complete (by manifest and config hash) is skipped.
 """
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import json
@@ -23,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+import psutil
+
 from kdecs.artifact import Kind, file_lock, is_complete
 from kdecs.config import Config, config_hash, load_config
 from kdecs.entry import run_entry
@@ -34,6 +37,7 @@ SAMPLE = ROOT / "kdecs" / "corpus" / "sample"
 RECCON_FILES = {split: f"dailydialog_{split}.json" for split in ("train", "valid", "test")}
 TEACHERS = {"llama-tiny": "llama", "roberta-tiny": "roberta"}
 RANKS = 2
+RUN_VARIABLE = "KDECS_DEMO_RUN"  # marks every process that a demo starts, with its run directory
 
 # Shares of RECCON's training dialogues, so that the stages end within twenty minutes on two cores; the
 # validation and test splits are used whole.
@@ -57,6 +61,7 @@ class Command:
     arguments: list[str]
     artifact: tuple[Path, Kind, Config] | None = None
     show_all: bool = False
+    is_launcher: bool = False
 
     def is_done(self) -> bool:
         """Whether its artifact is complete with this very config."""
@@ -72,6 +77,16 @@ class Child:
 
     process: subprocess.Popen[bytes]
     reader: int
+    is_launcher: bool
+
+    def terminate(self) -> None:
+        """SIGTERM; for a launcher to its whole group, since `deepspeed` does not pass it on to its ranks."""
+        if self.process.poll() is not None:
+            return
+        if self.is_launcher:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        else:
+            self.process.send_signal(signal.SIGTERM)
 
 
 @dataclass
@@ -101,8 +116,7 @@ class Demo:
         del number, frame
         self.stopped = True
         for child in self.children:
-            if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
+            child.terminate()
 
     def _log(self, command: Command) -> Path:
         return self.output / "logs" / f"{re.sub('[^a-z0-9]+', '-', command.title.lower()).strip('-')}.log"
@@ -120,10 +134,12 @@ class Demo:
             stdin=subprocess.DEVNULL,
             stdout=writer,
             stderr=subprocess.STDOUT,
+            env={**os.environ, RUN_VARIABLE: str(self.output)},
+            start_new_session=command.is_launcher,
             preexec_fn=_die_with_parent,
         )
         os.close(writer)
-        child = Child(process, reader)
+        child = Child(process, reader, command.is_launcher)
         self.children.append(child)
         return child
 
@@ -170,6 +186,7 @@ def main() -> None:
     with file_lock(output / ".lock", blocking=False) as held:
         if not held:
             raise KdecsError(f"{output}: another demo runs here; wait for it, or choose another RUN=dir")
+        _end_leftovers(output)
         _run_stages(demo, _corpus_files(arguments.reccon), arguments.reccon is not None)
     print(f"\ndone in {time.monotonic() - started:.0f} s")
     print(f"report:     {output / 'sweep' / 'report' / 'index.html'}")
@@ -238,7 +255,7 @@ def _teacher(output: Path, name: str, corpus: Sequence[str], is_reccon: bool) ->
     file = CONFIGS / f"teacher_{TEACHERS[name]}.yaml"
     config = load_config(TeacherConfig, file, overrides)
     arguments = [*_launcher(), "launch/train_teacher.py", "--config", str(file), *_set(overrides)]
-    return Command(f"teacher {name}", arguments, (directory, "teacher", config))
+    return Command(f"teacher {name}", arguments, (directory, "teacher", config), is_launcher=True)
 
 
 def _export(output: Path, name: str, corpus: Sequence[str], is_reccon: bool) -> Command:
@@ -251,7 +268,7 @@ def _export(output: Path, name: str, corpus: Sequence[str], is_reccon: bool) -> 
     file = CONFIGS / "export.yaml"
     config = load_config(ExportConfig, file, overrides)
     arguments = [*_launcher(), "launch/export_soft_labels.py", "--config", str(file), *_set(overrides)]
-    return Command(f"soft labels {name}", arguments, (directory, "soft-labels", config))
+    return Command(f"soft labels {name}", arguments, (directory, "soft-labels", config), is_launcher=True)
 
 
 def _sweep(output: Path, corpus: Sequence[str], is_reccon: bool) -> list[str]:
@@ -312,8 +329,24 @@ def _read(reader: int) -> bytes:
         raise
 
 
+def _end_leftovers(output: Path) -> None:
+    """End what a killed demo left running on this run directory: ranks write their checkpoint and go."""
+    leftovers = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(output):
+                process.terminate()
+                leftovers.append(process)
+    if leftovers:
+        print(f"ending {len(leftovers)} processes that a killed demo left behind …", flush=True)
+        _, alive = psutil.wait_procs(leftovers, timeout=60)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=10)
+
+
 def _die_with_parent() -> None:
-    """In the child: ask the kernel for SIGTERM when the demo dies, so that no orphan goes on unseen."""
+    """In the child: ask the kernel for SIGTERM when the demo dies (what it starts is found by RUN_VARIABLE)."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGTERM)

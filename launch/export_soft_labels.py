@@ -8,7 +8,7 @@ import sys
 
 from tqdm import tqdm
 
-from kdecs.entry import run_entry, stage_config
+from kdecs.entry import run_entry, say_skipped, stage_config
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
 from kdecs.soft_labels.job import refuse_early
@@ -51,7 +51,7 @@ def summary(config: ExportConfig, result: ExportResult) -> str:
 def main() -> None:
     config = stage_config(ExportConfig, __doc__ or "", EXAMPLES)
     if is_finished(config):
-        print(f"soft labels {config.output.name}: complete at {config.output}, skipped", flush=True)
+        say_skipped(f"soft labels {config.output.name}: complete at {config.output}, skipped")
         return
     refuse_early(config)
     # Torch takes seconds to import: not before it is known that there is work.

@@ -18,7 +18,9 @@ def main() -> None:
         ShareMemCommBuilder().load(verbose=False)
     except (RuntimeError, OSError) as error:
         last = str(error).strip().splitlines()[-1]
-        raise DependencyError(f"DeepSpeed's CPU helper does not compile ({last}): install g++ and ninja") from None
+        raise DependencyError(
+            f"DeepSpeed's CPU helper does not compile ({last}): install g++ and ninja"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from kdecs.artifact import is_complete
 from kdecs.base_model.config import BaseModelConfig
 from kdecs.config import config_hash
-from kdecs.entry import run_entry, stage_config
+from kdecs.entry import run_entry, say_skipped, stage_config
 
 EXAMPLES = """\
   python launch/pretrain_base.py --config launch/configs/demo/base_llama.yaml
@@ -14,7 +14,7 @@ EXAMPLES = """\
 def main() -> None:
     config = stage_config(BaseModelConfig, str(__doc__), EXAMPLES)
     if is_complete(config.output, "base-model", config_hash(config)):
-        print(f"base model {config.name}: complete at {config.output}, skipped")
+        say_skipped(f"base model {config.name}: complete at {config.output}, skipped")
         return
     from kdecs.base_model.pretraining import train_base_model
     from kdecs.runtime import StopSignal, start_runtime

@@ -2,7 +2,7 @@
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
-from kdecs.entry import run_entry, stage_config
+from kdecs.entry import run_entry, say_skipped, stage_config
 from kdecs.teacher.config import TeacherConfig
 
 EXAMPLES = """\
@@ -16,7 +16,7 @@ EXAMPLES = """\
 def main() -> None:
     config = stage_config(TeacherConfig, str(__doc__), EXAMPLES)
     if is_complete(config.output, "teacher", config_hash(config)):
-        print(f"teacher {config.name}: complete at {config.output}, skipped")
+        say_skipped(f"teacher {config.name}: complete at {config.output}, skipped")
         return
     from kdecs.runtime import StopSignal, process_group, start_runtime
 

@@ -15,14 +15,14 @@ class BaseModelConfig(Config):
     output: OutputPath
     corpus: CorpusConfig
     architecture: Literal["llama", "t5", "roberta"]
-    vocabulary_size: int = Field(default=2000, ge=400)
+    vocabulary_size: int = Field(default=1000, ge=400)
     hidden_size: int = Field(default=128, ge=16)
     num_layers: int = Field(default=3, ge=1)
     num_heads: int = Field(default=4, ge=1)
     max_positions: int = Field(default=1024, ge=64)
     max_steps: int = Field(default=400, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    sequence_tokens: int = Field(default=128, ge=16)
+    batch_size: int = Field(default=32, ge=1)
+    sequence_tokens: int = Field(default=64, ge=16)
     learning_rate: float = Field(default=2e-3, gt=0)
     seed: int = 0
     threads: Annotated[int, Unhashed()] = Field(default=0, ge=0)

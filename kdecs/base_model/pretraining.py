@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import (
     LlamaConfig,
@@ -37,7 +38,7 @@ from kdecs.errors import TrainingError
 from kdecs.runtime import Runtime, StopSignal, seed_everything
 
 IGNORED = -100
-_MASK_SHARE = 0.2
+_MASK_SHARE = 0.4  # many masks a sequence: a small model leaves the unigram plateau sooner
 
 
 def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal) -> Path:
@@ -60,7 +61,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / 20) * (1 - step / config.max_steps)
         inputs = {name: value.to(runtime.device) for name, value in next(batches).items()}
-        loss = model(**inputs).loss
+        loss = _loss(model, inputs, config.architecture)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -73,6 +74,15 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
                 )
             progress.set_postfix(loss=f"{mean_loss:.3f}")
     return _save(config, model, tokenizer, mean_loss)
+
+
+def _loss(model: Any, inputs: dict[str, Tensor], architecture: str) -> Tensor:
+    if architecture != "roberta":
+        return model(**inputs).loss
+    # The head runs at the masked positions only: half of a step's time is saved.
+    states_BTH = model.base_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    chosen_BT = inputs["labels"] != IGNORED
+    return functional.cross_entropy(model.lm_head(states_BTH[chosen_BT]), inputs["labels"][chosen_BT])
 
 
 def documents(dialogues: Sequence[Dialogue], *, seed: int) -> list[str]:
