@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdecs import __version__
 from kdecs.artifact import write_text
@@ -28,6 +28,16 @@ class TrackingConfig(Config):
     )
     experiment: str = "kdecs"
     registered_model: str = "kdecs-student"
+
+    @model_validator(mode="after")
+    def _no_password(self) -> "TrackingConfig":
+        """The config is written beside the outputs and logged: no secret may stand in it."""
+        if self.uri and self.uri != without_password(self.uri):
+            raise ValueError(
+                "uri holds a user or password; give it by the environment variable MLFLOW_TRACKING_URI, or leave "
+                "it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
 
 
 @dataclass

@@ -97,7 +97,7 @@ class Tracker:
 
     @property
     def shown_uri(self) -> str:
-        """The URI without its password."""
+        """The URI in force, without its password."""
         return without_password(self.uri)
 
     def run_id(self, identity: Mapping[str, str]) -> str | None:
@@ -151,13 +151,11 @@ class Tracker:
     def _connect(self) -> None:
         if self._client is not None:
             return
-        _import_mlflow()
-        from mlflow import MlflowClient
-
+        mlflow = _import_mlflow()
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         _probe_database(self.uri)
-        client = MlflowClient(self.uri, registry_uri=self.uri)
+        client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
         experiment = client.get_experiment_by_name(self.config.experiment)
         if experiment is None:
             location = self._artifacts.as_uri() if self.uri.startswith("sqlite:") else None

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from mlflow import MlflowClient
 
+from kdecs.config import parse_config
+from kdecs.errors import ConfigError
 from kdecs.run_record import RunRecord, TrackingConfig, directory_identity, read_points, without_password
 from kdecs.tracking import Tracker, track_run, tracking_uri
 
@@ -80,8 +82,15 @@ def test_family_is_nested(config, tmp_path):
     assert child.data.tags["mlflow.parentRunId"] == tracker.run_id(parent.identity)
 
 
-def test_server_away_warns_once_without_password(tmp_path, capsys):
-    tracker = Tracker(TrackingConfig(uri="http://me:secret@127.0.0.1:9"), tmp_path / "sweep")
+def test_password_in_a_config_is_refused():
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI") as caught:
+        parse_config(TrackingConfig, {"uri": "postgresql://me:secret@host/db"}, source="x.yaml")
+    assert "secret" not in str(caught.value)
+
+
+def test_server_away_warns_once_without_password(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    tracker = Tracker(TrackingConfig(), tmp_path / "sweep")
     assert not tracker.sync([record(1)])
     assert not tracker.sync([record(1)], now=True)
     printed = capsys.readouterr().err

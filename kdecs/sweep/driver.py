@@ -26,7 +26,7 @@ from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.progress import SweepProgress, duration
 from kdecs.sweep.records import sweep_records
 from kdecs.sweep.results import BASELINES_NAME, TRIALS_NAME, TrialResult, trial_result, write_results
-from kdecs.sweep.space import Trial, enumerate_trials, sweep_hash
+from kdecs.sweep.space import Trial, enumerate_trials, sweep_hash, with_absolute_paths
 from kdecs.sweep.trial import DEFAULT_TRAINER
 from kdecs.sweep.trivial import trivial_scores_of
 from kdecs.tracking import Tracker
@@ -100,7 +100,7 @@ class _Sweep:
     def train(self, missing: list[Trial], trainer: str, stop: StopSignal, runner: Runner) -> None:
         """Have the missing trials trained, showing and delivering what they reach."""
         output = self.config.output
-        write_config(self.config, output)
+        write_config(with_absolute_paths(self.config, self.trials), output)
         for trial in missing:
             trial.directory.mkdir(parents=True, exist_ok=True)
             write_config(trial.config, trial.directory)

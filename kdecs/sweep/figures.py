@@ -55,7 +55,7 @@ def leaderboard_figure(
     shown = list(settings[:_MAX_LEADERBOARD])
     rules = {name: v[SELECTION_METRIC] for name, v in baselines.items() if SELECTION_METRIC in v}
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(8.2, 1.5 + 0.34 * len(shown)))
+        figure, axes = plt.subplots(figsize=(8.6, 1.3 + 0.32 * len(shown)))
         for place, setting in enumerate(shown):
             if setting.interval:
                 axes.plot(setting.interval, (place, place), color=_ACCENT, lw=2, alpha=0.45, zorder=2)
@@ -66,9 +66,12 @@ def leaderboard_figure(
         for name, value in rules.items():
             if low <= value <= high:
                 axes.axvline(value, color=_RULE, ls="--", lw=1, zorder=1)
-                axes.text(value, -0.75, f"{name} ", color=_RULE, fontsize=8, ha="right", va="center")
+                top = axes.get_xaxis_transform()
+                axes.text(
+                    value, 1.01, name, color=_RULE, fontsize=8.5, ha="center", va="bottom", transform=top
+                )
         axes.set_xlim(low, high)
-        axes.set_ylim(len(shown) - 0.5, -1.1)
+        axes.set_ylim(len(shown) - 0.5, -0.6)
         axes.set_yticks(range(len(shown)), [setting.label for setting in shown])
         axes.set_xlabel("macro F1 on validation, percent")
         axes.grid(axis="x", color="#e6e9ef", zorder=0)
@@ -90,8 +93,9 @@ def _limits(
     spread = max(max(seeds) - min(seeds), 2.0)
     low, high = min(seeds) - 0.6 * spread, max(seeds) + 0.6 * spread
     near = [value for value in rules.values() if low - 4 * spread <= value <= high + 4 * spread]
-    low, high = min([low, *(value - 0.3 * spread for value in near)]), max([high, *near])
-    return max(0.0, low), min(100.0, high + 0.1 * spread)
+    low = min([low, *(value - 0.6 * spread for value in near)])
+    high = max([high, *(value + 0.6 * spread for value in near)])
+    return max(0.0, low), min(100.0, high)
 
 
 def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> Figure | None:
@@ -146,7 +150,7 @@ def curves_figure(
     `points`: label -> the points of each seed's `metrics.jsonl`.
     """
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(8.2, 3.9))
+        figure, axes = plt.subplots(figsize=(8.6, 3.9))
         for place, setting in enumerate(settings):
             colour = _COLOURS[place] if place < len(_COLOURS) else _MUTED
             curves = [[point[SELECTION_METRIC] for point in seed] for seed in points[setting.label] if seed]

@@ -19,7 +19,7 @@ from kdecs.run_record import METRICS_NAME, read_points
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.figures import Figure, alpha_temperature_figure, curves_figure, leaderboard_figure
 from kdecs.sweep.progress import duration
-from kdecs.sweep.results import BASELINES_NAME, TrialResult, read_results, trial_directory
+from kdecs.sweep.results import BASELINES_NAME, SELECTION_METRIC, TrialResult, read_results, trial_directory
 from kdecs.sweep.selection import SettingScore, rank_settings, read_selection
 
 REPORT_FOLDER = "report"
@@ -61,6 +61,7 @@ def write_report(sweep: Path) -> Path:
             space=_space_rows(sweep),
             selection=selection,
             test=_test_rows(selection) if selection else [],
+            verdict=_verdict(selection) if selection else "",
         )
     )
     write_text(folder / PAGE_NAME, page)
@@ -143,6 +144,17 @@ def _space_rows(sweep: Path) -> list[tuple[str, str]]:
     config = load_config(SweepConfig, sweep / CONFIG_NAME)
     rows = [(key, ", ".join(str(value) for value in choices.grid)) for key, choices in config.space.items()]
     return rows
+
+
+def _verdict(selection: Mapping[str, Any]) -> str:
+    """How the winner stands to the best trivial rule, said plainly."""
+    rules = {
+        name: v[SELECTION_METRIC] for name, v in selection["test_baselines"].items() if SELECTION_METRIC in v
+    }
+    name = max(rules, key=lambda rule: rules[rule])
+    difference = selection["test"][SELECTION_METRIC] - rules[name]
+    side = "above" if difference >= 0 else "below"
+    return f"In macro F1 it stands {abs(difference):.2f} points {side} the best trivial rule, {name}."
 
 
 def _test_rows(selection: Mapping[str, Any]) -> list[dict[str, Any]]:

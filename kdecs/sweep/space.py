@@ -70,6 +70,24 @@ def sweep_hash(trials: list[Trial]) -> str:
     return hashlib.sha256("\n".join(sorted(trial.config_hash for trial in trials)).encode()).hexdigest()
 
 
+def with_absolute_paths(config: SweepConfig, trials: list[Trial]) -> SweepConfig:
+    """The config with the student's paths as its trials resolved them, to be read from any directory."""
+    resolved = trials[0].config.model_dump(mode="json")
+    return config.model_copy(update={"student": _resolved(config.student, resolved)})
+
+
+def _resolved(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        other = by.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found[key] = _resolved(value, other)
+        else:
+            is_path = isinstance(value, str) and isinstance(other, str) and Path(other).is_absolute()
+            found[key] = other if is_path else value
+    return found
+
+
 def _check_teachers(config: SweepConfig) -> None:
     tried = config.space[TEACHER_KEY].grid if TEACHER_KEY in config.space else ()
     for name in tried:

@@ -95,6 +95,7 @@ def test_report_has_its_figures_and_scores(finished):
         assert f'src="{name}"' in page
     assert f"{record['test']['macro_f1']:.2f}" in page
     assert "j &gt;= i-1" in page and "majority emotion" in page
+    assert "0.00 points above the best trivial rule, j &gt;= i-1" in page
     assert "http://" not in page and "https://" not in page
     for result in read_results(finished):
         assert result.label in page

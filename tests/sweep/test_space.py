@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 
 from kdecs.config import load_config
+from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.plan import print_plan
-from kdecs.sweep.space import enumerate_trials, sweep_hash
+from kdecs.sweep.space import enumerate_trials, sweep_hash, with_absolute_paths
 
 SPACES = sorted((Path(__file__).parents[2] / "tune" / "spaces").glob("*.yaml"))
 
@@ -78,6 +79,17 @@ def test_wrong_space_is_refused_in_one_line(make_config, space, message):
     with pytest.raises(ConfigError, match=message) as caught:
         enumerate_trials(make_config(space=space))
     assert "\n" not in str(caught.value)
+
+
+def test_written_config_has_absolute_paths(make_config, monkeypatch, tmp_path):
+    config = make_config()
+    folder = bundled_sample("train").parent
+    monkeypatch.chdir(folder)
+    relative = {**config.student, "corpus": {"train": "train.json", "valid": "valid.json"}}
+    config = config.model_copy(update={"student": relative})
+    resolved = with_absolute_paths(config, enumerate_trials(config)).student
+    assert resolved["corpus"] == {"train": str(folder / "train.json"), "valid": str(folder / "valid.json")}
+    assert resolved["model"] == {"base": "roberta-tiny"} and resolved["optimization"] == {"epochs": 3}
 
 
 def test_unfinished_labels_are_refused(make_config):
