@@ -215,7 +215,7 @@ def _run_stages(demo: Demo, files: dict[str, Path], is_reccon: bool) -> None:
     demo.run(Command("selection", [*python, "tune/select_student.py", "--sweep", str(sweep)], show_all=True))
     demo.run(Command("report", ["kdecs", "report", str(sweep)]))
     _headline("6/6 prediction on unlabelled dialogues")
-    winner = json.loads((sweep / "selection.json").read_text(encoding="utf-8"))["student"]
+    winner = json.loads((sweep / "selection.json").read_text(encoding="utf-8"))["winner"]["directory"]
     predictions = output / "predictions.jsonl"
     predict = [
         "kdecs",
