@@ -13,7 +13,7 @@ import typer
 from kdecs.errors import CorpusError
 
 if TYPE_CHECKING:
-    from kdecs.corpus.schema import Fault
+    from kdecs.corpus.schema import Corpus, Fault
     from kdecs.corpus.statistics import CorpusStatistics
 
 app = typer.Typer(
@@ -116,7 +116,6 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Count dialogues, utterances, rows of fold 1, all pairs and emotions (the paper's Tables 1 and 2)."""
-    from kdecs.corpus.cross_split import drop_cross_split as drop
     from kdecs.corpus.labels import map_corpus, read_table
     from kdecs.corpus.reading import check_file
     from kdecs.corpus.schema import FINE_TO_COARSE
@@ -130,11 +129,7 @@ def stats(
     checked = [check_file(file, label_set=labels.value) for file in files]
     corpora = [map_corpus(corpus, mapping) if coarse or table else corpus for corpus, _ in checked]
     if drop_cross_split:
-        corpora[0], dropped = drop(corpora[0], corpora[1:])
-        for duplicate in dropped:
-            print(f"dropped: {duplicate}", file=sys.stderr)
-        num_texts = len({duplicate.other_dialogue for duplicate in dropped})
-        print(f"dropped {len(dropped)} dialogues ({num_texts} texts) of {files[0]}", file=sys.stderr)
+        corpora[0] = _without_cross_split(corpora[0], corpora[1:])
     counted = [statistics_of(corpus, len(found)) for corpus, (_, found) in zip(corpora, checked, strict=True)]
     if as_json:
         print(json.dumps([file.as_dict() for file in counted], indent=2))
@@ -197,6 +192,17 @@ def fetch(
         with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
             is_new = fetch_file(file, directory, base_url=mirror or RECCON_URL, on_bytes=bar.update)
         print(f"{directory / file.name}: {'fetched' if is_new else 'was there'}, sha256 as pinned")
+
+
+def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":
+    from kdecs.corpus.cross_split import drop_cross_split
+
+    kept, dropped = drop_cross_split(train, others)
+    for duplicate in dropped:
+        print(f"dropped: {duplicate}", file=sys.stderr)
+    num_texts = len({(duplicate.other_file, duplicate.other_dialogue) for duplicate in dropped})
+    print(f"dropped {len(dropped)} dialogues ({num_texts} texts) of {train.path}", file=sys.stderr)
+    return kept
 
 
 def _variants(normalised: dict[str, int]) -> str:

@@ -36,6 +36,11 @@ Universes = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=100, help="samples of the bootstrap and of the permutation test")]
 Seed = Annotated[int, typer.Option(help="seed of the samples")]
+Details = Annotated[
+    bool,
+    typer.Option("--details", help="also F1 and confusions of emotions; scores by distance, emotion, length"),
+]
+Intervals = Annotated[bool, typer.Option("--intervals", help="also 95% intervals: bootstrap over dialogues")]
 Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions of both sides to coarse ones")]
 Table = Annotated[
     Path | None,
@@ -56,15 +61,8 @@ def evaluate(
     ],
     protocol: Protocols = ProtocolChoice.reccon,
     universe: Universes = ScoredUniverse.fold1,
-    details: Annotated[
-        bool,
-        typer.Option(
-            "--details", help="also F1 and confusions of emotions; scores by distance, emotion, length"
-        ),
-    ] = False,
-    intervals: Annotated[
-        bool, typer.Option("--intervals", help="also 95% intervals: bootstrap over dialogues")
-    ] = False,
+    details: Details = False,
+    intervals: Intervals = False,
     samples: Samples = 2000,
     seed: Seed = 0,
     coarse: Coarse = False,
