@@ -1,8 +1,9 @@
 """The config of a sweep: base student, search space, resources (`tune/sweep.py`)."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed
 from kdecs.run_record import TrackingConfig
@@ -34,3 +35,18 @@ class SweepConfig(Config):
     max_failures: Annotated[int, Unhashed()] = Field(default=2, ge=0, description="restarts of a dying trial")
     ray_address: Annotated[str | None, Unhashed()] = Field(default=None, description="null: a local Ray")
     tracking: Annotated[TrackingConfig, Unhashed()] = TrackingConfig()
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted_keys(cls, space: Any) -> Any:
+        """Nested keys become dotted ones, the later value winning: `--set space.optimization.seed.grid=[0]`."""
+        return dict(_leaves(space, "")) if isinstance(space, dict) else space
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and not value.keys() & Choices.model_fields.keys():
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value

@@ -115,6 +115,14 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config):
     assert len(trials) == expected[path.stem]
 
 
+def test_dotted_keys_can_be_set():
+    overrides = ["space.optimization.seed.grid=[7]", "space.batches.global_batch_pairs.grid=[8, 16]"]
+    space = load_config(SweepConfig, SPACES[0], overrides).space
+    assert space["optimization.seed"].grid == (7,)
+    assert space["batches.global_batch_pairs"].grid == (8, 16)
+    assert "optimization" not in space
+
+
 def test_plan_says_what_is_there(make_config, capsys):
     print_plan(make_config())
     assert "8 trials, 0 complete, 8 to train" in capsys.readouterr().out
