@@ -3,7 +3,9 @@
 One process, or one a GPU under torchrun or the deepspeed launcher. The same command resumes after any stop.
 """
 
-from kdecs.entry import run_entry, stage_config
+from kdecs.artifact import is_complete
+from kdecs.config import config_hash
+from kdecs.entry import run_entry, say_skipped, stage_config
 from kdecs.student.config import StudentConfig
 
 EXAMPLES = """  python launch/train_student.py --config launch/configs/student/kd.yaml
@@ -14,8 +16,11 @@ EXAMPLES = """  python launch/train_student.py --config launch/configs/student/k
 
 
 def main() -> None:
-    config = stage_config(StudentConfig, __doc__ or "", EXAMPLES)
-    # torch takes seconds to import: not before the config is known to be sound
+    config = stage_config(StudentConfig, str(__doc__), EXAMPLES)
+    if is_complete(config.output, "student", config_hash(config)):
+        say_skipped(f"student {config.name}: complete at {config.output}, skipped")
+        return
+    # torch takes seconds to import: not before it is known that there is work
     from kdecs.runtime import StopSignal, process_group, start_runtime
     from kdecs.student.training import train_student
 

@@ -1,7 +1,6 @@
 """A tiny RoBERTa with its own tokenizer, small labelled corpora, and soft labels for them."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +159,3 @@ def make_config(
 @pytest.fixture
 def runtime() -> Runtime:
     return Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-
-
-RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2] / "../shared/reccon"))

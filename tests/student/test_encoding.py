@@ -1,6 +1,8 @@
 """Prompts in tokens: masks, u_j's copy, spans and truncation, checked against the text they came from."""
 
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -10,6 +12,8 @@ from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Evidence, Utterance
 from kdecs.errors import ModelError
+
+RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2] / "../shared/reccon"))
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +57,20 @@ def test_masks_and_candidate_tokens_are_where_the_template_has_them(tokenizer):
                 )
 
 
-def test_span_tokens_cover_the_longest_gold_span(tokenizer):
+@pytest.mark.parametrize(
+    "path",
+    [
+        bundled_sample("train"),
+        pytest.param(
+            RECCON / "dailydialog_valid.json",
+            marks=pytest.mark.skipif(not RECCON.is_dir(), reason="no RECCON files (KDECS_RECCON)"),
+        ),
+    ],
+    ids=["sample", "reccon"],
+)
+def test_span_tokens_cover_the_longest_gold_span(tokenizer, path):
     num_causes = 0
-    for dialogue in read_corpus(bundled_sample("train")).dialogues[:10]:
+    for dialogue in read_corpus(path).dialogues[:10]:
         pairs = pairs_of(dialogue, "fold1+neutral")
         for pair, found in zip(pairs, PairEncoder(tokenizer, 512).encode(pairs), strict=True):
             if not pair.is_cause:
