@@ -30,10 +30,10 @@ from kdecs.artifact import write_manifest
 from kdecs.base_model.config import BaseModelConfig
 from kdecs.base_model.tokenizer import train_tokenizer
 from kdecs.config import config_hash, input_checksums, write_config
-from kdecs.corpus.pairs import pairs_of, training_subset
+from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.prompts import teacher_prompt
-from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import Dialogue
+from kdecs.corpus.training_set import training_dialogues
 from kdecs.errors import TrainingError
 from kdecs.runtime import Runtime, StopSignal, seed_everything
 
@@ -47,9 +47,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
     Half a minute of work: a stop saves nothing, the same command starts it anew.
     """
     seed_everything(config.seed)
-    dialogues = training_subset(
-        read_corpus(config.corpus.train).dialogues, config.corpus.train_share, config.corpus.train_share_seed
-    )
+    dialogues = training_dialogues(config.corpus)
     tokenizer = train_tokenizer(documents(dialogues, seed=config.seed), config)
     model = _new_model(config, tokenizer).to(runtime.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)

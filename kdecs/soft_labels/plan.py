@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdecs.corpus.config import CorpusConfig
-from kdecs.corpus.pairs import Pair, Universe, pairs_of, training_subset
+from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import Dialogue
+from kdecs.corpus.training_set import training_dialogues
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.format import SPLITS
 
@@ -65,12 +66,12 @@ class Shard:
 
 
 def read_splits(config: CorpusConfig) -> dict[str, list[Dialogue]]:
-    """The labelled dialogues by split; the training split cut to the config's share. Raises CorpusError."""
-    paths = {"train": config.train, "valid": config.valid, "test": config.test}
-    splits = {split: list(read_corpus(path).dialogues) for split, path in paths.items() if path is not None}
-    if config.train_share < 1:
-        splits["train"] = training_subset(splits["train"], config.train_share, config.train_share_seed)
-    return splits
+    """The labelled dialogues by split; the training split as `training_dialogues` gives it. Raises CorpusError."""
+    evaluated = {"valid": config.valid, "test": config.test}
+    return {
+        "train": training_dialogues(config),
+        **{split: list(read_corpus(path).dialogues) for split, path in evaluated.items() if path is not None},
+    }
 
 
 def plan_shards(splits: Mapping[str, Sequence[Dialogue]], num_shards: int) -> tuple[Shard, ...]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from kdecs.corpus.pairs import Pair, pairs_of, training_subset
+from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
+from kdecs.corpus.training_set import training_dialogues
 from kdecs.errors import CorpusError
 from kdecs.teacher.batches import Unit, global_batches, make_units, share_among_ranks
 from kdecs.teacher.config import TeacherConfig
@@ -44,10 +45,9 @@ def prepare_data(
 ) -> TeacherData:
     """Read the corpus, encode the prompts, plan every step of every epoch."""
     corpus = config.corpus
-    dialogues = training_subset(
-        read_corpus(corpus.train).dialogues, corpus.train_share, corpus.train_share_seed
-    )
-    train_pairs = [pair for dialogue in dialogues for pair in pairs_of(dialogue, config.train_pairs)]
+    train_pairs = [
+        pair for dialogue in training_dialogues(corpus) for pair in pairs_of(dialogue, config.train_pairs)
+    ]
     valid_pairs = [p for dialogue in read_corpus(corpus.valid).dialogues for p in pairs_of(dialogue, "fold1")]
     for path, pairs in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
         if not pairs:
