@@ -15,6 +15,7 @@ It is written last, by temporary file, fsync and rename: a directory without one
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -75,7 +76,7 @@ def content_checksum(path: Path) -> str:
     Raises ArtifactError where the path does not exist.
     """
     if path.is_file():
-        return sha256_of_file(path)
+        return _remembered_sha256(path)
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such file or directory")
     manifest = path / MANIFEST_NAME
@@ -83,8 +84,20 @@ def content_checksum(path: Path) -> str:
         return sha256_of_file(manifest)
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of_file(file)}\n".encode())
+        digest.update(f"{file.relative_to(path).as_posix()}\0{_remembered_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _remembered_sha256(path: Path) -> str:
+    """Inputs are hashed once a process: a sweep asks for the same base model at every trial."""
+    state = path.stat()
+    return _sha256_at(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_at(path: Path, inode: int, size: int, mtime_ns: int) -> str:
+    del inode, size, mtime_ns
+    return sha256_of_file(path)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ def start_engine(
     Under ZeRO-3 the base is loaded partitioned: no rank ever holds all of it.
     """
     settings = deepspeed_config(config, world_size=runtime.world_size, accumulation_steps=accumulation_steps)
+    # The partitioned load below asks DeepSpeed for the number of ranks, before there is an engine.
+    deepspeed.init_distributed(dist_backend="nccl" if runtime.device.type == "cuda" else "gloo")
     # Transformers looks for a live HfDeepSpeedConfig while it loads; only a weak reference is kept there.
     partitioned = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
     base = family.load_network(config.model.base, dtype=DTYPES[config.zero.dtype])
