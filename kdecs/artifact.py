@@ -230,6 +230,16 @@ def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
     return not any(_size_fault(directory, entry) for entry in manifest.files)
 
 
+def claim_directory(directory: Path, kind: Kind, config_hash: str) -> None:
+    """Make an output directory; raise ArtifactError where a finished artifact of other work stands there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / MANIFEST_NAME).exists() and not is_complete(directory, kind, config_hash):
+        raise ArtifactError(
+            f"{directory}: holds another {kind} (other config or inputs, or a damaged one); "
+            "choose another output or remove it"
+        )
+
+
 def check_sizes(directory: Path, manifest: Manifest) -> None:
     """Raise ArtifactError for the first file that is missing or has another size (cheap check)."""
     for entry in manifest.files:

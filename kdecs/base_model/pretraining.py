@@ -26,12 +26,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kdecs.artifact import write_manifest
+from kdecs.artifact import claim_directory, write_manifest
 from kdecs.base_model.config import BaseModelConfig
 from kdecs.base_model.tokenizer import train_tokenizer
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.pairs import pairs_of
-from kdecs.corpus.prompts import teacher_prompt
+from kdecs.corpus.prompts import student_prompt, teacher_prompt
 from kdecs.corpus.schema import Dialogue
 from kdecs.corpus.training_set import training_dialogues
 from kdecs.errors import TrainingError
@@ -46,6 +46,8 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
 
     Half a minute of work: a stop saves nothing, the same command starts it anew.
     """
+    work = config_hash(config)
+    claim_directory(config.output, "base-model", work)
     seed_everything(config.seed)
     dialogues = training_dialogues(config.corpus)
     tokenizer = train_tokenizer(documents(dialogues, seed=config.seed), config)
@@ -71,7 +73,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
                     f"base model {config.name}: loss {mean_loss} at step {step}; lower learning_rate"
                 )
             progress.set_postfix(loss=f"{mean_loss:.3f}")
-    return _save(config, model, tokenizer, mean_loss)
+    return _save(config, model, tokenizer, mean_loss, work)
 
 
 def _loss(model: Any, inputs: dict[str, Tensor], architecture: str) -> Tensor:
@@ -83,13 +85,22 @@ def _loss(model: Any, inputs: dict[str, Tensor], architecture: str) -> Tensor:
     return functional.cross_entropy(model.lm_head(states_BTH[chosen_BT]), inputs["labels"][chosen_BT])
 
 
-def documents(dialogues: Sequence[Dialogue], *, seed: int) -> list[str]:
-    """Training texts: a prompt (Eq. 1, without the connective) of every pair, in a seeded order."""
-    texts = [
-        teacher_prompt(pair.dialogue, pair.target, pair.candidate, emotion=str(pair.emotion)).text
-        for dialogue in dialogues
-        for pair in pairs_of(dialogue, "all")
-    ]
+def documents(
+    dialogues: Sequence[Dialogue], *, seed: int, mask: str | None = None, separator: str = "\n"
+) -> list[str]:
+    """Training texts: a prompt of every pair, in a seeded order; causes and connectives stay out.
+
+    Eq. 1 without the connective; with a `mask` every other one is the student's (Eq. 5), its emotion filled in.
+    """
+    texts = []
+    for number, pair in enumerate(pair for dialogue in dialogues for pair in pairs_of(dialogue, "all")):
+        place = (pair.dialogue, pair.target, pair.candidate)
+        emotion = str(pair.emotion)
+        if mask is None or (number + seed) % 2:
+            texts.append(teacher_prompt(*place, emotion=emotion, separator=separator).text)
+        else:
+            text = student_prompt(*place, mask=mask, separator=separator).text
+            texts.append(text.replace(mask, emotion, 1))
     order = np.random.default_rng(seed).permutation(len(texts))
     return [texts[n] for n in order]
 
@@ -100,7 +111,12 @@ def _batches(
     generator = np.random.default_rng(config.seed)
     epoch = 0
     while True:
-        texts = documents(dialogues, seed=config.seed + epoch)
+        texts = documents(
+            dialogues,
+            seed=config.seed + epoch,
+            mask=tokenizer.mask_token if config.architecture == "roberta" else None,
+            separator=tokenizer.sep_token or "\n",
+        )
         for start in range(0, len(texts), config.batch_size):
             ids = tokenizer(texts[start : start + config.batch_size])["input_ids"]
             # The end of a prompt holds target and candidate: it is kept where a text is cut.
@@ -125,7 +141,7 @@ def _batch(
         labels_BT = ids_BT.masked_fill(mask_BT == 0, IGNORED)
         return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
     chosen_BT = torch.from_numpy(generator.random(ids_BT.shape) < _MASK_SHARE) & (mask_BT == 1)
-    chosen_BT &= ids_BT != tokenizer.bos_token_id
+    chosen_BT &= (ids_BT != tokenizer.bos_token_id) & (ids_BT != tokenizer.mask_token_id)
     labels_BT = ids_BT.masked_fill(~chosen_BT, IGNORED)
     # One masked token in ten is shown as itself, so that unmasked positions get useful states too.
     shown_BT = torch.from_numpy(generator.random(ids_BT.shape) < 0.1)
@@ -214,7 +230,9 @@ def _new_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerFast) -> A
     )
 
 
-def _save(config: BaseModelConfig, model: Any, tokenizer: PreTrainedTokenizerFast, loss: float) -> Path:
+def _save(
+    config: BaseModelConfig, model: Any, tokenizer: PreTrainedTokenizerFast, loss: float, work: str
+) -> Path:
     output = config.output
     output.mkdir(parents=True, exist_ok=True)
     write_config(config, output)
@@ -223,7 +241,7 @@ def _save(config: BaseModelConfig, model: Any, tokenizer: PreTrainedTokenizerFas
     write_manifest(
         output,
         "base-model",
-        config_hash=config_hash(config),
+        config_hash=work,
         inputs=input_checksums(corpus_train=config.corpus.train),
         files=[path.name for path in output.iterdir() if path.is_file() and not path.name.startswith(".")],
         details={"architecture": config.architecture, "final_loss": round(loss, 4)},

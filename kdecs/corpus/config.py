@@ -14,5 +14,6 @@ class CorpusConfig(Config):
     train_share: float = Field(default=1.0, gt=0, le=1, description="share of the training dialogues")
     train_share_seed: int = 0
     drop_cross_split: bool = Field(
-        default=False, description="leave out training dialogues whose text stands in another split named here"
+        default=False,
+        description="leave out training dialogues whose text stands in another split named here",
     )

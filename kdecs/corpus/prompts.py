@@ -124,8 +124,9 @@ def kept_tokens(
     surplus = len(offsets) - max_tokens
     if surplus <= 0:
         return list(range(len(offsets)))
+    # Byte-level tokenizers trim white space off offsets: a token of spaces alone is (n, n), n > 0, and no special.
     inside = [
-        [n for n, (left, right) in enumerate(offsets) if right > left and left >= start and right <= end]
+        [n for n, (left, right) in enumerate(offsets) if right > 0 and left >= start and right <= end]
         for start, end in ((0, prompt.history_end), prompt.target_range, prompt.candidate_range)
     ]
     candidates = [*inside[0], *reversed(inside[1]), *reversed(inside[2])]

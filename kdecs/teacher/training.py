@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kdecs.artifact import MANIFEST_NAME, is_complete, write_manifest, write_text
+from kdecs.artifact import MANIFEST_NAME, claim_directory, write_manifest, write_text
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.evaluation.metrics import utterance_scores
@@ -51,7 +51,7 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
     Resumes from the directory's own checkpoint. Raises Stopped after a stop signal, once the state is saved.
     """
     work = config_hash(config)
-    _claim_output(config, work)
+    claim_directory(config.output, "teacher", work)
     seed_everything(config.optimization.seed)
     family = make_family(
         config.model,
@@ -236,15 +236,6 @@ def _keep_best(
         tqdm.write(
             f"teacher {config.name}: step {progress.step}, train loss {record['train_loss']:.4f}, "
             f"valid loss {record['valid_loss']:.4f}, valid macro F1 {record['valid_macro_f1']:.2f}"
-        )
-
-
-def _claim_output(config: TeacherConfig, work: str) -> None:
-    config.output.mkdir(parents=True, exist_ok=True)
-    if (config.output / MANIFEST_NAME).exists() and not is_complete(config.output, "teacher", work):
-        raise ArtifactError(
-            f"{config.output}: holds another teacher (other config or inputs, or a damaged one); "
-            "choose another output or remove it"
         )
 
 
