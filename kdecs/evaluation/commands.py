@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kdecs.corpus.schema import Corpus
     from kdecs.evaluation.metrics import Scores
-    from kdecs.evaluation.predictions import PairKey, Prediction
 
 
 class ProtocolChoice(StrEnum):
@@ -35,16 +33,19 @@ Universes = Annotated[
     ScoredUniverse, typer.Option(help="fold1: targets that have annotated causes; all: every target")
 ]
 Samples = Annotated[int, typer.Option(min=100, help="samples of the bootstrap and of the permutation test")]
-Seed = Annotated[int, typer.Option(help="seed of the samples")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of the samples")]
 Details = Annotated[
     bool,
     typer.Option("--details", help="also F1 and confusions of emotions; scores by distance, emotion, length"),
 ]
 Intervals = Annotated[bool, typer.Option("--intervals", help="also 95% intervals: bootstrap over dialogues")]
-Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions of both sides to coarse ones")]
+Coarse = Annotated[
+    bool,
+    typer.Option("--coarse", help="compare emotions as coarse ones: fine labels of both sides are mapped"),
+]
 Table = Annotated[
     Path | None,
-    typer.Option("--table", metavar="FILE", help="JSON object {fine: coarse} laid over the built-in table"),
+    typer.Option("--table", metavar="FILE", help="--coarse with a JSON object {fine: coarse} over its table"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
 
@@ -75,14 +76,19 @@ def evaluate(
 
     kdecs evaluate --corpus test.json --predictions seed1.jsonl --predictions seed2.jsonl --json
     """
+    from kdecs.corpus.reading import read_corpus
     from kdecs.evaluation.breakdowns import breakdowns
     from kdecs.evaluation.metrics import evaluate as score
+    from kdecs.evaluation.predictions import read_predictions
 
-    gold = _corpus(corpus, coarse, table)
+    emotion_table = _emotion_table(coarse, table)
+    gold = read_corpus(corpus)
     found = []
     for file in predictions:
-        given = _predictions(file, gold, coarse, table)
-        scores = score(gold, given, universe=universe.value, protocol=protocol.value)
+        given = read_predictions(file, gold)
+        scores = score(
+            gold, given, universe=universe.value, protocol=protocol.value, emotion_table=emotion_table
+        )
         run: dict[str, Any] = scores.as_dict()
         if intervals:
             from kdecs.evaluation.significance import bootstrap_intervals
@@ -114,12 +120,21 @@ def compare(
 
     Example: kdecs compare kd.jsonl joint.jsonl --corpus test.json
     """
+    from kdecs.corpus.reading import read_corpus
     from kdecs.evaluation.metrics import evaluate as score
+    from kdecs.evaluation.predictions import read_predictions
     from kdecs.evaluation.significance import compare_systems
 
-    gold = _corpus(corpus, coarse, table)
+    emotion_table = _emotion_table(coarse, table)
+    gold = read_corpus(corpus)
     scores: list[Scores] = [
-        score(gold, _predictions(file, gold, coarse, table), universe=universe.value, protocol=protocol.value)
+        score(
+            gold,
+            read_predictions(file, gold),
+            universe=universe.value,
+            protocol=protocol.value,
+            emotion_table=emotion_table,
+        )
         for file in (a, b)
     ]
     compared = compare_systems(
@@ -131,6 +146,7 @@ def compare(
             key: scores[0].as_dict()[key] for key in ("universe", "protocol", "num_positive", "num_negative")
         }
         found |= {"missing_a": scores[0].missing, "missing_b": scores[1].missing}
+        found["baselines"] = scores[0].baselines
         print(json.dumps(found, indent=2))
     else:
         from kdecs.evaluation.display import print_comparison
@@ -163,25 +179,11 @@ def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]",
         print_seeds(files, [scores for scores, _ in found], summary)
 
 
-def _corpus(path: Path, coarse: bool, table: Path | None) -> "Corpus":
-    from kdecs.corpus.labels import map_corpus
-    from kdecs.corpus.reading import read_corpus
-
-    corpus = read_corpus(path)
-    return map_corpus(corpus, _mapping(table)) if coarse or table else corpus
-
-
-def _predictions(
-    path: Path, corpus: "Corpus", coarse: bool, table: Path | None
-) -> "dict[PairKey, Prediction]":
-    from kdecs.evaluation.predictions import map_emotions, read_predictions
-
-    predictions = read_predictions(path, corpus)
-    return map_emotions(predictions, _mapping(table)) if coarse or table else predictions
-
-
-def _mapping(table: Path | None) -> dict[str, str]:
+def _emotion_table(coarse: bool, table: Path | None) -> dict[str, str]:
+    """The table that `--coarse` and `--table` ask for; empty where labels are compared as they are."""
     from kdecs.corpus.labels import read_table
     from kdecs.corpus.schema import FINE_TO_COARSE
 
-    return read_table(table) if table else FINE_TO_COARSE
+    if table:
+        return read_table(table)
+    return FINE_TO_COARSE if coarse else {}

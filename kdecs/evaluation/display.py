@@ -41,15 +41,16 @@ def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
 def print_comparison(
     a: Path, b: Path, scores_a: Scores, scores_b: Scores, compared: Mapping[str, Comparison]
 ) -> None:
-    """A, B, the difference with its interval, and p, for each score."""
+    """A, B, the difference with its interval, p and the best trivial rule, for each score."""
     console = Console(soft_wrap=True)
-    table = Table("score (%)", box=SIMPLE_HEAD, title="A minus B, paired by dialogue")
-    for name in ("A", "B", "A − B", "95% interval", "p"):
+    table = Table(box=SIMPLE_HEAD, title="A minus B, paired by dialogue")
+    table.add_column("score (%)", no_wrap=True)
+    for name in ("A", "B", "A − B", "95% interval", "p", "best rule"):
         table.add_column(name, justify="right")
     for key, found in compared.items():
         interval = f"{found.low:+.2f} … {found.high:+.2f}"
-        cells = (f"{found.a:.2f}", f"{found.b:.2f}", f"{found.difference:+.2f}", interval, f"{found.p:.4f}")
-        table.add_row(key.replace("_", " "), *cells)
+        figures = (f"{found.a:.2f}", f"{found.b:.2f}", f"{found.difference:+.2f}", interval, f"{found.p:.4f}")
+        table.add_row(key.replace("_", " "), *figures, _best_rule(scores_a, key))
     console.print(table)
     for name, path, scores in (("A", a, scores_a), ("B", b, scores_b)):
         console.print(Text(f"{name} = {path}: {counts_line(scores)}"))
@@ -62,14 +63,19 @@ def print_seeds(files: Sequence[Path], runs: Sequence[Scores], summary: Mapping[
     for name in ("mean", "std", "95% interval", "best rule"):
         table.add_column(name, justify="right")
     for key, found in summary.items():
-        rules = [rule[key] for rule in runs[0].baselines.values() if key in rule]
         interval = "" if found.low is None else f"{found.low:.2f} … {found.high:.2f}"
         std = "" if found.std is None else f"{found.std:.2f}"
-        best = f"{max(rules):.2f}" if rules else ""
-        table.add_row(key.replace("_", " "), f"{found.mean:.2f}", std, interval, best)
+        table.add_row(key.replace("_", " "), f"{found.mean:.2f}", std, interval, _best_rule(runs[0], key))
     console.print(table)
     for file, scores in zip(files, runs, strict=True):
         console.print(Text(f"{file}: {counts_line(scores)}"))
+
+
+def _best_rule(scores: Scores, key: str) -> str:
+    """The best trivial rule's score, empty where no rule has one."""
+    return max(
+        (f"{rule[key]:.2f}" for rule in scores.baselines.values() if key in rule), key=float, default=""
+    )
 
 
 def counts_line(scores: Scores) -> str:

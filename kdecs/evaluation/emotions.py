@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kdecs.corpus.schema import Corpus
 from kdecs.evaluation.predictions import PairKey, Prediction
-from kdecs.evaluation.rows import decide_emotions
+from kdecs.evaluation.rows import NO_TABLE, decide_emotions
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,15 @@ class EmotionReport:
         }
 
 
-def emotion_report(corpus: Corpus, predictions: Mapping[PairKey, Prediction]) -> EmotionReport:
-    """Compare predicted with gold emotions.
+def emotion_report(
+    corpus: Corpus, predictions: Mapping[PairKey, Prediction], emotion_table: Mapping[str, str] = NO_TABLE
+) -> EmotionReport:
+    """Compare predicted emotions, taken through a table of labels, with those of the corpus.
 
     Macro F1 is the mean over the labels that occur, in gold or predicted; 0/0 counts as 0.
     Raises PredictionError where a target has two predicted emotions.
     """
-    decided = decide_emotions(predictions)
+    decided = {key: emotion_table.get(label, label) for key, label in decide_emotions(predictions).items()}
     found = [
         (utterance.emotion, decided[dialogue.id, utterance.turn])
         for dialogue in corpus.dialogues

@@ -22,12 +22,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdecs.corpus.labels import map_corpus
 from kdecs.corpus.pairs import Universe
 from kdecs.corpus.schema import Corpus
 from kdecs.evaluation.baselines import ALL_NEGATIVE, MAJORITY_EMOTION, RULES, majority_emotion
 from kdecs.evaluation.emotions import EmotionReport, emotion_report
 from kdecs.evaluation.predictions import PairKey, Prediction
-from kdecs.evaluation.rows import COLUMN, Protocol, Row, ScoredRows, rows_of, score_rows, sums_by_dialogue
+from kdecs.evaluation.rows import (
+    COLUMN,
+    NO_TABLE,
+    Protocol,
+    Row,
+    ScoredRows,
+    rows_of,
+    score_rows,
+    sums_by_dialogue,
+)
 
 UTTERANCE_KEYS = ("utterance_positive_f1", "utterance_negative_f1", "utterance_macro_f1")
 STRICT_KEYS = ("exact_match", "positive_f1", "negative_f1", "macro_f1", *UTTERANCE_KEYS)
@@ -85,14 +95,18 @@ def evaluate(
     *,
     universe: Universe = "fold1",
     protocol: Protocol = "reccon",
+    emotion_table: Mapping[str, str] = NO_TABLE,
 ) -> Scores:
     """Score predictions by pair against a labelled corpus; the trivial rules' scores stand beside.
 
-    Raises PredictionError where a target has two predicted emotions.
+    `emotion_table` (FINE_TO_COARSE, say) maps the emotions of both sides before they are compared; a label
+    that it does not name stays. It changes no pair: which target is predicted neutral, and so has no cause,
+    is read from the system's own label. Raises PredictionError where a target has two predicted emotions.
     """
+    corpus = map_corpus(corpus, emotion_table) if emotion_table else corpus
     rows = rows_of(corpus, universe)
-    scored = score_rows(rows, predictions, protocol)
-    sums = sums_by_dialogue(corpus, scored, predictions)
+    scored = score_rows(rows, predictions, protocol, emotion_table)
+    sums = sums_by_dialogue(corpus, scored, predictions, emotion_table)
     total = sums.sum(axis=0)
     num_utterances = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
     return Scores(
@@ -105,7 +119,7 @@ def evaluate(
         num_utterances=num_utterances,
         utterances_without_emotion=num_utterances - int(total[COLUMN["emotions_decided"]]),
         baselines=baseline_scores(corpus, rows),
-        emotions=emotion_report(corpus, predictions),
+        emotions=emotion_report(corpus, predictions, emotion_table),
         sums_by_dialogue=sums,
         scored=scored,
     )

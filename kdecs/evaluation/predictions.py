@@ -10,13 +10,12 @@ universe serve emotion accuracy only.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kdecs.artifact import atomic_path
 from kdecs.corpus.decoding import NotJson, RepeatedKeys, decode_json, iter_lines, shorten
-from kdecs.corpus.labels import map_emotion
 from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Corpus
 from kdecs.corpus.validation import is_unicode
 from kdecs.errors import PredictionError
@@ -85,13 +84,6 @@ def by_pair(predictions: Iterable[Prediction]) -> dict[PairKey, Prediction]:
             raise PredictionError(f"the pair {_name(prediction)} is given a second time, expected once")
         found[prediction.key] = prediction
     return found
-
-
-def map_emotions(
-    predictions: Mapping[PairKey, Prediction], table: Mapping[str, str]
-) -> dict[PairKey, Prediction]:
-    """The predictions with every emotion taken through a table (fine → coarse)."""
-    return {key: replace(p, emotion=map_emotion(p.emotion, table)) for key, p in predictions.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

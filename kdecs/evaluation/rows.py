@@ -10,6 +10,7 @@ Shapes: R rows, D dialogues, K = len(COLUMNS) contributions. All float64.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ COLUMNS = (
     "emotions_decided",
 )
 COLUMN = {name: position for position, name in enumerate(COLUMNS)}
+NO_TABLE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,17 @@ def decide_emotions(predictions: Mapping[PairKey, Prediction]) -> dict[tuple[str
     return emotions
 
 
-def score_rows(rows: list[Row], predictions: Mapping[PairKey, Prediction], protocol: Protocol) -> ScoredRows:
-    """Compare every row with its prediction; a pair without one is predicted "no cause"."""
+def score_rows(
+    rows: list[Row],
+    predictions: Mapping[PairKey, Prediction],
+    protocol: Protocol,
+    emotion_table: Mapping[str, str] = NO_TABLE,
+) -> ScoredRows:
+    """Compare every row with its prediction; a pair without one is predicted "no cause".
+
+    Predicted emotions go through `emotion_table` before they meet the rows' (the rows' are mapped already).
+    Whether a target is predicted neutral, and so has no cause, is read from the system's own label.
+    """
     emotions = decide_emotions(predictions)
     # Lists while they are filled: single assignments to an array cost ten times as much.
     contributions = [[0.0] * len(COLUMNS) for _ in rows]
@@ -122,7 +133,8 @@ def score_rows(rows: list[Row], predictions: Mapping[PairKey, Prediction], proto
             last_similar_is_empty = span == ""
         elif outcome == "incorrect":
             incorrect.append(number)
-        emotion_is_right = emotion is not None and emotion == row.dialogue.utterances[row.target - 1].emotion
+        gold_emotion = row.dialogue.utterances[row.target - 1].emotion
+        emotion_is_right = emotion is not None and emotion_table.get(emotion, emotion) == gold_emotion
         _add_positive(
             contributions[number],
             is_cause,
@@ -139,7 +151,10 @@ def score_rows(rows: list[Row], predictions: Mapping[PairKey, Prediction], proto
 
 
 def sums_by_dialogue(
-    corpus: Corpus, scored: ScoredRows, predictions: Mapping[PairKey, Prediction]
+    corpus: Corpus,
+    scored: ScoredRows,
+    predictions: Mapping[PairKey, Prediction],
+    emotion_table: Mapping[str, str] = NO_TABLE,
 ) -> NDArray[np.float64]:
     """(D, K): the rows' contributions summed over each dialogue, and its utterances' emotion decisions."""
     sums = np.zeros((len(corpus.dialogues), len(COLUMNS)))
@@ -149,9 +164,9 @@ def sums_by_dialogue(
     for index, dialogue in enumerate(corpus.dialogues):
         for utterance in dialogue.utterances:
             emotion = emotions.get((dialogue.id, utterance.turn))
-            if emotion is not None:
+            if emotion is not None and utterance.emotion is not None:
                 sums[index, decided] += 1
-                sums[index, right] += emotion == utterance.emotion
+                sums[index, right] += emotion_table.get(emotion, emotion) == utterance.emotion
     return sums
 
 

@@ -5,9 +5,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kdecs.corpus.reading import bundled_sample
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import CorpusError, KdecsError, PredictionError
 from kdecs.evaluation.commands import compare, evaluate
+from kdecs.evaluation.metrics import SCORE_KEYS
+from kdecs.evaluation.predictions import Prediction, write_predictions
 
 app = typer.Typer()
 app.command("evaluate")(evaluate)
@@ -99,6 +102,31 @@ def test_evaluate_maps_both_sides_to_coarse_labels(tmp_path):
     assert scores_of(path, "--coarse")["emotion_accuracy"] > scores_of(path)["emotion_accuracy"]
 
 
+def test_a_perfect_system_stays_perfect_among_coarse_labels(tmp_path):
+    """Others maps to neutral: its pairs must not count as those of a target predicted neutral."""
+    corpus = read_corpus(TEST)
+    predictions = [
+        Prediction(d.id, p.target, p.candidate, p.emotion, p.is_cause, p.spans[0] if p.spans else "")
+        for d in corpus.dialogues
+        for p in pairs_of(d)
+    ]
+    assert any(p.emotion == "others" and p.is_cause for p in predictions)
+    write_predictions(tmp_path / "perfect.jsonl", predictions)
+    fine, coarse = (scores_of(tmp_path / "perfect.jsonl", *options) for options in ((), ("--coarse",)))
+    assert coarse["emotion_accuracy"] == coarse["utterance_macro_f1"] == 100
+    assert {key: coarse[key] for key in SCORE_KEYS} == {key: fine[key] for key in SCORE_KEYS}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_a_negative_seed_is_a_usage_error(sample_predictions, command):
+    near = sample_predictions["near"]
+    files = (near, near) if command == "compare" else ("--predictions", near)
+    arguments = [command, *map(str, files), "--corpus", str(TEST), "--seed", "-1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_several_prediction_files_are_summarised(sample_predictions):
     arguments = ["evaluate", "--corpus", TEST]
     for name in ("near", "self"):
@@ -123,7 +151,11 @@ def test_compare_reports_difference_interval_and_p(sample_predictions):
     )
     assert same["macro_f1"]["difference"] == 0
     assert same["macro_f1"]["p"] == 1
-    assert "A minus B" in run(*arguments, "--samples", "300").stdout
+    assert compared["baselines"] == scores_of(sample_predictions["near"])["baselines"]
+    shown = run(*arguments, "--samples", "300").stdout
+    assert "A minus B" in shown
+    assert "rule" in shown
+    assert "strict utterance negative f1" in shown
 
 
 def test_refusals_are_one_line(sample_predictions, tmp_path):
