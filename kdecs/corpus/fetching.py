@@ -83,6 +83,8 @@ def _download(url: str, part: Path, on_bytes: Progress, pause_s: float) -> None:
         except urllib.error.HTTPError as error:
             if error.code < 500 or attempt == _NUM_ATTEMPTS:
                 raise _unreachable(url, part, f"HTTP status {error.code}") from None
+        except ValueError as error:
+            raise CorpusError(f"{url}: {error}, expected a URL such as {RECCON_URL}") from None
         except (OSError, http.client.HTTPException) as error:
             if attempt == _NUM_ATTEMPTS:
                 raise _unreachable(url, part, str(getattr(error, "reason", error)) or repr(error)) from None

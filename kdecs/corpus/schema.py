@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NEUTRAL = "neutral"
+_NAME_CHARACTERS = 100
 
 COARSE_EMOTIONS: tuple[str, ...] = (
     "happiness",
@@ -140,14 +141,19 @@ class Fault:
     def __str__(self) -> str:
         place = [_one_line(self.file)]
         if self.dialogue is not None:
-            place.append(f"dialogue {_one_line(self.dialogue)}")
+            place.append(f"dialogue {_short_line(self.dialogue)}")
         if self.turn is not None:
             place.append(f"turn {self.turn}")
         if self.field is not None:
-            place.append(f"field {_one_line(self.field)}")
+            place.append(f"field {_short_line(self.field)}")
         return f"{', '.join(place)}: found {self.found}, expected {self.expected}"
 
 
 def _one_line(name: str) -> str:
     """A name as it is where it prints on one line, otherwise escaped."""
     return name if name and name.isprintable() else repr(name)
+
+
+def _short_line(name: str) -> str:
+    """`_one_line` of a name that comes from inside a file, where it may be of any length."""
+    return _one_line(name if len(name) <= _NAME_CHARACTERS else name[:_NAME_CHARACTERS] + "…")

@@ -13,6 +13,7 @@ OUTSIDE = "b"
 # Far above any real dialogue (RECCON's longest: 31 turns, 1,158 characters); the pairs of one grow as n².
 MAX_UTTERANCES = 2_000
 MAX_CHARACTERS = 100_000
+MAX_ID_CHARACTERS = 500
 
 
 class Checker:
@@ -53,6 +54,9 @@ class Checker:
         if not isinstance(identifier, str) or not identifier.strip() or not is_unicode(identifier):
             self.fault(shorten(identifier), "a dialogue id: a string that is not empty", field="id")
             identifier = str(identifier) if isinstance(identifier, str) else None
+        elif len(identifier) > MAX_ID_CHARACTERS:
+            found, expected = f"{len(identifier)} characters", f"at most {MAX_ID_CHARACTERS}"
+            self.fault(found, expected, dialogue=identifier, field="id")
         elif identifier in self._ids:
             self.fault("a second dialogue of this id", "each id once", dialogue=identifier, field="id")
         else:

@@ -135,6 +135,11 @@ def test_no_internet_is_one_clear_line(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mirror_that_is_no_url_is_one_clear_line(tmp_path):
+    with pytest.raises(CorpusError, match=r"unknown url type.*expected a URL such as https://"):
+        fetch(FILE, tmp_path, base_url="nonsense", pause_s=0)
+
+
 def test_the_command_fetches_all_three(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "RECCON_FILES", tuple(RemoteFile(n, FILE.sha256) for n in ("a", "b", "c")))
     arguments = ["fetch", str(tmp_path), "--mirror", server.url]

@@ -251,6 +251,17 @@ def test_half_of_a_surrogate_pair_is_refused(write, valid_document):
     assert "valid Unicode" in only_fault(write(valid_document)).expected
 
 
+def test_absurd_names_are_refused_in_a_short_line(write, valid_document):
+    name = "x" * 1_000_000
+    long_id = only_fault(write({name: valid_document["tr_2"]}))
+    assert (long_id.field, long_id.found) == ("id", "1000000 characters")
+    text = json.dumps(valid_document).replace('"flag": "F"', f'"{name}": 1, "{name}": 2')
+    repeated = only_fault(write(text))
+    assert repeated.found == "the key more than once"
+    for fault in (long_id, repeated):
+        assert len(str(fault)) < 500
+
+
 def test_absurd_sizes_are_refused(write, valid_document):
     long = copy.deepcopy(valid_document)
     long["tr_1"][0][4]["utterance"] = "a" * 200_000
