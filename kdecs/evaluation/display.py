@@ -43,15 +43,20 @@ def print_comparison(
 ) -> None:
     """A, B, the difference with its interval, p and the best trivial rule, for each score."""
     console = Console(soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, title="A minus B, paired by dialogue")
+    # Tight, as eight columns must fit into 80 characters.
+    table = Table(
+        box=SIMPLE_HEAD, title="A minus B, paired by dialogue", collapse_padding=True, pad_edge=False
+    )
     table.add_column("score (%)", no_wrap=True)
-    for name in ("A", "B", "A − B", "95% interval", "p", "best rule"):
-        table.add_column(name, justify="right")
+    for name in ("A", "B", "A − B", "95% interval", "p", "rule"):
+        table.add_column(name, justify="right", no_wrap=True)
     for key, found in compared.items():
         interval = f"{found.low:+.2f} … {found.high:+.2f}"
         figures = (f"{found.a:.2f}", f"{found.b:.2f}", f"{found.difference:+.2f}", interval, f"{found.p:.4f}")
-        table.add_row(key.replace("_", " "), *figures, _best_rule(scores_a, key))
+        name = key.replace("_", " ").replace("utterance", "utt.")
+        table.add_row(name, *figures, _best_rule(scores_a, key))
     console.print(table)
+    console.print("rule: the best trivial rule's score")
     for name, path, scores in (("A", a, scores_a), ("B", b, scores_b)):
         console.print(Text(f"{name} = {path}: {counts_line(scores)}"))
 
