@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
@@ -113,6 +114,12 @@ def stats(
     plots: Annotated[
         Path | None, typer.Option("--plots", metavar="DIR", help="write figures (PNG) to a directory")
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="with --plots: prompt lengths in the tokens of this model, not in words"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count dialogues, utterances, rows of fold 1, all pairs and emotions (the paper's Tables 1 and 2)."""
@@ -121,6 +128,8 @@ def stats(
     from kdecs.corpus.schema import FINE_TO_COARSE
     from kdecs.corpus.statistics import statistics_of
 
+    if tokenizer and not plots:
+        raise typer.BadParameter("--tokenizer needs --plots, the figures that it is for")
     if drop_cross_split and len(files) < 2:
         raise typer.BadParameter(
             "--drop-cross-split needs the training file first and another split after it"
@@ -137,13 +146,15 @@ def stats(
         _print_statistics(counted)
     if plots:
         from kdecs.corpus.plots import write_plots
+        from kdecs.corpus.prompt_lengths import load_tokenizer
 
-        for path in write_plots(corpora, plots):
+        for path in write_plots(corpora, plots, load_tokenizer(tokenizer) if tokenizer else None):
             print(f"wrote {path}", file=sys.stderr)
     faults = [fault for _, found in checked for fault in found]
     if faults:
         sys.stdout.flush()
-        raise CorpusError(f"{faults[0]} ({len(faults)} faults; faulty dialogues are not counted)")
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise CorpusError(f"{faults[0]} ({count}; faulty dialogues are not counted)")
 
 
 @app.command(
@@ -216,21 +227,29 @@ def _print_statistics(counted: "list[CorpusStatistics]") -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    from kdecs.corpus.statistics import display_names
+
     console = Console(soft_wrap=True)
-    sizes = RichTable("", title="Pairs and sizes (Table 2)", box=SIMPLE_HEAD)
-    emotions = RichTable("emotion", title="Emotions of utterances (Table 1)", box=SIMPLE_HEAD)
-    for file in counted:
+    # Tight, as RECCON's three file names and the sum must fit into 80 characters.
+    make_table = partial(RichTable, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    sizes = make_table("", title="Pairs and sizes (Table 2)")
+    emotions = make_table("emotion", title="Emotions of utterances (Table 1)")
+    has_total = len(counted) > 1
+    for name in display_names([Path(file.file) for file in counted]) + ["all"] * has_total:
         for table in (sizes, emotions):
-            table.add_column(Text(Path(file.file).stem), justify="right", overflow="fold")
+            table.add_column(Text(name), justify="right", overflow="fold")
     for name in ("positive_rows", "negative_rows", "pairs_all", "dialogues", "utterances", "faults"):
-        sizes.add_row(name.replace("_", " "), *(f"{getattr(file, name):,}" for file in counted))
-    console.print(sizes)
-    names = {name: sum(f.emotions.get(name, 0) for f in counted) for f in counted for name in f.emotions}
-    for name in sorted(names, key=lambda name: (-names[name], name)):
-        cells = [f.emotions.get(name, 0) for f in counted]
-        shares = [100 * n / max(1, f.utterances) for n, f in zip(cells, counted, strict=True)]
-        emotions.add_row(name, *(f"{n:,} ({s:.1f}%)" for n, s in zip(cells, shares, strict=True)))
-    console.print(emotions)
+        counts = [getattr(file, name) for file in counted]
+        counts += [sum(counts)] * has_total
+        sizes.add_row(name.replace("_", " "), *(f"{count:,}" for count in counts))
+    console.print(sizes, "")
+    totals = [file.utterances for file in counted]
+    totals += [sum(totals)] * has_total
+    for emotion, number in sum((Counter(file.emotions) for file in counted), Counter()).most_common():
+        counts = [file.emotions.get(emotion, 0) for file in counted] + [number] * has_total
+        shares = (100 * count / max(1, total) for count, total in zip(counts, totals, strict=True))
+        emotions.add_row(emotion, *(f"{n:,} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)))
+    console.print(emotions, "")
     console.print("Rows are those of fold 1: one for each gold span, one for each pair without a cause.")
     for file in counted:
         for warning in file.warnings:

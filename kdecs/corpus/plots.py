@@ -1,24 +1,28 @@
 """Figures of `kdecs corpus stats --plots`: emotions, cause distance, prompt length. Needs matplotlib."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdecs.artifact import atomic_path
+from kdecs.corpus.prompt_lengths import prompt_tokens, prompt_words
 from kdecs.corpus.schema import Corpus
-from kdecs.corpus.statistics import cause_distances, prompt_words
+from kdecs.corpus.statistics import cause_distances, display_names
 from kdecs.errors import DependencyError
 
 _FAR = 10
 _NUM_BINS = 40
 
 
-def write_plots(corpora: Sequence[Corpus], directory: Path) -> list[Path]:
-    """Write emotions.png, cause_distance.png and prompt_words.png; returns their paths.
+def write_plots(corpora: Sequence[Corpus], directory: Path, tokenizer: Any = None) -> list[Path]:
+    """Write emotions.png, cause_distance.png and prompt_lengths.png; returns their paths.
 
+    Prompts are counted in words, or in the tokens of a Transformers tokenizer.
     Raises DependencyError where matplotlib is missing.
     """
     try:
@@ -27,57 +31,64 @@ def write_plots(corpora: Sequence[Corpus], directory: Path) -> list[Path]:
         raise DependencyError(
             'figures need matplotlib, which is not installed: pip install "kdecs[sweep]"'
         ) from None
-    drawings: dict[str, Callable[[Any, Sequence[Corpus]], None]] = {
+    named = dict(zip(display_names([corpus.path for corpus in corpora]), corpora, strict=True))
+    drawings: dict[str, Callable[[Any, Mapping[str, Corpus]], None]] = {
         "emotions.png": _draw_emotions,
         "cause_distance.png": _draw_distances,
-        "prompt_words.png": _draw_prompt_words,
+        "prompt_lengths.png": partial(_draw_prompt_lengths, tokenizer=tokenizer),
     }
     written = []
     for name, draw in drawings.items():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
-        draw(figure.subplots(), corpora)
+        draw(figure.subplots(), named)
         with atomic_path(directory / name) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
         written.append(directory / name)
     return written
 
 
-def _draw_emotions(axes: Any, corpora: Sequence[Corpus]) -> None:
+def _draw_emotions(axes: Any, corpora: Mapping[str, Corpus]) -> None:
     counts = {
-        corpus.path.stem: Counter(u.emotion or "none" for d in corpus.dialogues for u in d.utterances)
-        for corpus in corpora
+        name: Counter(u.emotion or "none" for d in corpus.dialogues for u in d.utterances)
+        for name, corpus in corpora.items()
     }
     total = sum(counts.values(), Counter[str]())
     labels = sorted(total, key=lambda label: (-total[label], label))
     _grouped_bars(axes, labels, {name: [found[label] for label in labels] for name, found in counts.items()})
-    axes.tick_params(axis="x", rotation=45)
+    for label in axes.get_xticklabels():
+        label.set(rotation=40, ha="right", rotation_mode="anchor")
     axes.set_title("Emotions")
     axes.set_ylabel("share of utterances (%)")
 
 
-def _draw_distances(axes: Any, corpora: Sequence[Corpus]) -> None:
+def _draw_distances(axes: Any, corpora: Mapping[str, Corpus]) -> None:
     labels = [*(str(distance) for distance in range(_FAR)), f"{_FAR}+"]
     shares = {}
-    for corpus in corpora:
+    for name, corpus in corpora.items():
         distances = cause_distances(corpus)
         far = sum(count for distance, count in distances.items() if distance >= _FAR)
-        shares[corpus.path.stem] = [*(distances[distance] for distance in range(_FAR)), far]
+        shares[name] = [*(distances[distance] for distance in range(_FAR)), far]
     _grouped_bars(axes, labels, shares)
     axes.set_title("Distance of a cause from its target")
     axes.set_xlabel("turns back (0: the target itself)")
     axes.set_ylabel("share of positive rows (%)")
 
 
-def _draw_prompt_words(axes: Any, corpora: Sequence[Corpus]) -> None:
-    lengths = {corpus.path.stem: prompt_words(corpus) for corpus in corpora}
+def _draw_prompt_lengths(axes: Any, corpora: Mapping[str, Corpus], tokenizer: Any) -> None:
+    lengths = {
+        name: prompt_words(corpus) if tokenizer is None else prompt_tokens(corpus, tokenizer)
+        for name, corpus in corpora.items()
+    }
     longest = max((max(found, default=1) for found in lengths.values()), default=1)
-    bins = np.linspace(0, longest, _NUM_BINS + 1)
+    width = math.ceil((longest + 1) / _NUM_BINS)  # whole, so that every bar covers as many lengths
+    bins = np.arange(0, longest + 1 + width, width)
     for name, found in lengths.items():
         weights = np.full(len(found), 100 / max(1, len(found)))
         axes.hist(found, bins=bins, weights=weights, histtype="step", linewidth=1.5, label=name)
     axes.legend()
-    axes.set_title("Length of history, target and candidate")
-    axes.set_xlabel("words")
+    reader = "student" if tokenizer is None or tokenizer.mask_token is not None else "teacher"
+    axes.set_title(f"Length of the {reader}'s prompts")
+    axes.set_xlabel("words" if tokenizer is None else "tokens")
     axes.set_ylabel("share of fold 1 pairs (%)")
 
 

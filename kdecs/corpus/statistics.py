@@ -1,7 +1,9 @@
 """Counts of a corpus file: the paper's Table 1 (emotions) and Table 2 (pairs, dialogues, utterances)."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kdecs.corpus.pairs import count_rows, pairs_of
@@ -64,17 +66,10 @@ def cause_distances(corpus: Corpus) -> Counter[int]:
     )
 
 
-def prompt_words(corpus: Corpus) -> list[int]:
-    """Words (split at white space) of history, target and candidate for every pair of fold 1.
-
-    A lower bound of the prompt's tokens, for any tokenizer.
-    """
-    found = []
-    for dialogue in corpus.dialogues:
-        words = [len(u.text.split()) for u in dialogue.utterances]
-        for pair in pairs_of(dialogue):
-            found.append(sum(words[: pair.target]) + words[pair.candidate - 1])
-    return found
+def display_names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each file: its stem, or the whole path where two files share a stem."""
+    counts = Counter(path.stem for path in paths)
+    return [path.stem if counts[path.stem] == 1 else str(path) for path in paths]
 
 
 def _triangle(n: int) -> int:

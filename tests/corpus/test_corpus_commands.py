@@ -85,6 +85,22 @@ def test_stats_of_the_sample_have_the_contract_keys():
     assert "Table 2" in run("stats", bundled_sample("test")).stdout
 
 
+def test_stats_sum_several_files():
+    files = [str(bundled_sample(split)) for split in ("train", "valid", "test")]
+    shown = CliRunner().invoke(app, ["stats", *files]).stdout.splitlines()
+    assert shown[1].split() == ["train", "valid", "test", "all"]
+    found = {line[:15].strip(): line.replace(",", "").split()[-4:] for line in shown[3:9]}
+    for *parts, total in found.values():
+        assert sum(map(int, parts)) == int(total)
+    assert set(found) >= {"positive rows", "negative rows", "pairs all", "dialogues", "utterances"}
+    assert max(map(len, shown[:25])) <= 80
+
+
+def test_a_tokenizer_without_figures_is_a_usage_error():
+    arguments = ["stats", str(bundled_sample("test")), "--tokenizer", "anywhere"]
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
 def test_stats_map_fine_labels_to_coarse_ones(write):
     coarse = json.loads(run("stats", bundled_sample("test"), "--coarse", "--json").stdout)[0]["emotions"]
     assert {"gratitude", "worry", "others"}.isdisjoint(coarse)

@@ -4,9 +4,10 @@ import pytest
 
 from kdecs.corpus.cross_split import DuplicateFinder, find_duplicates, read_training_corpus
 from kdecs.corpus.plots import write_plots
+from kdecs.corpus.prompt_lengths import load_tokenizer, prompt_tokens, prompt_words
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.corpus.statistics import cause_distances, prompt_words, statistics_of
-from kdecs.errors import DependencyError
+from kdecs.corpus.statistics import cause_distances, display_names, statistics_of
+from kdecs.errors import DependencyError, ModelError
 
 
 def test_statistics_of_the_worked_file(write, valid_document):
@@ -25,8 +26,44 @@ def test_distances_and_words(write, valid_document):
     assert cause_distances(corpus) == {0: 4, 1: 3}
     words = prompt_words(corpus)
     assert len(words) == 1 + 2 + 4 + 5 + 1 + 2
-    # The first pair: u_1 as target and again as candidate.
-    assert words[0] == 2 * len(["We", "won", "the", "game", "!"])
+    prompt = (
+        "1 B feels <mask> and says We won the game !. <mask> 1 B says We won the game !. "
+        "The causal span start at <mask>, end at <mask>."
+    )
+    assert words[0] == len(prompt.split())
+
+
+def test_prompts_are_counted_in_tokens_of_the_model_that_reads_them(write, valid_document):
+    class Characters:
+        """A tokenizer of characters, with a start token."""
+
+        sep_token = None
+
+        def __init__(self, mask_token):
+            self.mask_token = mask_token
+
+        def __call__(self, texts, verbose):
+            return {"input_ids": [[0, *map(ord, text)] for text in texts]}
+
+    corpus = read_corpus(write({"tr_1": [valid_document["tr_1"][0][:1]]}))
+    text = "We won the game !"
+    student = f"1 B feels # and says {text}. # 1 B says {text}. The causal span start at #, end at #."
+    assert prompt_tokens(corpus, Characters("#")) == [1 + len(student)]
+    teacher = f"1 B feels happiness and says {text}. 1 B says {text}. The connective word between 1 and 1 is"
+    assert prompt_tokens(corpus, Characters(None)) == [1 + len(teacher)]
+
+
+def test_a_tokenizer_that_is_not_there_is_one_clear_line(tmp_path):
+    pytest.importorskip("transformers")
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match="tokenizer's files") as refusal:
+            load_tokenizer(directory)
+        assert "\n" not in str(refusal.value)
+
+
+def test_files_of_one_name_stay_apart(tmp_path):
+    paths = [tmp_path / "a" / "train.json", tmp_path / "b" / "train.json", tmp_path / "test.json"]
+    assert display_names(paths) == [str(paths[0]), str(paths[1]), "test"]
 
 
 def test_training_dialogues_of_another_split_are_left_out(write, valid_document):
@@ -54,7 +91,7 @@ def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     corpora = [read_corpus(bundled_sample(split)) for split in ("train", "test")]
     written = write_plots(corpora, tmp_path / "plots")
-    assert [path.name for path in written] == ["emotions.png", "cause_distance.png", "prompt_words.png"]
+    assert [path.name for path in written] == ["emotions.png", "cause_distance.png", "prompt_lengths.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
