@@ -68,7 +68,7 @@ def verify(
 ) -> None:
     """Check files against the schema; every fault with file, dialogue, turn, field, found and expected."""
     from kdecs.corpus.cross_split import DuplicateFinder
-    from kdecs.corpus.reading import scan_file
+    from kdecs.corpus.reading import count_variants, scan_file
 
     finder = DuplicateFinder()
     faults: list[Fault] = []
@@ -81,7 +81,9 @@ def verify(
         for line in (*checked.faults, *(f"warning: {warning}" for warning in checked.warnings)):
             print(line)
         if not checked.faults:
-            print(f"{file}: valid, {checked.num_dialogues} dialogues{_variants(checked.normalised)}")
+            print(f"{file}: valid, {checked.num_dialogues} dialogues")
+            if checked.normalised:
+                print(f"{file}: label variants replaced: {count_variants(checked.normalised)}")
     if as_json:
         print(json.dumps([asdict(fault) for fault in faults], indent=2))
     else:
@@ -216,17 +218,13 @@ def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":
     return kept
 
 
-def _variants(normalised: dict[str, int]) -> str:
-    found = ", ".join(f"{label} ({count})" for label, count in sorted(normalised.items()))
-    return f"; label variants replaced: {found}" if found else ""
-
-
 def _print_statistics(counted: "list[CorpusStatistics]") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    from kdecs.corpus.reading import count_variants
     from kdecs.corpus.statistics import display_names
 
     console = Console(soft_wrap=True)
@@ -254,5 +252,5 @@ def _print_statistics(counted: "list[CorpusStatistics]") -> None:
     for file in counted:
         for warning in file.warnings:
             console.print(Text(f"warning: {warning}"))
-        if variants := _variants(file.normalised):
-            console.print(Text(f"{file.file}{variants}"))
+        if file.normalised:
+            console.print(Text(f"{file.file}: label variants replaced: {count_variants(file.normalised)}"))

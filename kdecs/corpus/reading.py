@@ -6,7 +6,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ _LINES_SUFFIXES = (".jsonl", ".ndjson")
 
 
 def read_corpus(
-    path: Path | str, *, labelled: bool = True, label_set: LabelSet = "any", part: str | None = None
+    path: Path | str,
+    *,
+    labelled: bool = True,
+    label_set: LabelSet = "any",
+    part: str | None = None,
+    log: bool = True,
 ) -> Corpus:
     """The dialogues of a file, label variants replaced and counted, pairs to the future warned of.
 
+    Both are logged (`log_notes`) unless `log` is false, for callers that may yet refuse something else.
     `labelled=False` accepts utterances without emotion and evidence. `label_set` narrows the known emotions.
     `part` is the first word of the row ids; None finds it from the ids and the file's name (`corpus_part`).
     Raises CorpusError, one line: the first fault and how many there are.
@@ -38,12 +44,23 @@ def read_corpus(
     dialogues = tuple(_dialogues(path, checker, part))
     if checker.faults:
         raise CorpusError(_first_fault(checker.faults, path))
-    for warning in checker.warnings:
+    corpus = Corpus(path, dialogues, Counter(checker.normalised), tuple(checker.warnings))
+    if log:
+        log_notes(corpus)
+    return corpus
+
+
+def log_notes(corpus: Corpus) -> None:
+    """Log what reading a corpus changed or warns of: label variants with their counts, dropped pairs."""
+    for warning in corpus.warnings:
         logger.warning("%s", warning)
-    if checker.normalised:
-        variants = ", ".join(f"{label} ({count})" for label, count in sorted(checker.normalised.items()))
-        logger.info("%s: label variants replaced: %s", path, variants)
-    return Corpus(path, dialogues, Counter(checker.normalised), tuple(checker.warnings))
+    if corpus.normalised:
+        logger.warning("%s: label variants replaced: %s", corpus.path, count_variants(corpus.normalised))
+
+
+def count_variants(normalised: Mapping[str, int]) -> str:
+    """The replaced label variants with their counts, by name."""
+    return ", ".join(f"{label} ({count})" for label, count in sorted(normalised.items()))
 
 
 def iter_dialogues(path: Path | str, *, labelled: bool = True, part: str | None = None) -> Iterator[Dialogue]:

@@ -76,13 +76,13 @@ def evaluate(
 
     kdecs evaluate --corpus test.json --predictions seed1.jsonl --predictions seed2.jsonl --json
     """
-    from kdecs.corpus.reading import read_corpus
+    from kdecs.corpus.reading import log_notes, read_corpus
     from kdecs.evaluation.breakdowns import breakdowns
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.predictions import read_predictions
 
     emotion_table = _emotion_table(coarse, table)
-    gold = read_corpus(corpus)
+    gold = read_corpus(corpus, log=False)
     found = []
     for file in predictions:
         given = read_predictions(file, gold)
@@ -98,6 +98,7 @@ def evaluate(
             run["emotions"] = scores.emotions.as_dict()
             run["breakdowns"] = breakdowns(scores)
         found.append((scores, run))
+    log_notes(gold)
     if len(found) == 1:
         _show(*found[0], as_json)
     else:
@@ -120,13 +121,13 @@ def compare(
 
     Example: kdecs compare kd.jsonl joint.jsonl --corpus test.json
     """
-    from kdecs.corpus.reading import read_corpus
+    from kdecs.corpus.reading import log_notes, read_corpus
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.predictions import read_predictions
     from kdecs.evaluation.significance import compare_systems
 
     emotion_table = _emotion_table(coarse, table)
-    gold = read_corpus(corpus)
+    gold = read_corpus(corpus, log=False)
     scores: list[Scores] = [
         score(
             gold,
@@ -140,6 +141,7 @@ def compare(
     compared = compare_systems(
         scores[0].sums_by_dialogue, scores[1].sums_by_dialogue, num_samples=samples, seed=seed
     )
+    log_notes(gold)
     if as_json:
         found: dict[str, Any] = {key: asdict(value) for key, value in compared.items()}
         found |= {

@@ -31,6 +31,19 @@ def test_what_is_refused_exits_with_1_and_one_line(tmp_path, command):
         assert str(path) in done.stderr
 
 
+def test_a_refusal_is_one_line_where_the_corpus_has_notes_too(tmp_path):
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text('{"tr_1": [[{"turn": 1, "speaker": "A", "utterance": "a", "emotion": "happy"}]]}')
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text("")
+    arguments = ("evaluate", "--corpus", corpus, "--predictions", predictions, "--json")
+    done = kdecs(*arguments)
+    assert (done.returncode, done.stderr) == (0, f"{corpus}: label variants replaced: happy (1)\n")
+    predictions.write_text("{")
+    done = kdecs(*arguments)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+
+
 def test_usage_errors_exit_with_2():
     assert kdecs("corpus", "verify").returncode == 2
     assert kdecs("evaluate", "--corpus", bundled_sample("test")).returncode == 2

@@ -50,6 +50,15 @@ def test_every_known_label_is_read_without_an_option(write, valid_document):
         assert read_corpus(write(valid_document)).dialogues[0].utterances[0].emotion == emotion
 
 
+def test_replaced_variants_and_dropped_pairs_are_logged(write, valid_document, caplog):
+    path = write(valid_document)
+    read_corpus(path, log=False)
+    assert caplog.messages == []
+    read_corpus(path)
+    assert f"{path}: label variants replaced: happy (1), sad (1), surprised (1)" in caplog.messages
+    assert sum("lies in the future" in message for message in caplog.messages) == 1
+
+
 def test_json_lines_hold_the_same_corpus(write, valid_document):
     lines = [json.dumps({"id": key, "utterances": value[0]}) for key, value in valid_document.items()]
     expected = read_corpus(write(valid_document)).dialogues
