@@ -53,7 +53,8 @@ def start_engine(
     if config.zero.activation_checkpointing:
         base.activation_checkpointing_enable()
         base.enable_input_require_grads()
-    network = TeacherNetwork(family, add_lora(base, config.lora, family.lora_task), use_tree=use_tree)
+    adapted = add_lora(base, config.lora, family.lora_task)
+    network = TeacherNetwork(family, adapted, use_tree=use_tree, device=runtime.device)
     optimizer = torch.optim.AdamW(
         trainable_parameters(network),
         lr=config.optimization.learning_rate,

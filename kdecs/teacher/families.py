@@ -85,7 +85,9 @@ class Family(ABC):
         """Index of the token whose output predicts the connective."""
 
     @abstractmethod
-    def hidden_at_answers(self, network: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
+    def hidden_at_answers(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> Tensor:
         """Hidden states (P, H) that the output embedding maps to the connective's logits."""
 
     @abstractmethod
@@ -134,16 +136,19 @@ class CausalFamily(Family):
         encoded = super().encode(pair)
         return EncodedPrompt(tokens=encoded.tokens[: encoded.answer + 1], answer=encoded.answer)
 
-    def hidden_at_answers(self, network: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
+    def hidden_at_answers(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> Tensor:
         """One forward per padded prompt."""
-        ids_PT, mask_PT, answers_P = self._padded(prompts, _device(network))
+        ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         output = _decoder(network)(input_ids=ids_PT, attention_mask=mask_PT, use_cache=False)
         return output.last_hidden_state[torch.arange(len(prompts), device=ids_PT.device), answers_P]
 
-    def hidden_at_leaves(self, network: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
+    def hidden_at_leaves(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> Tensor:
         """One forward over the prompts' tree: the same hidden states (P, H) for a fraction of the tokens."""
         tree = pack([prompt.tokens for prompt in prompts])
-        device = _device(network)
         mask_11NN = ancestor_mask(torch.from_numpy(tree.ends_N).to(device))
         output = _decoder(network)(
             input_ids=torch.from_numpy(tree.tokens_N).to(device)[None],
@@ -182,9 +187,11 @@ class Seq2SeqFamily(Family):
         del tokens, offsets, text_end
         return 1
 
-    def hidden_at_answers(self, network: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
+    def hidden_at_answers(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> Tensor:
         """Encoder over the padded prompts, decoder over two tokens."""
-        ids_PT, mask_PT, answers_P = self._padded(prompts, _device(network))
+        ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         model = _language_model(network)
         start = model.config.decoder_start_token_id
         decoder_ids = torch.tensor([[start, self.sentinel_id]], device=ids_PT.device).expand(len(prompts), -1)
@@ -235,9 +242,11 @@ class MaskedFamily(Family):
             )
         return index
 
-    def hidden_at_answers(self, network: nn.Module, prompts: Sequence[EncodedPrompt]) -> Tensor:
+    def hidden_at_answers(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> Tensor:
         """Encoder over the padded prompts; the head's transform is part of `head`."""
-        ids_PT, mask_PT, answers_P = self._padded(prompts, _device(network))
+        ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         model = _language_model(network)
         output = model.base_model(input_ids=ids_PT, attention_mask=mask_PT)
         return output.last_hidden_state[torch.arange(len(prompts), device=ids_PT.device), answers_P]
@@ -285,7 +294,3 @@ def _language_model(network: nn.Module) -> Any:
 def _decoder(network: nn.Module) -> Any:
     """A causal model without its head."""
     return _language_model(network).get_decoder()
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device

@@ -19,8 +19,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TeacherNetwork(nn.Module):
     """Answer-word logits of prompts. `use_tree`: one walk over the prefix tree instead of padded prompts."""
 
-    def __init__(self, family: Family, network: nn.Module, *, use_tree: bool) -> None:
+    def __init__(self, family: Family, network: nn.Module, *, use_tree: bool, device: torch.device) -> None:
         super().__init__()
+        # Told, not asked of a parameter: partitioned or offloaded parameters live elsewhere than inputs.
+        self.device = device
         self.family = family
         self.network = network
         self.use_tree = use_tree and family.can_share_prefixes
@@ -44,8 +46,8 @@ class TeacherNetwork(nn.Module):
 
     def _hidden(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         if self.use_tree and isinstance(self.family, CausalFamily):
-            return self.family.hidden_at_leaves(self.network, prompts)
-        return self.family.hidden_at_answers(self.network, prompts)
+            return self.family.hidden_at_leaves(self.network, prompts, self.device)
+        return self.family.hidden_at_answers(self.network, prompts, self.device)
 
 
 def add_lora(network: nn.Module, lora: LoraConfig, task: str) -> PeftModel:

@@ -53,7 +53,8 @@ class TeacherScorer:
             network = PeftModel.from_pretrained(base, str(directory))
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{directory}: the adapter does not load: {first_line(error)}") from None
-        teacher = TeacherNetwork(family, network, use_tree=config.batches.batching != "pairs")
+        use_tree = config.batches.batching != "pairs"
+        teacher = TeacherNetwork(family, network, use_tree=use_tree, device=runtime.device)
         lineage = {
             "teacher": sha256_of_file(directory / MANIFEST_NAME),
             "base": manifest.inputs["base"],

@@ -24,7 +24,7 @@ def network_of(family: Family, base: Path, *, use_tree: bool, seed: int = 0) -> 
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:  # B is zero at the start: give the adapter something to do
             torch.nn.init.normal_(parameter, std=0.05)
-    return TeacherNetwork(family, lora, use_tree=use_tree).eval()
+    return TeacherNetwork(family, lora, use_tree=use_tree, device=torch.device("cpu")).eval()
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -77,7 +77,7 @@ def test_rest_mass_completes_the_distribution(
     prompts = [family.encode(pair) for pair in some_pairs[:5]]
     with torch.no_grad():
         answers_PA, log_rest_P = network.answers_and_rest(prompts)
-        hidden = family.hidden_at_leaves(network.network, prompts)
+        hidden = family.hidden_at_leaves(network.network, prompts, network.device)
         log_all_P = torch.logsumexp(family.head(network.network, hidden), dim=-1)
     total = torch.exp(answers_PA - log_all_P[:, None]).sum(-1) + torch.exp(log_rest_P)
     torch.testing.assert_close(total, torch.ones(5), atol=1e-5, rtol=0)

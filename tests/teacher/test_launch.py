@@ -77,7 +77,8 @@ def plain_torch(values: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     )
     data = prepare_data(config, family, use_tree=True, world_size=1, show_progress=False)
     base = family.load_network(config.model.base, dtype=torch.float32)
-    network = TeacherNetwork(family, add_lora(base, config.lora, family.lora_task), use_tree=False)
+    adapted = add_lora(base, config.lora, family.lora_task)
+    network = TeacherNetwork(family, adapted, use_tree=False, device=torch.device("cpu"))
     parameters = trainable_parameters(network)
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0)
     series = []
