@@ -56,7 +56,25 @@ Part = Annotated[
 Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions to coarse ones")]
 Table = Annotated[
     Path | None,
-    typer.Option("--table", metavar="FILE", help="JSON object {fine: coarse} laid over the built-in table"),
+    typer.Option("--table", metavar="FILE", help="--coarse with a JSON object {fine: coarse} over its table"),
+]
+DropCrossSplit = Annotated[
+    bool,
+    typer.Option(
+        "--drop-cross-split",
+        help="count the first file (training) without dialogues whose text stands in a later one",
+    ),
+]
+Plots = Annotated[
+    Path | None, typer.Option("--plots", metavar="DIR", help="write figures (PNG) to a directory")
+]
+TokenizerDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="DIR",
+        help="with --plots: prompt lengths in the tokens of this model, not in words",
+    ),
 ]
 
 
@@ -106,22 +124,9 @@ def stats(
     labels: Labels = LabelSetChoice.any,
     coarse: Coarse = False,
     table: Table = None,
-    drop_cross_split: Annotated[
-        bool,
-        typer.Option(
-            "--drop-cross-split",
-            help="count the first file (training) without dialogues whose text stands in a later one",
-        ),
-    ] = False,
-    plots: Annotated[
-        Path | None, typer.Option("--plots", metavar="DIR", help="write figures (PNG) to a directory")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="with --plots: prompt lengths in the tokens of this model, not in words"
-        ),
-    ] = None,
+    drop_cross_split: DropCrossSplit = False,
+    plots: Plots = None,
+    tokenizer: TokenizerDirectory = None,
     as_json: Json = False,
 ) -> None:
     """Count dialogues, utterances, rows of fold 1, all pairs and emotions (the paper's Tables 1 and 2)."""

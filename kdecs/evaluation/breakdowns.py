@@ -22,7 +22,7 @@ def breakdowns(scores: Scores) -> dict[str, Breakdown]:
     """
     return {
         "distance": _by(scores, _distance),
-        "emotion": _by(scores, lambda row: str(row.dialogue.utterances[row.target - 1].emotion)),
+        "emotion": _by(scores, lambda row: str(row.gold_emotion)),
         "utterance_length": _by(scores, _length),
     }
 

@@ -28,6 +28,14 @@ class ScoredUniverse(StrEnum):
 
 
 CorpusFile = Annotated[Path, typer.Option("--corpus", metavar="FILE", help="labelled corpus file")]
+PredictionFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--predictions",
+        metavar="FILE",
+        help="prediction file: JSON lines, one a pair; several (one a seed) are summarised",
+    ),
+]
 Protocols = Annotated[ProtocolChoice, typer.Option(help="how a predicted span counts")]
 Universes = Annotated[
     ScoredUniverse, typer.Option(help="fold1: targets that have annotated causes; all: every target")
@@ -52,14 +60,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
 
 def evaluate(
     corpus: CorpusFile,
-    predictions: Annotated[
-        list[Path],
-        typer.Option(
-            "--predictions",
-            metavar="FILE",
-            help="prediction file: JSON lines, one a pair; several (one a seed) are summarised",
-        ),
-    ],
+    predictions: PredictionFiles,
     protocol: Protocols = ProtocolChoice.reccon,
     universe: Universes = ScoredUniverse.fold1,
     details: Details = False,

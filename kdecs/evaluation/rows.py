@@ -60,6 +60,11 @@ class Row:
         """(dialogue id, target, candidate) of the row's pair."""
         return self.dialogue.id, self.target, self.candidate
 
+    @property
+    def gold_emotion(self) -> str | None:
+        """The target's emotion in the corpus."""
+        return self.dialogue.utterances[self.target - 1].emotion
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredRows:
@@ -133,8 +138,7 @@ def score_rows(
             last_similar_is_empty = span == ""
         elif outcome == "incorrect":
             incorrect.append(number)
-        gold_emotion = row.dialogue.utterances[row.target - 1].emotion
-        emotion_is_right = emotion is not None and emotion_table.get(emotion, emotion) == gold_emotion
+        emotion_is_right = emotion is not None and emotion_table.get(emotion, emotion) == row.gold_emotion
         _add_positive(
             contributions[number],
             is_cause,
