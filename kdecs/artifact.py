@@ -247,6 +247,14 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{fault}; run the command that writes {directory} again")
 
 
+def check_whole(directory: Path, kind: Kind) -> Manifest:
+    """The manifest of a directory whose every byte was read and agrees; raises ArtifactError for the first fault."""
+    manifest = read_manifest(directory, kind)
+    if faults := verify_artifact(directory):
+        raise ArtifactError(f"{faults[0]}; run the command that writes {directory} again")
+    return manifest
+
+
 def verify_artifact(directory: Path, *, on_file: Callable[[FileEntry], None] | None = None) -> list[str]:
     """Every fault of an artifact directory, one line each; an empty list if it is whole.
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -54,6 +54,8 @@ class Config(BaseModel):
     """Base of all configs: unknown keys are refused, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    method_versions: ClassVar[dict[str, int]] = {}
+    """Versions of what a stage computes with beside its config (prompt templates): part of the hash."""
 
 
 class Optimization(Config):
@@ -64,7 +66,7 @@ class Optimization(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     epochs: int = Field(default=3, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -135,7 +137,7 @@ def config_hash(config: Config) -> str:
     Content checksums stand in for paths; fields marked `Unhashed` are left out.
     Raises ConfigError where an input path does not exist.
     """
-    view = json.dumps(_hash_view(config), sort_keys=True)
+    view = json.dumps({"config": _hash_view(config), "method": config.method_versions}, sort_keys=True)
     return hashlib.sha256(f"{type(config).__name__}\n{view}".encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -101,7 +102,10 @@ def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0" if runtime.world_size == 1 else "29500")
     backend = "nccl" if runtime.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=runtime.rank, world_size=runtime.world_size)
+    # Rank 0 may build a cache or write a checkpoint alone for longer than the default ten minutes.
+    dist.init_process_group(
+        backend, rank=runtime.rank, world_size=runtime.world_size, timeout=timedelta(hours=1)
+    )
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -37,6 +38,8 @@ SAMPLE = ROOT / "kdecs" / "corpus" / "sample"
 RECCON_FILES = {split: f"dailydialog_{split}.json" for split in ("train", "valid", "test")}
 TEACHERS = {"llama-tiny": "llama", "roberta-tiny": "roberta"}
 RANKS = 2
+# Models this small are trained on two CPU ranks everywhere, whatever GPUs there are.
+ON_CPU = {"KDECS_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 RUN_VARIABLE = "KDECS_DEMO_RUN"  # marks every process that a demo starts, with its run directory
 
 # Shares of RECCON's training dialogues, so that the stages end within twenty minutes on two cores; the
@@ -134,7 +137,7 @@ class Demo:
             stdin=subprocess.DEVNULL,
             stdout=writer,
             stderr=subprocess.STDOUT,
-            env={**os.environ, RUN_VARIABLE: str(self.output)},
+            env={**os.environ, **ON_CPU, RUN_VARIABLE: str(self.output)},
             start_new_session=command.is_launcher,
             preexec_fn=_die_with_parent,
         )
@@ -287,7 +290,10 @@ def _sweep(output: Path, corpus: Sequence[str], is_reccon: bool) -> list[str]:
 
 def _launcher() -> list[str]:
     # Without GPUs the launcher cannot count devices: it is told how many ranks to start.
-    return ["deepspeed", "--num_accelerators", str(RANKS), "--no_local_rank"]
+    with socket.socket() as probe:  # the launcher's default port may be taken by another job of this machine
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ["deepspeed", "--num_accelerators", str(RANKS), "--no_local_rank", "--master_port", str(port)]
 
 
 def _set(overrides: Sequence[str]) -> list[str]:

@@ -62,7 +62,11 @@ def main() -> None:
     stop.install()
     runtime = start_runtime(threads=config.threads_per_worker)
     scorer = TeacherScorer.load(
-        config.teacher, runtime=runtime, dtype=config.dtype, micro_batch_tokens=config.micro_batch_tokens
+        config.teacher,
+        runtime=runtime,
+        dtype=config.dtype,
+        micro_batch_tokens=config.micro_batch_tokens,
+        base=config.base,
     )
     bar = ExportBar(runtime.is_main)
     try:

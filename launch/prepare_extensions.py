@@ -7,10 +7,6 @@ from kdecs.errors import DependencyError
 
 
 def main() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

@@ -24,7 +24,7 @@ class BaseModelConfig(Config):
     batch_size: int = Field(default=32, ge=1)
     sequence_tokens: int = Field(default=64, ge=16)
     learning_rate: float = Field(default=2e-3, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     threads: Annotated[int, Unhashed()] = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.prompts import student_prompt, teacher_prompt
 from kdecs.corpus.schema import Dialogue
-from kdecs.corpus.training_set import training_dialogues
+from kdecs.corpus.splits import training_dialogues
 from kdecs.errors import TrainingError
 from kdecs.runtime import Runtime, StopSignal, seed_everything
 

@@ -17,8 +17,9 @@ A mapped column costs no memory of its own: every process shares the pages of th
 """
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from kdecs.artifact import (
     write_manifest,
 )
 from kdecs.corpus.encoding import EncodedPair, PairEncoder
+from kdecs.corpus.labels import map_corpus
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
@@ -123,24 +125,29 @@ class CorpusCache:
         return ids, hashes
 
 
-def open_cache(corpus_file: Path, encoder: PairEncoder, cache: Path) -> CorpusCache:
+def open_cache(
+    corpus_file: Path, encoder: PairEncoder, cache: Path, emotion_table: Mapping[str, str] | None = None
+) -> CorpusCache:
     """The tokenised cache of a corpus file, built first where it is missing (one process builds, others wait).
+
+    `emotion_table` maps the emotions (kdecs.corpus.splits.emotion_table); None keeps them.
 
     Raises CorpusError for a faulty corpus, ModelError where the template does not fit the maximum length.
     """
-    key = cache_key(corpus_file, encoder)
+    key = cache_key(corpus_file, encoder, emotion_table)
     directory = cache / f"corpus-{key[:16]}"
     with file_lock(cache / f".corpus-{key[:16]}.lock"):
         if not is_complete(directory, "corpus-cache", key):
-            _build(corpus_file, encoder, directory, key)
+            _build(corpus_file, encoder, directory, key, emotion_table)
     manifest = read_manifest(directory, "corpus-cache")
     check_sizes(directory, manifest)
     return CorpusCache(directory, emotions=manifest.details["emotions"])
 
 
-def cache_key(corpus_file: Path, encoder: PairEncoder) -> str:
+def cache_key(corpus_file: Path, encoder: PairEncoder, emotion_table: Mapping[str, str] | None = None) -> str:
     """Hex sha256 over corpus content, tokenizer, template version, maximum length and format version."""
-    parts = (sha256_of_file(corpus_file), encoder.fingerprint, str(CACHE_VERSION))
+    emotions = json.dumps(emotion_table, sort_keys=True)
+    parts = (sha256_of_file(corpus_file), encoder.fingerprint, emotions, str(CACHE_VERSION))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -151,8 +158,16 @@ def ordered_emotions(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(labels), key=lambda label: (rank.get(label, len(rank)), label)))
 
 
-def _build(corpus_file: Path, encoder: PairEncoder, directory: Path, key: str) -> None:
+def _build(
+    corpus_file: Path,
+    encoder: PairEncoder,
+    directory: Path,
+    key: str,
+    emotion_table: Mapping[str, str] | None,
+) -> None:
     corpus = read_corpus(corpus_file)
+    if emotion_table is not None:
+        corpus = map_corpus(corpus, emotion_table)
     emotions = ordered_emotions(u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion)
     indexed = (
         (index, pair) for index, d in enumerate(corpus.dialogues) for pair in pairs_of(d, "fold1+neutral")

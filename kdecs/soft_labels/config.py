@@ -1,17 +1,22 @@
 """The config of an export of soft labels (`launch/export_soft_labels.py`)."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kdecs.config import Config, InputPath, OutputPath
+from kdecs.config import Config, InputPath, ModelReference, OutputPath, Unhashed
 from kdecs.corpus.config import CorpusConfig
+from kdecs.corpus.prompts import PROMPT_VERSION
 
 
 class ExportConfig(Config):
     """`launch/export_soft_labels.py`: raw logits of the answer words for every pair of every split."""
 
+    method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
     teacher: InputPath
+    base: Annotated[ModelReference | None, Unhashed()] = Field(
+        default=None, description="where the teacher's base lies on this machine, if not where it was trained"
+    )
     corpus: CorpusConfig
     output: OutputPath
     num_shards: int = Field(default=8, ge=1)

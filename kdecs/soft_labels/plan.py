@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
-from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import Dialogue
-from kdecs.corpus.training_set import training_dialogues
+from kdecs.corpus.splits import read_split, training_dialogues
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.format import SPLITS
 
@@ -70,7 +69,11 @@ def read_splits(config: CorpusConfig) -> dict[str, list[Dialogue]]:
     evaluated = {"valid": config.valid, "test": config.test}
     return {
         "train": training_dialogues(config),
-        **{split: list(read_corpus(path).dialogues) for split, path in evaluated.items() if path is not None},
+        **{
+            split: list(read_split(config, path).dialogues)
+            for split, path in evaluated.items()
+            if path is not None
+        },
     }
 
 

@@ -1,11 +1,12 @@
 """The config of a student's training (`launch/train_student.py`)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kdecs.config import Config, InputPath, ModelReference, Name, Optimization, OutputPath, Unhashed
 from kdecs.corpus.config import CorpusConfig
+from kdecs.corpus.prompts import PROMPT_VERSION
 
 
 class StudentModel(Config):
@@ -47,6 +48,7 @@ class StudentBatches(Config):
 class StudentConfig(Config):
     """`launch/train_student.py`: joint emotion, connective and span training with distillation (Eq. 5-13)."""
 
+    method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
     name: Name = "student"
     output: OutputPath
     cache: OutputPath = Field(description="tokenised corpus and label files, shared by all trials of a node")

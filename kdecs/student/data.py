@@ -9,9 +9,8 @@ import numpy.typing as npt
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.cache import CorpusCache, open_cache
 from kdecs.corpus.encoding import PairEncoder
-from kdecs.corpus.pairs import training_subset
-from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import NEUTRAL, Corpus
+from kdecs.corpus.splits import emotion_table, read_split, training_dialogues
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.reader import SoftLabels
 from kdecs.student.batches import Ints, Targets, cached_batch, gold_targets
@@ -51,14 +50,18 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
     ArtifactError (labels unfinished or damaged).
     """
     encoder = PairEncoder(tokenizer, max_prompt_tokens)
-    train = open_cache(config.corpus.train, encoder, config.cache)
-    valid = open_cache(config.corpus.valid, encoder, config.cache)
+    table = emotion_table(config.corpus)
+    train = open_cache(config.corpus.train, encoder, config.cache, table)
+    valid = open_cache(config.corpus.valid, encoder, config.cache, table)
+    valid_corpus = read_split(config.corpus, config.corpus.valid)
+    if len(valid) == 0:
+        raise CorpusError(f"{config.corpus.valid}: no pair to validate on, expected targets with causes")
     rows = training_rows(config, train)
     labels, label_rows = _joined_labels(config, train, rows)
     return TrainingData(
         train=train,
         valid=valid,
-        valid_corpus=read_corpus(config.corpus.valid),
+        valid_corpus=valid_corpus,
         rows=rows,
         emotions=train.emotions,
         emotion_labels=np.arange(len(train.emotions)),
@@ -74,10 +77,10 @@ def training_rows(config: StudentConfig, train: CorpusCache) -> Ints:
     Raises CorpusError where none is left.
     """
     rows = np.arange(len(train))
-    if config.corpus.train_share < 1:
-        dialogues = read_corpus(config.corpus.train).dialogues
+    if config.corpus.train_share < 1 or config.corpus.drop_cross_split:
+        dialogues = read_split(config.corpus, config.corpus.train).dialogues
         index = {dialogue.id: number for number, dialogue in enumerate(dialogues)}
-        chosen = training_subset(dialogues, config.corpus.train_share, config.corpus.train_share_seed)
+        chosen = training_dialogues(config.corpus)
         rows = rows[np.isin(train.column("dialogue"), [index[dialogue.id] for dialogue in chosen])]
     if config.neutral_share < 1 and NEUTRAL in train.emotions:
         generator = np.random.default_rng(config.corpus.train_share_seed)

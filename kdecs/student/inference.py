@@ -86,11 +86,23 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 def target_emotions(
-    emotion_PE: npt.NDArray[np.float32], target_of_P: Ints, emotions: Sequence[str]
+    emotion_PE: npt.NDArray[np.float32],
+    target_of_P: Ints,
+    is_own_P: npt.NDArray[np.bool_],
+    emotions: Sequence[str],
 ) -> list[str]:
-    """The emotion of each target 0 … max(target_of_P): argmax of the mean log-probability over its pairs."""
-    sums = np.zeros((int(target_of_P.max()) + 1, len(emotions)), dtype=np.float64)
-    np.add.at(sums, target_of_P, emotion_PE)
+    """The emotion of each target 0 … max(target_of_P): argmax of the log-probabilities at its own pair (i, i).
+
+    Where (i, i) is not among the pairs: of their mean over the target's pairs. Not of the mean in general, since
+    which other pairs a scored target has tells whether it is neutral: in training and in fold1 + neutral only
+    emotional targets have pairs with j < i, and a student learns to take the hint.
+    """
+    num_targets = int(target_of_P.max()) + 1
+    has_own = np.zeros(num_targets, dtype=bool)
+    has_own[target_of_P[is_own_P]] = True
+    counts_P = is_own_P | ~has_own[target_of_P]
+    sums = np.zeros((num_targets, len(emotions)), dtype=np.float64)
+    np.add.at(sums, target_of_P[counts_P], emotion_PE[counts_P])
     return [emotions[index] for index in sums.argmax(axis=1)]
 
 

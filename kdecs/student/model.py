@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -191,7 +192,7 @@ def load_language_model(reference: str | Path) -> Any:
             return AutoModelForMaskedLM.from_pretrained(
                 str(reference), dtype=torch.float32, use_safetensors=True
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(_not_loaded(str(reference), "masked language model", error)) from None
 
 

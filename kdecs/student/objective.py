@@ -1,7 +1,6 @@
 """One step's loss from logits, gold and config, and the optimizer with its schedule."""
 
 import hashlib
-import math
 
 import torch
 from torch import Tensor
@@ -52,14 +51,6 @@ def adamw(model: torch.nn.Module, optimization: Optimization) -> torch.optim.Ada
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optimization.learning_rate)
-
-
-def learning_rate_at(step: int, total_steps: int, optimization: Optimization) -> float:
-    """Linear warm-up over the first share of the steps, then linear decay that would reach 0 after the last."""
-    warmup = math.ceil(total_steps * optimization.warmup_share)
-    if step < warmup:
-        return optimization.learning_rate * (step + 1) / warmup
-    return optimization.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

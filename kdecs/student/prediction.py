@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdecs.artifact import check_sizes, read_manifest
+from kdecs.artifact import check_whole
 from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import Pair, Universe, candidate_pairs, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
@@ -23,7 +23,7 @@ from kdecs.student.batches import batches_of_tokens, encoded_batch
 from kdecs.student.inference import score_pairs, span_characters
 from kdecs.student.model import StudentModel
 from kdecs.student.product import StudentCard, load_student
-from kdecs.student.validation import decide, pair_emotions, target_index
+from kdecs.student.validation import decide, pair_emotions
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Student:
         where its weights or tokenizer cannot be loaded.
         """
         directory = Path(directory).expanduser().absolute()
-        check_sizes(directory, read_manifest(directory, "student"))
+        check_whole(directory, "student")
         model, tokenizer, card = load_student(directory)
         return cls(model, tokenizer, card, device=torch.device(device), precision=precision)
 
@@ -109,7 +109,8 @@ class Student:
     ) -> list[PairPrediction]:
         """Predictions with scores and character ranges, in the order of the pairs.
 
-        The emotion of a target is decided over its pairs among those given. Targets are never split, so memory
+        The emotion of a target is decided at its pair (i, i), or over its pairs where that is not given.
+        Targets are never split, so memory
         stays bounded by a few thousand pairs.
         """
         found: list[PairPrediction] = []
@@ -150,7 +151,7 @@ class Student:
             pair.dialogue.utterances[pair.candidate - 1].text[start:end]
             for pair, (start, end) in zip(pairs, ranges, strict=True)
         ]
-        emotions = pair_emotions(scores, target_index(pairs), self.card.emotions)
+        emotions = pair_emotions(scores, pairs, self.card.emotions)
         decided = decide(pairs, scores, emotions, texts, self.card.threshold)
         return [
             PairPrediction(prediction, float(score), place if prediction.is_cause else None)

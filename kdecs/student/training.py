@@ -23,6 +23,7 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.runtime import Runtime, StopSignal, any_rank, gather_objects, on_main_first, seed_everything
+from kdecs.schedule import learning_rate_at
 from kdecs.student.batches import Ints, epoch_batches, rank_share
 from kdecs.student.checkpoint import Progress, load_checkpoint, remove_checkpoint, save_checkpoint
 from kdecs.student.config import StudentConfig
@@ -35,7 +36,7 @@ from kdecs.student.model import (
     longest_prompt,
     student_answer_ids,
 )
-from kdecs.student.objective import adamw, learning_rate_at, loss_parts, step_loss, step_seed
+from kdecs.student.objective import adamw, loss_parts, step_loss, step_seed
 from kdecs.student.product import StudentCard, finish_student, save_student, write_metrics
 from kdecs.student.validation import Validation, validate
 
@@ -68,8 +69,11 @@ def train_student(
         )
     if runtime.is_main:
         config.output.mkdir(parents=True, exist_ok=True)
-        write_config(config, config.output)
+        # A manifest of this very work with a damaged file: it must not stand over a half-trained student.
+        (config.output / MANIFEST_NAME).unlink(missing_ok=True)
     trainer = _Trainer(config, digest, runtime, on_epoch, stop or StopSignal())
+    if runtime.is_main:
+        write_config(config, config.output)
     trainer.train()
     return config.output
 

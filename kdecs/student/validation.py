@@ -49,7 +49,7 @@ def validate(
     )
     scores = score_pairs(model, batches, len(cache), device=device, precision=precision)
     pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
-    emotion_of_pair = pair_emotions(scores, target_index(pairs), emotions)
+    emotion_of_pair = pair_emotions(scores, pairs, emotions)
     spans = [
         span_text(_candidate_text(pair), cache.offsets_at(row), scores.span_P2[row])
         for row, pair in enumerate(pairs)
@@ -79,9 +79,11 @@ def target_index(pairs: list[Pair]) -> Ints:
     )
 
 
-def pair_emotions(scores: PairScores, target_of_P: Ints, emotions: tuple[str, ...]) -> list[str]:
+def pair_emotions(scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...]) -> list[str]:
     """The emotion decided for each pair's target."""
-    by_target = target_emotions(scores.emotion_PE, target_of_P, emotions)
+    target_of_P = target_index(pairs)
+    is_own_P = np.array([pair.candidate == pair.target for pair in pairs], dtype=bool)
+    by_target = target_emotions(scores.emotion_PE, target_of_P, is_own_P, emotions)
     return [by_target[target] for target in target_of_P]
 
 

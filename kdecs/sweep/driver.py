@@ -28,7 +28,7 @@ from kdecs.sweep.records import sweep_records
 from kdecs.sweep.results import BASELINES_NAME, TRIALS_NAME, TrialResult, trial_result, write_results
 from kdecs.sweep.space import Trial, enumerate_trials, sweep_hash, with_absolute_paths
 from kdecs.sweep.trial import DEFAULT_TRAINER
-from kdecs.sweep.trivial import trivial_scores_of
+from kdecs.sweep.trivial import trivial_scores_on_validation
 from kdecs.tracking import Tracker
 
 RAY_LOG_NAME = "ray.log"
@@ -232,7 +232,7 @@ def _write_sweep_manifest(
     output = config.output
     manifests = [(trial.directory / MANIFEST_NAME).relative_to(output).as_posix() for trial in trials]
     corpus = trials[0].config.corpus
-    write_json(output / BASELINES_NAME, trivial_scores_of(corpus.valid))
+    write_json(output / BASELINES_NAME, trivial_scores_on_validation(corpus))
     labels = {trial.teacher: trial.config.distillation.labels for trial in trials if trial.teacher}
     write_manifest(
         output,

@@ -149,10 +149,14 @@ def _run_in_worker(
 
     from kdecs.sweep.trial import load_trainer, run_trial
 
-    if 0 < gpu_share < 1:
+    if gpu_share > 0:
         import torch
 
-        if torch.cuda.is_available():  # Ray's fraction is bookkeeping only
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                f"a trial was given {gpu_share} GPU by Ray, but torch sees none; check its build"
+            )
+        if gpu_share < 1:  # Ray's fraction is bookkeeping only
             torch.cuda.set_per_process_memory_fraction(gpu_share)
     run_trial(
         Path(directory) / values["trial"],

@@ -153,7 +153,7 @@ def _new_record(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
 
 def _score_on_test(sweep: Path, record: dict[str, Any], winner: TrialResult) -> None:
     """Open the test split: the time is on disk before it is read."""
-    from kdecs.corpus.reading import read_corpus
+    from kdecs.corpus.splits import read_split
     from kdecs.evaluation.metrics import evaluate
     from kdecs.evaluation.predictions import write_predictions
     from kdecs.runtime import start_runtime
@@ -168,7 +168,7 @@ def _score_on_test(sweep: Path, record: dict[str, Any], winner: TrialResult) -> 
     student = Student.from_pretrained(directory, device=start_runtime().device)
     record["test_opened_at"] = record["test_opened_at"] or datetime.now(UTC).isoformat(timespec="seconds")
     write_json(sweep / SELECTION_NAME, record)
-    corpus = read_corpus(config.corpus.test)
+    corpus = read_split(config.corpus, config.corpus.test)
     predictions = student.predict_pairs(corpus)
     write_predictions(sweep / PREDICTIONS_NAME, predictions.values())
     record["test_baselines"] = trivial_scores(corpus)

@@ -1,9 +1,8 @@
 """What the trivial rules reach on a corpus, span-level scores too: they stand beside every model's."""
 
-from pathlib import Path
-
-from kdecs.corpus.reading import read_corpus
+from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.schema import Corpus
+from kdecs.corpus.splits import read_split
 from kdecs.evaluation.baselines import MAJORITY_EMOTION, trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 
@@ -23,6 +22,6 @@ def trivial_scores(corpus: Corpus) -> dict[str, dict[str, float]]:
     return found
 
 
-def trivial_scores_of(path: Path) -> dict[str, dict[str, float]]:
-    """The same of a corpus file."""
-    return trivial_scores(read_corpus(path))
+def trivial_scores_on_validation(config: CorpusConfig) -> dict[str, dict[str, float]]:
+    """The same on the validation split that a config names."""
+    return trivial_scores(read_split(config, config.valid))

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdecs.artifact import atomic_path, read_manifest
+from kdecs.artifact import MANIFEST_NAME, atomic_path, check_whole, read_manifest
 from kdecs.config import input_checksums, parse_config, read_yaml
 from kdecs.errors import ArtifactError, TrainingError
 from kdecs.runtime import Runtime
@@ -67,6 +67,8 @@ def read_teacher_config(directory: Path) -> TeacherConfig:
 def check_base(directory: Path, base: str) -> None:
     """Raise ArtifactError where the base model is not the one that the adapter was trained on."""
     expected = read_manifest(directory, "teacher").inputs["base"]
+    if (Path(base) / MANIFEST_NAME).is_file():
+        check_whole(Path(base), "base-model")  # its manifest stands for it, so the files must agree with that
     if (found := input_checksums(base=base)["base"]) != expected:
         raise ArtifactError(
             f"{directory}: its adapter was trained on a base with checksum {expected[:12]}…, "

@@ -1,11 +1,12 @@
 """The config of a teacher's training (`launch/train_teacher.py`)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Unhashed
 from kdecs.corpus.config import CorpusConfig
+from kdecs.corpus.prompts import PROMPT_VERSION
 
 
 class LoraConfig(Config):
@@ -44,11 +45,11 @@ ModelConfig = Annotated[CausalModel | Seq2SeqModel | MaskedModel, Field(discrimi
 class ZeroConfig(Config):
     """DeepSpeed ZeRO: stage, CPU offload, and precision of the frozen weights and activations."""
 
-    stage: Literal[0, 1, 2, 3] = 2
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
+    stage: Annotated[Literal[0, 1, 2, 3], Unhashed()] = 2
+    offload_optimizer: Annotated[bool, Unhashed()] = False
+    offload_parameters: Annotated[bool, Unhashed()] = False
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, Unhashed()] = False
 
     @model_validator(mode="after")
     def _offload_needs_stage(self) -> "ZeroConfig":
@@ -75,6 +76,7 @@ class TeacherBatches(Config):
 class TeacherConfig(Config):
     """`launch/train_teacher.py`: LoRA fine-tuning of a teacher on connectives (Eq. 1-4)."""
 
+    method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
     name: Name
     output: OutputPath
     corpus: CorpusConfig

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from kdecs.corpus.pairs import Pair, pairs_of
-from kdecs.corpus.reading import read_corpus
-from kdecs.corpus.training_set import training_dialogues
+from kdecs.corpus.splits import read_split, training_dialogues
 from kdecs.errors import CorpusError
 from kdecs.teacher.batches import Unit, global_batches, make_units, share_among_ranks
 from kdecs.teacher.config import TeacherConfig
@@ -48,7 +47,9 @@ def prepare_data(
     train_pairs = [
         pair for dialogue in training_dialogues(corpus) for pair in pairs_of(dialogue, config.train_pairs)
     ]
-    valid_pairs = [p for dialogue in read_corpus(corpus.valid).dialogues for p in pairs_of(dialogue, "fold1")]
+    valid_pairs = [
+        p for dialogue in read_split(corpus, corpus.valid).dialogues for p in pairs_of(dialogue, "fold1")
+    ]
     for path, pairs in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
         if not pairs:
             raise CorpusError(f"{path}: no pairs to train or validate on, expected targets with causes")

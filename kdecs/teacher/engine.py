@@ -35,10 +35,8 @@ def deepspeed_config(config: TeacherConfig, *, world_size: int, accumulation_ste
     }
 
 
-def start_engine(
-    config: TeacherConfig, family: Family, runtime: Runtime, accumulation_steps: int, *, use_tree: bool
-) -> Any:
-    """Load the base, add LoRA, and wrap both in a DeepSpeed engine. Collective.
+def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumulation_steps: int) -> Any:
+    """Load the base, add LoRA, and wrap both in a DeepSpeed engine that computes pair by pair. Collective.
 
     Under ZeRO-3 the base is loaded partitioned: no rank ever holds all of it.
     """
@@ -54,7 +52,7 @@ def start_engine(
         base.activation_checkpointing_enable()
         base.enable_input_require_grads()
     adapted = add_lora(base, config.lora, family.lora_task)
-    network = TeacherNetwork(family, adapted, use_tree=use_tree, device=runtime.device)
+    network = TeacherNetwork(family, adapted, use_tree=False, device=runtime.device)
     optimizer = torch.optim.AdamW(
         trainable_parameters(network),
         lr=config.optimization.learning_rate,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -94,11 +95,15 @@ class Family(ABC):
     def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
         """Logits (P, V) over the whole vocabulary."""
 
+    def answer_logits(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
+        """Logits (P, A) of the answer words in float32; the whole parameters must be on this rank."""
+        return self.head(network, hidden_PH)[:, self.answer_ids].float()
+
     def load_network(self, reference: str, *, dtype: torch.dtype) -> nn.Module:
         """The pretrained network from a local directory or a hub name. Raises ModelError, one line."""
         try:
-            return self.auto_model.from_pretrained(reference, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
+            return self.auto_model.from_pretrained(reference, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(
                 f"model {reference}: cannot be loaded as {self.name}: {first_line(error)}"
             ) from None
@@ -117,7 +122,21 @@ class Family(ABC):
         return torch.from_numpy(ids_PT).to(device), torch.from_numpy(mask_PT).to(device), answers_P
 
 
-class CausalFamily(Family):
+class _LinearHead(Family):
+    """A family whose head is one linear map: its answer rows are multiplied in float32, whatever the dtype."""
+
+    def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
+        """The language model's head."""
+        return _language_model(network).lm_head(hidden_PH)
+
+    def answer_logits(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
+        """As the base class; a bfloat16 product would keep steps of 0.1 in logits of 20."""
+        head = _language_model(network).lm_head
+        bias_A = None if head.bias is None else head.bias[self.answer_ids].float()
+        return nn.functional.linear(hidden_PH.float(), head.weight[self.answer_ids].float(), bias_A)
+
+
+class CausalFamily(_LinearHead):
     """Decoder-only: the prompt ends at "is"; the connective is the next token."""
 
     name = "causal"
@@ -158,12 +177,8 @@ class CausalFamily(Family):
         )
         return output.last_hidden_state[0, torch.from_numpy(tree.leaves_P).to(device)]
 
-    def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
-        """The language model's head."""
-        return _language_model(network).lm_head(hidden_PH)
 
-
-class Seq2SeqFamily(Family):
+class Seq2SeqFamily(_LinearHead):
     """Encoder-decoder (T5): `<extra_id_0>` in the mask's place; logits at the decoder's second position."""
 
     name = "seq2seq"
@@ -206,10 +221,6 @@ class Seq2SeqFamily(Family):
         # Tied T5 models scale before the head, as T5ForConditionalGeneration does.
         scale = model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
         return hidden_PH * scale
-
-    def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
-        """The language model's head."""
-        return _language_model(network).lm_head(hidden_PH)
 
 
 class MaskedFamily(Family):
@@ -254,7 +265,7 @@ class MaskedFamily(Family):
     def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
         """The masked language model's head (transform, norm and output embedding)."""
         model = _language_model(network)
-        for name in ("lm_head", "cls", "vocab_projector"):
+        for name in ("lm_head", "cls"):
             if hasattr(model, name):
                 return getattr(model, name)(hidden_PH)
         raise ModelError(f"{type(model).__name__}: no known masked-language-model head")

@@ -3,7 +3,7 @@
 Shapes: P prompts, H hidden, A answer words, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -37,8 +37,9 @@ class TeacherNetwork(nn.Module):
 
     def answers_and_rest(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
         """Raw answer logits (P, A) and the log-probability mass (P,) of the rest of the vocabulary, float32."""
-        logits_PV = self.family.head(self.network, self._hidden(prompts)).float()
-        answers_PA = logits_PV[:, self.family.answer_ids]
+        hidden_PH = self._hidden(prompts)
+        logits_PV = self.family.head(self.network, hidden_PH).float()
+        answers_PA = self.family.answer_logits(self.network, hidden_PH)
         rest_PV = logits_PV.clone()
         rest_PV[:, self.family.answer_ids] = float("-inf")
         log_rest_P = torch.logsumexp(rest_PV, dim=-1) - torch.logsumexp(logits_PV, dim=-1)
@@ -48,6 +49,31 @@ class TeacherNetwork(nn.Module):
         if self.use_tree and isinstance(self.family, CausalFamily):
             return self.family.hidden_at_leaves(self.network, prompts, self.device)
         return self.family.hidden_at_answers(self.network, prompts, self.device)
+
+
+@torch.no_grad()
+def tree_is_exact(
+    ask: Callable[[Sequence[EncodedPrompt]], Tensor],
+    teacher: TeacherNetwork,
+    prompts: Sequence[EncodedPrompt],
+) -> bool:
+    """Whether a tree gives the logits of its prompts one by one, for the model in hand.
+
+    Not every decoder takes a 4-D mask and explicit positions (ALiBi, sliding windows shorter than the prompts).
+    `ask` runs the teacher (its engine's forward, where parameters are partitioned). Collective if `ask` is.
+    """
+    try:
+        teacher.use_tree = True
+        packed_PA = ask(prompts).float()
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    finally:
+        teacher.use_tree = False
+    single_PA = torch.cat([ask([prompt]) for prompt in prompts]).float()
+    # bfloat16 keeps 8 bits: two ways of summing differ in the last one or two; a wrong mask differs by units.
+    is_float32 = next(teacher.network.parameters()).dtype == torch.float32
+    tolerance = 1e-3 if is_float32 else 5e-2
+    return bool((packed_PA - single_PA).abs().max() <= tolerance * single_PA.abs().max().clamp(min=1.0))
 
 
 def add_lora(network: nn.Module, lora: LoraConfig, task: str) -> PeftModel:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
-from kdecs.artifact import MANIFEST_NAME, Manifest, check_sizes, read_manifest, sha256_of_file
+from kdecs.artifact import MANIFEST_NAME, Manifest, check_whole, sha256_of_file
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
 from kdecs.corpus.prompts import PROMPT_VERSION
@@ -32,28 +33,36 @@ class TeacherScorer:
 
     @classmethod
     def load(
-        cls, directory: Path, *, runtime: Runtime, dtype: str, micro_batch_tokens: int
+        cls,
+        directory: Path,
+        *,
+        runtime: Runtime,
+        dtype: str,
+        micro_batch_tokens: int,
+        base: str | None = None,
     ) -> "TeacherScorer":
         """Load base and adapter of a finished teacher directory onto this rank's device.
+
+        `base` names the base where it lies elsewhere than in training; its checksum must be the same.
 
         Raises ArtifactError for a directory that is unfinished or whose base is another, ModelError where the
         weights do not load.
         """
-        manifest = read_manifest(directory, "teacher")
-        check_sizes(directory, manifest)
+        manifest = check_whole(directory, "teacher")
         config = read_teacher_config(directory)
-        check_base(directory, config.model.base)
+        model = config.model.model_copy(update={"base": base}) if base else config.model
+        check_base(directory, model.base)
         family = make_family(
-            config.model,
+            model,
             max_prompt_tokens=config.batches.max_prompt_tokens,
             emotions_shown=config.emotions_shown,
         )
-        base = family.load_network(config.model.base, dtype=DTYPES[dtype])
+        frozen = family.load_network(model.base, dtype=DTYPES[dtype])
         try:
-            network = PeftModel.from_pretrained(base, str(directory))
-        except (OSError, ValueError, RuntimeError) as error:
+            network = PeftModel.from_pretrained(frozen, str(directory))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{directory}: the adapter does not load: {first_line(error)}") from None
-        use_tree = config.batches.batching != "pairs"
+        use_tree = manifest.details["batching"] == "tree"  # as measured when it was trained
         teacher = TeacherNetwork(family, network, use_tree=use_tree, device=runtime.device)
         lineage = {
             "teacher": sha256_of_file(directory / MANIFEST_NAME),

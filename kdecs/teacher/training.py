@@ -6,6 +6,7 @@ world size × accumulation / (pairs of the global batch): the gradient is that o
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,21 +18,24 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kdecs.artifact import MANIFEST_NAME, claim_directory, write_manifest, write_text
+from kdecs.artifact import MANIFEST_NAME, claim_directory, write_json, write_manifest, write_text
 from kdecs.config import config_hash, input_checksums, write_config
-from kdecs.errors import ArtifactError, Stopped, TrainingError
+from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.metrics import utterance_scores
 from kdecs.runtime import Runtime, StopSignal, any_rank, gather_objects, seed_everything
+from kdecs.schedule import learning_rate_at
 from kdecs.teacher.adapter import ADAPTER_FILE, save_adapter
 from kdecs.teacher.batches import MicroBatch, Unit, fixed_batches, share_among_ranks
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import PromptSet, TeacherData, prepare_data
 from kdecs.teacher.engine import start_engine
 from kdecs.teacher.families import EncodedPrompt, Family, make_family
+from kdecs.teacher.network import tree_is_exact
 from kdecs.teacher.objective import connective_loss, is_causal
 
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+NEWEST = "newest.json"
 
 
 @dataclass
@@ -58,11 +62,7 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
         max_prompt_tokens=config.batches.max_prompt_tokens,
         emotions_shown=config.emotions_shown,
     )
-    use_tree = config.batches.batching != "pairs"
-    data = prepare_data(
-        config, family, use_tree=use_tree, world_size=runtime.world_size, show_progress=runtime.is_main
-    )
-    engine = start_engine(config, family, runtime, data.accumulation_steps, use_tree=use_tree)
+    data, engine = _prepare(config, family, runtime)
     progress = _resume(engine, config, work, runtime)
     if runtime.is_main:
         write_config(config, config.output)
@@ -75,12 +75,32 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
     return config.output
 
 
-def learning_rate(step: int, num_steps: int, peak: float, warmup_share: float) -> float:
-    """Linear warm-up over the first share of the steps, then linear decay to zero after the last."""
-    warmup = max(1, round(warmup_share * num_steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (num_steps - step) / max(1, num_steps - warmup)
+def _prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[TeacherData, Any]:
+    """Data and engine; with a tree only where this very model takes one exactly. Collective."""
+    wants_tree = config.batches.batching != "pairs" and family.can_share_prefixes
+    for use_tree in (True, False) if wants_tree else (False,):
+        data = prepare_data(
+            config, family, use_tree=use_tree, world_size=runtime.world_size, show_progress=runtime.is_main
+        )
+        engine = start_engine(config, family, runtime, data.accumulation_steps)
+        if not use_tree:
+            break
+        longest = max(data.train.units, key=lambda unit: unit.longest)
+        probes = [data.train.prompts[n] for n in longest.pairs[-4:]]
+        engine.eval()
+        if tree_is_exact(engine, engine.module, probes):
+            engine.module.use_tree = True
+            break
+        if config.batches.batching == "tree":
+            raise ModelError(
+                f"model {config.model.base}: a prefix tree does not give the logits of its prompts (a sliding window, "
+                "ALiBi or the like); set batches.batching=pairs"
+            )
+        if runtime.is_main:
+            print(
+                f"teacher {config.name}: this model does not take a prefix tree exactly; going on with pairs"
+            )
+    return data, engine
 
 
 def _run_steps(
@@ -139,9 +159,7 @@ def _train_step(
 ) -> float:
     """One optimizer step over a global batch; returns the mean loss over its pairs. Collective."""
     seed_everything(config.optimization.seed * 1_000_003 + step * runtime.world_size + runtime.rank)
-    rate = learning_rate(
-        step, len(data.steps), config.optimization.learning_rate, config.optimization.warmup_share
-    )
+    rate = learning_rate_at(step, len(data.steps), config.optimization)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     micro_batches = share_among_ranks(
@@ -165,6 +183,15 @@ def _train_step(
         if number == data.accumulation_steps - 1:
             mean_loss = _finite_mean(total / num_pairs, step, runtime)
         engine.step()
+    norm = engine.get_global_grad_norm()
+    if (
+        any_rank(norm is not None and not math.isfinite(float(norm)), runtime)
+        and config.zero.dtype != "float16"
+    ):
+        raise TrainingError(
+            f"gradient norm {norm} at step {step + 1}: training stopped before anything was saved; "
+            "lower optimization.learning_rate"
+        )
     return mean_loss
 
 
@@ -245,26 +272,31 @@ def _save_checkpoint(
     """DeepSpeed's state without frozen weights, beside our own progress; the previous one goes. Collective."""
     directory = config.output / CHECKPOINTS
     tag = f"step-{progress.step}"
-    state = {"work": work, "world_size": runtime.world_size, "progress": vars(progress)}
-    engine.save_checkpoint(str(directory), tag=tag, client_state=state, exclude_frozen_parameters=True)
+    state = {"work": work, "progress": vars(progress)}
+    # DeepSpeed names the newest tag without waiting for the other ranks' files: we name it, after its barrier.
+    engine.save_checkpoint(
+        str(directory), tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+    )
+    any_rank(False, runtime)
     if runtime.is_main:
+        write_json(directory / NEWEST, {"tag": tag, "ranks": runtime.world_size, "stage": config.zero.stage})
         for old in directory.iterdir():
             if old.is_dir() and old.name != tag:
                 shutil.rmtree(old)
-        write_text(directory / "world_size", str(runtime.world_size))
+    any_rank(False, runtime)  # no rank may end the job while rank 0 tidies up
 
 
 def _resume(engine: Any, config: TeacherConfig, work: str, runtime: Runtime) -> Progress:
     directory = config.output / CHECKPOINTS
-    if not (directory / "latest").is_file():
+    if not (directory / NEWEST).is_file():
         return Progress()
-    ranks = directory / "world_size"
-    if ranks.is_file() and int(ranks.read_text()) != runtime.world_size:
+    newest = json.loads((directory / NEWEST).read_text(encoding="utf-8"))
+    if (newest["ranks"], newest["stage"]) != (runtime.world_size, config.zero.stage):
         raise TrainingError(
-            f"{directory}: a checkpoint of {ranks.read_text()} ranks, this start has {runtime.world_size}; "
-            "start as many ranks as before, or remove the directory to begin anew"
+            f"{directory}: a checkpoint of {newest['ranks']} ranks under ZeRO-{newest['stage']}, this start has "
+            f"{runtime.world_size} under ZeRO-{config.zero.stage}; start as before, or remove it to begin anew"
         )
-    _, state = engine.load_checkpoint(str(directory), load_module_strict=False)
+    _, state = engine.load_checkpoint(str(directory), tag=newest["tag"], load_module_strict=False)
     if state is None or state.get("work") != work:
         raise ArtifactError(
             f"{directory}: a checkpoint of other work (config or inputs changed); "
@@ -304,6 +336,7 @@ def _finish(
             "valid": {key: value for key, value in best.items() if key.startswith("valid_")},
             "majority_macro_f1": majority.macro_f1,
             "train_pairs": len(data.train.pairs),
+            "batching": "pairs" if data.padded else "tree",
             "zero_stage": config.zero.stage,
             "world_size": runtime.world_size,
         },

@@ -24,7 +24,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from fake_teacher import FakeScorer
 class TeacherScorer:
     @classmethod
-    def load(cls, directory, *, runtime, dtype, micro_batch_tokens):
+    def load(cls, directory, *, runtime, dtype, micro_batch_tokens, base):
         return FakeScorer(directory, on_batch=lambda: time.sleep(0.2))
 scoring = types.ModuleType("kdecs.teacher.scoring")
 scoring.TeacherScorer = TeacherScorer

@@ -14,6 +14,7 @@ from kdecs.corpus.cache import cache_key, open_cache, ordered_emotions
 from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
+from kdecs.corpus.schema import FINE_TO_COARSE
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,13 @@ def test_truncated_prompts_are_told(tmp_path, encoder, caplog, base):
     cache = open_cache(path, PairEncoder(AutoTokenizer.from_pretrained(base), 64), tmp_path / "cache")
     assert np.array_equal(cache.num_tokens, [64])
     assert "1 of 1 prompts exceed 64 tokens" in caplog.text
+
+
+def test_coarse_emotions_make_a_cache_of_their_own(
+    corpus_files: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    encoder = PairEncoder(AutoTokenizer.from_pretrained(base), 64)
+    fine = open_cache(corpus_files["valid"], encoder, tmp_path)
+    coarse = open_cache(corpus_files["valid"], encoder, tmp_path, FINE_TO_COARSE)
+    assert set(coarse.emotions) == {FINE_TO_COARSE.get(emotion, emotion) for emotion in fine.emotions}
+    assert len(fine) == len(coarse)

@@ -11,8 +11,9 @@ from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.config import Optimization
 from kdecs.errors import ArtifactError, LabelError, Stopped, TrainingError
 from kdecs.runtime import StopSignal
+from kdecs.schedule import learning_rate_at
 from kdecs.student import training
-from kdecs.student.objective import learning_rate_at, step_seed
+from kdecs.student.objective import step_seed
 from kdecs.student.training import train_student
 
 

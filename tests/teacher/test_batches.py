@@ -5,8 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from kdecs.config import Optimization
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.schedule import learning_rate_at
 from kdecs.teacher.batches import (
     Unit,
     fixed_batches,
@@ -17,7 +19,6 @@ from kdecs.teacher.batches import (
 )
 from kdecs.teacher.families import Family
 from kdecs.teacher.prefix_tree import tree_size
-from kdecs.teacher.training import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def test_scoring_batches_hold_every_pair_once(encoded: tuple[list, list]) -> Non
 
 
 def test_learning_rate_warms_up_and_ends_near_zero() -> None:
-    rates = np.array([learning_rate(step, 100, 1.0, 0.1) for step in range(100)])
+    optimization = Optimization(learning_rate=1.0, warmup_share=0.1)
+    rates = np.array([learning_rate_at(step, 100, optimization) for step in range(100)])
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert (np.diff(rates[10:]) < 0).all()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.runtime import Runtime, seed_everything
+from kdecs.schedule import learning_rate_at
 from kdecs.teacher.batches import share_among_ranks
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import prepare_data
@@ -26,7 +27,6 @@ from kdecs.teacher.families import make_family
 from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters
 from kdecs.teacher.objective import connective_loss
 from kdecs.teacher.scoring import TeacherScorer
-from kdecs.teacher.training import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--no_local_rank"]
@@ -84,7 +84,7 @@ def plain_torch(values: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     series = []
     for step, batch in enumerate(data.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(data.steps), config.optimization.learning_rate, 0.06)
+            group["lr"] = learning_rate_at(step, len(data.steps), config.optimization)
         indices = [
             n
             for micro in share_among_ranks(batch, world_size=1, micro_batch_tokens=10**9, padded=False)[0]

@@ -1,0 +1,56 @@
+"""What a config asks of the corpus files: dropped twins, shares, coarse emotions by a table of one's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdecs.config import ConfigError, parse_config
+from kdecs.corpus.config import CorpusConfig
+from kdecs.corpus.reading import bundled_sample
+from kdecs.corpus.schema import COARSE_EMOTIONS
+from kdecs.corpus.splits import read_split, training_dialogues
+
+
+def config(**values: object) -> CorpusConfig:
+    files = {split: str(bundled_sample(split)) for split in ("train", "valid", "test")}
+    return parse_config(CorpusConfig, {**files, **values}, source="test")
+
+
+def test_share_is_of_what_is_left_after_dropping(tmp_path: Path) -> None:
+    train = json.loads(bundled_sample("train").read_text(encoding="utf-8"))
+    valid = json.loads(bundled_sample("valid").read_text(encoding="utf-8"))
+    twin = next(iter(valid))
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({**train, "twin": valid[twin]}))
+    kept = training_dialogues(config(train=str(path)))
+    assert "twin" in {dialogue.id for dialogue in kept}
+    dropped = training_dialogues(config(train=str(path), drop_cross_split=True))
+    assert {d.id for d in kept} - {d.id for d in dropped} == {"twin"}
+    half = training_dialogues(config(train=str(path), drop_cross_split=True, train_share=0.5))
+    assert len(half) == len(train) // 2
+
+
+def test_coarse_emotions_by_the_built_in_table_and_by_an_own_one(tmp_path: Path) -> None:
+    fine = config()
+    assert any(u.emotion == "gratitude" for d in read_split(fine, fine.valid).dialogues for u in d.utterances)
+    coarse = config(emotions="coarse")
+    found = {u.emotion for d in read_split(coarse, coarse.valid).dialogues for u in d.utterances}
+    assert found <= set(COARSE_EMOTIONS)
+    table = tmp_path / "table.json"
+    table.write_text('{"gratitude": "surprise"}')
+    own = config(emotions="coarse", emotion_table=str(table))
+    pairs = [
+        (a.emotion, b.emotion)
+        for x, y in zip(
+            read_split(fine, fine.valid).dialogues, read_split(own, own.valid).dialogues, strict=True
+        )
+        for a, b in zip(x.utterances, y.utterances, strict=True)
+    ]
+    assert {b for a, b in pairs if a == "gratitude"} == {"surprise"}
+    assert {d.emotion for x in training_dialogues(own) for d in x.utterances} <= set(COARSE_EMOTIONS)
+
+
+def test_table_without_mapping_is_refused() -> None:
+    with pytest.raises(ConfigError, match="emotion_table needs emotions: coarse"):
+        config(emotion_table="table.json")
