@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN ?= runs/demo
+RUN ?= $(if $(RECCON),runs/demo-reccon,runs/demo)
 SETUP := $(VENV)/.complete
 
 # DeepSpeed's one compiled helper for CPU ranks is built once, by `make setup`, and kept in the project.
