@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kdecs.config import AnyConfig, load_config
-from kdecs.errors import EXIT_REFUSED, EXIT_STOPPED, KdecsError, explain_os_error
+from kdecs.errors import EXIT_REFUSED, EXIT_STOPPED, KdecsError, explain_disk_full, explain_os_error
 from kdecs.launcher import is_main_rank
 
 
@@ -53,6 +53,12 @@ def exit_code_of(main: Callable[[], None]) -> int:
         return error.exit_code
     except OSError as error:
         line = explain_os_error(error)
+        if line is None:
+            raise
+        _print_line(line)
+        return EXIT_REFUSED
+    except Exception as error:
+        line = explain_disk_full(error)
         if line is None:
             raise
         _print_line(line)

@@ -59,6 +59,14 @@ class Stopped(KdecsError):
     exit_code = EXIT_STOPPED
 
 
+def explain_disk_full(error: Exception) -> str | None:
+    """One line where a library's own error hides a full disk (safetensors, torch's checkpoint writer), else None."""
+    message = str(error)
+    if "No space left on device" in message or "PytorchStreamWriter failed writing" in message:
+        return "the disk is full: free some space and run the same command again"
+    return None
+
+
 def explain_os_error(error: OSError) -> str | None:
     """One line for an operating-system error that a user can act on, else None."""
     place = f" at {error.filename}" if error.filename else ""
