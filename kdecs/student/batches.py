@@ -30,6 +30,7 @@ class Targets(NamedTuple):
     start_B: Tensor
     end_B: Tensor
     weights_B: Tensor  # float32; 0 for a row that only pads a rank's share
+    emotion_weights_B: Tensor  # float32, beside weights_B in the emotion loss
     teacher_BA: Tensor | None  # float32 raw logits
 
     def to(self, device: torch.device) -> "Targets":
@@ -125,6 +126,7 @@ def gold_targets(
     cache: "CorpusCache",
     rows: Ints,
     weights_B: npt.NDArray[np.float32],
+    emotion_weights_B: npt.NDArray[np.float32],
     emotion_labels: Ints,
     teacher_BA: npt.NDArray[np.float32] | None,
 ) -> Targets:
@@ -135,6 +137,7 @@ def gold_targets(
         start_B=torch.from_numpy(cache.column("span_start")[rows].astype(np.int64)),
         end_B=torch.from_numpy(cache.column("span_end")[rows].astype(np.int64)),
         weights_B=torch.from_numpy(weights_B),
+        emotion_weights_B=torch.from_numpy(emotion_weights_B),
         teacher_BA=None if teacher_BA is None else torch.from_numpy(teacher_BA),
     )
 

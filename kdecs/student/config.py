@@ -64,4 +64,7 @@ class StudentConfig(Config):
     neutral_share: float = Field(
         default=1.0, gt=0, le=1, description="share of the pairs (i, i) of neutral targets in training"
     )
+    emotion_weight: Literal["pair", "target"] = Field(
+        default="pair", description="what weighs the same in L_emo: every pair (Eq. 10), or every target"
+    )
     threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="0: the library's choice")

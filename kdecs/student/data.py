@@ -34,12 +34,15 @@ class TrainingData:
     emotion_labels: Ints
     labels: SoftLabels | None
     label_rows: Ints
+    emotion_weights: npt.NDArray[np.float32]
     pad_id: int
 
     def batch(self, rows: Ints, weights: npt.NDArray[np.float32]) -> tuple[Batch, Targets]:
         """Prompts and targets of some rows of the training cache."""
         teacher = self.labels.logits(self.label_rows[rows]) if self.labels else None
-        targets = gold_targets(self.train, rows, weights, self.emotion_labels, teacher)
+        targets = gold_targets(
+            self.train, rows, weights, self.emotion_weights[rows], self.emotion_labels, teacher
+        )
         return cached_batch(self.train, rows, self.pad_id), targets
 
 
@@ -67,8 +70,23 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
         emotion_labels=np.arange(len(train.emotions)),
         labels=labels,
         label_rows=label_rows,
+        emotion_weights=emotion_weights(config, train, rows),
         pad_id=tokenizer.pad_token_id or 0,
     )
+
+
+def emotion_weights(config: StudentConfig, train: CorpusCache, rows: Ints) -> npt.NDArray[np.float32]:
+    """What each row of the cache weighs in L_emo, 1 on average over the rows trained on.
+
+    pair: 1, Eq. 10 as written. target: the rows of a target share one weight; a neutral target has a single pair
+    where an emotional one has many, so else neutral is hardly learnt.
+    """
+    weights = np.ones(len(train), dtype=np.float32)
+    if config.emotion_weight == "target":
+        place = train.column("dialogue").astype(np.int64) * 2**32 + train.column("target")
+        _, target_of_row, num_pairs = np.unique(place[rows], return_inverse=True, return_counts=True)
+        weights[rows] = len(rows) / len(num_pairs) / num_pairs[target_of_row]
+    return weights
 
 
 def training_rows(config: StudentConfig, train: CorpusCache) -> Ints:

@@ -28,7 +28,7 @@ def loss_parts(
     def mean(values_B: Tensor) -> Tensor:
         return batch_mean(values_B, targets.weights_B, count, world_size)
 
-    emotion = mean(emotion_loss(output.emotion_BE, targets.emotion_B))
+    emotion = mean(targets.emotion_weights_B * emotion_loss(output.emotion_BE, targets.emotion_B))
     span = mean(span_loss(output.start_BS, output.end_BS, targets.start_B, targets.end_B))
     if targets.teacher_BA is not None:
         soft_B = distillation_loss(targets.teacher_BA, output.connective_BA, distillation.temperature)
