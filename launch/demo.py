@@ -20,6 +20,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -108,7 +109,10 @@ class Demo:
                 print(f"  {command.title}: complete, skipped", flush=True)
                 continue
             waiting.append((command, self._start(command)))
-        faults = [fault for command, child in waiting if (fault := self._wait(command, child))]
+        # A thread for each: a child whose output nobody reads stands still once the pipe is full.
+        with ThreadPoolExecutor(max_workers=max(1, len(waiting))) as readers:
+            ended = list(readers.map(lambda started: self._wait(*started), waiting))
+        faults = [fault for fault in ended if fault]
         if self.stopped:
             raise Stopped("demo stopped; run the same command again to go on")
         if faults:
