@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ModelError
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.families import Family, load_tokenizer
-from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters
+from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters, tree_is_exact
 from kdecs.teacher.objective import connective_loss
 
 FAMILY_NAMES = ["causal", "seq2seq", "masked"]
@@ -131,3 +132,27 @@ def test_missing_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_tokenizer(str(tmp_path / "nothing"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_tree_is_used_only_where_it_is_exact(
+    families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    family = families("causal")
+    prompts = [family.encode(pair) for pair in some_pairs[:4]]
+    exact = network_of(family, bases("causal"), use_tree=False)
+    assert tree_is_exact(exact, exact, prompts)
+    torch.manual_seed(0)
+    # A window of 8 tokens: the 4-D mask of the tree takes its place, so that other tokens are attended.
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=len(family.tokenizer),
+        num_key_value_heads=2,
+        sliding_window=8,
+        initializer_range=0.5,
+        **shape,
+    )
+    windowed = TeacherNetwork(
+        family, MistralForCausalLM(config).eval(), use_tree=True, device=torch.device("cpu")
+    )
+    assert not tree_is_exact(windowed, windowed, prompts)
+    assert not windowed.use_tree

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
+from kdecs.errors import ArtifactError
 from kdecs.runtime import Runtime, seed_everything
 from kdecs.schedule import learning_rate_at
 from kdecs.teacher.batches import share_among_ranks
@@ -68,8 +69,8 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def plain_torch(values: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The oracle: the same steps in one process, without DeepSpeed, pair by pair, and the adapter after the last."""
+def plain_torch(values: dict) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    """The oracle: the same steps in one process, without DeepSpeed, pair by pair: loss and adapter of each step."""
     config = parse_config(TeacherConfig, values, source="test")
     seed_everything(config.optimization.seed)
     family = make_family(
@@ -81,7 +82,7 @@ def plain_torch(values: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     network = TeacherNetwork(family, adapted, use_tree=False, device=torch.device("cpu"))
     parameters = trainable_parameters(network)
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0)
-    series = []
+    series, adapters = [], []
     for step, batch in enumerate(data.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, len(data.steps), config.optimization)
@@ -97,8 +98,9 @@ def plain_torch(values: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         series.append(float(loss.detach()))
-    names = {name: p for name, p in network.network.named_parameters() if p.requires_grad}
-    return series, {name.replace(".default", ""): p.detach() for name, p in names.items()}
+        trained = {name: p for name, p in network.network.named_parameters() if p.requires_grad}
+        adapters.append({name.replace(".default", ""): p.detach().clone() for name, p in trained.items()})
+    return series, adapters
 
 
 @pytest.mark.slow
@@ -111,15 +113,16 @@ def test_two_ranks_equal_one_plain_torch_process(
     done = run(values, tmp_path, LAUNCHER)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"on 2 ranks, ZeRO-{stage}" in done.stdout
-    series, adapter = plain_torch(values)
+    series, adapters = plain_torch(values)
     np.testing.assert_allclose(losses(tmp_path / "out"), series, rtol=1e-4)
     np.testing.assert_allclose(losses(tmp_path / "out")[:5], series[:5], rtol=1e-5)
     details = json.loads((tmp_path / "out" / "manifest.json").read_text())["details"]
-    if details["best_step"] == len(series):  # the kept adapter is the best one, not always the last
-        ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
-        difference = sum(float((ours[k] - adapter[k]).norm() ** 2) for k in ours) ** 0.5
-        norm = sum(float(tensor.norm() ** 2) for tensor in adapter.values()) ** 0.5
-        assert difference / norm < 1e-3
+    adapter = adapters[details["best_step"] - 1]  # the kept one is the best, not always the last
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(ours) == set(adapter)
+    difference = sum(float((ours[k] - adapter[k]).norm() ** 2) for k in ours) ** 0.5
+    norm = sum(float(tensor.norm() ** 2) for tensor in adapter.values()) ** 0.5
+    assert difference / norm < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -168,19 +171,32 @@ def test_second_start_skips_and_another_config_is_refused(trained: tuple[dict, P
 
 
 @pytest.mark.slow
-def test_a_changed_base_is_refused(trained: tuple[dict, Path], runtime: Runtime, tmp_path: Path) -> None:
+def test_a_changed_base_is_refused(trained: tuple[dict, Path], runtime: Runtime) -> None:
     values, directory = trained
-    config = Path(values["model"]["base"]) / "generation_config.json"
     manifest = Path(values["model"]["base"]) / "manifest.json"
     assert manifest.is_file()
     text = manifest.read_text()
     manifest.write_text(text.replace('"final_loss"', '"final_los"'))
     try:
-        with pytest.raises(Exception, match="was trained on a base with checksum"):
+        with pytest.raises(ArtifactError, match="was trained on a base with checksum"):
             TeacherScorer.load(directory / "out", runtime=runtime, dtype="float32", micro_batch_tokens=512)
     finally:
         manifest.write_text(text)
-    del config, tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_base", [False, True])
+def test_damaged_weights_are_refused(trained: tuple[dict, Path], runtime: Runtime, of_base: bool) -> None:
+    values, directory = trained
+    folder = Path(values["model"]["base"]) if of_base else directory / "out"
+    weights = next(folder.glob("*.safetensors"))
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    try:
+        with pytest.raises(ArtifactError, match=rf"{weights.name}: sha256"):
+            TeacherScorer.load(directory / "out", runtime=runtime, dtype="float32", micro_batch_tokens=512)
+    finally:
+        weights.write_bytes(data)
 
 
 @pytest.mark.slow
