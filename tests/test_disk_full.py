@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,23 +12,6 @@ from kdecs.entry import exit_code_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "kdecs" / "corpus" / "sample"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A directory on a file system of so many KiB."""
-    mounted: list[Path] = []
-
-    def make(kib: int) -> Path:
-        directory = tmp_path / f"disk{len(mounted)}"
-        directory.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(directory)], check=True)
-        mounted.append(directory)
-        return directory
-
-    yield make
-    for directory in mounted:
-        subprocess.run(["umount", str(directory)], check=True)
 
 
 @pytest.mark.slow

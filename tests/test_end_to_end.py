@@ -73,7 +73,9 @@ def test_mlflow_holds_one_parent_and_a_child_for_each_trial(output: Path) -> Non
     with sqlite3.connect(output / "mlflow.db") as database:
         parents = dict(database.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'"))
         statuses = dict(database.execute("select run_uuid, status from runs"))
-        epochs = database.execute("select run_uuid, max(step) from metrics group by run_uuid").fetchall()
+        epochs = database.execute(
+            "select run_uuid, max(step) from metrics where key = 'epoch' group by run_uuid"
+        ).fetchall()
         aliases = database.execute("select alias from registered_model_aliases").fetchall()
     assert len(statuses) == 9
     assert len(parents) == 8

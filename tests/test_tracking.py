@@ -1,15 +1,16 @@
 """Tracking against a real SQLite database: one run a record, one point an epoch, one champion a corpus."""
 
-import json
 import shutil
+from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
 
 from kdecs.config import parse_config
 from kdecs.errors import ConfigError
-from kdecs.run_record import RunRecord, TrackingConfig, directory_identity, read_points, without_password
-from kdecs.tracking import Tracker, track_run, tracking_uri
+from kdecs.model_registry import mlflow_at
+from kdecs.run_record import RunRecord, TrackingConfig, read_points, without_password
+from kdecs.tracking import Tracker, tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +98,175 @@ def test_server_away_warns_once_without_password(tmp_path, capsys, monkeypatch):
     assert printed.count("\n") == 1 and "does not answer" in printed and "secret" not in printed
 
 
-def test_track_run_of_a_teacher(config, tmp_path):
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    identity = {"kdecs.run": directory_identity(teacher)}
-    line = json.dumps({"epoch": 1, "step": 7, "time": 1001.0, "macro_f1": 70.0}) + "\n"
-    interrupted = pytest.raises(KeyboardInterrupt)
-    with interrupted, track_run(config, RunRecord(identity=identity, name="teacher"), teacher):
-        (teacher / "metrics.jsonl").write_text(line)
-        raise KeyboardInterrupt
-    assert runs(config)[1][0].info.status == "FAILED"
-    with track_run(config, RunRecord(identity=identity, name="teacher"), teacher):
-        (teacher / "metrics.jsonl").write_text(line + line.replace('"epoch": 1', '"epoch": 2'))
+def named(name, num_epochs, **changes):
+    made = record(num_epochs, **changes)
+    made.identity, made.name = {"kdecs.run": name}, name
+    return made
+
+
+def steps_of(client, run_id, key="macro_f1"):
+    return [metric.step for metric in client.get_metric_history(run_id, key)]
+
+
+def test_a_repeated_request_makes_no_second_run(config, tmp_path, monkeypatch):
+    create = MlflowClient.create_run
+
+    def create_twice(*arguments, **values):  # the first answer was lost
+        create(*arguments, **values)
+        return create(*arguments, **values)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_twice)
+    tracker = Tracker(config, tmp_path / "sweep")
+    assert tracker.sync([record(2)])
     client, found = runs(config)
-    assert [run.info.status for run in found] == ["FINISHED"]
-    assert len(client.get_metric_history(found[0].info.run_id, "macro_f1")) == 2
+    assert [run.info.run_id for run in found] == [tracker.run_id({"kdecs.run": "a"})]
+    assert steps_of(client, found[0].info.run_id) == [1, 2]
+
+
+def test_a_double_that_comes_late_is_deleted_at_the_end(config, tmp_path):
+    tracker = Tracker(config, tmp_path / "sweep")
+    tracker.sync([record(2)])
+    client, [kept] = runs(config)
+    client.create_run(kept.info.experiment_id, start_time=1, tags={"kdecs.run": "a"})
+    assert tracker.sync([record(3)], now=True, final=True)
+    client, found = runs(config)
+    assert [run.info.run_id for run in found] == [kept.info.run_id]
+    assert steps_of(client, kept.info.run_id) == [1, 2, 3]
+
+
+def test_a_run_that_was_deleted_holds_up_no_other(config, tmp_path, capsys):
+    tracker = Tracker(config, tmp_path / "sweep")
+    tracker.sync([named("first", 1), named("second", 1)])
+    client, _ = runs(config)
+    client.delete_run(tracker.run_id({"kdecs.run": "first"}))
+    capsys.readouterr()
+    for _ in range(2):
+        assert not tracker.sync([named("first", 2), named("second", 2)], now=True)
+    assert steps_of(client, tracker.run_id({"kdecs.run": "second"})) == [1, 2]
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "refuses part of run 'first'" in printed
+    client.restore_run(tracker.run_id({"kdecs.run": "first"}))
+    assert tracker.sync([named("first", 2), named("second", 2)], now=True)
+    assert steps_of(client, tracker.run_id({"kdecs.run": "first"})) == [1, 2]
+
+
+def test_children_are_delivered_below_a_parent_that_is_refused(config, tmp_path):
+    tracker = Tracker(config, tmp_path / "sweep")
+    parent = named("parent", 0)
+    tracker.sync_family(parent, [record(1)])
+    client, _ = runs(config)
+    client.delete_run(tracker.run_id(parent.identity))
+    parent.params = {"late": 1}
+    assert not tracker.sync_family(parent, [record(2)], now=True)
+    assert steps_of(client, tracker.run_id({"kdecs.run": "a"})) == [1, 2]
+
+
+def test_what_changed_is_renewed_as_far_as_mlflow_lets_it(config, tmp_path):
+    file = tmp_path / "config.json"
+    for alpha, text in ((0.6, "one"), (0.7, "two"), (0.7, "two")):
+        file.write_text(text)
+        changes = {"params": {"alpha": alpha, "long": "x" * 7000}, "artifacts": [file]}
+        assert Tracker(config, tmp_path / "sweep").sync([record(1, tags={"kdecs.teacher": text}, **changes)])
+    client, [run] = runs(config)
+    assert run.data.params["alpha"] == "0.6" and run.data.tags["kdecs.changed.alpha"] == "0.7"
+    assert len(run.data.params["long"]) == 6000 and "kdecs.changed.long" not in run.data.tags
+    assert run.data.tags["kdecs.teacher"] == "two"
+    assert client.download_artifacts(run.info.run_id, "config.json", str(tmp_path / "mlartifacts"))
+    assert (tmp_path / "mlartifacts" / "config.json").read_text() == "two"
+
+
+def test_state_and_end_follow_where_the_status_stays(config, tmp_path):
+    tracker = Tracker(config, tmp_path / "sweep")
+    for state, finished in (("pruned", 1010.0), ("complete", 1030.0)):
+        assert tracker.sync([record(1, status="FINISHED", state=state, finished=finished)])
+        [run] = runs(config)[1]
+        assert (run.data.tags["kdecs.state"], run.info.end_time) == (state, 1000 * finished)
+
+
+def test_a_store_that_cannot_be_written_costs_no_metric(config, tmp_path, monkeypatch, capsys):
+    def fault(*arguments):
+        raise ModuleNotFoundError("No module named 'boto3'")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", fault)
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    tracker = Tracker(config, tmp_path / "sweep")
+    described = record(2, artifacts=[file], status="FINISHED", finished=1010.0)
+    assert not tracker.sync([described, named("b", 1)])
+    client, _ = runs(config)
+    run = client.get_run(tracker.run_id({"kdecs.run": "a"}))
+    assert steps_of(client, run.info.run_id) == [1, 2] and run.info.status == "FINISHED"
+    assert steps_of(client, tracker.run_id({"kdecs.run": "b"})) == [1]
+    assert "boto3" in capsys.readouterr().err
+
+
+def test_a_missing_driver_is_a_warning(tmp_path, monkeypatch, capsys):
+    def fault(uri):
+        raise ModuleNotFoundError("No module named 'psycopg2'")
+
+    monkeypatch.setattr("kdecs.tracking._probe_database", fault)
+    tracker = Tracker(TrackingConfig(uri="postgresql://host/db"), tmp_path / "sweep")
+    assert not tracker.sync_family(named("parent", 0), [record(1)], now=True)
+    assert "psycopg2" in capsys.readouterr().err
+
+
+def test_final_scores_are_logged_once(config, tmp_path):
+    tracker = Tracker(config, tmp_path / "sweep")
+    final = record(1, scores={"test_macro_f1": 55.0})  # without an end
+    tracker.sync([final])
+    run_id = tracker.run_id(final.identity)
+    for _ in range(2):
+        tracker.log_final(run_id, final)
+    assert len(runs(config)[0].get_metric_history(run_id, "test_macro_f1")) == 1
+
+
+SECRET_URIS = [
+    ("postgresql://me:top5ecret@host/db", "postgresql://…@host/db"),
+    ("postgresql://me:top/5ecret@host/db", "postgresql://…@host/db"),
+    ("postgresql://me:top#5ecret@host/db", "postgresql://…@host/db"),
+    ("postgresql://me:top?5ecret@host/db", "postgresql://…@host/db"),
+    ("postgresql://me:top@5ecret@host/db", "postgresql://…@host/db"),
+    ("postgresql://me:top%2F5ecret@host/db", "postgresql://…@host/db"),
+    ("postgresql://host/db?user=me&password=top5ecret", "postgresql://host/db?user=…&password=…"),
+    (
+        "postgresql://host/db?password=top@5ecret&sslmode=require",
+        "postgresql://host/db?password=…&sslmode=require",
+    ),
+    ("mssql+pyodbc:///?odbc_connect=PWD%3Dtop5ecret", "mssql+pyodbc:///?odbc_connect=…"),
+    ("http://:top5ecret@host:5000", "http://…@host:5000"),
+]
+
+
+@pytest.mark.parametrize(("uri", "shown"), SECRET_URIS)
+def test_no_form_of_a_credential_is_shown(uri, shown, tmp_path, monkeypatch, capsys):
+    assert without_password(uri) == shown
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI") as caught:
+        parse_config(TrackingConfig, {"uri": uri}, source="x.yaml")
+    assert "5ecret" not in str(caught.value)
+    decoded = unquote(uri.rpartition("@")[0].rpartition("me:")[2])
+
+    def fault(_):
+        raise RuntimeError(f"{'long ' * 37}{uri} or {decoded} or top5ecret://{uri}")
+
+    monkeypatch.setattr("kdecs.tracking._probe_database", fault)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    Tracker(TrackingConfig(), tmp_path / "sweep").sync([record(1)])
+    printed = capsys.readouterr().err
+    assert "does not answer" in printed and "5ecret" not in printed and "top" not in printed
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://mlflow:5000",
+        "sqlite:////home/me@corp/mlflow.db",
+        "file:///home/me@corp/mlruns",
+        "postgresql://host/db?sslmode=require&passfile=/home/me/pgpass",
+    ],
+)
+def test_a_uri_without_a_secret_is_shown_whole(uri):
+    assert without_password(uri) == uri
+    assert parse_config(TrackingConfig, {"uri": uri}, source="x.yaml").uri == uri
 
 
 def test_points_are_read_up_to_a_half_written_line(tmp_path):
@@ -127,3 +282,20 @@ def test_uri_defaults_beside_the_output(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert tracking_uri(TrackingConfig(), tmp_path / "sweep") == "http://server:5000"
     assert without_password("postgresql://a:b@host/db") == "postgresql://…@host/db"
+
+
+@pytest.mark.parametrize("users", [None, "sqlite:////somewhere/mlflow.db"])
+def test_registering_leaves_mlflow_where_it_was(users, config, tmp_path, monkeypatch):
+    import mlflow
+
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+        if users:
+            monkeypatch.setenv(name, users)
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    unnamed = TrackingConfig()
+    where = tracking_uri(unnamed, tmp_path / "sweep")
+    with mlflow_at(config.uri):
+        assert mlflow.get_tracking_uri() == mlflow.get_registry_uri() == config.uri
+    assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
+    assert tracking_uri(unnamed, tmp_path / "sweep") == where

@@ -1,4 +1,4 @@
-"""Train a sweep of students over seeds, alpha, temperature and teacher, by Ray Tune, tracked in MLflow.
+"""Train a sweep of students over seeds, alpha, temperature, teacher and more, by Ray Tune, tracked in MLflow.
 
 Trials that are complete are skipped; the same command goes on after any stop or kill.
 """
@@ -13,6 +13,7 @@ from kdecs.sweep.config import SweepConfig
 EXAMPLES = """examples:
   python tune/sweep.py tune/spaces/demo.yaml --dry-run
   python tune/sweep.py tune/spaces/demo.yaml --set output=runs/sweep --set max_concurrent_trials=4
+  python tune/sweep.py tune/spaces/teacher_scale.yaml --build
   python tune/sweep.py tune/spaces/main.yaml --set gpus_per_trial=0.5 --set tracking.uri=http://mlflow:5000
 """
 
@@ -31,7 +32,12 @@ def main() -> None:
         help="override one dotted key of the config; repeatable",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the trials and what is done; train nothing"
+        "--dry-run",
+        action="store_true",
+        help="print trials, hours by estimate and what is done; train nothing",
+    )
+    parser.add_argument(
+        "--build", action="store_true", help="train and export teachers whose soft labels are missing, first"
     )
     arguments = parser.parse_args()
     config = load_config(SweepConfig, arguments.space, arguments.overrides)
@@ -45,7 +51,7 @@ def main() -> None:
 
     stop = StopSignal()
     stop.install()
-    run_sweep(config, stop=stop)
+    run_sweep(config, stop=stop, build=arguments.build)
 
 
 if __name__ == "__main__":

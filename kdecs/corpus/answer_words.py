@@ -24,9 +24,10 @@ def answer_token_ids(
     """The token id of each answer word as it stands between `before` and `after`.
 
     `tokenizer` is a fast Transformers tokenizer (offsets are needed). `stand_ins` maps a word that splits to a
-    single-token word that takes its place. Raises ModelError naming the words that split, or two words that share
-    a token.
+    single-token word that takes its place; None where the caller's config has none. Raises ModelError naming the
+    words that split, or two words that share a token.
     """
+    takes_stand_ins = stand_ins is not None
     stand_ins = stand_ins or {}
     if unknown := sorted(set(stand_ins) - set(words)):
         raise ModelError(f"stand-ins for {', '.join(unknown)}: not among the answer words {', '.join(words)}")
@@ -39,9 +40,13 @@ def answer_token_ids(
         if len(pieces) != 1:
             split.append(f"{word} ({len(pieces)} tokens)")
     if split:
-        raise ModelError(
-            f"tokenizer {name}: answer words that are not one token each: {', '.join(split)}; "
+        advice = (
             "name a single-token word for each in stand_ins, such as {disapproval: reject}"
+            if takes_stand_ins
+            else "choose a model whose tokenizer has each as one token"
+        )
+        raise ModelError(
+            f"tokenizer {name}: answer words that are not one token each: {', '.join(split)}; {advice}"
         )
     if len(set(ids)) != len(ids):
         twins = [word for word, token in zip(words, ids, strict=True) if ids.count(token) > 1]

@@ -5,26 +5,40 @@ Over-long prompts lose their oldest history tokens, then the end of u_i, then th
 """
 
 import hashlib
+import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from kdecs.corpus.pairs import Pair
-from kdecs.corpus.prompts import PROMPT_VERSION, StudentPrompt, kept_tokens, student_prompt
+from kdecs.corpus.prompts import (
+    EQ_5,
+    PROMPT_VERSION,
+    PromptVariant,
+    StudentPrompt,
+    kept_tokens,
+    student_prompt,
+)
+from kdecs.corpus.schema import Dialogue
 from kdecs.errors import ModelError
 
 NO_SPAN = 0
 UNKNOWN_SPAN = -1
 """The gold span lies in a part of u_j that was truncated: no span loss for this pair."""
 
+_LONG_CHARACTERS_A_TOKEN = 8
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """One prompt in tokens. All positions are indices into `token_ids`.
+    """One prompt in tokens. All positions are indices into `token_ids`; a mask that the variant has not is at 0.
 
-    `candidate_first` is the first token of u_j's copy and `candidate_offsets` the characters [start, end) in
-    u_j's text of each of its M tokens. `span_start`, `span_end`: the longest gold span's first and last token,
-    1-based within the copy; 0 no span, -1 truncated away. `num_truncated`: tokens lost beyond the history.
+    `distance` is i - j. `candidate_first` is the first token of u_j's copy and `candidate_offsets` the characters
+    [start, end) in u_j's text of each of its M tokens. `span_start`, `span_end`: the longest gold span's first and
+    last token, 1-based within the copy; 0 no span, -1 truncated away. `num_truncated`: tokens lost beyond the
+    history.
     """
 
     token_ids: list[int]
@@ -37,15 +51,49 @@ class EncodedPair:
     span_start: int
     span_end: int
     num_truncated: int
+    distance: int = 0
+
+
+class HistoryWindow:
+    """Which of a long dialogue's turns can reach a prompt of `max_tokens`: the rest is not even tokenised.
+
+    Without it the cost of a dialogue of n turns grows with n³; with it the encoded prompts are the same.
+    """
+
+    def __init__(self, backend: Any, max_tokens: int) -> None:
+        self._backend = backend
+        self._max_tokens = max_tokens
+        self._last: tuple[Dialogue | None, list[int]] = (None, [])
+
+    def first_turn(self, dialogue: Dialogue, target: int) -> int:
+        """The latest turn from which on the history alone has at least twice `max_tokens` tokens; 1 if none."""
+        # Read once and replaced whole: threads that encode side by side see a dialogue with its own counts.
+        last, tokens_before = self._last
+        if dialogue is not last:
+            tokens_before = self._counted(dialogue)
+            self._last = (dialogue, tokens_before)
+        if not tokens_before:
+            return 1
+        # Twice: an utterance alone may have a token more or less than between its neighbours.
+        reach = tokens_before[target - 1] - 2 * self._max_tokens
+        return max(1, bisect_right(tokens_before, reach))
+
+    def _counted(self, dialogue: Dialogue) -> list[int]:
+        """Tokens before each turn; empty for a dialogue too short to be worth the counting."""
+        texts = [utterance.text for utterance in dialogue.utterances]
+        if sum(map(len, texts)) <= _LONG_CHARACTERS_A_TOKEN * self._max_tokens:
+            return []
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        return list(accumulate((len(encoding.ids) for encoding in encodings), initial=0))
 
 
 class PairEncoder:
-    """Encodes pairs for one tokenizer and one maximum length.
+    """Encodes pairs for one tokenizer, one maximum length and one variant of the prompt. Thread-safe.
 
     `tokenizer` is a fast Transformers tokenizer with a mask token. Raises ModelError otherwise.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int, variant: PromptVariant = EQ_5) -> None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
@@ -54,42 +102,69 @@ class PairEncoder:
         if tokenizer.mask_token is None:
             raise ModelError(f"tokenizer {name}: it has no mask token, expected a masked language model's")
         self.max_tokens = max_tokens
+        self.variant = variant
         self._mask: str = tokenizer.mask_token
         self._separator: str = tokenizer.sep_token or "\n"
         # A copy: the tokenizer handed in keeps its own truncation and padding.
         self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._window = HistoryWindow(self._backend, max_tokens)
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over all that changes an encoding: tokenizer, template, maximum length."""
-        parts = (
+        """Hex sha256 over all that changes an encoding: tokenizer, template and variant, maximum length."""
+        parts = [
             self._backend.to_str(),
             self._mask,
             self._separator,
             str(self.max_tokens),
             str(PROMPT_VERSION),
-        )
+        ]
+        if self.variant != EQ_5:
+            parts.append(json.dumps(asdict(self.variant), sort_keys=True))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedPair]:
-        """The encoded pairs, in order. Raises ModelError where even the bare template is too long."""
+        """The encoded pairs, in order.
+
+        Raises ModelError where even the bare template is too long, or an utterance has no token.
+        """
         prompts = [
-            student_prompt(p.dialogue, p.target, p.candidate, mask=self._mask, separator=self._separator)
+            student_prompt(
+                p.dialogue,
+                p.target,
+                p.candidate,
+                mask=self._mask,
+                separator=self._separator,
+                variant=self._within_reach(p),
+            )
             for p in pairs
         ]
         encodings = self._backend.encode_batch([prompt.text for prompt in prompts])
         for pair, prompt, encoding in zip(pairs, prompts, encodings, strict=True):
             yield self._encoded(pair, prompt, encoding)
 
+    def _within_reach(self, pair: Pair) -> PromptVariant:
+        first = self._window.first_turn(pair.dialogue, pair.target)
+        if first == 1:
+            return self.variant
+        num_kept, wanted = pair.target - first, self.variant.history_utterances
+        return replace(self.variant, history_utterances=num_kept if wanted is None else min(num_kept, wanted))
+
     def _encoded(self, pair: Pair, prompt: StudentPrompt, encoding: Any) -> EncodedPair:
         ids: list[int] = encoding.ids
         masks = [
-            encoding.char_to_token(place)
+            0 if place is None else encoding.char_to_token(place)
             for place in (prompt.emotion_mask, prompt.connective_mask, prompt.start_mask, prompt.end_mask)
         ]
-        first, last = _token_range(encoding, prompt.text, _visible(prompt.text, prompt.candidate_range))
+        visible = _visible(prompt.text, prompt.candidate_range)
+        if (tokens := _token_range(encoding, visible)) is None:
+            raise ModelError(
+                f"dialogue {pair.dialogue.id}, turn {pair.candidate}: the tokenizer gives no token for the text "
+                f"{prompt.text[slice(*visible)]!a}; give the utterance a visible character"
+            )
+        first, last = tokens
         offsets = _offsets_within(encoding, prompt.text, first, last, prompt.candidate_range)
         removed, num_truncated = self._removed(pair, prompt, encoding, first)
         if num_truncated:
@@ -109,6 +184,7 @@ class PairEncoder:
             span_start=start,
             span_end=end,
             num_truncated=num_truncated,
+            distance=pair.target - pair.candidate,
         )
 
     def _removed(self, pair: Pair, prompt: StudentPrompt, encoding: Any, first: int) -> tuple[set[int], int]:
@@ -137,8 +213,8 @@ class _Shift:
         return token - sum(index < token for index in self._removed)
 
 
-def _token_range(encoding: Any, text: str, characters: tuple[int, int]) -> tuple[int, int]:
-    """First and last token of a character range that holds at least one visible character."""
+def _token_range(encoding: Any, characters: tuple[int, int]) -> tuple[int, int] | None:
+    """First and last token of a character range; None where no character of it has a token."""
     start, end = characters
     first = last = None
     for place in range(start, end):
@@ -148,9 +224,7 @@ def _token_range(encoding: Any, text: str, characters: tuple[int, int]) -> tuple
         if (last := encoding.char_to_token(place)) is not None:
             break
     if first is None or last is None:
-        raise ModelError(
-            f"the tokenizer gives no token for the text {text[start:end]!r}, expected at least one"
-        )
+        return None
     # One character can be several tokens (an emoji in bytes); char_to_token names the first of them.
     while last + 1 < len(encoding.ids) and _starts_before(encoding, last + 1, end):
         last += 1

@@ -5,13 +5,32 @@ Whole prompts are tokenised at once; a mask is found by its character offset, ne
 so that a mask token typed by a speaker does no harm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdecs.corpus.schema import Dialogue
+from kdecs.errors import CorpusError
 
 PROMPT_VERSION = 1
 """Part of every lineage: labels and caches of another template version do not mix."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptVariant:
+    """What a student's prompt has beside or in place of Eq. 5.
+
+    `has_connective` False leaves <mask_cau> out (Table 5's last two rows). `given_emotions` writes the target's
+    emotion in place of <mask_emo> (Table 6): a table from its label to the one shown, labels that it does not
+    name stay; None keeps the mask. `history_utterances` keeps only the last k utterances before the target.
+    """
+
+    has_connective: bool = True
+    given_emotions: Mapping[str, str] | None = None
+    history_utterances: int | None = None
+
+
+EQ_5 = PromptVariant()
+"""The student's prompt as the paper writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +45,15 @@ class TeacherPrompt:
 
 @dataclass(frozen=True, slots=True)
 class StudentPrompt:
-    """Text with four masks. Character offsets: first of each mask; [start, end) of u_i's and u_j's copies."""
+    """Text with its masks. Character offsets: first of each mask; [start, end) of u_i's and u_j's copies.
+
+    `emotion_mask` and `connective_mask` are None where the variant has no such mask.
+    """
 
     text: str
     history_end: int
-    emotion_mask: int
-    connective_mask: int
+    emotion_mask: int | None
+    connective_mask: int | None
     start_mask: int
     end_mask: int
     target_range: tuple[int, int]
@@ -55,9 +77,10 @@ class _Writer:
         return "".join(self._pieces)
 
 
-def history_text(dialogue: Dialogue, target: int, separator: str) -> str:
-    """u_1 … u_{i-1}, each followed by the separator; empty for the first turn."""
-    return "".join(u.text + separator for u in dialogue.utterances[: target - 1])
+def history_text(dialogue: Dialogue, target: int, separator: str, last: int | None = None) -> str:
+    """u_1 … u_{i-1} (or the `last` of them), each followed by the separator; empty for the first turn."""
+    first = 0 if last is None else max(0, target - 1 - last)
+    return "".join(u.text + separator for u in dialogue.utterances[first : target - 1])
 
 
 def teacher_prompt(
@@ -79,21 +102,33 @@ def teacher_prompt(
 
 
 def student_prompt(
-    dialogue: Dialogue, target: int, candidate: int, *, mask: str, separator: str = "\n"
+    dialogue: Dialogue,
+    target: int,
+    candidate: int,
+    *,
+    mask: str,
+    separator: str = "\n",
+    variant: PromptVariant = EQ_5,
 ) -> StudentPrompt:
-    """Eq. 5 with the tokenizer's mask token in all four places."""
+    """Eq. 5 with the tokenizer's mask token in all four places, or a variant of it.
+
+    Raises CorpusError where the variant gives emotions and the target has none.
+    """
     u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
     writer = _Writer()
-    writer.add(history_text(dialogue, target, separator))
+    writer.add(history_text(dialogue, target, separator, variant.history_utterances))
     history_end = writer.length
     writer.add(f"{target} {u_i.speaker} feels ")
-    emotion_mask = writer.add(mask)
+    emotion_mask = writer.add(mask if variant.given_emotions is None else _given(dialogue, target, variant))
     writer.add(" and says ")
     target_start = writer.add(u_i.text)
     target_range = (target_start, writer.length)
     writer.add(". ")
-    connective_mask = writer.add(mask)
-    writer.add(f" {candidate} {u_j.speaker} says ")
+    connective_mask = None
+    if variant.has_connective:
+        connective_mask = writer.add(mask)
+        writer.add(" ")
+    writer.add(f"{candidate} {u_j.speaker} says ")
     candidate_start = writer.add(u_j.text)
     candidate_range = (candidate_start, writer.length)
     writer.add(". The causal span start at ")
@@ -104,13 +139,23 @@ def student_prompt(
     return StudentPrompt(
         text=writer.text(),
         history_end=history_end,
-        emotion_mask=emotion_mask,
+        emotion_mask=emotion_mask if variant.given_emotions is None else None,
         connective_mask=connective_mask,
         start_mask=start_mask,
         end_mask=end_mask,
         target_range=target_range,
         candidate_range=candidate_range,
     )
+
+
+def _given(dialogue: Dialogue, target: int, variant: PromptVariant) -> str:
+    emotion = dialogue.utterances[target - 1].emotion
+    if emotion is None:
+        raise CorpusError(
+            f"dialogue {dialogue.id}, turn {target}: no emotion, and this student reads the given one; "
+            "give each utterance its emotion, or use a student that predicts it"
+        )
+    return (variant.given_emotions or {}).get(emotion, emotion)
 
 
 def kept_tokens(

@@ -141,7 +141,7 @@ def _dialogues(
 
 
 def _raw_dialogues(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
-    if _holds_lines(path):
+    if holds_lines(path):
         yield from _raw_from_lines(path, checker)
         return
     try:
@@ -186,7 +186,7 @@ def _raw_from_lines(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
         checker.note_unlocated_repeats(decoded, dialogue=place)
 
 
-def _holds_lines(path: Path) -> bool:
+def holds_lines(path: Path) -> bool:
     """Whether a file is JSON lines: by its name, or by a first line that is a whole dialogue."""
     if path.suffix.lower() in _LINES_SUFFIXES:
         return True

@@ -27,7 +27,9 @@ def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
     for key in ("emotion_accuracy", "emotion_macro_f1", *STRICT_KEYS):
         rules = [f"{rule[key]:.2f}" if key in rule else "" for rule in scores.baselines.values()]
         strict = f"{found[f'strict_{key}']:.2f}" if key in STRICT_KEYS else ""
-        table.add_row(key.replace("_", " "), f"{found[key]:.2f}", strict, *rules)
+        predicts_none = scores.utterances_without_emotion == scores.num_utterances
+        has_none = key.startswith("emotion") and predicts_none
+        table.add_row(key.replace("_", " "), "–" if has_none else f"{found[key]:.2f}", strict, *rules)
     console.print(table)
     if "intervals" in found:
         _print_intervals(console, found)

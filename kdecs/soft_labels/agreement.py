@@ -4,13 +4,28 @@ Shapes: n pairs, A answer words (the causal ones first).
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from kdecs.corpus.answer_words import NUM_CAUSAL
+from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.schema import Dialogue
+from kdecs.errors import LabelError
 from kdecs.evaluation.metrics import utterance_scores
+
+SCORES = ("positive_f1", "negative_f1", "macro_f1")
+"""The scores of an agreement, in percent."""
+
+
+def require_cause_words(directory: Path, answer_words: Sequence[str]) -> None:
+    """Raise LabelError where the answer words do not say cause or no cause: the causal ones, then the other."""
+    expected = NUM_CAUSAL + 1
+    if len(set(answer_words)) != expected or len(answer_words) != expected:
+        raise LabelError(
+            f"{directory}: labels over {len(answer_words)} answer words, expected {expected} different ones, "
+            f"such as {', '.join(CONNECTIVES)}: they cannot be compared with gold"
+        )
 
 
 def is_causal(logits_nA: np.ndarray) -> np.ndarray:

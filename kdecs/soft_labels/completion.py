@@ -1,86 +1,154 @@
-"""The last step of an export: the manifest, once, by whichever worker comes first."""
+"""The last step of an export: every shard is read once more, then the manifest is written."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
-
-from kdecs.artifact import MANIFEST_NAME, Manifest, file_lock, is_complete, read_manifest, write_manifest
+from kdecs import __version__
+from kdecs.artifact import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    write_json,
+)
 from kdecs.config import input_checksums
-from kdecs.corpus.schema import Dialogue
 from kdecs.errors import ArtifactError
-from kdecs.soft_labels.agreement import agreement_with_gold
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.soft_labels.format import WORK_DIRECTORY, ShardRecord, read_shard, shard_name
-from kdecs.soft_labels.interfaces import Scorer
+from kdecs.soft_labels.format import shard_name
+from kdecs.soft_labels.interfaces import Scorer, TopScorer
 from kdecs.soft_labels.job import KIND
-from kdecs.soft_labels.plan import EXPORT_UNIVERSE, Shard
+from kdecs.soft_labels.plan import EXPORT_UNIVERSE, Plan
+from kdecs.soft_labels.records import Agreement, ShardRecord, is_as_recorded
+from kdecs.soft_labels.seal import seal
+
+_REPRODUCIBLE = {
+    "cpu": "the same bytes on CPUs of one kind with the same libraries, dtype and threads_per_worker",
+    "other": "equal up to rounding: a GPU's sums may differ in their last bits from one kind of device to another",
+}
 
 
 def complete_export(
     config: ExportConfig,
     work_hash: str,
     scorer: Scorer,
-    shards: Sequence[Shard],
+    plan: Plan,
     records: Mapping[int, ShardRecord],
-    valid: Sequence[Dialogue],
-) -> Manifest:
-    """Write the manifest of finished shards, or read the one that another worker wrote first.
+) -> Manifest | list[int]:
+    """The manifest, written or found as it should be; or the shards that are not (any more) as recorded.
 
-    Raises ArtifactError where a shard is no longer what its record says.
+    Harmless when several do it at once: they write the same bytes. Raises ArtifactError where the shards do not hold
+    the plan's pairs.
     """
     output = config.output
-    names = {shard_name(index): record for index, record in records.items()}
-    with file_lock(output / WORK_DIRECTORY / "manifest.lock"):
-        if is_complete(output, KIND, work_hash):
-            manifest = read_manifest(output, KIND)
-            if all(names[entry.path].sha256 == entry.sha256 for entry in manifest.files):
-                return manifest
-        details = _details(config, scorer, shards, valid)
-        manifest = write_manifest(
-            output,
-            KIND,
-            config_hash=work_hash,
-            inputs=input_checksums(
-                teacher=config.teacher,
-                corpus_train=config.corpus.train,
-                corpus_valid=config.corpus.valid,
-                corpus_test=config.corpus.test,
-            ),
-            files=names,
-            rows={name: record.rows for name, record in names.items()},
-            details=details | {"devices": sorted({record.device for record in records.values()})},
-        )
-        for entry in manifest.files:
-            if entry.sha256 != names[entry.path].sha256:
-                (output / MANIFEST_NAME).unlink()
-                raise ArtifactError(
-                    f"{output / entry.path}: changed after it was finished; run the same command again"
-                )
+    _require_all_pairs(output, plan, records)
+    manifest = seal(_manifest(config, work_hash, scorer, plan, records))
+    if _found(output) == manifest:  # its writer has read every shard
         return manifest
+    damaged = [
+        index for index, record in records.items() if not is_as_recorded(output / shard_name(index), record)
+    ]
+    if damaged:
+        return sorted(damaged)
+    for index in records:  # a writer of before may have died between rename and the directory's own sync
+        with (output / shard_name(index)).open("rb") as file:
+            os.fsync(file.fileno())
+    try:
+        write_json(output / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    except FileNotFoundError:  # another worker, who was quicker, took our temporary file for a dead one's
+        if _found(output) != manifest:
+            raise
+    return manifest
+
+
+def _require_all_pairs(output: Path, plan: Plan, records: Mapping[int, ShardRecord]) -> None:
+    for shard, num_pairs in enumerate(plan.record.pairs):
+        found = records[shard].rows if shard in records else 0
+        if shard not in records or found != num_pairs:
+            raise ArtifactError(
+                f"{output / shard_name(shard)}: {found} rows, its plan has {num_pairs} pairs; "
+                "run the same command again"
+            )
+
+
+def _manifest(
+    config: ExportConfig, work_hash: str, scorer: Scorer, plan: Plan, records: Mapping[int, ShardRecord]
+) -> Manifest:
+    return Manifest(
+        kind=KIND,
+        format_version=FORMAT_VERSION,
+        kdecs_version=__version__,
+        config_hash=work_hash,
+        inputs=dict(sorted(_inputs(config).items())),
+        files=tuple(
+            FileEntry(path=shard_name(index), bytes=record.bytes, sha256=record.sha256, rows=record.rows)
+            for index, record in sorted(records.items())
+        ),
+        details=_details(config, scorer, plan, records),
+    )
+
+
+def _found(output: Path) -> Manifest | None:
+    """The manifest that stands, or None where there is none that can be read."""
+    try:
+        return read_manifest(output, KIND)
+    except ArtifactError:
+        return None
+
+
+def _inputs(config: ExportConfig) -> dict[str, str]:
+    return input_checksums(
+        teacher=config.teacher,
+        corpus_train=config.corpus.train,
+        corpus_valid=config.corpus.valid,
+        corpus_test=config.corpus.test,
+    )
 
 
 def _details(
-    config: ExportConfig, scorer: Scorer, shards: Sequence[Shard], valid: Sequence[Dialogue]
+    config: ExportConfig, scorer: Scorer, plan: Plan, records: Mapping[int, ShardRecord]
 ) -> dict[str, Any]:
-    """Facts of the directory, gathered from the plan and the shards."""
-    num_pairs: dict[str, int] = {}
-    valid_logits: dict[str, np.ndarray] = {}
-    for shard in shards:
-        for planned in shard.dialogues:
-            num_pairs[planned.split] = num_pairs.get(planned.split, 0) + planned.num_pairs
-        if any(planned.split == "valid" for planned in shard.dialogues):
-            table = read_shard(config.output / shard_name(shard.index), scorer.answer_words)
-            rows = zip(table.pair_ids, table.splits, table.logits, strict=True)
-            valid_logits |= {pair_id: logits_A for pair_id, split, logits_A in rows if split == "valid"}
-    return {
+    """Facts of the directory, gathered from the plan and the shards' records."""
+    devices = sorted({record.device for record in records.values()})
+    details = {
         "answer_words": list(scorer.answer_words),
         "temperature": 1,
         "universe": EXPORT_UNIVERSE,
-        "num_pairs": num_pairs,
+        "num_pairs": plan.record.pairs_by_split,
         "lineage": dict(scorer.lineage),
+        "engine": config.engine,
         "dtype": config.dtype,
         "threads_per_worker": config.threads_per_worker,
-        "agreement": {"valid": agreement_with_gold(valid, valid_logits)},
-        "reproducible": "byte for byte on CPUs in float32; on GPUs equal up to rounding",
+        "agreement": _agreement(records),
+        "devices": devices,
+        "reproducible": _REPRODUCIBLE["cpu" if devices == ["cpu"] else "other"],
     }
+    if config.top_k:
+        details["top_k"] = config.top_k
+        details["tokenizer_sha256"] = cast(TopScorer, scorer).tokenizer_sha256
+    # As a reader will see it: plain JSON values.
+    return json.loads(json.dumps(details))
+
+
+def _agreement(records: Mapping[int, ShardRecord]) -> dict[str, dict[str, float]]:
+    """Utterance-level scores (percent) of the labels against gold over the fold1 pairs of a split."""
+    totals: dict[str, Agreement] = {"valid": Agreement()}
+    for record in records.values():
+        for split, counts in record.agreement.items():
+            totals[split] = totals.get(split, Agreement()) + counts
+    return {split: scores_of(counts) if counts.num_pairs else {} for split, counts in sorted(totals.items())}
+
+
+def scores_of(counts: Agreement) -> dict[str, float]:
+    """F1 of the causal pairs, of the others, and their mean, in percent; 0 / 0 counts as 0."""
+    wrong = counts.false_positive + counts.false_negative
+    positive = _f1(counts.true_positive, wrong)
+    negative = _f1(counts.true_negative, wrong)
+    return {"positive_f1": positive, "negative_f1": negative, "macro_f1": (positive + negative) / 2}
+
+
+def _f1(right: int, wrong: int) -> float:
+    return 100.0 * 2 * right / (2 * right + wrong) if right + wrong else 0.0

@@ -19,10 +19,28 @@ class ExportConfig(Config):
     )
     corpus: CorpusConfig
     output: OutputPath
-    num_shards: int = Field(default=8, ge=1)
+    num_shards: int = Field(default=8, ge=1, le=100_000)
     micro_batch_tokens: int = Field(default=4096, ge=16)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads_per_worker: int = Field(default=1, ge=1, description="fixed, since it can change last bits")
+    engine: Literal["replica", "zero3"] = Field(
+        default="replica",
+        description="replica: the whole teacher on each rank; zero3: partitioned over the ranks of one launch",
+    )
+    persistence_threshold: Annotated[int | None, Unhashed()] = Field(
+        default=None, ge=0, description="zero3: parameters of up to so many values stay whole on each rank"
+    )
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="largest logits over the whole vocabulary to keep a pair; 0: none",
+    )
+    lease_s: Annotated[float, Unhashed()] = Field(
+        default=60.0,
+        ge=1.0,
+        description="silence of another host's worker after which its shard is taken over",
+    )
     allow_other_corpus: bool = Field(
         default=False, description="label a corpus the teacher was not trained on"
     )

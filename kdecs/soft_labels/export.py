@@ -1,41 +1,41 @@
 """The export of soft labels: workers take shards off a shared directory until all are there.
 
-No process group: each worker holds the lock of the shard it labels, and the kernel frees the lock of a worker
-that dies, so that another takes its shard over. Workers may be ranks of one launch, or jobs started on their
-own on one directory (a file system with working flock). A shard is scored in chunks that depend on the shard
-alone: the same bytes whatever the number of workers, their order, or how often they were stopped.
+No process group: each worker takes the lease of a shard that nobody holds (kdecs.soft_labels.leases) and labels it;
+the shard of a worker that died is taken over. Workers may be ranks of one launch, or jobs started on their own on one
+directory, on one host or several. A shard is scored in chunks that depend on the shard alone: the same bytes
+whatever the number of workers, their order, or how often they were stopped. Two workers that label one shard do no
+harm for the same reason; on GPUs, where last bits may differ, the first that finishes it wins.
 """
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from kdecs.artifact import Manifest, file_lock, is_complete, sha256_of_file
+from kdecs.artifact import Manifest, read_manifest, sha256_of_file
 from kdecs.config import config_hash
-from kdecs.corpus.pairs import Pair
-from kdecs.errors import LabelError
+from kdecs.errors import ArtifactError
 from kdecs.soft_labels.completion import complete_export
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.soft_labels.format import (
-    QUARANTINE_DIRECTORY,
+from kdecs.soft_labels.format import QUARANTINE_DIRECTORY, shard_name, write_shard
+from kdecs.soft_labels.interfaces import Company, Independent, Scorer, Stop, Worker
+from kdecs.soft_labels.job import KIND, check_output, check_teacher_corpus, open_job
+from kdecs.soft_labels.leases import Lease, Leases
+from kdecs.soft_labels.litter import remove_litter
+from kdecs.soft_labels.pace import long_shard_warning
+from kdecs.soft_labels.plan import PLAN_DIRECTORY, Plan, PlanKind, batching_of, make_plan, open_plan
+from kdecs.soft_labels.records import (
     WORK_DIRECTORY,
     ShardRecord,
-    ShardTable,
+    has_recorded_size,
     is_as_recorded,
     read_record,
-    shard_name,
-    write_shard,
+    record_path,
 )
-from kdecs.soft_labels.interfaces import Scorer, Stop, Worker
-from kdecs.soft_labels.job import KIND, check_output, check_teacher_corpus, open_job
-from kdecs.soft_labels.plan import Shard, plan_shards, read_splits
-
-PAIRS_A_CHUNK = 256
-"""Pairs scored between two looks at the stop signal; part of what fixes a shard's batches."""
+from kdecs.soft_labels.seal import whole_labels
+from kdecs.soft_labels.shard_scoring import LeaseLost, ShardScoring
+from kdecs.soft_labels.sources import Source, open_sources
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class ExportResult:
         return self.num_new_pairs / self.seconds if self.seconds else 0.0
 
 
-def is_finished(config: ExportConfig) -> bool:
-    """Whether the output holds this very export, complete (kind, config hash, sizes); needs no torch."""
-    return is_complete(config.output, KIND, config_hash(config))
+def is_finished(config: ExportConfig, *, show_progress: bool = False) -> bool:
+    """Whether the output holds this very export, whole: kind, config hash, seal, sha256 of every shard; no torch."""
+    return whole_labels(config.output, config_hash(config), show_progress=show_progress) is not None
 
 
 def export_shards(
@@ -72,30 +72,63 @@ def export_shards(
     worker: Worker,
     stop: Stop,
     *,
+    company: Company | None = None,
     report: Callable[[Progress], None] = lambda _: None,
     poll_s: float = 0.5,
 ) -> ExportResult:
     """Label shards until the directory is complete; returns when the manifest stands, written by any worker.
 
+    Collective where `company` is a launch that computes in step (`engine: zero3`).
     Raises LabelError for a label that is not finite, ArtifactError for an output of other work or a teacher
     of another corpus, Stopped between chunks after a stop signal, OSError for a full disk. Every shard
     finished before is kept; the same call goes on.
     """
     started = time.monotonic()
+    company = company or Independent()
     work_hash = config_hash(config)
     check_output(config.output, work_hash)
     check_teacher_corpus(config, scorer.manifest)
-    splits = read_splits(config.corpus)
-    shards = plan_shards(splits, config.num_shards)
+    sources = open_sources(config.corpus)
+    # Claimed before anything else is written: a plan of other work would replace that of whoever works here.
     open_job(config, work_hash, lineage=scorer.lineage, answer_words=scorer.answer_words)
-    export = _Export(config, scorer, worker, stop, report, shards)
+    leases = Leases(config.output / WORK_DIRECTORY / "leases", lease_s=config.lease_s)
+    kind = PlanKind(work_hash, config.num_shards, batching_of(scorer.manifest))
+    plan = _plan(config.output, kind, sources, leases, stop, poll_s)
+    export = _Export(config, plan, leases, scorer, worker, stop, report)
     first_look = export.take_stock()
-    while not export.is_done():
-        if not export.label_what_is_free() and not export.is_done():
+    manifest: Manifest | None = None
+    while manifest is None:
+        progressed = export.label_what_is_free()
+        if export.is_done():
+            if not company.may_complete:
+                break
+            manifest = export.complete(work_hash)
+        if manifest is None and not progressed:
             stop.raise_if_requested(export.stop_message())
-            time.sleep(poll_s)
-    manifest = complete_export(config, work_hash, scorer, shards, export.records, splits["valid"])
-    return ExportResult(manifest, export.pairs_total - first_look, time.monotonic() - started)
+            company.wait(poll_s)
+    company.finish()
+    manifest = manifest or read_manifest(config.output, KIND)
+    return ExportResult(manifest, plan.num_pairs - first_look, time.monotonic() - started)
+
+
+def _plan(
+    output: Path,
+    kind: PlanKind,
+    sources: Mapping[str, Source],
+    leases: Leases,
+    stop: Stop,
+    poll_s: float,
+) -> Plan:
+    """The plan on disk, made by one worker while the others wait."""
+    directory = output / WORK_DIRECTORY / PLAN_DIRECTORY
+    while True:
+        if plan := open_plan(directory, kind, sources):
+            return plan
+        with leases.holding("plan") as lease:
+            if lease:
+                return open_plan(directory, kind, sources) or make_plan(directory, kind, sources)
+        stop.raise_if_requested(f"{output}: stopped before its shards were planned")
+        time.sleep(poll_s)
 
 
 class _Export:
@@ -104,65 +137,89 @@ class _Export:
     def __init__(
         self,
         config: ExportConfig,
+        plan: Plan,
+        leases: Leases,
         scorer: Scorer,
         worker: Worker,
         stop: Stop,
         report: Callable[[Progress], None],
-        shards: Sequence[Shard],
     ) -> None:
-        self.config, self.scorer, self.worker, self.stop, self.report = config, scorer, worker, stop, report
-        first = worker.rank * len(shards) // max(1, worker.world_size) % len(shards)
-        self.shards = [*shards[first:], *shards[:first]]
+        self.output, self.plan, self.leases, self.scorer = config.output, plan, leases, scorer
+        self.config, self.worker, self.stop, self.report = config, worker, stop, report
+        first = worker.rank * plan.num_shards // max(1, worker.world_size) % plan.num_shards
+        self.order = [*range(first, plan.num_shards), *range(first)]
         self.records: dict[int, ShardRecord] = {}
-        self.pairs_total = sum(shard.num_pairs for shard in shards)
+        self.is_warned = worker.rank != 0  # one of a launch speaks for all
 
     def is_done(self) -> bool:
-        return len(self.records) == len(self.shards)
+        return len(self.records) == self.plan.num_shards
 
-    def path(self, shard: Shard) -> Path:
-        return self.config.output / shard_name(shard.index)
+    def path(self, shard: int) -> Path:
+        return self.output / shard_name(shard)
 
     def stop_message(self) -> str:
-        finished = sum(read_record(self.path(shard)) is not None for shard in self.shards)
+        finished = sum(read_record(self.path(shard)) is not None for shard in self.order)
         return (
-            f"{self.config.output}: stopped with {finished} of {len(self.shards)} shards finished; "
+            f"{self.output}: stopped with {finished} of {self.plan.num_shards} shards finished; "
             "run the same command again to go on"
         )
 
     def take_stock(self) -> int:
-        """Pairs in shards that are finished and whole; damaged ones are left to whoever locks them."""
-        for shard in self.shards:
-            record = read_record(self.path(shard))
-            if record and is_as_recorded(self.path(shard), record):
-                self.records[shard.index] = record
+        """Pairs in shards that are finished; damaged ones are left to whoever takes their lease.
+
+        Workers of a launch share the reading of the bytes; what another checks is believed by its size.
+        """
+        for shard in self.order:
+            if record := self._record(shard):
+                is_mine = shard % max(1, self.worker.world_size) == self.worker.rank
+                if (is_as_recorded if is_mine else has_recorded_size)(self.path(shard), record):
+                    self.records[shard] = record
         done = self._pairs_done()
-        self._tell(0, f"{len(self.records)} of {len(self.shards)} shards are there" if done else None)
+        self._tell(0, f"{len(self.records)} of {self.plan.num_shards} shards are there" if done else None)
         return done
 
     def label_what_is_free(self) -> bool:
         """Label every shard that is not finished and that no other worker holds; whether anything changed."""
         before = len(self.records)
-        for shard in self.shards:
-            if shard.index in self.records:
+        for shard in self.order:
+            if shard in self.records:
                 continue
             self.stop.raise_if_requested(self.stop_message())
-            lock = self.config.output / WORK_DIRECTORY / f"{shard_name(shard.index)}.lock"
-            with file_lock(lock, blocking=False) as held:
-                if held:
-                    self.records[shard.index] = self._finished(shard) or self._label(shard)
+            with self.leases.holding(self.path(shard).stem) as lease:
+                if lease and (record := self._finished(shard) or self._label(shard, lease)):
+                    self.records[shard] = record
         return len(self.records) > before
 
-    def _finished(self, shard: Shard) -> ShardRecord | None:
+    def complete(self, work_hash: str) -> Manifest | None:
+        """The manifest; None while another worker writes it, or where shards are damaged and to be labelled again."""
+        with self.leases.holding("manifest") as lease:
+            if lease is None:
+                return None
+            found = complete_export(self.config, work_hash, self.scorer, self.plan, self.records)
+            if isinstance(found, Manifest):
+                remove_litter(self.output, self.leases)
+                return found
+        for shard in found:
+            del self.records[shard]
+        return None
+
+    def _record(self, shard: int) -> ShardRecord | None:
+        """The record of a shard, where it is of this very plan."""
+        record, plan = read_record(self.path(shard)), self.plan.record
+        is_planned = record and (record.plan, record.rows) == (plan.entries_sha256, plan.pairs[shard])
+        return record if is_planned else None
+
+    def _finished(self, shard: int) -> ShardRecord | None:
         """The record of a shard that another worker finished meanwhile; a damaged file is put aside."""
         path = self.path(shard)
-        record = read_record(path)
+        record = self._record(shard)
         if record is None or not path.is_file():
             return None
         if is_as_recorded(path, record):
             self._tell(0, None)
             return record
         found = sha256_of_file(path)
-        aside = self.config.output / QUARANTINE_DIRECTORY / f"{path.stem}.{found[:12]}{path.suffix}"
+        aside = self.output / QUARANTINE_DIRECTORY / f"{path.stem}.{found[:12]}{path.suffix}"
         aside.parent.mkdir(exist_ok=True)
         os.replace(path, aside)
         self._tell(
@@ -172,59 +229,83 @@ class _Export:
         )
         return None
 
-    def _label(self, shard: Shard) -> ShardRecord:
-        path = self.path(shard)
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a worker that was killed
-            leftover.unlink(missing_ok=True)
+    def _label(self, shard: int, lease: Lease) -> ShardRecord | None:
+        """Label a shard; None where its lease was lost to another worker on the way."""
+        path, num_pairs = self.path(shard), self.plan.record.pairs[shard]
+        _remove_leftovers(self.output, path.name)
+        if not lease.confirm():
+            return None
+        record_path(path).unlink(missing_ok=True)  # of a shard that is gone or damaged: see _before_rename
         started = time.monotonic()
-        table = self._score(shard)
-        device = str(getattr(self.worker.device, "type", self.worker.device))
-        record = write_shard(path, table, self.scorer.answer_words, device=device)
-        rate = shard.num_pairs / max(time.monotonic() - started, 1e-9)
-        count = f"{len(self.records) + 1} of {len(self.shards)} shards"
-        self._tell(
-            shard.num_pairs,
-            f"{path.name}: {shard.num_pairs:,} pairs, {rate:,.1f} pairs a second; {count}",
+        scoring = ShardScoring(
+            self.plan,
+            shard,
+            self.scorer,
+            top_k=self.config.top_k,
+            on_chunk=lambda n: self._between(n, lease, num_pairs, time.monotonic() - started),
         )
+        device = str(getattr(self.worker.device, "type", self.worker.device))
+        try:
+            record = write_shard(
+                path,
+                scoring.tables(),
+                self.scorer.answer_words,
+                device=device,
+                plan=self.plan.record.entries_sha256,
+                top_k=self.config.top_k,
+                agreement=scoring.agreement,
+                before_rename=lambda rows: self._before_rename(shard, rows, lease),
+            )
+        except LeaseLost:
+            self._tell(0, f"{path.name}: another worker took it over, after a silence of this one")
+            return None
+        except FileNotFoundError as error:
+            own = (f".{path.name}.", f".{record_path(path).name}.")
+            if not Path(str(error.filename)).name.startswith(own):
+                raise
+            self._tell(
+                0, f"{path.name}: another worker took this one for dead and removed its unfinished file"
+            )
+            return None
+        rate = num_pairs / max(time.monotonic() - started, 1e-9)
+        count = f"{len(self.records) + 1} of {self.plan.num_shards} shards"
+        self._tell(num_pairs, f"{path.name}: {num_pairs:,} pairs, {rate:,.1f} pairs a second; {count}")
         return record
 
-    def _score(self, shard: Shard) -> ShardTable:
-        pair_ids: list[str] = []
-        pair_hashes: list[str] = []
-        splits: list[str] = []
-        num_words = len(self.scorer.answer_words)
-        logits = [np.empty((0, num_words), np.float32)]
-        log_rest_mass = [np.empty(0, np.float32)]
-        for chunk in shard.chunks(PAIRS_A_CHUNK):
-            self.stop.raise_if_requested(self.stop_message())
-            pairs = [pair for planned in chunk for pair in planned.pairs()]
-            logits_nA, log_rest_mass_n = self.scorer.score(pairs)
-            assert logits_nA.shape == (len(pairs), num_words)
-            assert log_rest_mass_n.shape == (len(pairs),)
-            _check_finite(pairs, logits_nA, log_rest_mass_n)
-            logits.append(logits_nA)
-            log_rest_mass.append(log_rest_mass_n)
-            pair_ids += [pair.id for pair in pairs]
-            pair_hashes += [pair.hash for pair in pairs]
-            splits += [planned.split for planned in chunk for _ in range(planned.num_pairs)]
-            self._tell(len(pair_ids), None)
-        return ShardTable(
-            pair_ids, pair_hashes, splits, np.concatenate(logits), np.concatenate(log_rest_mass)
+    def _between(self, num_scored: int, lease: Lease, num_pairs: int, seconds: float) -> None:
+        """Between two chunks of a shard of so many pairs, on which so many seconds were spent."""
+        self.stop.raise_if_requested(self.stop_message())
+        if not lease.is_held:
+            raise LeaseLost
+        warning = long_shard_warning(
+            self.plan.num_shards, num_pairs=num_pairs, num_scored=num_scored, seconds=seconds
         )
+        self._tell(num_scored, None if self.is_warned else warning)
+        self.is_warned = self.is_warned or warning is not None
+
+    def _before_rename(self, shard: int, rows: int, lease: Lease) -> None:
+        """The last look before a shard is put in place: it is whole, and nobody else finished it meanwhile.
+
+        A worker that was suspended for longer than its lease would put its bytes, on a GPU others in their last bits,
+        in the place of those that the manifest lists.
+        """
+        path, expected = self.path(shard), self.plan.record.pairs[shard]
+        if rows != expected:
+            raise ArtifactError(
+                f"{path}: {rows} pairs were labelled, its plan has {expected}: the plan changed meanwhile; "
+                "run the same command again"
+            )
+        if not lease.confirm() or read_record(path) is not None:
+            raise LeaseLost
 
     def _pairs_done(self) -> int:
-        return sum(shard.num_pairs for shard in self.shards if shard.index in self.records)
+        return sum(self.plan.record.pairs[shard] for shard in self.records)
 
     def _tell(self, pairs_in_hand: int, line: str | None) -> None:
-        self.report(Progress(self._pairs_done() + pairs_in_hand, self.pairs_total, line))
+        self.report(Progress(self._pairs_done() + pairs_in_hand, self.plan.num_pairs, line))
 
 
-def _check_finite(pairs: Sequence[Pair], logits_nA: np.ndarray, log_rest_mass_n: np.ndarray) -> None:
-    is_bad_n = ~(np.isfinite(logits_nA).all(axis=1) & np.isfinite(log_rest_mass_n))
-    if is_bad_n.any():
-        first = int(np.flatnonzero(is_bad_n)[0])
-        raise LabelError(
-            f"pair {pairs[first].id}: logits {logits_nA[first].tolist()} and log rest mass "
-            f"{float(log_rest_mass_n[first])} are not all finite ({int(is_bad_n.sum())} such pairs in this "
-            "chunk); check the teacher, or export in float32"
-        )
+def _remove_leftovers(output: Path, name: str) -> None:
+    """Remove the temporary files that killed workers left of a file."""
+    for leftover in output.glob(f".{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)

@@ -4,23 +4,16 @@ Workers of one and the same export may share an output directory; `.work/job.jso
 """
 
 import json
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kdecs.artifact import (
-    MANIFEST_NAME,
-    Kind,
-    Manifest,
-    content_checksum,
-    file_lock,
-    is_complete,
-    read_manifest,
-    write_json,
-)
+from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, atomic_path, content_checksum, read_manifest
 from kdecs.config import CONFIG_NAME, config_hash, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.soft_labels.format import WORK_DIRECTORY
+from kdecs.soft_labels.records import WORK_DIRECTORY
 
 KIND: Kind = "soft-labels"
 JOB_NAME = "job.json"
@@ -33,14 +26,27 @@ def refuse_early(config: ExportConfig) -> None:
 
 
 def check_output(output: Path, work_hash: str) -> None:
-    """Refuse a directory whose manifest is that of other work, or of another kind (ArtifactError)."""
-    if not (output / MANIFEST_NAME).is_file():
-        return
-    found = read_manifest(output, KIND).config_hash
-    if found != work_hash:
+    """Refuse a directory that holds other work, finished or not, or another kind (ArtifactError)."""
+    # Looked at once: other workers may begin the very same work at any moment.
+    job = _read_job(output / WORK_DIRECTORY / JOB_NAME)
+    if job is not None and job.get("config_hash") == work_hash:
+        return  # a manifest that says otherwise is a damaged one, and is written again
+    if (output / MANIFEST_NAME).is_file():
+        found = read_manifest(output, KIND).config_hash
+        if job is None and found == work_hash:
+            return  # finished here or elsewhere and copied without its working files
+        if found != work_hash:
+            raise ArtifactError(
+                f"{output}: holds soft labels of another config (hash {found[:12]}…, this one is "
+                f"{work_hash[:12]}…); remove the directory or choose another output"
+            )
+    if job is not None:
+        raise _other_work(output, ["config_hash"])
+    strangers = sorted(shard.name for shard in output.glob("shard-*.parquet"))
+    if strangers and _read_job(output / WORK_DIRECTORY / JOB_NAME) is None:
         raise ArtifactError(
-            f"{output}: holds soft labels of another config (hash {found[:12]}…, this one is "
-            f"{work_hash[:12]}…); remove the directory or choose another output"
+            f"{output}: holds {strangers[0]} but no record of who wrote it; "
+            "remove the directory or choose another output"
         )
 
 
@@ -63,37 +69,46 @@ def open_job(
 ) -> None:
     """Join the work on the output directory, or begin it: `.work/job.json` first, then `config.json`.
 
-    A manifest whose shards are no longer all there is removed: the directory is unfinished again.
     Raises ArtifactError where unfinished shards of other work lie in the directory.
     """
     output = config.output
     job = {"config_hash": work_hash, "lineage": dict(lineage), "answer_words": list(answer_words)}
     path = output / WORK_DIRECTORY / JOB_NAME
-    with file_lock(output / WORK_DIRECTORY / "job.lock"):
-        if not path.is_file():
-            if strangers := sorted(shard.name for shard in output.glob("shard-*.parquet")):
-                raise ArtifactError(
-                    f"{output}: holds {strangers[0]} but no record of who wrote it; "
-                    "remove the directory or choose another output"
-                )
-            write_json(path, job)
-        elif (found := _read_job(path)) != job:
-            keys = [key for key in job if found.get(key) != job[key]]
-            raise ArtifactError(
-                f"{output}: holds unfinished soft labels of other work (another {' and '.join(keys)}); "
-                "remove the directory or choose another output"
-            )
-        if not (output / CONFIG_NAME).is_file():
-            write_config(config, output)
-        with file_lock(output / WORK_DIRECTORY / "manifest.lock"):
-            manifest = output / MANIFEST_NAME
-            if manifest.is_file() and not is_complete(output, KIND, work_hash):
-                manifest.unlink()
+    if not path.is_file():
+        _write_once(path, json.dumps(job, indent=2, sort_keys=True) + "\n")
+    if (found := _read_job(path) or {}) != job:
+        raise _other_work(output, [key for key in job if found.get(key) != job[key]])
+    if not (output / CONFIG_NAME).is_file():
+        write_config(config, output)
 
 
-def _read_job(path: Path) -> dict[str, object]:
+def _write_once(path: Path, text: str) -> None:
+    """Write a file that the first of several writers makes, whole when it appears; later ones change nothing."""
+    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}.own")
+    with atomic_path(own) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links: the last writer wins, and the others see that it did
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _other_work(output: Path, keys: Sequence[str]) -> ArtifactError:
+    return ArtifactError(
+        f"{output}: holds unfinished soft labels of other work (another {' and '.join(keys)}); "
+        "remove the directory or choose another output"
+    )
+
+
+def _read_job(path: Path) -> dict[str, object] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (json.JSONDecodeError, UnicodeDecodeError):
         found = None
     if not isinstance(found, dict):

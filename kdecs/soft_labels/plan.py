@@ -1,62 +1,136 @@
-"""Which dialogue is labelled in which shard: decided by the corpus and the number of shards, nothing else."""
+"""Which dialogue is labelled in which shard: decided by the corpus, the number of shards and the teacher's batching.
 
+The plan is made in one pass over the corpus and kept on disk, so that its size in memory does not grow with the corpus:
+
+    .work/plan/entries.bin   one ENTRY a dialogue that has pairs, by shard, then split, then place in the file
+    .work/plan/plan.json     per shard: first entry, pairs, cost; pairs by split; sha256 of entries.bin and of itself
+
+Rule: dialogues in order are taken BLOCK_DIALOGUES at a time; those of a block go, the costliest first, each into the
+shard that is lightest by then. Any corpus of one block is thereby planned longest-first as a whole. A dialogue's cost
+is in characters of what the teacher reads: a prefix tree of all its prompts, or every prompt whole.
+"""
+
+import hashlib
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from kdecs.corpus.config import CorpusConfig
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdecs.artifact import Manifest, sha256_of_file
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Dialogue
-from kdecs.corpus.splits import read_split, training_dialogues
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.format import SPLITS
+from kdecs.soft_labels.records import read_checked, write_checked
+from kdecs.soft_labels.sources import Source
 
 EXPORT_UNIVERSE: Universe = "fold1+neutral"
 """What is exported: the pairs that students train on and predict for scoring, of every split."""
 
+BLOCK_DIALOGUES = 65_536
+PLAN_DIRECTORY = "plan"
+PLAN_NAME, ENTRIES_NAME = "plan.json", "entries.bin"
+ENTRY = np.dtype(
+    [
+        ("split", "<u4"),
+        ("num_pairs", "<u4"),
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("cost", "<u8"),
+        ("key", "<u8", 2),  # blake2b of split and dialogue id, 16 bytes
+    ]
+)
+_KEYS_AT_ONCE = 1 << 21
 _TEMPLATE_CHARACTERS = 70
 """Characters of Eq. 1 around a candidate's text."""
 
 
+Batching = Literal["tree", "pairs"]
+"""How a teacher reads the prompts of a dialogue: as one prefix tree, or each on its own."""
+
+
+@dataclass(frozen=True)
+class PlanKind:
+    """What fixes a plan beside the corpus."""
+
+    work_hash: str
+    num_shards: int
+    batching: Batching = "tree"
+
+
+class PlanRecord(BaseModel):
+    """plan.json; `starts` has one more item than there are shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    work_hash: str
+    batching: Batching
+    entries_sha256: str
+    starts: tuple[int, ...]
+    pairs: tuple[int, ...]
+    costs: tuple[int, ...]
+    pairs_by_split: dict[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedDialogue:
-    """One dialogue of a shard; `position` is its place in the file, `cost` its prompt tree in characters."""
+    """One dialogue of a shard with the pairs that are labelled."""
 
     split: str
-    position: int
-    dialogue: Dialogue
-    num_pairs: int
-    cost: int
-
-    def pairs(self) -> list[Pair]:
-        """The pairs that are labelled."""
-        return pairs_of(self.dialogue, EXPORT_UNIVERSE)
+    pairs: list[Pair]
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The work of one shard file; dialogues by split and position."""
+class Plan:
+    """A plan on disk and the corpus it is of."""
 
-    index: int
-    dialogues: tuple[PlannedDialogue, ...]
+    def __init__(self, directory: Path, record: PlanRecord, sources: Mapping[str, Source]) -> None:
+        self.record = record
+        self._entries = directory / ENTRIES_NAME
+        self._sources = sources
+
+    @property
+    def num_shards(self) -> int:
+        """As configured; some may be empty."""
+        return len(self.record.pairs)
 
     @property
     def num_pairs(self) -> int:
-        """Rows of the shard."""
-        return sum(planned.num_pairs for planned in self.dialogues)
+        """Rows of all shards."""
+        return sum(self.record.pairs)
 
-    @property
-    def cost(self) -> int:
-        """Characters of its prompt trees."""
-        return sum(planned.cost for planned in self.dialogues)
+    def entries(self, shard: int) -> Iterator[np.void]:
+        """The ENTRYs of a shard, a block at a time in memory."""
+        start, end = self.record.starts[shard : shard + 2]
+        for first in range(start, end, BLOCK_DIALOGUES):
+            yield from _read_entries(self._entries, first, min(BLOCK_DIALOGUES, end - first))
 
-    def chunks(self, pairs_a_chunk: int) -> Iterator[list[PlannedDialogue]]:
+    def dialogues(self, shard: int) -> Iterator[PlannedDialogue]:
+        """The dialogues of a shard in order, each read when it is asked for. Raises CorpusError for a changed file."""
+        for entry in self.entries(shard):
+            split = SPLITS[entry["split"]]
+            dialogue = self._sources[split].read((int(entry["offset"]), int(entry["length"])))
+            pairs = pairs_of(dialogue, EXPORT_UNIVERSE)
+            if len(pairs) != entry["num_pairs"] or _key(split, dialogue) != tuple(entry["key"].tolist()):
+                raise CorpusError(
+                    f"dialogue {dialogue.id} of the split {split}: the corpus changed since its shards were planned; "
+                    "put the file back, or choose another output"
+                )
+            yield PlannedDialogue(split, pairs)
+
+    def chunks(self, shard: int, pairs_a_chunk: int) -> Iterator[list[PlannedDialogue]]:
         """Whole dialogues, in order, about so many pairs at a time: what is scored at once."""
         chunk: list[PlannedDialogue] = []
         num_pairs = 0
-        for planned in self.dialogues:
+        for planned in self.dialogues(shard):
             chunk.append(planned)
-            num_pairs += planned.num_pairs
+            num_pairs += len(planned.pairs)
             if num_pairs >= pairs_a_chunk:
                 yield chunk
                 chunk, num_pairs = [], 0
@@ -64,36 +138,50 @@ class Shard:
             yield chunk
 
 
-def read_splits(config: CorpusConfig) -> dict[str, list[Dialogue]]:
-    """The labelled dialogues by split; the training split as `training_dialogues` gives it. Raises CorpusError."""
-    evaluated = {"valid": config.valid, "test": config.test}
-    return {
-        "train": training_dialogues(config),
-        **{
-            split: list(read_split(config, path).dialogues)
-            for split, path in evaluated.items()
-            if path is not None
-        },
-    }
+def batching_of(teacher: Manifest) -> Batching:
+    """How a teacher reads prompts, as its manifest says; a tree where that says nothing."""
+    return "pairs" if teacher.details.get("batching") == "pairs" else "tree"
 
 
-def plan_shards(splits: Mapping[str, Sequence[Dialogue]], num_shards: int) -> tuple[Shard, ...]:
-    """Every dialogue in exactly one shard, shards of like cost (longest first, into the lightest shard).
+def open_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) -> Plan | None:
+    """The plan that lies in a directory, or None where there is none of this kind or it is damaged."""
+    try:
+        record = PlanRecord.model_validate(read_checked(directory / PLAN_NAME))
+        whole = sha256_of_file(directory / ENTRIES_NAME) == record.entries_sha256
+    except (FileNotFoundError, ValidationError):
+        return None
+    if not whole or PlanKind(record.work_hash, len(record.pairs), record.batching) != kind:
+        return None
+    return Plan(directory, record, sources)
+
+
+def make_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) -> Plan:
+    """Plan every dialogue into exactly one shard, shards of like cost, and put the plan in place by rename.
 
     A dialogue without pairs is left out; with fewer dialogues than shards some shards are empty.
-    Raises CorpusError where an id stands twice in one split (the same id in two splits is fine).
+    Raises CorpusError for a faulty corpus, or where an id stands twice in one split (in two splits is fine).
     """
-    planned = [item for split in SPLITS for item in _planned(split, splits.get(split, ()))]
-    loads = [(0, index) for index in range(num_shards)]
-    contents: list[list[PlannedDialogue]] = [[] for _ in range(num_shards)]
-    for item in sorted(planned, key=lambda item: (-item.cost, SPLITS.index(item.split), item.position)):
-        load, index = heapq.heappop(loads)
-        contents[index].append(item)
-        heapq.heappush(loads, (load + item.cost, index))
-    return tuple(
-        Shard(index, tuple(sorted(content, key=lambda item: (SPLITS.index(item.split), item.position))))
-        for index, content in enumerate(contents)
-    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".tmp", dir=directory.parent))
+    try:
+        record = _write_plan(temporary, kind, sources)
+        if directory.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if (found := open_plan(directory, kind, sources)) is None:
+                raise
+            return found  # another worker was quicker
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Plan(directory, record, sources)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what workers that were killed left of their plans."""
+    for leftover in directory.parent.glob(f"{directory.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def tree_characters(pairs: Sequence[Pair]) -> int:
@@ -111,14 +199,134 @@ def tree_characters(pairs: Sequence[Pair]) -> int:
     return history + clauses + candidates
 
 
-def _planned(split: str, dialogues: Sequence[Dialogue]) -> Iterator[PlannedDialogue]:
-    seen: set[str] = set()
-    for position, dialogue in enumerate(dialogues):
-        if dialogue.id in seen:
+def prompt_characters(pairs: Sequence[Pair]) -> int:
+    """Characters of all prompts of a dialogue, each whole: history, the target's clause, the candidate's clause."""
+    if not pairs:
+        return 0
+    lengths = [len(u.text) for u in pairs[0].dialogue.utterances]
+    before = [0, *itertools.accumulate(lengths)]
+    return sum(before[pair.target] + lengths[pair.candidate - 1] + _TEMPLATE_CHARACTERS for pair in pairs)
+
+
+_COSTS: dict[Batching, Callable[[Sequence[Pair]], int]] = {
+    "tree": tree_characters,
+    "pairs": prompt_characters,
+}
+
+
+def _write_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) -> PlanRecord:
+    num_shards = kind.num_shards
+    unsorted, shards_file = directory / "unsorted.bin", directory / "shards.bin"
+    counts, pairs = np.zeros(num_shards, np.int64), np.zeros(num_shards, np.int64)
+    loads = [(0, index) for index in range(num_shards)]
+    by_split = np.zeros(len(SPLITS), np.int64)
+    with unsorted.open("wb") as entries_file, shards_file.open("wb") as assigned_file:
+        for block in _blocks(sources, _COSTS[kind.batching]):
+            assigned = _assign(block["cost"], loads)
+            entries_file.write(block.tobytes())
+            assigned_file.write(assigned.tobytes())
+            np.add.at(counts, assigned, 1)
+            np.add.at(pairs, assigned, block["num_pairs"].astype(np.int64))
+            np.add.at(by_split, block["split"], block["num_pairs"].astype(np.int64))
+    _refuse_twins(unsorted, sources)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    _sort_by_shard(unsorted, shards_file, directory / ENTRIES_NAME, starts)
+    unsorted.unlink()
+    shards_file.unlink()
+    costs = {index: load for load, index in loads}
+    record = PlanRecord(
+        work_hash=kind.work_hash,
+        batching=kind.batching,
+        entries_sha256=sha256_of_file(directory / ENTRIES_NAME),
+        starts=tuple(starts.tolist()),
+        pairs=tuple(pairs.tolist()),
+        costs=tuple(costs[index] for index in range(num_shards)),
+        pairs_by_split={
+            split: int(count) for split, count in zip(SPLITS, by_split, strict=True) if split in sources
+        },
+    )
+    write_checked(directory / PLAN_NAME, record.model_dump(mode="json"))
+    return record
+
+
+def _blocks(sources: Mapping[str, Source], cost_of: Callable[[Sequence[Pair]], int]) -> Iterator[np.ndarray]:
+    """The ENTRYs of all dialogues with pairs, by split and place, a block at a time."""
+    held: list[tuple[int, int, int, int, int, tuple[int, int]]] = []
+    for number, split in enumerate(SPLITS):
+        if split not in sources:
+            continue
+        for (offset, length), dialogue in sources[split].scan():
+            if pairs := pairs_of(dialogue, EXPORT_UNIVERSE):
+                key = _key(split, dialogue)
+                held.append((number, len(pairs), offset, length, cost_of(pairs), key))
+            if len(held) == BLOCK_DIALOGUES:
+                yield np.array(held, dtype=ENTRY)
+                held = []
+    if held:
+        yield np.array(held, dtype=ENTRY)
+
+
+def _assign(costs: np.ndarray, loads: list[tuple[int, int]]) -> np.ndarray:
+    """The shard of each dialogue of a block, (n,) uint32; `loads`, a heap of (cost, shard), is brought up to date."""
+    assigned = np.zeros(len(costs), np.uint32)
+    for item in np.argsort(-costs.astype(np.int64), kind="stable"):
+        load, shard = loads[0]
+        assigned[item] = shard
+        heapq.heapreplace(loads, (load + int(costs[item]), shard))
+    return assigned
+
+
+def _sort_by_shard(unsorted: Path, shards_file: Path, target: Path, starts: np.ndarray) -> None:
+    """Write the entries by shard, each shard's in the order they had: a counting sort, a block in memory."""
+    cursors = starts[:-1].copy()
+    with target.open("wb") as file:
+        for first in range(0, int(starts[-1]), BLOCK_DIALOGUES):
+            block = _read_entries(unsorted, first, BLOCK_DIALOGUES)
+            assigned = np.fromfile(shards_file, np.uint32, BLOCK_DIALOGUES, offset=first * 4)
+            order = np.argsort(assigned, kind="stable")
+            present, firsts = np.unique(assigned[order], return_index=True)
+            for shard, part in zip(present, np.split(block[order], firsts[1:]), strict=True):
+                file.seek(int(cursors[shard]) * ENTRY.itemsize)
+                file.write(part.tobytes())
+                cursors[shard] += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refuse_twins(entries: Path, sources: Mapping[str, Source]) -> None:
+    """Raise CorpusError where a dialogue id stands twice in one split; keys are compared a bucket at a time."""
+    total = entries.stat().st_size // ENTRY.itemsize
+    num_buckets = 1 + total // _KEYS_AT_ONCE
+    for bucket in range(num_buckets):
+        parts = []
+        for first in range(0, total, BLOCK_DIALOGUES):
+            keys = _read_entries(entries, first, BLOCK_DIALOGUES)["key"]
+            parts.append(keys[keys[:, 0] % np.uint64(num_buckets) == bucket])
+        if not parts:
+            continue
+        keys = np.concatenate(parts)
+        keys = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
+        twins = np.flatnonzero((keys[1:] == keys[:-1]).all(axis=1))
+        if len(twins):
+            _name_twin(entries, keys[twins[0]], sources)
+
+
+def _name_twin(entries: Path, key: np.ndarray, sources: Mapping[str, Source]) -> None:
+    total = entries.stat().st_size // ENTRY.itemsize
+    for first in range(0, total, BLOCK_DIALOGUES):
+        block = _read_entries(entries, first, BLOCK_DIALOGUES)
+        for item in block[(block["key"] == key).all(axis=1)]:
+            split = SPLITS[item["split"]]
+            dialogue = sources[split].read((int(item["offset"]), int(item["length"])))
             raise CorpusError(
                 f"dialogue {dialogue.id}: stands twice in the split {split}, ids must be unique"
             )
-        seen.add(dialogue.id)
-        pairs = pairs_of(dialogue, EXPORT_UNIVERSE)
-        if pairs:
-            yield PlannedDialogue(split, position, dialogue, len(pairs), tree_characters(pairs))
+
+
+def _read_entries(path: Path, first: int, count: int) -> np.ndarray:
+    return np.fromfile(path, ENTRY, count, offset=first * ENTRY.itemsize)
+
+
+def _key(split: str, dialogue: Dialogue) -> tuple[int, int]:
+    digest = hashlib.blake2b(f"{split}\0{dialogue.id}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")

@@ -22,7 +22,8 @@ CHECKPOINT_NAME = "checkpoint.pt"
 class Progress:
     """Where training stands: next batch of an epoch, steps taken, what was measured.
 
-    `sums` holds this rank's sums of the epoch's losses over pairs, float64; `seconds` the epoch's training so far.
+    `sums` holds the sums of the epoch's losses over pairs, float64: this rank's in training, those of all ranks in a
+    checkpoint; `seconds` the epoch's training so far.
     """
 
     sums: torch.Tensor
@@ -62,7 +63,7 @@ def load_checkpoint(
 ) -> Progress | None:
     """Load model and optimizer in place and return the progress; None where there is no checkpoint.
 
-    Raises ArtifactError for a checkpoint of another config, or a damaged one.
+    Raises ArtifactError for a checkpoint of another config or version, or a damaged one.
     """
     path = directory / CHECKPOINT_NAME
     if not path.is_file():
@@ -79,9 +80,15 @@ def load_checkpoint(
         raise ArtifactError(
             f"{directory}: holds the unfinished training of another config; remove it or choose another output"
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Progress(**values)
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return Progress(**values)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(
+            f"{path}: written by another version of kdecs ({reason}); remove it to train anew"
+        ) from None
 
 
 def remove_checkpoint(directory: Path) -> None:

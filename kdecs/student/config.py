@@ -2,11 +2,14 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdecs.config import Config, InputPath, ModelReference, Name, Optimization, OutputPath, Unhashed
 from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.prompts import PROMPT_VERSION
+from kdecs.corpus.schema import KNOWN_EMOTIONS
+
+Mode = Literal["kd", "joint", "cls", "span_only"]
 
 
 class StudentModel(Config):
@@ -17,24 +20,92 @@ class StudentModel(Config):
         default="position", description="position: Eq. 8-9 as written; pointer: a query against each token"
     )
     max_prompt_tokens: int = Field(default=512, ge=32)
+    history_utterances: int | None = Field(
+        default=None, ge=0, description="keep only the last k utterances before the target; null: all"
+    )
+    given_emotions: Literal["none", "fine", "coarse"] = Field(
+        default="none",
+        description="Table 6: the target's gold emotion stands in the prompt, as it is (fine) or mapped (coarse), "
+        "and is not predicted",
+    )
+    priors: Literal["none", "training"] = Field(
+        default="none",
+        description="training: biases by distance, span edge and emotion that begin at the training pairs' "
+        "frequencies, so that a student begins at the distance rule",
+    )
     stand_ins: dict[str, str] = Field(
         default_factory=dict, description="emotion -> single-token word, where the emotion's own word splits"
     )
 
+    @field_validator("stand_ins")
+    @classmethod
+    def _are_for_emotions(cls, stand_ins: dict[str, str]) -> dict[str, str]:
+        if unknown := sorted(set(stand_ins) - KNOWN_EMOTIONS):
+            raise ValueError(f"{unknown[0]} is no emotion; known: {', '.join(sorted(KNOWN_EMOTIONS))}")
+        return stand_ins
+
+
+class Teacher(Config):
+    """One of several teachers of a student."""
+
+    labels: InputPath
+    weight: float = Field(default=1.0, gt=0, description="its part in the mixture, before weighting")
+
 
 class Distillation(Config):
-    """Eq. 12-13. Mode kd needs labels; joint (w/o KD) is hard cross-entropy on mask_cau, weight 1."""
+    """What is learnt of causes at utterance level, beside emotion and span.
 
-    mode: Literal["kd", "joint"] = "kd"
+    kd: Eq. 12-13 from soft labels. joint (w/o KD): hard cross-entropy on mask_cau, weight 1. cls (w/o
+    connectives): a binary classifier on the first token. span_only (w/o mask_cau): nothing.
+    """
+
+    mode: Mode = "kd"
     labels: InputPath | None = Field(default=None, description="soft-label directory of the teacher")
+    teachers: tuple[Teacher, ...] = Field(
+        default=(), description="several teachers in place of `labels`: their distributions are mixed"
+    )
     alpha: float = Field(default=0.6, ge=0, le=1)
     temperature: float = Field(default=2.0, gt=0)
+    teacher_weighting: Literal["uniform", "correct", "confidence"] = Field(
+        default="uniform",
+        description="what a teacher counts for a pair whose gold is known: 1; 1 if it is right, else 0; its p(gold)",
+    )
+    dynamic: Literal["none", "temperature", "weight"] = Field(
+        default="none",
+        description="by the gap g in [0, 1] of student and teacher: temperature x (1 + g), or weight x (1 - g)",
+    )
+    hard_weight: float = Field(
+        default=0.0, ge=0, description="mode kd: weight of the hard cross-entropy on mask_cau beside Eq. 13"
+    )
+    hard_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Figure 3: share of the training dialogues whose gold labels are used (nested by seed)",
+    )
+    outside_share: Literal["distil", "drop"] = Field(
+        default="distil",
+        description="mode kd, pairs outside hard_share: trained on L_KD alone, or left out (as in other modes)",
+    )
 
     @model_validator(mode="after")
-    def _kd_needs_labels(self) -> "Distillation":
-        if self.mode == "kd" and self.labels is None:
+    def _fits_the_mode(self) -> "Distillation":
+        if self.mode == "kd" and self.labels is None and not self.teachers:
             raise ValueError("mode kd needs labels, a soft-label directory; mode joint works without")
+        if self.labels is not None and self.teachers:
+            raise ValueError("labels and teachers exclude each other: name every teacher in teachers")
+        if self.mode != "kd":
+            for name in ("teacher_weighting", "dynamic", "hard_weight"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} needs mode kd, found mode {self.mode}")
         return self
+
+    @property
+    def used_teachers(self) -> tuple[Teacher, ...]:
+        """The teachers that this mode reads: none, the one of `labels`, or several."""
+        if self.mode != "kd":
+            return ()
+        return self.teachers or (Teacher(labels=self.labels),)  # type: ignore[arg-type]
 
 
 class StudentBatches(Config):
@@ -53,18 +124,53 @@ class StudentConfig(Config):
     output: OutputPath
     cache: OutputPath = Field(description="tokenised corpus and label files, shared by all trials of a node")
     corpus: CorpusConfig
+    task: Literal["ecspe", "ecpe"] = Field(
+        default="ecspe",
+        description="ecspe: emotions and cause spans; ecpe: emotions and cause utterances, no L_span, "
+        "chosen by macro F1 at utterance level",
+    )
     model: StudentModel
     distillation: Distillation
     batches: StudentBatches = StudentBatches()
     optimization: Optimization = Optimization(learning_rate=1e-5, weight_decay=0.01, epochs=10)
+    head_rate_factor: float = Field(
+        default=1.0, gt=0, description="learning rate of span heads and priors, in multiples of the encoder's"
+    )
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: Annotated[bool, Unhashed()] = Field(
+        default=False, description="torch.compile of the encoder: pays on GPUs over many epochs"
+    )
     patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without gain"
     )
     neutral_share: float = Field(
         default=1.0, gt=0, le=1, description="share of the pairs (i, i) of neutral targets in training"
     )
-    emotion_weight: Literal["pair", "target"] = Field(
-        default="pair", description="what weighs the same in L_emo: every pair (Eq. 10), or every target"
+    emotion_weight: Literal["pair", "target", "own"] = Field(
+        default="pair",
+        description="what weighs the same in L_emo: every pair (Eq. 10); every target, over its pairs; "
+        "own: every target, at its pair (i, i) alone, where emotions are decided",
+    )
+    neutral_decision: Literal["argmax", "balanced", "macro_f1"] = Field(
+        default="argmax",
+        description="when a target is neutral: the likeliest emotion; or after an offset to neutral's log-probability "
+        "that is chosen on validation for the mean of macro F1 and emotion accuracy, or for macro F1 alone",
+    )
+    threshold_for: Literal["span", "utterance", "both"] = Field(
+        default="span",
+        description="whose macro F1 the threshold of a cause serves on validation (task ecpe: utterance); both: "
+        "their mean. An epoch is chosen by macro F1 of spans all the same",
     )
     threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="0: the library's choice")
+
+    @model_validator(mode="after")
+    def _task_has_a_cause(self) -> "StudentConfig":
+        if self.task == "ecpe" and self.distillation.mode == "span_only":
+            raise ValueError("task ecpe has no span loss, and mode span_only nothing else to find causes by")
+        if self.model.given_emotions == "coarse" and self.corpus.emotions == "coarse":
+            raise ValueError(
+                "model.given_emotions coarse maps fine labels, and corpus.emotions coarse has none"
+            )
+        if self.model.given_emotions != "none" and self.neutral_decision != "argmax":
+            raise ValueError("neutral_decision needs predicted emotions, and model.given_emotions gives them")
+        return self

@@ -25,21 +25,32 @@ from kdecs.student.threshold import PairGains
 class PairScores:
     """A student's view of P pairs: emotion log-probabilities, cause scores in [0, 1], best spans.
 
-    `span_P2` holds the first and last token of the best span, 1-based within u_j's copy.
+    `span_P2` holds the first and last token of the best span, 1-based within u_j's copy. `emotion_PE` is None for
+    a student that is given the emotions, `span_P2` for one that finds no spans (task ecpe).
     """
 
-    emotion_PE: npt.NDArray[np.float32]
+    emotion_PE: npt.NDArray[np.float32] | None
     cause_P: npt.NDArray[np.float32]
-    span_P2: npt.NDArray[np.int64]
+    span_P2: npt.NDArray[np.int64] | None
 
 
 def cause_scores(output: StudentOutput) -> Tensor:
-    """Mean of p(a causal word) and 1 - p(no span), the latter the geometric mean of start and end. Shape (B,)."""
-    causal_B = functional.softmax(output.connective_BA.float(), dim=-1)[:, :NUM_CAUSAL].sum(dim=-1)
-    no_start_B = functional.log_softmax(output.start_BS, dim=-1)[:, 0]
-    no_end_B = functional.log_softmax(output.end_BS, dim=-1)[:, 0]
-    has_span_B = -torch.expm1((no_start_B + no_end_B) / 2)
-    return (causal_B + has_span_B) / 2
+    """The mean of what the mode has of p(cause) and 1 - p(no span). Shape (B,).
+
+    p(cause): that of the causal words at mask_cau, or the classifier's. p(no span): the geometric mean of start
+    and end.
+    """
+    scores = []
+    if output.connective_BA is not None:
+        words_BA = functional.softmax(output.connective_BA.float(), dim=-1)
+        scores.append(words_BA[:, :NUM_CAUSAL].sum(dim=-1))
+    if output.classifier_B2 is not None:
+        scores.append(functional.softmax(output.classifier_B2.float(), dim=-1)[:, 1])
+    if output.start_BS is not None and output.end_BS is not None:
+        no_start_B = functional.log_softmax(output.start_BS, dim=-1)[:, 0]
+        no_end_B = functional.log_softmax(output.end_BS, dim=-1)[:, 0]
+        scores.append(-torch.expm1((no_start_B + no_end_B) / 2))
+    return torch.stack(scores).mean(dim=0)
 
 
 def best_spans(start_BS: Tensor, end_BS: Tensor) -> Tensor:
@@ -63,17 +74,19 @@ def score_pairs(
     on_batch: Callable[[int], object] | None = None,
 ) -> PairScores:
     """Scores of pairs 0 … num_pairs - 1; `batches` gives the places of a batch's pairs and its prompts."""
-    emotion_PE = np.zeros((num_pairs, model.num_emotions), dtype=np.float32)
+    emotion_PE = np.zeros((num_pairs, model.num_emotions), np.float32) if model.outputs.emotions else None
     cause_P = np.zeros(num_pairs, dtype=np.float32)
-    span_P2 = np.zeros((num_pairs, 2), dtype=np.int64)
+    span_P2 = np.zeros((num_pairs, 2), dtype=np.int64) if model.outputs.spans else None
     was_training = model.training
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
         for places, batch in batches:
             output = model(batch.to(device))
-            emotion_PE[places] = functional.log_softmax(output.emotion_BE.float(), dim=-1).cpu().numpy()
+            if emotion_PE is not None:
+                emotion_PE[places] = functional.log_softmax(output.emotion_BE.float(), dim=-1).cpu().numpy()
             cause_P[places] = cause_scores(output).cpu().numpy()
-            span_P2[places] = best_spans(output.start_BS, output.end_BS).cpu().numpy()
+            if span_P2 is not None:
+                span_P2[places] = best_spans(output.start_BS, output.end_BS).cpu().numpy()
             if on_batch:
                 on_batch(len(places))
     model.train(was_training)
@@ -90,8 +103,11 @@ def target_emotions(
     target_of_P: Ints,
     is_own_P: npt.NDArray[np.bool_],
     emotions: Sequence[str],
+    neutral_offset: float = 0.0,
 ) -> list[str]:
     """The emotion of each target 0 … max(target_of_P): argmax of the log-probabilities at its own pair (i, i).
+
+    `neutral_offset` is added to neutral's log-probability first.
 
     Where (i, i) is not among the pairs: of their mean over the target's pairs. Not of the mean in general, since
     which other pairs a scored target has tells whether it is neutral: in training and in fold1 + neutral only
@@ -103,6 +119,9 @@ def target_emotions(
     counts_P = is_own_P | ~has_own[target_of_P]
     sums = np.zeros((num_targets, len(emotions)), dtype=np.float64)
     np.add.at(sums, target_of_P[counts_P], emotion_PE[counts_P])
+    if NEUTRAL in emotions:
+        sums /= np.bincount(target_of_P[counts_P], minlength=num_targets)[:, None]
+        sums[:, list(emotions).index(NEUTRAL)] += neutral_offset
     return [emotions[index] for index in sums.argmax(axis=1)]
 
 
@@ -119,7 +138,7 @@ def span_characters(offsets_M2: Ints, span: Sequence[int]) -> tuple[int, int]:
 
 def pair_gains(
     cause_P: npt.NDArray[np.float32],
-    emotion_of_pair: Sequence[str],
+    emotion_of_pair: Sequence[str | None],
     gold_spans: Sequence[Sequence[str]],
     predicted_spans: Sequence[str],
 ) -> PairGains:

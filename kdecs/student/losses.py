@@ -4,6 +4,7 @@ Legend: B pairs, E emotions, A answer words of the connective, S span places (in
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,14 +41,50 @@ def connective_loss(logits_BA: Tensor, is_cause_B: Tensor) -> Tensor:
     return -torch.where(is_cause_B.bool(), causal_B, other_B)
 
 
-def distillation_loss(teacher_BA: Tensor, student_BA: Tensor, temperature: float) -> Tensor:
+def classifier_loss(logits_B2: Tensor, is_cause_B: Tensor) -> Tensor:
+    """Cross-entropy of the binary classifier on the first token (Table 5, w/o connectives). Shape (B,)."""
+    return functional.cross_entropy(logits_B2.float(), is_cause_B, reduction="none")
+
+
+def distillation_loss(teacher_BA: Tensor, student_BA: Tensor, temperature: float | Tensor) -> Tensor:
     """Eq. 12, L_KD a pair: Σ_a q_t log(q_t / q_s), q = softmax(logits / τ) over the answer words. Shape (B,).
 
-    Logits are raw (τ = 1). The factor τ² is not in here: it belongs to the sum (`total_loss`).
+    Logits are raw (τ = 1); `temperature` is a number, or one a pair (B,). The factor τ² is not in here: it belongs
+    to the sum (`total_loss`).
     """
-    log_t_BA = functional.log_softmax(teacher_BA.float() / temperature, dim=-1)
-    log_s_BA = functional.log_softmax(student_BA.float() / temperature, dim=-1)
+    tau = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    log_t_BA = functional.log_softmax(teacher_BA.float() / tau, dim=-1)
+    log_s_BA = functional.log_softmax(student_BA.float() / tau, dim=-1)
     return functional.kl_div(log_s_BA, log_t_BA, reduction="none", log_target=True).sum(dim=-1)
+
+
+def teacher_gap(teacher_BA: Tensor, student_BA: Tensor) -> Tensor:
+    """How far a student is from its teacher: the total variation ½ Σ_a |q_t - q_s| at τ = 1, in [0, 1]. Shape (B,).
+
+    No gradient passes: it steers the distillation, it is not learnt.
+    """
+    q_t_BA = functional.softmax(teacher_BA.float(), dim=-1)
+    q_s_BA = functional.softmax(student_BA.detach().float(), dim=-1)
+    return (q_t_BA - q_s_BA).abs().sum(dim=-1) / 2
+
+
+def dynamic_distillation_loss(
+    teacher_BA: Tensor,
+    student_BA: Tensor,
+    temperature: float,
+    dynamic: Literal["none", "temperature", "weight"],
+) -> Tensor:
+    """L_KD a pair, steered by the gap g of student and teacher (`teacher_gap`). Shape (B,).
+
+    none: Eq. 12. temperature: Eq. 12 at τ' = τ (1 + g), times (τ'/τ)², so that the sum's τ² makes it τ'²: what the
+    student is far from is softened. weight: (1 - g) times Eq. 12: what it cannot follow yet counts less.
+    """
+    if dynamic == "none":
+        return distillation_loss(teacher_BA, student_BA, temperature)
+    gap_B = teacher_gap(teacher_BA, student_BA)
+    if dynamic == "weight":
+        return (1 - gap_B) * distillation_loss(teacher_BA, student_BA, temperature)
+    return (1 + gap_B) ** 2 * distillation_loss(teacher_BA, student_BA, temperature * (1 + gap_B))
 
 
 def batch_mean(values_B: Tensor, weights_B: Tensor, count: float, world_size: int = 1) -> Tensor:
@@ -61,19 +98,26 @@ def batch_mean(values_B: Tensor, weights_B: Tensor, count: float, world_size: in
 
 @dataclass(frozen=True)
 class LossParts:
-    """Batch means of the parts; the one that a mode does not use is None."""
+    """Batch means of the parts; None: a part that the mode does not use.
 
-    emotion: Tensor
-    span: Tensor
+    `cause` is the hard loss of the pair's cause: of mask_cau, or of the classifier on the first token.
+    """
+
+    emotion: Tensor | None = None
+    span: Tensor | None = None
     distillation: Tensor | None = None
-    connective: Tensor | None = None
+    cause: Tensor | None = None
 
 
-def total_loss(parts: LossParts, *, alpha: float, temperature: float) -> Tensor:
-    """Eq. 13: L = α (L_emo + L_span) + (1 - α) τ² L_KD; without L_KD (w/o KD): the hard loss of mask_cau, weight 1."""
-    loss = alpha * (parts.emotion + parts.span)
+def total_loss(parts: LossParts, *, alpha: float, temperature: float, cause_weight: float = 1.0) -> Tensor:
+    """Eq. 13: L = α (L_emo + L_span) + (1 - α) τ² L_KD + cause_weight · L_cause, over the parts that there are.
+
+    With distillation `cause_weight` is 0 as in the paper, or the weight of a hard-label mix; without it (Table 5)
+    it is 1.
+    """
+    terms: list[Tensor] = [alpha * part for part in (parts.emotion, parts.span) if part is not None]
     if parts.distillation is not None:
-        loss = loss + (1 - alpha) * temperature**2 * parts.distillation
-    if parts.connective is not None:
-        loss = loss + parts.connective
-    return loss
+        terms.append((1 - alpha) * temperature**2 * parts.distillation)
+    if parts.cause is not None:
+        terms.append(cause_weight * parts.cause)
+    return torch.stack(terms).sum()

@@ -3,12 +3,12 @@
 Legend: B prompts, T tokens, H hidden, E emotions, A connective answer words, M tokens of u_j's copy,
 S = M + 1 span places (0 = no span), L longest prompt.
 
-The head of the language model sees only the states at the two word masks, and only the answer rows of the
-output embedding are multiplied.
+The head of the language model sees only the states at the word masks, and only the answer rows of the output
+embedding are multiplied. Which outputs there are is the mode's (`Outputs`): Eq. 13's, or those of the ablations.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,35 +18,61 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.errors import ModelError
+from kdecs.student.priors import Priors
+from kdecs.student.quiet import without_progress_bars, without_reports
+
+logger = logging.getLogger(__name__)
 
 SpanHeadName = Literal["position", "pointer"]
+CauseBy = Literal["connective", "cls", "none"]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a student predicts beside its spans: the cause from mask_cau, from the first token, or not at all."""
+
+    cause_by: CauseBy = "connective"
+    emotions: bool = True
+    spans: bool = True
+    priors: bool = False
 
 
 class Batch(NamedTuple):
-    """Tensors of B prompts, int64 but for the bool `candidate_mask_BM`; `candidate_BM`: positions of u_j's tokens."""
+    """Tensors of B prompts, int64 but for the bool `candidate_mask_BM`; `candidate_BM`: positions of u_j's tokens.
+
+    A mask that the prompt has not is at position 0.
+    """
 
     token_ids_BT: Tensor
     attention_BT: Tensor
     masks_B4: Tensor  # positions of mask_emo, mask_cau, mask_st, mask_ed
     candidate_BM: Tensor
     candidate_mask_BM: Tensor
+    distance_B: Tensor  # i - j
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; copies do not wait for each other."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """The same batch on a device; to a GPU without waiting for it."""
+        return Batch(*(on_device(tensor, device) for tensor in self))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. To a GPU from pinned memory: from other memory a copy waits for what runs there."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class StudentOutput(NamedTuple):
-    """Raw logits; places beyond a prompt's own tokens are -inf in the span logits."""
+    """Raw logits, None for what a mode does not predict; places beyond a prompt's tokens are -inf in spans."""
 
-    emotion_BE: Tensor
-    connective_BA: Tensor
-    start_BS: Tensor
-    end_BS: Tensor
+    emotion_BE: Tensor | None
+    connective_BA: Tensor | None
+    start_BS: Tensor | None
+    end_BS: Tensor | None
+    classifier_B2: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,25 +126,46 @@ class PointerSpanHead(nn.Module):
 
 
 class StudentModel(nn.Module):
-    """Any AutoModelForMaskedLM encoder with its head at the masks, and span heads of its own."""
+    """Any AutoModelForMaskedLM encoder with its head at the masks, and heads of its own (`heads`)."""
 
     def __init__(
-        self, language_model: Any, answers: AnswerIds, *, span_head: SpanHeadName, max_prompt_tokens: int
+        self,
+        language_model: Any,
+        answers: AnswerIds,
+        *,
+        span_head: SpanHeadName,
+        max_prompt_tokens: int,
+        outputs: Outputs = Outputs(),
     ) -> None:
         super().__init__()
         self.language_model = language_model
+        self.outputs = outputs
         self.num_emotions = len(answers.emotions)
         hidden_size = language_model.config.hidden_size
-        self.span_head: PositionSpanHead | PointerSpanHead = (
-            PositionSpanHead(hidden_size, max_prompt_tokens)
-            if span_head == "position"
-            else PointerSpanHead(hidden_size)
-        )
+        self.span_head: PositionSpanHead | PointerSpanHead | None = None
+        if outputs.spans:
+            self.span_head = (
+                PositionSpanHead(hidden_size, max_prompt_tokens)
+                if span_head == "position"
+                else PointerSpanHead(hidden_size)
+            )
+        self.classifier = nn.Linear(hidden_size, 2) if outputs.cause_by == "cls" else None
+        self.priors = _priors(answers, outputs) if outputs.priors else None
+        if self.priors is not None:  # nothing but the priors speaks at first
+            for head in (self.span_head, self.classifier):
+                for parameter in () if head is None else head.parameters():
+                    nn.init.zeros_(parameter)
         for name, ids in (("emotion_ids", answers.emotions), ("connective_ids", answers.connectives)):
             self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         self.emotion_ids: Tensor
         self.connective_ids: Tensor
         _check_head(language_model)
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """The modules beside the language model, by name: what `heads.safetensors` holds."""
+        found = {"span": self.span_head, "classifier": self.classifier, "priors": self.priors}
+        return {name: module for name, module in found.items() if module is not None}
 
     def forward(self, batch: Batch) -> StudentOutput:
         """Logits at the masks for a batch of prompts."""
@@ -126,15 +173,46 @@ class StudentModel(nn.Module):
         hidden_BTH = encoder(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT)[0]
         index = batch.masks_B4.unsqueeze(-1).expand(-1, -1, hidden_BTH.size(-1))
         masks_B4H = hidden_BTH.gather(1, index)
-        words_B2H = head_states(self.language_model, masks_B4H[:, :2])
+        emotion_BE, connective_BA = self._words(masks_B4H)
+        start_BS, end_BS = self._spans(batch, masks_B4H, hidden_BTH)
+        classifier_B2 = None
+        if self.classifier is not None:
+            classifier_B2 = self.classifier(hidden_BTH[:, 0]).float()
+        if self.priors is not None:
+            emotion_BE, connective_BA, classifier_B2 = self.priors.shifted(
+                emotion_BE, connective_BA, classifier_B2, batch.distance_B
+            )
+        return StudentOutput(emotion_BE, connective_BA, start_BS, end_BS, classifier_B2)
+
+    def _words(self, masks_B4H: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of the emotion words at mask_emo and of the connectives at mask_cau: the head's work is shared."""
+        wanted = [
+            (place, ids)
+            for place, ids, is_wanted in (
+                (0, self.emotion_ids, self.outputs.emotions),
+                (1, self.connective_ids, self.outputs.cause_by == "connective"),
+            )
+            if is_wanted
+        ]
+        logits: list[Tensor | None] = [None, None]
+        if wanted:
+            states = head_states(self.language_model, masks_B4H[:, [place for place, _ in wanted]])
+            for number, (place, ids) in enumerate(wanted):
+                logits[place] = self._answer_logits(states[:, number], ids)
+        return logits[0], logits[1]
+
+    def _spans(
+        self, batch: Batch, masks_B4H: Tensor, hidden_BTH: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.span_head is None:
+            return None, None
         start_BS, end_BS = self.span_head(masks_B4H[:, 2], masks_B4H[:, 3], hidden_BTH, batch.candidate_BM)
+        start_BS, end_BS = start_BS.float(), end_BS.float()
+        if self.priors is not None:
+            shifts = self.priors.span_shift(batch.distance_B, batch.candidate_mask_BM)
+            start_BS, end_BS = start_BS + shifts[0], end_BS + shifts[1]
         absent_BS = functional.pad(~batch.candidate_mask_BM, (1, 0))
-        return StudentOutput(
-            emotion_BE=self._answer_logits(words_B2H[:, 0], self.emotion_ids),
-            connective_BA=self._answer_logits(words_B2H[:, 1], self.connective_ids),
-            start_BS=start_BS.float().masked_fill(absent_BS, -torch.inf),
-            end_BS=end_BS.float().masked_fill(absent_BS, -torch.inf),
-        )
+        return start_BS.masked_fill(absent_BS, -torch.inf), end_BS.masked_fill(absent_BS, -torch.inf)
 
     def _answer_logits(self, states_BH: Tensor, ids_A: Tensor) -> Tensor:
         decoder = self.language_model.get_output_embeddings()
@@ -165,18 +243,6 @@ def head_states(language_model: Any, states: Tensor) -> Tensor:
     )
 
 
-@contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep Transformers from drawing bars for its files: they take milliseconds and tear our own."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
-
-
 def load_tokenizer(reference: str) -> Any:
     """The base's fast tokenizer. Raises ModelError, one line, where it cannot be loaded."""
     try:
@@ -185,15 +251,30 @@ def load_tokenizer(reference: str) -> Any:
         raise ModelError(_not_loaded(reference, "tokenizer", error)) from None
 
 
-def load_language_model(reference: str | Path) -> Any:
-    """The base as a masked language model in float32, from safetensors. Raises ModelError, one line."""
+def load_language_model(reference: str | Path, *, has_head: bool = False, logs: bool = True) -> Any:
+    """The base as a masked language model in float32, from safetensors.
+
+    A base may come without the language model's head, unless it `has_head`: the head is then new, which is logged.
+    Raises ModelError, one line, where it cannot be loaded or lacks other weights.
+    """
     try:
-        with without_progress_bars():
-            return AutoModelForMaskedLM.from_pretrained(
-                str(reference), dtype=torch.float32, use_safetensors=True
+        with without_progress_bars(), without_reports():
+            model, report = AutoModelForMaskedLM.from_pretrained(
+                str(reference), dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_not_loaded(str(reference), "masked language model", error)) from None
+    encoder = f"{model.base_model_prefix}."
+    lacking = sorted(key for key in report["missing_keys"] if not key.startswith(f"{encoder}pooler."))
+    needed = [key for key in lacking if has_head or key.startswith(encoder)]
+    if needed:
+        raise ModelError(
+            f"{reference}: found no weights for {needed[0]} ({len(needed)} are missing), expected a whole "
+            f"{'student' if has_head else 'encoder'}; fetch or save it again"
+        )
+    if lacking and logs:
+        logger.warning("%s: no weights for the language model's head (%s): it is new", reference, lacking[0])
+    return model
 
 
 def student_answer_ids(
@@ -221,6 +302,15 @@ def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
         offset = getattr(table, "padding_idx", None)  # RoBERTa counts positions from padding_idx + 1
         limits.append(positions - (0 if offset is None else offset + 1))
     return min(limits)
+
+
+def _priors(answers: AnswerIds, outputs: Outputs) -> Priors:
+    return Priors(
+        len(answers.emotions) if outputs.emotions else 0,
+        len(answers.connectives) if outputs.cause_by == "connective" else 0,
+        has_cause=outputs.cause_by != "none",
+        has_spans=outputs.spans,
+    )
 
 
 def _check_head(language_model: Any) -> None:

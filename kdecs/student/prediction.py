@@ -2,11 +2,13 @@
 
 student = Student.from_pretrained("runs/demo/student")
 predictions = student.predict(dialogues)
+for dialogue, found in student.stream(dialogues):  # found: predictions, scores, characters of the spans
+    ...
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +18,23 @@ import torch
 
 from kdecs.artifact import check_whole
 from kdecs.corpus.encoding import PairEncoder
-from kdecs.corpus.pairs import Pair, Universe, candidate_pairs, pairs_of
+from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.student.batches import batches_of_tokens, encoded_batch
 from kdecs.student.inference import score_pairs, span_characters
 from kdecs.student.model import StudentModel
 from kdecs.student.product import StudentCard, load_student
+from kdecs.student.streaming import DEFAULT_BATCH_TOKENS, LongDialogues, PairPrediction, stream
 from kdecs.student.validation import decide, pair_emotions
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH_TOKENS = 8192
 _PAIRS_AT_ONCE = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class PairPrediction:
-    """A prediction with what stands behind it: the cause score in [0, 1] and the span's characters in u_j's text.
-
-    `span_range` is [start, end), None where the prediction is no cause.
-    """
-
-    prediction: Prediction
-    score: float
-    span_range: tuple[int, int] | None
-
-
 class Student:
-    """A trained student, ready to predict. Thread-safe only if calls do not overlap."""
+    """A trained student, ready to predict. Thread-safe: requests may overlap, each takes memory of its own."""
 
     def __init__(
         self, model: StudentModel, tokenizer: Any, card: StudentCard, *, device: torch.device, precision: str
@@ -53,7 +43,7 @@ class Student:
         self.card = card
         self.device = device
         self.precision = precision
-        self.encoder = PairEncoder(tokenizer, card.max_prompt_tokens)
+        self.encoder = PairEncoder(tokenizer, card.max_prompt_tokens, card.prompt)
         self._pad_id: int = tokenizer.pad_token_id or 0
 
     @classmethod
@@ -80,12 +70,30 @@ class Student:
     ) -> list[Prediction]:
         """Predictions for every pair j <= i of the dialogues, labelled or not, in order.
 
-        `max_distance` bounds i - j; `on_batch` is called with the number of pairs done.
+        `max_distance` bounds i - j; `on_batch` is called with the number of pairs done. Warns (`warnings.warn`) of
+        dialogues of more than 100 utterances.
         """
-        pairs = [pair for d in dialogues for pair in candidate_pairs(d, max_distance=max_distance)]
-        return [
-            found.prediction for found in self.detail(pairs, batch_tokens=batch_tokens, on_batch=on_batch)
-        ]
+        found = self.stream(
+            dialogues, max_distance=max_distance, batch_tokens=batch_tokens, on_batch=on_batch
+        )
+        return [item.prediction for _, items in found for item in items]
+
+    def stream(
+        self,
+        dialogues: Iterable[Dialogue],
+        *,
+        max_distance: int | None = None,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_batch: Callable[[int], object] | None = None,
+        on_warning: Callable[[str], object] = warnings.warn,
+    ) -> Iterator[tuple[Dialogue, list[PairPrediction]]]:
+        """Each dialogue with its predictions, their scores and the characters of their spans, as they are ready.
+
+        Dialogues are taken a group at a time: memory does not grow with their number. `on_warning` gets a line for
+        dialogues of more than 100 utterances.
+        """
+        watched = LongDialogues(max_distance, on_warning, bound="max_distance").watched(dialogues)
+        return stream(self, watched, max_distance=max_distance, batch_tokens=batch_tokens, on_batch=on_batch)
 
     def predict_pairs(
         self,
@@ -110,8 +118,7 @@ class Student:
         """Predictions with scores and character ranges, in the order of the pairs.
 
         The emotion of a target is decided at its pair (i, i), or over its pairs where that is not given.
-        Targets are never split, so memory
-        stays bounded by a few thousand pairs.
+        Prompts are encoded a few thousand at a time, and no target is split.
         """
         found: list[PairPrediction] = []
         for chunk in _whole_targets(pairs, _PAIRS_AT_ONCE):
@@ -143,15 +150,17 @@ class Student:
                 len(encoded),
                 self.card.max_prompt_tokens,
             )
-        ranges = [
-            span_characters(_offsets(pair.candidate_offsets), span)
-            for pair, span in zip(encoded, scores.span_P2, strict=True)
-        ]
+        ranges: list[tuple[int, int] | None] = [None] * len(pairs)
+        if scores.span_P2 is not None:
+            ranges = [
+                span_characters(_offsets(pair.candidate_offsets), span)
+                for pair, span in zip(encoded, scores.span_P2, strict=True)
+            ]
         texts = [
-            pair.dialogue.utterances[pair.candidate - 1].text[start:end]
-            for pair, (start, end) in zip(pairs, ranges, strict=True)
+            "" if place is None else pair.dialogue.utterances[pair.candidate - 1].text[slice(*place)]
+            for pair, place in zip(pairs, ranges, strict=True)
         ]
-        emotions = pair_emotions(scores, pairs, self.card.emotions)
+        emotions = pair_emotions(scores, pairs, self.card.emotions, self.card.neutral_offset)
         decided = decide(pairs, scores, emotions, texts, self.card.threshold)
         return [
             PairPrediction(prediction, float(score), place if prediction.is_cause else None)
@@ -163,12 +172,11 @@ def _whole_targets(pairs: Sequence[Pair], size: int) -> Iterable[list[Pair]]:
     """Chunks of about `size` pairs that split no target (pairs of a target stand together)."""
     chunk: list[Pair] = []
     for pair in pairs:
-        if len(chunk) >= size and (chunk[-1].target, chunk[-1].dialogue.id) != (
-            pair.target,
-            pair.dialogue.id,
-        ):
-            yield chunk
-            chunk = []
+        if len(chunk) >= size:
+            last = chunk[-1]
+            if last.dialogue is not pair.dialogue or last.target != pair.target:
+                yield chunk
+                chunk = []
         chunk.append(pair)
     if chunk:
         yield chunk

@@ -1,13 +1,15 @@
 """The product of a student's training, an artifact directory of kind student.
 
     model/              a Transformers masked language model (safetensors) with its tokenizer
-    heads.safetensors   the span head's tensors
+    heads.safetensors   the tensors of the heads beside the language model (span, classifier, priors)
     student.json        StudentCard: what a predictor needs to know
+    valid-predictions.jsonl   what these weights say of the validation pairs (kdecs.evaluation.predictions)
     config.json         the resolved config of the training
     metrics.jsonl       one JSON object an epoch
     manifest.json       details: metrics on validation, threshold, emotions, teacher
 
-Nothing here is unpickled.
+Nothing here is unpickled. The validation predictions are those that the best epoch was scored by; a student of an
+earlier version of kdecs has none.
 """
 
 import json
@@ -18,24 +20,31 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kdecs.artifact import atomic_path, write_json, write_manifest
 from kdecs.config import CONFIG_NAME
 from kdecs.corpus.answer_words import CONNECTIVES
-from kdecs.corpus.prompts import PROMPT_VERSION
+from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.errors import ArtifactError
 from kdecs.student.model import (
+    CauseBy,
+    Outputs,
     StudentModel,
     load_language_model,
     load_tokenizer,
     student_answer_ids,
-    without_progress_bars,
 )
+from kdecs.student.priors import PRIOR_NAMES
+from kdecs.student.quiet import without_progress_bars
 
 MODEL_FOLDER = "model"
 HEADS_NAME = "heads.safetensors"
 CARD_NAME = "student.json"
 METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "valid-predictions.jsonl"
+STUDENT_NAMES = (MODEL_FOLDER, HEADS_NAME, CARD_NAME)
+"""What `save_student` writes."""
 
 
 class StudentCard(BaseModel):
@@ -49,19 +58,47 @@ class StudentCard(BaseModel):
     max_prompt_tokens: int = Field(ge=32)
     prompt_version: int
     threshold: float = Field(ge=0, le=1, description="a pair is a cause where its score is at least this")
+    neutral_offset: float = Field(
+        default=0.0, description="added to neutral's log-probability in the decision"
+    )
+    mode: Literal["kd", "joint", "cls", "span_only"] = "kd"
+    task: Literal["ecspe", "ecpe"] = "ecspe"
+    priors: bool = False
+    given_emotions: dict[str, str] | None = Field(
+        default=None, description="not null: the prompt gives the target's emotion, taken through this table"
+    )
+    history_utterances: int | None = None
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the model predicts, by the mode."""
+        cause_by: dict[str, CauseBy] = {"cls": "cls", "span_only": "none"}
+        return Outputs(
+            cause_by=cause_by.get(self.mode, "connective"),
+            emotions=self.given_emotions is None,
+            spans=self.task == "ecspe",
+            priors=self.priors,
+        )
+
+    @property
+    def prompt(self) -> PromptVariant:
+        """The prompt's variant, by the mode."""
+        return PromptVariant(
+            has_connective=self.mode in ("kd", "joint"),
+            given_emotions=self.given_emotions,
+            history_utterances=self.history_utterances,
+        )
 
 
 def save_student(directory: Path, model: StudentModel, tokenizer: Any, card: StudentCard) -> None:
-    """Write weights, tokenizer and card (no manifest yet: the directory stays unfinished)."""
+    """Write weights, tokenizer and card into a directory, without config, metrics and manifest."""
     folder = directory / MODEL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with without_progress_bars():
         model.language_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with atomic_path(directory / HEADS_NAME) as temporary:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in model.span_head.state_dict().items()}, temporary
-        )
+        save_file(_head_tensors(model), temporary)
     write_json(directory / CARD_NAME, card.model_dump(mode="json"))
 
 
@@ -73,18 +110,40 @@ def load_student(directory: Path) -> tuple[StudentModel, Any, StudentCard]:
     card = _read_card(directory / CARD_NAME)
     tokenizer = load_tokenizer(str(directory / MODEL_FOLDER))
     model = StudentModel(
-        load_language_model(directory / MODEL_FOLDER),
+        load_language_model(directory / MODEL_FOLDER, has_head=True),
         student_answer_ids(tokenizer, card.emotions, card.stand_ins),
         span_head=card.span_head,
         max_prompt_tokens=card.max_prompt_tokens,
+        outputs=card.outputs,
     )
     path = directory / HEADS_NAME
     try:
-        model.span_head.load_state_dict(load_file(path))
+        _load_heads(model, load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{path}: not the span head of this student ({reason}); train it again") from None
+        raise ArtifactError(f"{path}: not the heads of this student ({reason}); train it again") from None
     return model.eval(), tokenizer, card
+
+
+def _head_tensors(model: StudentModel) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        for name, head in model.heads.items()
+        for key, tensor in head.state_dict().items()
+    }
+
+
+def _load_heads(model: StudentModel, tensors: dict[str, Tensor]) -> None:
+    """Raises RuntimeError where a tensor is missing, too many, or of another shape."""
+    if model.priors is not None:  # a prior that the mode does not use says nothing
+        own = model.priors.state_dict()
+        unused = {f"priors.{name}" for name in PRIOR_NAMES if name not in own}
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
+    if unknown := sorted(set(tensors) - set(_head_tensors(model))):
+        raise RuntimeError(f"unexpected tensor {unknown[0]}")
+    for name, head in model.heads.items():
+        prefix = f"{name}."
+        head.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
 
 
 def finish_student(
@@ -93,16 +152,23 @@ def finish_student(
     """Write the manifest over all files of the student: from now on the directory is complete."""
     folder = directory / MODEL_FOLDER
     model_files = [p.relative_to(directory).as_posix() for p in folder.iterdir() if p.is_file()]
-    num_epochs = len((directory / METRICS_NAME).read_text(encoding="utf-8").splitlines())
+    rows = {METRICS_NAME: _num_lines(directory / METRICS_NAME)}
+    if (directory / VALIDATION_NAME).is_file():
+        rows[VALIDATION_NAME] = _num_lines(directory / VALIDATION_NAME)
     write_manifest(
         directory,
         "student",
         config_hash=config_hash,
         inputs=inputs,
-        files=[*model_files, HEADS_NAME, CARD_NAME, CONFIG_NAME, METRICS_NAME],
-        rows={METRICS_NAME: num_epochs},
+        files=[*model_files, HEADS_NAME, CARD_NAME, CONFIG_NAME, *rows],
+        rows=rows,
         details=details,
     )
+
+
+def _num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def write_metrics(directory: Path, history: list[dict[str, float]]) -> None:

@@ -2,58 +2,77 @@
 
 A request holds dialogues, one a row: a column `dialogue` of JSON texts, or the dialogues themselves, each
 `{"id": …, "utterances": [{"turn": …, "speaker": …, "utterance": …}, …]}`. `id` and `turn` may be left out.
+The answer holds a JSON text a dialogue: predictions as in `kdecs predict --offsets`.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdecs.corpus.decoding import NotJson, decode_json, shorten
 from kdecs.corpus.schema import Dialogue
 from kdecs.corpus.validation import Checker
 from kdecs.errors import CorpusError
 from kdecs.student.prediction import Student
+from kdecs.student.streaming import offsets_of
+
+logger = logging.getLogger(__name__)
 
 INPUT_COLUMN = "dialogue"
 
 
 class ServedStudent:
-    """What MLflow calls: `predict(model_input)`."""
+    """What MLflow calls: `predict(model_input, params)`."""
 
     def __init__(self, student: Student) -> None:
         self._student = student
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One JSON text a dialogue: a list of predictions (dialogue_id, target, candidate, emotion, …).
+        """One JSON text a dialogue: a list of predictions with the keys of a prediction file and the span's place.
 
         `model_input` is a pandas DataFrame with the column `dialogue`, or a list of JSON texts or dicts.
-        `params` may hold `max_distance`. Raises CorpusError for a dialogue that breaks the schema.
+        `params` may hold `max_distance`, below 0 for no bound. Raises CorpusError for a dialogue that breaks the
+        schema: then nothing is answered.
         """
-        max_distance = (params or {}).get("max_distance")
-        answers = []
-        for number, row in enumerate(_rows(model_input)):
-            dialogue = parse_dialogue(row, f"row {number}")
-            predictions = self._student.predict([dialogue], max_distance=max_distance)
-            answers.append(json.dumps([asdict(p) for p in predictions], ensure_ascii=False))
-        return answers
+        bound = (params or {}).get("max_distance")
+        dialogues = [parse_dialogue(row, f"row {number}") for number, row in enumerate(_rows(model_input))]
+        found = self._student.stream(
+            dialogues,
+            max_distance=None if bound is None or bound < 0 else int(bound),
+            on_warning=logger.warning,
+        )
+        return [
+            json.dumps([{**asdict(p.prediction), **offsets_of(p)} for p in items], ensure_ascii=False)
+            for _, items in found
+        ]
 
 
-def parse_dialogue(row: Any, place: str) -> Dialogue:
-    """A dialogue from a JSON text or its object. Raises CorpusError, one line, naming the row."""
-    if isinstance(row, str):
+def parse_dialogue(row: Any, place: str, *, default_id: str | None = None) -> Dialogue:
+    """A dialogue from a JSON text (or its bytes) or from its object; `id` and `turn` may be left out.
+
+    Raises CorpusError, one line, naming the place and the first fault.
+    """
+    checker = Checker(place, labelled=False)
+    decoded = None
+    if isinstance(row, str | bytes):
         try:
-            row = json.loads(row)
-        except ValueError as error:
-            raise CorpusError(f"{place}: not JSON ({error}), expected one dialogue") from None
+            decoded = decode_json(row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row)
+        except NotJson as error:
+            raise CorpusError(f"{place}: not JSON: found {error.found}, expected one dialogue") from None
+        row = decoded.value
     if not isinstance(row, dict) or not isinstance(row.get("utterances"), list):
-        raise CorpusError(f"{place}: expected an object with a list `utterances`")
+        raise CorpusError(f"{place}: found {shorten(row)}, expected an object with a list `utterances`")
+    checker.note_repeated(row, dialogue=None)
     utterances = [
-        {"turn": turn, **utterance} if isinstance(utterance, dict) else utterance
+        {"turn": turn, **utterance} if isinstance(utterance, dict) and "turn" not in utterance else utterance
         for turn, utterance in enumerate(row["utterances"], start=1)
     ]
-    checker = Checker(place, labelled=False)
-    dialogue = checker.dialogue(row.get("id", place), utterances, "dailydialog")
+    dialogue = checker.dialogue(row.get("id", default_id or place), utterances, "dailydialog")
+    if decoded is not None:
+        checker.note_unlocated_repeats(decoded)
     if checker.faults or dialogue is None:
         raise CorpusError(str(checker.faults[0]) if checker.faults else f"{place}: no dialogue")
     return dialogue

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 from rich.console import Group
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from kdecs.corpus.schema import NEUTRAL, Dialogue
-from kdecs.student.prediction import PairPrediction
+from kdecs.student.streaming import PairPrediction
 
 MAX_SHOWN = 14
+MARKS = ("⟦", "⟧")
+"""Around a cause span where there are no colours."""
+_MAX_SPEAKER = 16
 _COLOURS = {
     "happiness": "green",
     "surprise": "yellow",
@@ -35,49 +39,94 @@ def emotion_colour(emotion: str) -> str:
     return _COLOURS.get(emotion, _OTHER_COLOURS[sum(map(ord, emotion)) % len(_OTHER_COLOURS)])
 
 
-def render_dialogue(dialogue: Dialogue, predictions: Sequence[PairPrediction]) -> Group:
-    """Lines for a rich console: each utterance with its emotion, causes underlined where they stand."""
-    emotions = {p.prediction.target: p.prediction.emotion or NEUTRAL for p in predictions}
-    causes = [p for p in predictions if p.span_range is not None]
-    lines: list[Text | Padding] = [Text(f"dialogue {dialogue.id}", style="bold")]
-    width = max(len(emotion) for emotion in emotions.values()) if emotions else 0
-    for utterance in dialogue.utterances[:MAX_SHOWN]:
-        emotion = emotions.get(utterance.turn, NEUTRAL)
-        line = Text(f"{utterance.turn:>3} ")
-        line.append(f"{utterance.speaker}  ", style="bold")
-        line.append(f"{emotion:<{width}}  ", style=emotion_colour(emotion))
-        line.append(_marked(dialogue, utterance.turn, causes, emotions))
-        lines.append(line)
-        lines += [
-            Padding(_because(dialogue, cause), (0, 0, 0, 6))
-            for cause in causes
-            if cause.prediction.target == utterance.turn
-        ]
-    hidden = len(dialogue.utterances) - MAX_SHOWN
-    if hidden > 0:
-        lines.append(Text(f"    … {hidden} more utterances", style="dim"))
+def render_dialogue(
+    dialogue: Dialogue,
+    predictions: Sequence[PairPrediction],
+    *,
+    limit: int | None = MAX_SHOWN,
+    marks: bool = False,
+) -> Group:
+    """A table for a rich console: turn, speaker, emotion, utterance; its causes below each, long lines wrapped.
+
+    Cause spans are underlined in the colour of the emotion that they cause, with `marks` also put between ⟦ and ⟧.
+    `limit` bounds the number of utterances.
+    """
+    shown = dialogue.utterances[:limit]
+    emotions = {p.prediction.target: p.prediction.emotion or "" for p in predictions}
+    causes = [p for p in predictions if p.prediction.is_cause]
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(justify="right")
+    table.add_column(max_width=_MAX_SPEAKER, overflow="fold")
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    for utterance in shown:
+        emotion = emotions.get(utterance.turn, "")
+        told = Group(
+            _marked(dialogue, utterance.turn, causes, emotions, marks=marks),
+            *(
+                Padding(_because(dialogue, cause), (0, 0, 0, 2))
+                for cause in causes
+                if cause.prediction.target == utterance.turn
+            ),
+        )
+        table.add_row(
+            str(utterance.turn),
+            Text(printable(utterance.speaker), style="bold"),
+            Text(emotion, style=emotion_colour(emotion)),
+            told,
+        )
+    lines: list[Text | Table] = [Text(f"dialogue {printable(dialogue.id)}", style="bold"), table]
+    if hidden := len(dialogue.utterances) - len(shown):
+        lines.append(Text(f"… {hidden} more utterance{'s' if hidden > 1 else ''}", style="dim"))
     return Group(*lines)
 
 
+def printable(text: str) -> str:
+    """The text with a blank for each character that a terminal would obey, not show; of the same length."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def _marked(
-    dialogue: Dialogue, turn: int, causes: Sequence[PairPrediction], emotions: dict[int, str]
+    dialogue: Dialogue,
+    turn: int,
+    causes: Sequence[PairPrediction],
+    emotions: dict[int, str],
+    *,
+    marks: bool,
 ) -> Text:
-    text = Text(dialogue.utterances[turn - 1].text)
+    text = Text(printable(dialogue.utterances[turn - 1].text))
+    ranges = []
     for cause in causes:
         if cause.prediction.candidate == turn and cause.span_range is not None:
             colour = emotion_colour(emotions[cause.prediction.target])
             text.stylize(f"bold underline {colour}", *cause.span_range)
-    return text
+            ranges.append(cause.span_range)
+    return _bracketed(text, ranges) if marks else text
+
+
+def _bracketed(text: Text, ranges: Sequence[tuple[int, int]]) -> Text:
+    """Each range between brackets; those of several targets nest or interleave as they fall."""
+    places = sorted(set(ranges))
+    # At one place what ends comes before what begins.
+    inserts = sorted([(end, 0) for _, end in places] + [(start, 1) for start, _ in places])
+    pieces = text.divide([place for place, _ in inserts])
+    marked = Text()
+    for piece, (_, is_start) in zip(pieces[:-1], inserts, strict=True):
+        marked.append_text(piece)
+        marked.append(MARKS[0] if is_start else MARKS[1])
+    return marked.append_text(pieces[-1])
 
 
 def _because(dialogue: Dialogue, cause: PairPrediction) -> Text:
     prediction = cause.prediction
-    emotion = prediction.emotion or NEUTRAL
-    feeler = dialogue.utterances[prediction.target - 1].speaker
     source = dialogue.utterances[prediction.candidate - 1]
-    where = "here" if prediction.candidate == prediction.target else f"{source.turn} {source.speaker}"
-    line = Text(f"{feeler} feels ")
-    line.append(emotion, style=emotion_colour(emotion))
-    line.append(f" because ({where}): ")
-    line.append(f"“{prediction.span}”", style=f"italic {emotion_colour(emotion)}")
-    return line
+    is_own = prediction.candidate == prediction.target
+    line = Text(
+        "because of this" if is_own else f"because of {source.turn}, {printable(source.speaker)}", style="dim"
+    )
+    if not prediction.span:
+        return line
+    if prediction.span.strip() == source.text.strip():
+        return line.append(": all of it")
+    span = f"“{printable(prediction.span)}”"
+    return line.append(": ").append(span, style=f"not dim italic {emotion_colour(prediction.emotion or '')}")

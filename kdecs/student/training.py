@@ -1,7 +1,8 @@
 """Training a student (Eq. 5-13) on one or many ranks, with exact resume.
 
-Every epoch ends with validation on rank 0, a line in `metrics.jsonl` and a checkpoint; the best model by macro F1
-is kept in its final place. Nothing is read from the device between steps but a flag now and then.
+Every epoch ends with validation on rank 0, a checkpoint and a line in `metrics.jsonl`; the best model by macro F1
+waits beside the checkpoint and takes its final place at the end. Nothing is read from the device between steps but a
+flag now and then.
 """
 
 import math
@@ -9,36 +10,42 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from kdecs.artifact import MANIFEST_NAME, is_complete, read_manifest
 from kdecs.config import config_hash, input_checksums, write_config
-from kdecs.corpus.answer_words import CONNECTIVES
-from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.errors import ArtifactError, Stopped, TrainingError
-from kdecs.runtime import Runtime, StopSignal, any_rank, gather_objects, on_main_first, seed_everything
+from kdecs.evaluation.predictions import write_predictions
+from kdecs.runtime import Runtime, StopSignal, any_rank, gather_objects, return_freed_memory
 from kdecs.schedule import learning_rate_at
 from kdecs.student.batches import Ints, epoch_batches, rank_share
+from kdecs.student.best import install_best, keep_best, save_best
 from kdecs.student.checkpoint import Progress, load_checkpoint, remove_checkpoint, save_checkpoint
 from kdecs.student.config import StudentConfig
-from kdecs.student.data import TrainingData, load_training_data
-from kdecs.student.inference import autocast
-from kdecs.student.model import (
-    StudentModel,
-    load_language_model,
-    load_tokenizer,
-    longest_prompt,
-    student_answer_ids,
+from kdecs.student.epoch_metrics import (
+    epoch_line,
+    epoch_metrics,
+    no_sums,
+    scores_line,
+    step_sums,
+    summed_over_ranks,
+    teacher_lineage,
 )
-from kdecs.student.objective import adamw, loss_parts, step_loss, step_seed
-from kdecs.student.product import StudentCard, finish_student, save_student, write_metrics
-from kdecs.student.validation import Validation, validate
+from kdecs.student.inference import autocast
+from kdecs.student.objective import adamw, loss_parts, set_learning_rate, step_loss, step_seed
+from kdecs.student.preparation import begin_at_training, prepare
+from kdecs.student.product import (
+    STUDENT_NAMES,
+    VALIDATION_NAME,
+    finish_student,
+    save_student,
+    write_metrics,
+)
+from kdecs.student.threshold import Level
+from kdecs.student.validation import DecisionRule, validate
 
 OnEpoch = Callable[[dict[str, float]], None]
 _CHECK_STEPS = 20  # between two looks at a flag of the device, or at the other ranks
@@ -71,14 +78,16 @@ def train_student(
         config.output.mkdir(parents=True, exist_ok=True)
         # A manifest of this very work with a damaged file: it must not stand over a half-trained student.
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)
-    trainer = _Trainer(config, digest, runtime, on_epoch, stop or StopSignal())
+    trainer = StudentTrainer(config, digest, runtime, on_epoch, stop or StopSignal())
     if runtime.is_main:
         write_config(config, config.output)
     trainer.train()
+    del trainer
+    return_freed_memory()  # a process that trains one student after another would keep it: 0.7 GiB of MiniLM-L6's
     return config.output
 
 
-class _Trainer:
+class StudentTrainer:
     """One student in training: its model, data, optimizer and progress on this rank."""
 
     def __init__(
@@ -86,31 +95,31 @@ class _Trainer:
     ) -> None:
         self.config, self.digest, self.runtime = config, digest, runtime
         self.on_epoch, self.stop = on_epoch, stop
-        seed_everything(config.optimization.seed)
-        self.tokenizer = load_tokenizer(config.model.base)
-        language_model = load_language_model(config.model.base)
-        self.max_prompt_tokens = longest_prompt(
-            self.tokenizer, language_model, config.model.max_prompt_tokens
+        self.level: Level = config.threshold_for if config.task == "ecspe" else "utterance"
+        self.criterion = "macro_f1" if config.task == "ecspe" else "utterance_macro_f1"
+        prepared = prepare(config, runtime)
+        self.tokenizer, self.card = prepared.tokenizer, prepared.card
+        self.model, self.data = prepared.model, prepared.data
+        self.optimizer = adamw(self.model, config.optimization, head_rate_factor=config.head_rate_factor)
+        progress = load_checkpoint(config.output, digest, self.model, self.optimizer, runtime.device)
+        if progress is None and self.model.priors is not None:
+            begin_at_training(self.model, self.data, runtime.device)
+        self.progress = progress or Progress(sums=no_sums(runtime.device))
+        # A checkpoint holds the sums of all ranks: rank 0 goes on from them, the others from nothing.
+        self.progress.sums = (
+            self.progress.sums.to(runtime.device) if runtime.is_main else no_sums(runtime.device)
         )
-        self.data: TrainingData = on_main_first(
-            lambda: load_training_data(config, self.tokenizer, self.max_prompt_tokens), runtime
-        )
-        answers = student_answer_ids(self.tokenizer, self.data.emotions, config.model.stand_ins)
-        self.model = StudentModel(
-            language_model,
-            answers,
-            span_head=config.model.span_head,
-            max_prompt_tokens=self.max_prompt_tokens,
-        ).to(runtime.device)
-        self.optimizer = adamw(self.model, config.optimization)
-        self.progress = load_checkpoint(
-            config.output, digest, self.model, self.optimizer, runtime.device
-        ) or Progress(sums=_no_sums(runtime.device))
-        self.progress.sums = self.progress.sums.to(runtime.device)
         self.network: torch.nn.Module = self.model
+        if config.compile:
+            # Lengths differ from batch to batch: shapes stay symbolic, or each would be compiled anew.
+            self.model.language_model.base_model.compile(dynamic=True)
         if runtime.world_size > 1:
             devices = [runtime.device] if runtime.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.model, device_ids=devices)
+            # Without a word to predict the language model's head gets no gradient.
+            has_words = self.card.outputs.emotions or self.card.outputs.cause_by == "connective"
+            self.network = DistributedDataParallel(
+                self.model, device_ids=devices, find_unused_parameters=not has_words
+            )
         self.is_finite = torch.ones((), dtype=torch.bool, device=runtime.device)
         batch_pairs = config.batches.global_batch_pairs
         self.epoch_steps = math.ceil(len(self.data.rows) / batch_pairs)
@@ -120,6 +129,9 @@ class _Trainer:
         """All epochs that are left, then the manifest."""
         progress, epochs = self.progress, self.config.optimization.epochs
         if self.runtime.is_main:
+            keep_best(self.config.output, progress.best_epoch)
+            # A kill may have left the last line unwritten.
+            write_metrics(self.config.output, progress.history)
             resumed = f", resumed at step {progress.step}" if progress.step else ""
             print(
                 f"{self.config.output}: training on {len(self.data.rows)} pairs, {self.epoch_steps} steps an epoch, "
@@ -158,7 +170,7 @@ class _Trainer:
         with bar:
             while progress.batch < len(batches):
                 rows = batches[progress.batch]
-                self._step(rows)
+                self.step(rows)
                 progress.batch += 1
                 progress.step += 1
                 bar.update(len(rows))
@@ -173,17 +185,19 @@ class _Trainer:
         self._check_finite()
         progress.seconds += time.monotonic() - began
 
-    def _step(self, rows: Ints) -> None:
-        """One optimizer step on a global batch: forward and backward of this rank's share."""
+    def step(self, rows: Ints) -> None:
+        """One optimizer step on a global batch: forward and backward of this rank's share.
+
+        From the first loss or gradient on that is not finite the optimizer changes nothing, without a look at the
+        device: fused AdamW reads the flag itself.
+        """
         config, runtime, progress = self.config, self.runtime, self.progress
         share, weights = rank_share(rows, runtime.rank, runtime.world_size)
         batch, targets = self.data.batch(share, weights)
         batch, targets = batch.to(runtime.device), targets.to(runtime.device)
         torch.manual_seed(step_seed(config.optimization.seed, progress.step, runtime.rank))
         total_steps = self.epoch_steps * config.optimization.epochs
-        rate = learning_rate_at(progress.step, total_steps, config.optimization)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, learning_rate_at(progress.step, total_steps, config.optimization))
         with autocast(runtime.device, config.precision):
             output = self.network(batch)
         parts = loss_parts(
@@ -193,14 +207,11 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimization.max_grad_norm)
-        self.optimizer.step()
         with torch.no_grad():
             self.is_finite &= torch.isfinite(norm) & torch.isfinite(loss)
-            word = parts.distillation if parts.distillation is not None else parts.connective
-            assert word is not None
-            # Shares of the batch mean times the number of pairs: their sum over ranks is a sum over pairs.
-            values = torch.stack([loss, parts.emotion, parts.span, word]).double()
-            progress.sums += values * (len(rows) / runtime.world_size)
+            setattr(self.optimizer, "found_inf", (~self.is_finite).float())  # noqa: B010
+            self.optimizer.step()
+            progress.sums += step_sums(loss, parts, len(rows) / runtime.world_size)
 
     def _check_finite(self) -> None:
         """Raise TrainingError on every rank once a loss or gradient was not finite; no such state is ever saved."""
@@ -211,6 +222,7 @@ class _Trainer:
             )
 
     def _save_and_stop(self) -> None:
+        self.progress.sums = summed_over_ranks(self.progress.sums, self.runtime)
         if self.runtime.is_main:
             save_checkpoint(self.config.output, self.digest, self.progress, self.model, self.optimizer)
         any_rank(False, self.runtime)  # the launcher ends all ranks once one has left
@@ -222,7 +234,7 @@ class _Trainer:
     def _end_epoch(self) -> None:
         """Validate on rank 0, note the epoch, keep the best model, write a checkpoint."""
         progress = self.progress
-        sums = _summed_over_ranks(progress.sums, self.runtime)
+        sums = summed_over_ranks(progress.sums, self.runtime)
         metrics: dict[str, float] = {}
         if self.runtime.is_main:
             validation = validate(
@@ -231,55 +243,44 @@ class _Trainer:
                 self.data.valid_corpus,
                 self.data.emotions,
                 device=self.runtime.device,
-                precision=self.config.precision,
                 batch_tokens=self.config.batches.evaluation_batch_tokens,
                 pad_id=self.data.pad_id,
+                rule=DecisionRule(self.level, self.config.neutral_decision),
             )
-            metrics = self._metrics(validation, sums)
-            if metrics["macro_f1"] > progress.best_macro_f1:
-                save_student(self.config.output, self.model, self.tokenizer, self._card(validation.threshold))
+            metrics = epoch_metrics(
+                self.config,
+                validation,
+                sums,
+                epoch=progress.epoch + 1,
+                step=progress.step,
+                seconds=progress.seconds,
+                num_pairs=len(self.data.rows),
+            )
+            if metrics[self.criterion] > progress.best_macro_f1:
+                chosen = {"threshold": validation.threshold, "neutral_offset": validation.neutral_offset}
+                card = self.card.model_copy(update=chosen)
+
+                def write(folder: Path) -> None:
+                    save_student(folder, self.model, self.tokenizer, card)
+                    write_predictions(folder / VALIDATION_NAME, validation.predictions)
+
+                save_best(self.config.output, progress.epoch + 1, write)
         metrics = gather_objects(metrics, self.runtime)[0]
-        if metrics["macro_f1"] > progress.best_macro_f1:
-            progress.best_epoch, progress.best_macro_f1 = progress.epoch + 1, metrics["macro_f1"]
+        if metrics[self.criterion] > progress.best_macro_f1:
+            progress.best_epoch, progress.best_macro_f1 = progress.epoch + 1, metrics[self.criterion]
         progress.history.append(metrics)
         progress.epoch, progress.batch, progress.seconds = progress.epoch + 1, 0, 0.0
-        progress.sums = _no_sums(self.runtime.device)
+        progress.sums = no_sums(self.runtime.device)
         if not self.runtime.is_main:
             return
-        write_metrics(self.config.output, progress.history)
+        # The checkpoint first: a line that a reader has seen is never trained, timed and written a second time.
         save_checkpoint(self.config.output, self.digest, progress, self.model, self.optimizer)
-        tqdm.write(_epoch_line(metrics), file=sys.stdout)
+        keep_best(self.config.output, progress.best_epoch)
+        write_metrics(self.config.output, progress.history)
+        tqdm.write(epoch_line(metrics, self.criterion), file=sys.stdout)
         sys.stdout.flush()
         if self.on_epoch:
             self.on_epoch(metrics)
-
-    def _metrics(self, validation: Validation, sums: Tensor) -> dict[str, float]:
-        word_loss = "distillation" if self.config.distillation.mode == "kd" else "connective"
-        pairs = len(self.data.rows)
-        loss, emotion, span, word = (sums / pairs).tolist()
-        return {
-            "epoch": self.progress.epoch + 1,
-            "step": self.progress.step,
-            "time": time.time(),
-            "train_loss": loss,
-            "train_emotion_loss": emotion,
-            "train_span_loss": span,
-            f"train_{word_loss}_loss": word,
-            "train_pairs_per_s": pairs / max(self.progress.seconds, 1e-9),
-            "threshold": validation.threshold,
-            **validation.scores.values,
-        }
-
-    def _card(self, threshold: float) -> StudentCard:
-        return StudentCard(
-            emotions=self.data.emotions,
-            stand_ins=self.config.model.stand_ins,
-            connectives=CONNECTIVES,
-            span_head=self.config.model.span_head,
-            max_prompt_tokens=self.max_prompt_tokens,
-            prompt_version=PROMPT_VERSION,
-            threshold=threshold,
-        )
 
     def _is_patience_over(self) -> bool:
         patience = self.config.patience_epochs
@@ -293,51 +294,27 @@ class _Trainer:
             train=config.corpus.train,
             valid=config.corpus.valid,
             base=config.model.base,
-            soft_labels=config.distillation.labels,
+            **{
+                f"soft_labels_{number}" if number else "soft_labels": teacher.labels
+                for number, teacher in enumerate(config.distillation.used_teachers)
+            },
         )
         details = {
             "valid": {key: value for key, value in best.items() if key not in ("time", "train_pairs_per_s")},
             "threshold": best["threshold"],
             "emotions": self.data.emotions,
             "num_pairs": len(self.data.rows),
+            "num_gold_pairs": int(self.data.is_gold[self.data.rows].sum()),
             "epochs": progress.epoch,
             "mode": config.distillation.mode,
+            "task": config.task,
             "teacher": teacher_lineage(config),
         }
+        install_best(config.output, progress.best_epoch, STUDENT_NAMES, optional=(VALIDATION_NAME,))
         finish_student(config.output, config_hash=self.digest, inputs=inputs, details=details)
         remove_checkpoint(config.output)
         print(
-            f"{config.output}: student of epoch {progress.best_epoch}: valid macro F1 {best['macro_f1']:.2f}, "
-            f"EM {best['exact_match']:.2f}, emotion accuracy {best['emotion_accuracy']:.2f}, "
+            f"{config.output}: student of epoch {progress.best_epoch}: valid {scores_line(best, self.criterion)}, "
             f"threshold {best['threshold']:.3f}",
             flush=True,
         )
-
-
-def teacher_lineage(config: StudentConfig) -> dict[str, Any] | None:
-    """What the soft labels say of where they come from; None without distillation."""
-    if config.distillation.mode != "kd" or config.distillation.labels is None:
-        return None
-    manifest = read_manifest(config.distillation.labels, "soft-labels")
-    return {"inputs": manifest.inputs, "soft_labels_hash": manifest.config_hash, "details": manifest.details}
-
-
-def _no_sums(device: torch.device) -> Tensor:
-    """Zeros for the sums over pairs of: the loss, its emotion, span and word parts."""
-    return torch.zeros(4, dtype=torch.float64, device=device)
-
-
-def _summed_over_ranks(sums: Tensor, runtime: Runtime) -> Tensor:
-    if runtime.world_size == 1:
-        return sums
-    total = sums.clone()
-    dist.all_reduce(total)
-    return total
-
-
-def _epoch_line(metrics: dict[str, float]) -> str:
-    return (
-        f"epoch {metrics['epoch']}: loss {metrics['train_loss']:.4f}, valid macro F1 {metrics['macro_f1']:.2f} "
-        f"(Pos {metrics['positive_f1']:.2f}, Neg {metrics['negative_f1']:.2f}), EM {metrics['exact_match']:.2f}, "
-        f"emotion accuracy {metrics['emotion_accuracy']:.2f}, {metrics['train_pairs_per_s']:.0f} pairs/s"
-    )

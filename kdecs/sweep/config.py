@@ -1,39 +1,157 @@
-"""The config of a sweep: base student, search space, resources (`tune/sweep.py`)."""
+"""The config of a sweep: base student, search space, search, resources (`tune/sweep.py`)."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed
 from kdecs.run_record import TrackingConfig
 
 
-class Choices(Config):
-    """A grid dimension of a search space: every value is tried."""
+class Dimension(Config):
+    """One key of a search space: exactly one way of getting its values.
 
-    grid: tuple[Any, ...] = Field(min_length=1)
+    `grid`: every value is tried, crossed with all other grids. `choice`, `uniform` and `loguniform` (low, high) are
+    drawn: `search.num_samples` draws, each crossed with the grids, or suggested by TPE.
+    """
+
+    grid: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Dimension":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(f"expected exactly one of grid, choice, uniform, loguniform, found {found}")
+        for name in ("uniform", "loguniform"):
+            bounds = getattr(self, name)
+            if bounds and bounds[0] >= bounds[1]:
+                raise ValueError(f"{name}: found [{bounds[0]:g}, {bounds[1]:g}], expected low < high")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform: found the bound {self.loguniform[0]:g}, expected two above 0")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """grid, choice, uniform or loguniform."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of a grid or choice, the bounds of a range."""
+        return tuple(getattr(self, self.kind))
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether values are drawn, not enumerated."""
+        return self.grid is None
+
+
+class GridSearch(Config):
+    """Every point of the grids, for each of `num_samples` draws of the other dimensions."""
+
+    method: Literal["grid"] = "grid"
+    num_samples: int = Field(default=1, ge=1, description="draws of choice, uniform and loguniform keys")
+    sample_seed: int = Field(default=0, ge=0)
+
+
+class _Staged(Config):
+    """What both searches in two stages share: the second trains every seed of the survivors."""
+
+    survivors: int = Field(default=3, ge=1, description="settings that get all seeds")
+    search_seed: int | None = Field(
+        default=None, ge=0, description="seed of the first stage; null: the first of the seeds' grid"
+    )
+    reduction_factor: float = Field(default=3.0, gt=1, description="ASHA keeps 1 in so many at each rung")
+
+
+class TwoStageSearch(_Staged):
+    """ASHA over all settings with one seed, then every seed of the survivors."""
+
+    method: Literal["two-stage"]
+    num_samples: int = Field(default=1, ge=1)
+    sample_seed: int = Field(default=0, ge=0)
+    grace_epochs: int = Field(default=1, ge=1, description="no trial is stopped before")
+
+
+class TpeSearch(_Staged):
+    """Optuna's tree-structured Parzen estimator with one seed, then every seed of the survivors."""
+
+    method: Literal["tpe"]
+    num_trials: int = Field(default=30, ge=1)
+    startup_trials: int = Field(default=10, ge=1, description="drawn at random before the estimator begins")
+    sample_seed: int = Field(default=0, ge=0)
+    grace_epochs: int | None = Field(default=None, ge=1, description="null: every trial is trained whole")
+
+
+Search = Annotated[GridSearch | TwoStageSearch | TpeSearch, Field(discriminator="method")]
+
+
+class StageCommand(Config):
+    """A stage to be run by `--build`: the config of its launch script and what is set over it."""
+
+    config: InputPath
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value")
+
+
+class Teacher(Config):
+    """A teacher's soft labels, and how they come about where they are missing."""
+
+    labels: InputPath
+    train: StageCommand | None = Field(default=None, description="launch/train_teacher.py")
+    export: StageCommand | None = Field(default=None, description="launch/export_soft_labels.py")
 
 
 class SweepConfig(Config):
-    """`tune/sweep.py SPACE.yaml`: a grid of students over seeds, alpha, temperature and teacher.
+    """`tune/sweep.py SPACE.yaml`: students over seeds, alpha, temperature, teacher and what else is searched.
 
-    `student` holds the student's config without output and labels; `space` maps dotted keys of it, or
-    the word `teacher` (a key of `teachers`), to the values tried.
+    `student` holds the student's config without output and labels; `space` maps dotted keys of it, or the words
+    `teacher` (a key of `teachers`) and `variant` (a key of `variants`), to the values tried.
     """
 
     name: Name
     output: OutputPath
-    teachers: dict[str, InputPath] = Field(default_factory=dict, description="name -> soft-label directory")
+    teachers: dict[str, Teacher] = Field(
+        default_factory=dict, description="name -> soft-label directory, or {labels, train, export}"
+    )
     student: dict[str, Any] = Field(
         description="the student's config; cache defaults to <output>/cache, threads to cpus_per_trial"
     )
-    space: dict[str, Choices] = Field(min_length=1)
-    max_concurrent_trials: Annotated[int, Unhashed()] = Field(default=2, ge=1)
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="name -> dotted keys of the student's config set together"
+    )
+    space: dict[str, Dimension] = Field(min_length=1)
+    constraints: tuple[str, ...] = Field(
+        default=(), description="such as `distillation.alpha < 0.9 or teacher == 'llama-7b'`: all must hold"
+    )
+    search: Search = GridSearch()
+    store: OutputPath | None = Field(
+        default=None, description="finished students by hash; null: <output>/../students"
+    )
+    reuse_students: Annotated[bool, Unhashed()] = Field(
+        default=True, description="false: train again what another sweep has finished"
+    )
+    max_concurrent_trials: Annotated[int | None, Unhashed()] = Field(
+        default=None, ge=1, description="null: as many as the resources hold"
+    )
     cpus_per_trial: Annotated[float, Unhashed()] = Field(default=1, gt=0)
     gpus_per_trial: Annotated[float, Unhashed()] = Field(default=0, ge=0)
-    max_failures: Annotated[int, Unhashed()] = Field(default=2, ge=0, description="restarts of a dying trial")
+    max_failures: Annotated[int, Unhashed()] = Field(
+        default=2, ge=0, description="restarts in a row of a trial that dies without finishing an epoch"
+    )
     ray_address: Annotated[str | None, Unhashed()] = Field(default=None, description="null: a local Ray")
+    build_launcher: Annotated[tuple[str, ...], Unhashed()] = Field(
+        default=("python",), description="what runs launch scripts: [deepspeed, --no_local_rank] with GPUs"
+    )
+    effective_tflops: Annotated[float | None, Unhashed()] = Field(
+        default=None, gt=0, description="of a trial's device, for the first estimate of hours"
+    )
+    report: Annotated[bool, Unhashed()] = Field(default=True, description="write the report at the end")
     tracking: Annotated[TrackingConfig, Unhashed()] = TrackingConfig()
 
     @field_validator("space", mode="before")
@@ -42,11 +160,39 @@ class SweepConfig(Config):
         """Nested keys become dotted ones, the later value winning: `--set space.optimization.seed.grid=[0]`."""
         return dict(_leaves(space, "")) if isinstance(space, dict) else space
 
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _teachers_by_path(cls, teachers: Any) -> Any:
+        """A teacher may be given by its labels' path alone."""
+        if not isinstance(teachers, dict):
+            return teachers
+        return {
+            name: {"labels": value} if isinstance(value, str | Path) else value
+            for name, value in teachers.items()
+        }
+
+    @model_validator(mode="after")
+    def _method_fits_space(self) -> "SweepConfig":
+        if isinstance(self.search, TpeSearch):
+            return self
+        if self.search.num_samples > 1 and not any(d.is_drawn for d in self.space.values()):
+            raise ValueError("search.num_samples: every key of space is a grid, so there is nothing to draw")
+        return self
+
+
+def flat_keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested or dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
 
 def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and value and not value.keys() & Choices.model_fields.keys():
+        if isinstance(value, dict) and value and not value.keys() & Dimension.model_fields.keys():
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value

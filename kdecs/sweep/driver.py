@@ -1,8 +1,10 @@
 """The sweep's driver: enumerates trials, has the missing ones trained, tells MLflow, writes the manifest.
 
     SWEEP/config.json      the resolved config
+    SWEEP/environment.json the driver's versions, host and device
     SWEEP/trials/ID/       one student directory a trial (kdecs.sweep.trial)
     SWEEP/trials.json      every trial with settings, status, metrics of its best epoch, seconds, error
+    SWEEP/search.json      of a search in two stages: its survivors (kdecs.sweep.search)
     SWEEP/baselines.json   what the trivial rules reach on validation
     SWEEP/ray.log          what Ray printed
     SWEEP/manifest.json    last, once every trial is complete
@@ -10,33 +12,38 @@
 The files are the truth: the driver may die at any point, and the same command goes on from them.
 """
 
+import contextlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums, write_config
-from kdecs.errors import ArtifactError, Stopped, TrainingError
+from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
 from kdecs.runtime import StopSignal
+from kdecs.sweep.build import build_teachers, refuse_missing
+from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.delivery import Delivery
+from kdecs.sweep.machine import ENVIRONMENT_NAME, write_environment
 from kdecs.sweep.progress import SweepProgress, duration
-from kdecs.sweep.records import sweep_records
-from kdecs.sweep.results import BASELINES_NAME, TRIALS_NAME, TrialResult, trial_result, write_results
-from kdecs.sweep.space import Trial, enumerate_trials, sweep_hash, with_absolute_paths
-from kdecs.sweep.trial import DEFAULT_TRAINER
+from kdecs.sweep.ray_process import RAY_LOG_NAME, Follow, run_with_ray
+from kdecs.sweep.ray_trials import Plan
+from kdecs.sweep.results import (
+    BASELINES_NAME,
+    SELECTION_METRIC,
+    TRIALS_NAME,
+    TrialResult,
+    trial_result,
+    write_results,
+)
+from kdecs.sweep.search import SEARCH_NAME, Search, Stage
+from kdecs.sweep.space import Trial, missing_teachers, tried_teachers, with_absolute_paths
+from kdecs.sweep.trial import DEFAULT_TRAINER, TrialRun, settle
 from kdecs.sweep.trivial import trivial_scores_on_validation
-from kdecs.tracking import Tracker
 
-RAY_LOG_NAME = "ray.log"
-_UNDELIVERED_NAME = ".undelivered"
-_POLL_S = 1.0
-
-Follow = Callable[[], None]
-Runner = Callable[[SweepConfig, list[Trial], str, StopSignal, Follow], None]
+Runner = Callable[[Plan, StopSignal, Follow], None]
 
 
 def run_sweep(
@@ -45,30 +52,42 @@ def run_sweep(
     trainer: str = DEFAULT_TRAINER,
     stop: StopSignal | None = None,
     runner: Runner | None = None,
+    build: bool = False,
 ) -> Path:
     """Train the sweep's missing trials and complete its directory; returns the directory.
 
-    `trainer` is `module:function` (kdecs.sweep.trial.Trainer); `runner` runs trials (default: by Ray Tune).
-    Raises TrainingError, after all others ended, where a trial failed for good, and Stopped.
+    `trainer` is `module:function` (kdecs.sweep.trial.Trainer); `runner` runs a plan's trials (default: by Ray Tune);
+    `build` has missing teachers trained and exported first.
+    Raises TrainingError, after all others ended, where a trial failed for good, ArtifactError where labels are
+    missing, and Stopped.
     """
     stop = stop or StopSignal()
-    trials = enumerate_trials(config)
-    digest = sweep_hash(trials)
     config.output.mkdir(parents=True, exist_ok=True)
-    _refuse_other_sweep(config.output, digest)
     with file_lock(config.output / ".lock", blocking=False) as held:
         if not held:
             raise ArtifactError(
                 f"{config.output}: another driver runs this sweep; wait for it or stop it first"
             )
-        sweep = _Sweep(config, trials)
-        missing = sweep.missing()
-        if not missing and is_complete(config.output, "sweep", digest):
-            sweep.deliver_leftovers()
+        if missing_teachers(config):
+            if not build:
+                refuse_missing(config)
+            build_teachers(config, stop)
+        search = Search(config)
+        search.refuse_other_search()
+        digest = search.digest()
+        _refuse_other_sweep(config.output, digest)
+        sweep = _Sweep(config, search)
+        if is_complete(config.output, "sweep", digest) and not sweep.missing(search.stage()):
             print(f"sweep {config.name}: {config.output} complete, skipped", flush=True)
+            sweep.bring_leftovers(digest)
             return config.output
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)  # a trial's files are gone since
-        sweep.train(missing, trainer, stop, runner or run_with_ray)
+        try:
+            sweep.run(trainer, stop, runner or run_with_ray)
+        except BaseException:
+            with contextlib.suppress(KdecsError):  # what ended the sweep is what is told
+                sweep.record_end("KILLED" if stop.requested else "FAILED")
+            raise
         sweep.complete(digest, stop)
     return config.output
 
@@ -76,130 +95,163 @@ def run_sweep(
 class _Sweep:
     """The state of one start of a driver."""
 
-    def __init__(self, config: SweepConfig, trials: list[Trial]) -> None:
+    def __init__(self, config: SweepConfig, search: Search) -> None:
         self.config = config
-        self.trials = trials
-        self.tracker = Tracker(config.tracking, config.output)
+        self.search = search
+        self.delivery = Delivery(config, search)
         self.began = time.monotonic()
-        self._complete: dict[str, TrialResult] = {}
+        self._settled: dict[tuple[str, str], TrialResult] = {}
 
-    def missing(self) -> list[Trial]:
-        """The trials that no manifest makes complete."""
-        return [trial for trial in self.trials if not _is_trained(trial)]
+    def missing(self, stage: Stage) -> list[Trial]:
+        """The stage's trials that are neither trained nor, in a search, stopped by it."""
+        found = []
+        for trial in stage.trials:
+            if not _is_trained(trial):
+                result = trial_result(trial, complete=False, living=False)
+                if stage.name != "search" or result.status != "pruned":
+                    found.append(trial)
+        return found
 
     def results(self, *, living: bool) -> list[TrialResult]:
-        """Where every trial stands; complete ones are read once."""
-        for trial in self.trials:
-            if trial.id not in self._complete and _is_trained(trial):
-                self._complete[trial.id] = trial_result(trial, complete=True, living=False)
-        return [
-            self._complete.get(trial.id) or trial_result(trial, complete=False, living=living)
-            for trial in self.trials
-        ]
+        """Where every known trial stands; those that are complete to the last file are read once."""
+        found = []
+        for trial, stage in self.search.trials().values():
+            key = trial.id, stage
+            result = self._settled.get(key)
+            if result is None:
+                is_trained = _is_trained(trial)
+                if is_trained and not living:
+                    settle(trial.directory)
+                result = trial_result(trial, complete=is_trained, living=living, stage=stage)
+                if result.is_settled:
+                    self._settled[key] = result
+            found.append(result)
+        return found
 
-    def train(self, missing: list[Trial], trainer: str, stop: StopSignal, runner: Runner) -> None:
-        """Have the missing trials trained, showing and delivering what they reach."""
-        output = self.config.output
-        write_config(with_absolute_paths(self.config, self.trials), output)
+    def run(self, trainer: str, stop: StopSignal, runner: Runner) -> None:
+        """Train stage after stage; ends early where a stop was asked for or a stage cannot be finished."""
+        known = self.search.stage().trials  # none before TPE's first suggestion
+        config = with_absolute_paths(self.config, known) if known else self.config
+        write_config(config, self.config.output)
+        write_environment(self.config.output)
+        self.delivery.begin(self.results(living=False))
+        while True:
+            stage = self.search.stage()
+            missing = self.missing(stage)
+            if missing or len(stage.trials) < stage.num_suggestions:
+                self._train(stage, missing, trainer, stop, runner)
+            if stage.name != "search":
+                return
+            results = self.results(living=False)
+            if stop.requested or any(r.status in ("waiting", "stopped") for r in results):
+                return
+            self.search.choose_survivors(results)
+            survivors = self.search.survivors or []
+            print(
+                f"sweep {self.config.name}: search over {len(results)} trials is done, "
+                f"{len(survivors)} settings go on with all seeds",
+                flush=True,
+            )
+
+    def _train(
+        self, stage: Stage, missing: list[Trial], trainer: str, stop: StopSignal, runner: Runner
+    ) -> None:
+        config = self.config
         for trial in missing:
             trial.directory.mkdir(parents=True, exist_ok=True)
             write_config(trial.config, trial.directory)
         before = self.results(living=False)
-        done = len(self.trials) - len(missing)
-        print(
-            f"sweep {self.config.name}: {len(self.trials)} trials, {done} complete, {len(missing)} to train, "
-            f"{self.config.max_concurrent_trials} at a time; MLflow at {self.tracker.shown_uri}",
-            flush=True,
-        )
-        self.deliver(before, "RUNNING", now=True)
-        if not missing:
-            return
-        with SweepProgress(len(self.trials), done) as progress:
+        number, done = self.search.num_trials(), sum(r.status in ("complete", "pruned") for r in before)
+        print(self._opening_line(number, done), flush=True)
+        with SweepProgress(config, number, done) as progress, _stop_file(config.output) as stop_file:
             progress.skip(before)
 
             def follow() -> None:
                 results = self.results(living=True)
                 progress.update(results)
-                self.deliver(results, "RUNNING")
+                self.delivery.deliver(results, "RUNNING")
 
-            runner(self.config, missing, trainer, stop, follow)
+            waiting = {trial.id for trial in missing}
+            run = TrialRun(
+                trainer=trainer,
+                stop_file=stop_file,
+                store=config.store or config.output.parent / "students",
+                reuse_students=config.reuse_students,
+                max_failures=config.max_failures,
+                keep_pruned=stage.name == "search",
+            )
+            settled = [trial.id for trial in stage.trials if trial.id not in waiting]
+            plan = Plan(
+                config=config,
+                run=run,
+                trials=[trial.id for trial in missing],
+                settled=settled if stage.grace_epochs is not None else [],
+                grace_epochs=stage.grace_epochs,
+                reduction_factor=stage.reduction_factor,
+                num_suggestions=stage.num_suggestions,
+                metric=before[0].metric if before else SELECTION_METRIC,
+                driver=os.getpid(),
+            )
+            runner(plan, stop, follow)
             progress.update(self.results(living=False))
 
-    def deliver(self, results: list[TrialResult], status: str, *, now: bool = False) -> bool:
-        """Bring MLflow up to date; whether it is."""
-        return self.tracker.sync_family(*sweep_records(self.config, self.trials, results, status), now=now)
+    def _opening_line(self, number: int, done: int) -> str:
+        at_a_time = self.config.max_concurrent_trials
+        shown = f"{at_a_time} at a time" if at_a_time else "as many at a time as the resources hold"
+        return (
+            f"sweep {self.config.name}: {number} trials, {done} complete, {number - done} to train, {shown}; "
+            f"MLflow at {self.delivery.shown_uri}"
+        )
 
-    def deliver_leftovers(self) -> None:
-        """What an MLflow that was away has not got of a complete sweep."""
-        marker = self.config.output / _UNDELIVERED_NAME
-        if marker.exists() and self.deliver(self.results(living=False), "FINISHED", now=True):
-            marker.unlink()
+    def record_end(self, outcome: str) -> list[TrialResult]:
+        """Write trials.json and tell MLflow how this start ended."""
+        results = self.results(living=False)
+        write_results(self.config.output, results)
+        self.delivery.finish(results, outcome)
+        return results
+
+    def bring_leftovers(self, digest: str) -> None:
+        """What a complete sweep lacks where its driver was killed at the very end, or MLflow was away."""
+        if self.config.report and not is_report_of(self.config.output, digest):
+            self._report()
+        else:
+            self.delivery.deliver_leftovers(self.results(living=False))
 
     def complete(self, digest: str, stop: StopSignal) -> None:
         """Write trials.json, then the manifest; or raise for what is stopped or failed."""
         output, results = self.config.output, self.results(living=False)
-        write_results(output, results)
-        failed = [result for result in results if result.status == "failed"]
+        searched = [result for result in results if result.stage == "search" and result.status == "failed"]
+        failed = [result for result in results if result.status == "failed" and result.stage != "search"]
         waiting = [result for result in results if result.status in ("waiting", "stopped")]
-        outcome = "KILLED" if stop.requested else "FAILED" if failed or waiting else "FINISHED"
-        if not self.deliver(results, outcome, now=True):
-            (output / _UNDELIVERED_NAME).touch()
-        else:
-            (output / _UNDELIVERED_NAME).unlink(missing_ok=True)
-        done = len(results) - len(failed) - len(waiting)
-        if done < len(results) and stop.requested:
+        is_whole = self.search.stage().name != "search" and not failed and not waiting
+        self.record_end("FINISHED" if is_whole else "KILLED" if stop.requested else "FAILED")
+        done, number = sum(r.status in ("complete", "pruned") for r in results), self.search.num_trials()
+        if not is_whole and stop.requested:
             raise Stopped(
-                f"sweep {self.config.name} stopped with {done} of {len(results)} trials complete; "
+                f"sweep {self.config.name} stopped with {done} of {number} trials complete; "
                 "run the same command again to go on"
             )
-        if done < len(results):
-            raise TrainingError(_failure_message(output, failed, waiting, len(results)))
+        if not is_whole:
+            raise TrainingError(_failure_message(output, failed or searched, waiting, number))
+        for result in searched:
+            print(f"in the search {result.label} failed: {result.error} (log: {output / result.log})")
         for leftover in output.glob(".stop-*"):  # of drivers that were killed
             leftover.unlink()
-        _write_sweep_manifest(self.config, self.trials, results, digest)
-        best = max(results, key=lambda result: result.score)
+        _write_sweep_manifest(self.config, self.search, results, digest)
+        best = max((r for r in results if r.is_compared), key=lambda result: result.score)
         print(
             f"sweep {self.config.name}: {len(results)} trials complete in "
             f"{duration(time.monotonic() - self.began)}, best on validation {best.label} "
             f"(macro F1 {best.score:.2f}) -> {output}",
             flush=True,
         )
+        if self.config.report:
+            self._report()
 
-
-def run_with_ray(
-    config: SweepConfig, trials: list[Trial], trainer: str, stop: StopSignal, follow: Follow
-) -> None:
-    """Run trials in a Ray Tune process of its own session, calling `follow` about once a second."""
-    plan = {
-        "config": config.model_dump(mode="json"),
-        "trials": [trial.id for trial in trials],
-        "trainer": trainer,
-    }
-    log = config.output / RAY_LOG_NAME
-    with _stop_file(config.output) as stop_file, log.open("ab") as log_file:
-        plan_path = config.output / ".plan.json"
-        write_json(plan_path, {**plan, "stop_file": str(stop_file)})
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kdecs.sweep.ray_trials", str(plan_path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None:
-                if stop.requested:
-                    stop_file.touch()
-                follow()
-                _wait(process, _POLL_S)
-        except BaseException:
-            stop_file.touch()
-            process.terminate()
-            raise
-        finally:
-            code = process.wait()
-    if code != 0:
-        raise TrainingError(f"Ray ended with exit code {code}: {_last_line(log)}; see {log}")
+    def _report(self) -> None:
+        self.delivery.expect()  # figures, even where this process is killed before they are there
+        print(f"report: {write_report_of(self.config.output)}", flush=True)
+        self.delivery.finish(self.results(living=False), "FINISHED")
 
 
 def _is_trained(trial: Trial) -> bool:
@@ -227,29 +279,31 @@ def _failure_message(
 
 
 def _write_sweep_manifest(
-    config: SweepConfig, trials: list[Trial], results: list[TrialResult], digest: str
+    config: SweepConfig, search: Search, results: list[TrialResult], digest: str
 ) -> None:
     output = config.output
-    manifests = [(trial.directory / MANIFEST_NAME).relative_to(output).as_posix() for trial in trials]
+    trials = [trial for trial, _ in search.trials().values()]
+    manifests = [
+        (trial.directory / MANIFEST_NAME).relative_to(output).as_posix()
+        for trial, result in zip(trials, results, strict=True)
+        if result.status == "complete"
+    ]
     corpus = trials[0].config.corpus
     write_json(output / BASELINES_NAME, trivial_scores_on_validation(corpus))
-    labels = {trial.teacher: trial.config.distillation.labels for trial in trials if trial.teacher}
+    labels = {f"labels.{name}": config.teachers[name].labels for name in tried_teachers(config)}
+    optional = [SEARCH_NAME] if (output / SEARCH_NAME).is_file() else []
     write_manifest(
         output,
         "sweep",
         config_hash=digest,
-        inputs=input_checksums(
-            train=corpus.train,
-            valid=corpus.valid,
-            **{f"labels.{name}": path for name, path in labels.items()},
-        ),
-        files=[CONFIG_NAME, TRIALS_NAME, BASELINES_NAME, *manifests],
+        inputs=input_checksums(train=corpus.train, valid=corpus.valid, **labels),
+        files=[CONFIG_NAME, ENVIRONMENT_NAME, TRIALS_NAME, BASELINES_NAME, *optional, *manifests],
         rows={TRIALS_NAME: len(results)},
         details={"num_trials": len(results), "metric": "macro F1 on validation"},
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_file(output: Path) -> Iterator[Path]:
     """A path that exists once the trials of this start shall stop; unlike that of any other start."""
     path = output / f".stop-{os.getpid()}-{time.time_ns()}"
@@ -257,15 +311,3 @@ def _stop_file(output: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("kdecs: error: ") if lines else "it printed nothing"

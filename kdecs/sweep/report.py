@@ -1,6 +1,7 @@
-"""The report of a finished sweep: one page that opens offline, its figures as PNG beside it.
+"""The report of a finished sweep: one page that opens offline, its figures as PNG and their data as CSV beside it.
 
-SWEEP/report/index.html, leaderboard.png, alpha-temperature.png, curves.png, manifest.json (kind report)
+SWEEP/report/index.html, manifest.json (kind report), table.tex, and by what the sweep tried
+    leaderboard, curves, time, spread, alpha-temperature, teachers, share: .png and .csv;  ablation.csv
 """
 
 import hashlib
@@ -16,22 +17,24 @@ from kdecs.artifact import read_manifest, write_manifest, write_text
 from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import ArtifactError
 from kdecs.run_record import METRICS_NAME, read_points
+from kdecs.sweep.commands import REPORT_FOLDER
 from kdecs.sweep.config import SweepConfig
-from kdecs.sweep.figures import Figure, alpha_temperature_figure, curves_figure, leaderboard_figure
-from kdecs.sweep.progress import duration
-from kdecs.sweep.results import BASELINES_NAME, SELECTION_METRIC, TrialResult, read_results, trial_directory
-from kdecs.sweep.selection import SettingScore, rank_settings, read_selection
-
-REPORT_FOLDER = "report"
-PAGE_NAME = "index.html"
-COLUMNS = (
-    ("macro_f1", "macro F1"),
-    ("positive_f1", "Pos F1"),
-    ("negative_f1", "Neg F1"),
-    ("exact_match", "EM"),
-    ("emotion_accuracy", "Emo Acc"),
-    ("utterance_macro_f1", "utt. macro F1"),
+from kdecs.sweep.figures import (
+    Figure,
+    alpha_temperature_figure,
+    curves_figure,
+    leaderboard_figure,
+    shown_width,
 )
+from kdecs.sweep.progress import duration
+from kdecs.sweep.results import BASELINES_NAME, TrialResult, read_results, trial_directory
+from kdecs.sweep.selection import SettingScore, is_selection_outdated, rank_settings, read_selection
+from kdecs.sweep.space import TEACHER_KEY
+from kdecs.sweep.study_figures import share_figure, spread_figure, teacher_figure, time_figure
+from kdecs.sweep.tables import COLUMNS, ablation_rows, latex_table, setting_means, write_ablation_csv
+
+PAGE_NAME = "index.html"
+TABLE_NAME = "table.tex"
 
 
 def write_report(sweep: Path) -> Path:
@@ -40,50 +43,90 @@ def write_report(sweep: Path) -> Path:
     The test section appears once a student was selected. Raises ArtifactError for an unfinished sweep.
     """
     results = read_results(sweep)
+    config = load_config(SweepConfig, sweep / CONFIG_NAME)
     ranked = rank_settings(results)
     baselines = _baselines(sweep)
     selection = read_selection(sweep)
     folder = sweep / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
-    figures = _figures(sweep, folder, ranked, results, baselines)
+    figures = _figures(sweep, config, folder, ranked, results, baselines)
+    ablation = ablation_rows(ranked, results, list(config.variants), selection)
+    files = [PAGE_NAME, TABLE_NAME, *(name for figure in figures for name in (figure.path, figure.data))]
+    if ablation:
+        files.append(write_ablation_csv(folder / "ablation.csv", ablation))
+    write_text(folder / TABLE_NAME, latex_table(config.name, ranked, results, baselines))
+    by_id = {result.id: result for result in results}
     page = (
         _environment()
         .get_template("report.html.j2")
         .render(
-            name=load_config(SweepConfig, sweep / CONFIG_NAME).name,
+            name=config.name,
             version=__version__,
             columns=COLUMNS,
-            settings=[_setting_row(setting, results) for setting in ranked],
+            metric=results[0].metric,
+            settings=[_setting_row(setting, by_id) for setting in ranked],
             rules=_rule_rows(baselines),
-            figures=figures,
-            trials=sorted(results, key=lambda result: -result.score),
-            total_time=duration(sum(result.seconds for result in results)),
-            space=_space_rows(sweep),
+            figures=[(figure, shown_width(folder / figure.path)) for figure in figures],
+            ablation=ablation,
+            trials=sorted((r for r in results if r.status == "complete"), key=lambda result: -result.score),
+            others=[result for result in results if result.status != "complete"],
+            space=[(key, f"{d.kind}: {_joined(d.values)}") for key, d in config.space.items()],
+            method=config.search.method,
             selection=selection,
+            outdated=is_selection_outdated(sweep),
             test=_test_rows(selection) if selection else [],
             verdict=_verdict(selection) if selection else "",
+            **_time(config, results),
         )
     )
     write_text(folder / PAGE_NAME, page)
-    digest = hashlib.sha256(read_manifest(sweep, "sweep").config_hash.encode())
+    _complete(sweep, folder, files, selection)
+    return folder / PAGE_NAME
+
+
+def _complete(sweep: Path, folder: Path, files: list[str], selection: dict[str, Any] | None) -> None:
+    sweep_digest = read_manifest(sweep, "sweep").config_hash
+    digest = hashlib.sha256(sweep_digest.encode())
     digest.update(json.dumps(selection, sort_keys=True).encode())
     write_manifest(
         folder,
         "report",
         config_hash=digest.hexdigest(),
-        inputs={"sweep": read_manifest(sweep, "sweep").config_hash},
-        files=[PAGE_NAME, *(figure.path for figure in figures)],
+        inputs={"sweep": sweep_digest},
+        files=files,
         details={"has_test": selection is not None},
     )
-    return folder / PAGE_NAME
+
+
+def _time(config: SweepConfig, results: list[TrialResult]) -> dict[str, Any]:
+    """What was spent here: students from the store cost nothing."""
+    trained = [result for result in results if not result.reused_from]
+    seconds = sum(result.seconds for result in trained)
+    unit, share = _resource(config)
+    return {
+        "total_time": duration(seconds),
+        "hours": f"{share * seconds / 3600:.2f} {unit} hours",
+        "num_reused": len(results) - len(trained),
+    }
+
+
+def _resource(config: SweepConfig) -> tuple[str, float]:
+    return ("GPU", config.gpus_per_trial) if config.gpus_per_trial else ("CPU", config.cpus_per_trial)
+
+
+def _joined(values: tuple[Any, ...]) -> str:
+    return ", ".join(str(value) for value in values)
 
 
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("kdecs.sweep"), autoescape=select_autoescape(["html", "j2"]), trim_blocks=True
     )
-    environment.filters["score"] = lambda value: "–" if value is None else f"{value:.2f}"
+    environment.filters["score"] = lambda value: f"{value:.2f}" if isinstance(value, int | float) else "–"
     environment.filters["duration"] = duration
+    environment.filters["p"] = lambda value: (
+        "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    )
     return environment
 
 
@@ -98,37 +141,53 @@ def _baselines(sweep: Path) -> dict[str, dict[str, float]]:
 
 def _figures(
     sweep: Path,
+    config: SweepConfig,
     folder: Path,
     ranked: list[SettingScore],
     results: list[TrialResult],
     baselines: Mapping[str, Mapping[str, float]],
 ) -> list[Figure]:
     by_id = {result.id: result for result in results}
-    scores = {setting.label: [by_id[i].score for i in setting.trials] for setting in ranked}
+    metric = results[0].metric
+    scores = {setting.key: [by_id[i].score for i in setting.trials] for setting in ranked}
     points = {
-        setting.label: [read_points(trial_directory(sweep, by_id[i]) / METRICS_NAME) for i in setting.trials]
+        setting.key: [read_points(trial_directory(sweep, by_id[i]) / METRICS_NAME) for i in setting.trials]
         for setting in ranked
     }
+    teachers = config.space[TEACHER_KEY].values if TEACHER_KEY in config.space else tuple(config.teachers)
     found = [
-        leaderboard_figure(ranked, scores, baselines, folder / "leaderboard.png"),
+        leaderboard_figure(ranked, scores, baselines, metric, folder / "leaderboard.png"),
         alpha_temperature_figure(ranked, folder / "alpha-temperature.png"),
-        curves_figure(ranked, points, folder / "curves.png"),
+        teacher_figure(ranked, scores, teachers, _own_scores(sweep, ranked), folder / "teachers.png"),
+        share_figure(ranked, scores, folder / "share.png"),
+        spread_figure(ranked, scores, folder / "spread.png"),
+        curves_figure(ranked, points, metric, folder / "curves.png"),
+        time_figure(ranked, by_id, _resource(config), folder / "time.png"),
     ]
     return [figure for figure in found if figure]
 
 
-def _setting_row(setting: SettingScore, results: list[TrialResult]) -> dict[str, Any]:
-    group = [result for result in results if result.id in setting.trials]
-    means: dict[str, float | None] = {}
-    for key, _ in COLUMNS:
-        values = [result.metrics[key] for result in group if key in result.metrics]
-        means[key] = sum(values) / len(values) if values else None
+def _own_scores(sweep: Path, ranked: list[SettingScore]) -> dict[str, float]:
+    """Teacher -> its own macro F1 on validation, as far as its students' manifests say it."""
+    found: dict[str, float] = {}
+    for setting in ranked:
+        if setting.teacher and setting.teacher not in found:
+            details = read_manifest(sweep / "trials" / setting.trials[0], "student").details
+            teacher = details.get("teacher")
+            agreement = teacher.get("details", {}).get("agreement") if isinstance(teacher, dict) else None
+            score = ((agreement or {}).get("valid") or {}).get("macro_f1")
+            if score is not None:
+                found[setting.teacher] = float(score)
+    return found
+
+
+def _setting_row(setting: SettingScore, by_id: Mapping[str, TrialResult]) -> dict[str, Any]:
     half = (setting.interval[1] - setting.interval[0]) / 2 if setting.interval else None
     return {
         "label": setting.label,
         "seeds": setting.num_seeds,
         "half": half,
-        "means": means,
+        "means": setting_means([by_id[identity] for identity in setting.trials]),
         "sd": setting.sd,
     }
 
@@ -140,24 +199,21 @@ def _rule_rows(baselines: Mapping[str, Mapping[str, float]]) -> list[dict[str, A
     ]
 
 
-def _space_rows(sweep: Path) -> list[tuple[str, str]]:
-    config = load_config(SweepConfig, sweep / CONFIG_NAME)
-    rows = [(key, ", ".join(str(value) for value in choices.grid)) for key, choices in config.space.items()]
-    return rows
-
-
 def _verdict(selection: Mapping[str, Any]) -> str:
     """How the winner stands to the best trivial rule, said plainly."""
-    rules = {
-        name: v[SELECTION_METRIC] for name, v in selection["test_baselines"].items() if SELECTION_METRIC in v
-    }
+    metric = selection["metric"]
+    rules = {name: v[metric] for name, v in selection["test_baselines"].items() if metric in v}
     name = max(rules, key=lambda rule: rules[rule])
-    difference = selection["test"][SELECTION_METRIC] - rules[name]
+    difference = selection["test"][metric] - rules[name]
     side = "above" if difference >= 0 else "below"
     return f"In macro F1 it stands {abs(difference):.2f} points {side} the best trivial rule, {name}."
 
 
 def _test_rows(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
     test = selection["test"]
-    winner = {"label": selection["winner"]["label"], "means": {key: test[key] for key, _ in COLUMNS}}
+    winner = {
+        "label": selection["winner"]["label"],
+        "means": {key: test.get(key) for key, _ in COLUMNS},  # emotions that were given have no score
+        "intervals": selection.get("test_intervals", {}),
+    }
     return [winner, *_rule_rows(selection["test_baselines"])]

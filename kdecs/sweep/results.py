@@ -8,20 +8,22 @@ from typing import Any
 from kdecs.artifact import read_manifest, write_json
 from kdecs.errors import ArtifactError
 from kdecs.run_record import METRICS_NAME, read_points
+from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import Trial, settings_key, trials_directory
-from kdecs.sweep.trial import LOG_NAME, read_status
+from kdecs.sweep.trial import DIED, LOG_NAME, read_status
 
 TRIALS_NAME = "trials.json"
 BASELINES_NAME = "baselines.json"
 SELECTION_METRIC = "macro_f1"
-_DIED = "the process died without a word: killed, or out of memory"
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
     """A trial and where it stands; `metrics` are those of its best epoch on validation, in percent.
 
-    `directory` and `log` are relative to the sweep's directory.
+    `directory` and `log` are relative to the sweep's directory. `stage` is grid, search (one seed, may be pruned) or
+    seeds (a survivor's); `reused_from` names the directory of another sweep that trained it. `epoch` of `epochs` is
+    done; `metric` is what students of this task are chosen by.
     """
 
     id: str
@@ -40,31 +42,64 @@ class TrialResult:
     best_epoch: int | None
     metrics: dict[str, float]
     error: str | None
+    stage: str = "grid"
+    reused_from: str | None = None
+    epoch: int = 0
+    epochs: int = 0
+    metric: str = SELECTION_METRIC
 
     @property
     def score(self) -> float:
-        """What trials are ranked by: macro F1 on validation."""
-        return self.metrics[SELECTION_METRIC]
+        """What trials are ranked by, on validation. KeyError where no epoch has ended."""
+        return self.metrics[self.metric]
+
+    @property
+    def has_score(self) -> bool:
+        """Whether an epoch has ended."""
+        return self.metric in self.metrics
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is complete and its files say so to the end: nothing of it will change any more."""
+        return self.status == "complete" and self.finished is not None
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether it counts in the comparison of settings: a whole student, and no mere search's."""
+        return self.status == "complete" and self.stage != "search"
 
 
-def best_point(points: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The epoch whose model a training keeps: the first with the highest macro F1 on validation."""
-    scored = [point for point in points if SELECTION_METRIC in point]
-    return max(scored, key=lambda point: point[SELECTION_METRIC]) if scored else None
+def selection_metric(config: StudentConfig) -> str:
+    """What students are chosen by on validation: macro F1 with spans, or of utterances where there are none."""
+    return "utterance_macro_f1" if config.task == "ecpe" else SELECTION_METRIC
 
 
-def trial_result(trial: Trial, *, complete: bool, living: bool) -> TrialResult:
-    """Read a trial's files. `living`: a process may be training it, so that `running` is believed."""
+def best_point(points: list[dict[str, Any]], metric: str = SELECTION_METRIC) -> dict[str, Any] | None:
+    """The epoch whose model a training keeps: the first with the highest score on validation."""
+    scored = [point for point in points if metric in point]
+    return max(scored, key=lambda point: point[metric]) if scored else None
+
+
+def trial_result(trial: Trial, *, complete: bool, living: bool, stage: str = "grid") -> TrialResult:
+    """Read a trial's files. `living`: a process may be training it, so that `running` is believed.
+
+    A student whose files are all there (`complete`) is so called once its process has noted its end, too: what that
+    writes last belongs to it.
+    """
     status = read_status(trial.directory)
     found = status.status if status else "waiting"
     error = status.error if status else None
-    if complete:
+    if complete and living and found == "running":
+        pass
+    elif complete:
         found, error = "complete", None
     elif found == "complete":  # its files were removed since
         found = "waiting"
     elif found == "running" and not living:
-        found, error = "failed", _DIED
-    point = best_point(read_points(trial.directory / METRICS_NAME))
+        found, error = "failed", DIED
+    points = read_points(trial.directory / METRICS_NAME)
+    metric = selection_metric(trial.config)
+    point = best_point(points, metric)
     metrics = {
         key: float(value)
         for key, value in (point or {}).items()
@@ -88,6 +123,11 @@ def trial_result(trial: Trial, *, complete: bool, living: bool) -> TrialResult:
         best_epoch=int(point["epoch"]) if point else None,
         metrics=metrics,
         error=error,
+        stage=stage,
+        reused_from=status.reused_from if status else None,
+        epoch=int(points[-1]["epoch"]) if points else 0,
+        epochs=trial.config.optimization.epochs,
+        metric=metric,
     )
 
 
@@ -110,9 +150,9 @@ def read_results(sweep: Path) -> list[TrialResult]:
 
 
 def by_settings(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
-    """Trials that differ by their seed alone, under a key of their settings."""
+    """Compared trials that differ by their seed alone, under a key of their settings."""
     groups: dict[str, list[TrialResult]] = {}
-    for result in results:
+    for result in (result for result in results if result.is_compared):
         groups.setdefault(settings_key(result.settings), []).append(result)
     return groups
 

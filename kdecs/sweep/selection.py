@@ -5,11 +5,15 @@ SWEEP/selection.json
     metric, universe, protocol
     settings          ranked: label, teacher, settings, trials, mean, sd, interval (95%), num_seeds
     winner            the trial's id, label, seed and validation metrics
+    runner_up         the second setting against the first: label and paired tests by score (null: one setting)
+    variants          where variants were tried: each one's best setting against the first variant's
     test_opened_at    when the test split was first read for this sweep (UTC), written before it is read
     test              scores of the winner (kdecs evaluate), null until it is scored
+    test_intervals    score -> 95% interval, bootstrap over dialogues
     test_baselines    the trivial rules' scores there, by rule
     registered        version and alias in MLflow's registry, null until MLflow answered
 SWEEP/test-predictions.jsonl   what was scored
+SWEEP/model-card.md            what the registry says of the winner
 """
 
 import json
@@ -27,20 +31,24 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from kdecs.artifact import MANIFEST_NAME, content_checksum, file_lock, read_manifest, write_json
+from kdecs.artifact import MANIFEST_NAME, content_checksum, file_lock, read_manifest, write_json, write_text
 from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import ArtifactError, ConfigError
+from kdecs.model_registry import register_student
 from kdecs.student.config import StudentConfig
+from kdecs.sweep.comparison import compare_settings
 from kdecs.sweep.config import SweepConfig
-from kdecs.sweep.records import sweep_records
-from kdecs.sweep.results import SELECTION_METRIC, TrialResult, by_settings, read_results, trial_directory
-from kdecs.sweep.space import Trial
+from kdecs.sweep.model_card import CARD_NAME, model_card
+from kdecs.sweep.records import sweep_record, trial_record
+from kdecs.sweep.results import TrialResult, by_settings, read_results, trial_directory
+from kdecs.sweep.space import VARIANT_KEY, Trial, settings_key
 from kdecs.sweep.trivial import trivial_scores
 from kdecs.tracking import Tracker
 
 SELECTION_NAME = "selection.json"
 PREDICTIONS_NAME = "test-predictions.jsonl"
 _CONFIDENCE = 0.95
+_EMOTIONS, _STRICT = "emotion_accuracy", "strict_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,11 @@ class SettingScore:
     mean: float
     sd: float | None
     interval: tuple[float, float] | None
+
+    @property
+    def key(self) -> str:
+        """What tells settings apart, whatever they are called."""
+        return settings_key(self.settings)
 
 
 def mean_interval(scores: Sequence[float]) -> tuple[float, float | None, tuple[float, float] | None]:
@@ -77,6 +90,8 @@ def rank_settings(results: list[TrialResult]) -> list[SettingScore]:
         first = group[0]
         ids = [result.id for result in sorted(group, key=lambda result: result.seed)]
         ranked.append(SettingScore(label, first.teacher, first.settings, ids, len(group), mean, sd, interval))
+    if not ranked:
+        raise ArtifactError("no setting of the sweep was trained whole, so there is nothing to rank")
     return sorted(ranked, key=lambda setting: (-setting.mean, setting.label))
 
 
@@ -95,6 +110,8 @@ def select_student(sweep: Path) -> dict[str, Any]:
     results = read_results(sweep)
     with file_lock(sweep / ".selection-lock"):
         record = _read_record(sweep) or _new_record(sweep, results)
+        if "runner_up" not in record:
+            record.update(_comparisons(sweep, results))
         winner = next(result for result in results if result.id == record["winner"]["id"])
         if record["test"] is None:
             _score_on_test(sweep, record, winner)
@@ -105,27 +122,38 @@ def select_student(sweep: Path) -> dict[str, Any]:
 
 
 def read_selection(sweep: Path) -> dict[str, Any] | None:
-    """The sweep's selection with its test result, None where there is none yet."""
-    record = _read_record(sweep) if (sweep / SELECTION_NAME).is_file() else None
-    return record if record and record["test"] else None
+    """The selection of the sweep as it is, with its test result; None where there is none yet, or it is outdated."""
+    record = _load_record(sweep)
+    return record if record and record["test"] and not is_selection_outdated(sweep) else None
+
+
+def is_selection_outdated(sweep: Path) -> bool:
+    """Whether there is a selection of another state of the sweep."""
+    record = _load_record(sweep)
+    return record is not None and record["sweep"] != read_manifest(sweep, "sweep").config_hash
 
 
 def _read_record(sweep: Path) -> dict[str, Any] | None:
+    record = _load_record(sweep)
+    if record and is_selection_outdated(sweep):
+        raise ArtifactError(
+            f"{sweep / SELECTION_NAME}: the test split was opened on {record['test_opened_at']} for another state of "
+            "this sweep; remove the file only if a second look at test is what you want"
+        )
+    return record
+
+
+def _load_record(sweep: Path) -> dict[str, Any] | None:
     path = sweep / SELECTION_NAME
     if not path.is_file():
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        opened, digest = record["test_opened_at"], record["sweep"]
+        record["test_opened_at"], record["sweep"], record["test"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{path}: not a selection ({error}); the test split may have been opened"
         ) from None
-    if digest != read_manifest(sweep, "sweep").config_hash:
-        raise ArtifactError(
-            f"{path}: the test split was opened on {opened} for another state of this sweep; "
-            "remove the file only if a second look at test is what you want"
-        )
     return record
 
 
@@ -134,7 +162,7 @@ def _new_record(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
     winner = choose_winner(results, ranked)
     return {
         "sweep": read_manifest(sweep, "sweep").config_hash,
-        "metric": SELECTION_METRIC,
+        "metric": winner.metric,
         "universe": "fold1",
         "protocol": "reccon",
         "settings": json.loads(json.dumps([asdict(setting) for setting in ranked])),  # tuples as lists
@@ -151,11 +179,39 @@ def _new_record(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
     }
 
 
+def _comparisons(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
+    """Paired tests on validation: the winner's setting against the next, and variants against the first."""
+    ranked = rank_settings(results)
+    by_id = {result.id: result for result in results}
+    groups = {setting.key: [by_id[identity] for identity in setting.trials] for setting in ranked}
+    runner_up = None
+    if len(ranked) > 1:
+        first, second = ranked[0], ranked[1]
+        tests = compare_settings(sweep, groups[first.key], groups[second.key])
+        runner_up = {"label": second.label, "against": first.label, "tests": tests}
+    best: dict[str, SettingScore] = {}
+    for setting in ranked:
+        if VARIANT_KEY in setting.settings:
+            best.setdefault(str(setting.settings[VARIANT_KEY]), setting)
+    names = [name for name in load_config(SweepConfig, sweep / CONFIG_NAME).variants if name in best]
+    variants = [
+        {
+            "variant": name,
+            "label": best[name].label,
+            "against": best[names[0]].label,
+            "tests": compare_settings(sweep, groups[best[name].key], groups[best[names[0]].key]),
+        }
+        for name in names[1:]
+    ]
+    return {"runner_up": runner_up, "variants": variants}
+
+
 def _score_on_test(sweep: Path, record: dict[str, Any], winner: TrialResult) -> None:
     """Open the test split: the time is on disk before it is read."""
     from kdecs.corpus.splits import read_split
     from kdecs.evaluation.metrics import evaluate
     from kdecs.evaluation.predictions import write_predictions
+    from kdecs.evaluation.significance import bootstrap_intervals
     from kdecs.runtime import start_runtime
     from kdecs.student.prediction import Student
 
@@ -172,8 +228,18 @@ def _score_on_test(sweep: Path, record: dict[str, Any], winner: TrialResult) -> 
     predictions = student.predict_pairs(corpus)
     write_predictions(sweep / PREDICTIONS_NAME, predictions.values())
     record["test_baselines"] = trivial_scores(corpus)
-    record["test"] = evaluate(corpus, predictions).as_dict()
+    scores = evaluate(corpus, predictions)
+    intervals = bootstrap_intervals(scores.sums_by_dialogue)
+    record["test_intervals"] = {key: list(interval) for key, interval in intervals.items()}
+    record["test"] = _of_this_student(scores.as_dict(), config)
     write_json(sweep / SELECTION_NAME, record)
+
+
+def _of_this_student(scores: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
+    """Without the scores of emotions where they were given: they would be those of the gold."""
+    if config.model.given_emotions == "none":
+        return scores
+    return {key: value for key, value in scores.items() if key != _EMOTIONS and not key.startswith(_STRICT)}
 
 
 def _register(
@@ -182,24 +248,28 @@ def _register(
     """Register the winner in MLflow's model registry; None where MLflow does not answer (tried again later)."""
     config = load_config(SweepConfig, sweep / CONFIG_NAME).model_copy(update={"output": sweep.absolute()})
     tracker = Tracker(config.tracking, config.output)
-    trials = [_as_trial(sweep, result) for result in results]
-    parent, children = sweep_records(config, trials, results, "FINISHED")
+    parent = sweep_record(config, len(results), results, "FINISHED")
+    children = [trial_record(_as_trial(sweep, r), r, parent) for r in results if r.started]
     if not tracker.sync_family(parent, children, now=True):
         return None
     run = next(child for child in children if child.identity["kdecs.trial"] == winner.id)
     run.scores = {f"test_{key}": value for key, value in record["test"].items() if isinstance(value, float)}
-    run.results = [sweep / SELECTION_NAME, sweep / PREDICTIONS_NAME]
+    card = model_card(sweep, record, load_config(StudentConfig, trial_directory(sweep, winner) / CONFIG_NAME))
+    write_text(sweep / CARD_NAME, card)
+    run.results = [sweep / SELECTION_NAME, sweep / PREDICTIONS_NAME, sweep / CARD_NAME]
     student = trial_directory(sweep, winner)
     corpus = load_config(StudentConfig, student / CONFIG_NAME).corpus
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "student"
         _copy_artifact(student, copy)
-        return tracker.register_student(
+        return register_student(
+            tracker,
             run,
             copy,
             score=winner.score,
             corpus_checksum=content_checksum(corpus.valid),
-            metric=SELECTION_METRIC,
+            metric=winner.metric,
+            card=card,
         )
 
 
@@ -239,12 +309,14 @@ def print_selection(sweep: Path, record: dict[str, Any]) -> None:
             f"{low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else "",
         )
     console.print(table)
+    console.print(_runner_up_line(record), soft_wrap=True)
     test, winner = record["test"], record["winner"]
     best_rule = max(test["baselines"].items(), key=lambda item: item[1]["utterance_macro_f1"])
+    emotions = f"emotion accuracy {test[_EMOTIONS]:.2f}, " if _EMOTIONS in test else ""
     console.print(
         f"winner {winner['label']} on test ({test['num_positive']} positive, {test['num_negative']} negative "
-        f"rows): macro F1 {test['macro_f1']:.2f}, EM {test['exact_match']:.2f}, emotion accuracy "
-        f"{test['emotion_accuracy']:.2f}, utterance macro F1 {test['utterance_macro_f1']:.2f} "
+        f"rows): macro F1 {test['macro_f1']:.2f}, EM {test['exact_match']:.2f}, {emotions}"
+        f"utterance macro F1 {test['utterance_macro_f1']:.2f} "
         f'(best trivial rule "{best_rule[0]}": {best_rule[1]["utterance_macro_f1"]:.2f})',
         soft_wrap=True,
     )
@@ -252,4 +324,15 @@ def print_selection(sweep: Path, record: dict[str, Any]) -> None:
     console.print(
         f"test opened {record['test_opened_at']}; {registered}; student: {sweep / winner['directory']}",
         soft_wrap=True,
+    )
+
+
+def _runner_up_line(record: dict[str, Any]) -> str:
+    second = record["runner_up"]
+    if second is None:
+        return "one setting, so there is no runner-up to test against"
+    test = second["tests"][record["metric"]]
+    return (
+        f"{second['against']} against {second['label']} on validation: {test['difference']:+.2f} points "
+        f"(95% {test['low']:+.2f} to {test['high']:+.2f}, paired permutation p {test['p']:.3f})"
     )

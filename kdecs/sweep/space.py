@@ -4,34 +4,45 @@ A trial's id is the first 12 hex digits of its student's config hash, so the sam
 trial in every sweep, on every machine, and are trained once.
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdecs.artifact import read_manifest
+import numpy as np
+
+from kdecs.artifact import MANIFEST_NAME, read_manifest
 from kdecs.config import config_hash, parse_config, set_dotted
 from kdecs.errors import ConfigError
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TwoStageSearch
+from kdecs.sweep.constraints import holds
 
 TEACHER_KEY = "teacher"
+VARIANT_KEY = "variant"
 SEED_KEY = "optimization.seed"
 ALPHA_KEY = "distillation.alpha"
 TEMPERATURE_KEY = "distillation.temperature"
-_LABELS_KEY = "distillation.labels"
+SHARE_KEY = "distillation.hard_share"
+MODE_KEY = "distillation.mode"
+_LABELS_KEY, _TEACHERS_KEY = "distillation.labels", "distillation.teachers"
 _TRIAL_ID_DIGITS = 12
+_DIGITS = 4  # of drawn numbers: enough to search, short enough to read
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One student of a sweep. `settings` are its values in the space without the seed: what is compared."""
+    """One student of a sweep. `settings` are its values in the space without the seed: what is compared.
+
+    `config_hash` is empty where labels are missing, so that nothing can be trained yet.
+    """
 
     id: str
     label: str
@@ -40,6 +51,11 @@ class Trial:
     teacher: str | None
     settings: dict[str, Any]
     seed: int
+
+    @property
+    def setting_label(self) -> str:
+        """The label without the seed."""
+        return self.label.rpartition(" s")[0]
 
     @property
     def directory(self) -> Path:
@@ -52,22 +68,95 @@ def trials_directory(sweep: Path) -> Path:
     return sweep / "trials"
 
 
-def enumerate_trials(config: SweepConfig) -> list[Trial]:
-    """Every trial of a sweep's grid, in the grid's order, equal settings once.
+def enumerate_trials(config: SweepConfig, *, planned: bool = False) -> list[Trial]:
+    """Every trial of a sweep's grids and draws, in the grid's order, equal settings once.
 
-    Raises ConfigError (unknown teacher or key, value out of range) and ArtifactError (labels unfinished).
+    `planned`: teachers may be missing; their trials have no hash yet.
+    Raises ConfigError (unknown teacher, variant or key, value out of range, no trial is left) and ArtifactError
+    (labels unfinished).
     """
-    _check_teachers(config)
+    return unique_trials(config, points(config), planned=planned)
+
+
+def unique_trials(
+    config: SweepConfig, found: Sequence[dict[str, Any]], *, planned: bool = False
+) -> list[Trial]:
+    """The trials of points of the space, equal settings once, without those that a constraint refuses."""
+    check_names(config, planned=planned)
     trials: dict[str, Trial] = {}
-    for overrides in _grid(config):
-        trial = _trial(config, overrides)
-        trials.setdefault(trial.id, trial)
-    return list(trials.values())
+    for point in found:
+        trial = make_trial(config, point)
+        if trial is not None:
+            trials.setdefault(trial.id, trial)
+    if not trials:
+        raise ConfigError("constraints: they leave no trial of the space")
+    return _told_apart(list(trials.values()))
+
+
+def _told_apart(trials: list[Trial]) -> list[Trial]:
+    """The trials under labels of their own: where settings would be called the same, digits of them are added."""
+    called: dict[str, set[str]] = {}
+    for trial in trials:
+        called.setdefault(trial.setting_label, set()).add(settings_key(trial.settings))
+    found = []
+    for trial in trials:
+        if len(called[trial.setting_label]) > 1:
+            digits = hashlib.sha256(settings_key(trial.settings).encode()).hexdigest()[:4]
+            label = f"{trial.setting_label} #{digits} s{trial.seed}"
+            config = trial.config.model_copy(update={"name": _ascii_name(label)})
+            trial = replace(trial, label=label, config=config)
+        found.append(trial)
+    return found
+
+
+def points(config: SweepConfig) -> list[dict[str, Any]]:
+    """The grids' product for each draw of the other keys; seeds share a draw, so that they can be compared."""
+    grids = {key: dimension.values for key, dimension in config.space.items() if not dimension.is_drawn}
+    found = []
+    for draw in _draws(config):
+        for values in itertools.product(*grids.values()):
+            point = {**draw, **dict(zip(grids, values, strict=True))}
+            found.append({key: point[key] for key in config.space})
+    return found
+
+
+def seeds_of(config: SweepConfig) -> tuple[int, ...]:
+    """The seeds that a setting is trained with. Raises ConfigError where they are drawn."""
+    dimension = config.space.get(SEED_KEY)
+    if dimension is None:
+        return (int(config.student.get("optimization", {}).get("seed", 0)),)
+    if dimension.is_drawn:
+        raise ConfigError(f"space.{SEED_KEY}: found {dimension.kind}, expected a grid of seeds")
+    return dimension.values
+
+
+def drawn_value(dimension: Dimension, generator: np.random.Generator) -> Any:
+    """One draw of a dimension; numbers of a range keep four digits."""
+    if dimension.kind in ("grid", "choice"):
+        return dimension.values[int(generator.integers(len(dimension.values)))]
+    low, high = dimension.values
+    if dimension.kind == "loguniform":
+        return readable(math.exp(generator.uniform(math.log(low), math.log(high))))
+    return readable(generator.uniform(low, high))
+
+
+def readable(value: float) -> float:
+    """A number with as many digits as are worth reading."""
+    return float(f"{value:.{_DIGITS}g}")
 
 
 def sweep_hash(trials: list[Trial]) -> str:
     """Hex sha256 that stands for a sweep's work: the set of its trials' config hashes."""
     return hashlib.sha256("\n".join(sorted(trial.config_hash for trial in trials)).encode()).hexdigest()
+
+
+def missing_teachers(config: SweepConfig) -> list[str]:
+    """Names of the teachers that the space needs and whose labels are not finished."""
+    return [
+        name
+        for name in tried_teachers(config)
+        if not (config.teachers[name].labels / MANIFEST_NAME).is_file()
+    ]
 
 
 def with_absolute_paths(config: SweepConfig, trials: list[Trial]) -> SweepConfig:
@@ -88,50 +177,119 @@ def _resolved(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_teachers(config: SweepConfig) -> None:
-    tried = config.space[TEACHER_KEY].grid if TEACHER_KEY in config.space else ()
-    for name in tried:
-        if name not in config.teachers:
-            known = ", ".join(config.teachers) or "none"
-            raise ConfigError(f"space.teacher: found {name!r}, expected a key of teachers ({known})")
-    if not tried and len(config.teachers) > 1:
+def check_names(config: SweepConfig, *, planned: bool) -> None:
+    """Raise ConfigError for an unknown teacher or variant, ArtifactError for unfinished labels unless planned."""
+    for key, known in ((TEACHER_KEY, config.teachers), (VARIANT_KEY, config.variants)):
+        for name in config.space[key].values if key in config.space else ():
+            if not all(part in known for part in _members(name, known)):
+                names = ", ".join(known) or "none"
+                raise ConfigError(f"space.{key}: found {name!r}, expected a key of {key}s ({names})")
+    if TEACHER_KEY not in config.space and len(config.teachers) > 1:
         names = ", ".join(config.teachers)
         raise ConfigError(
             f"teachers: {len(config.teachers)} given ({names}) but space has no key teacher; "
             "add teacher: {grid: [...]} or keep one"
         )
-    for name in tried or config.teachers:
-        read_manifest(config.teachers[name], "soft-labels")
+    for name in tried_teachers(config):
+        if not planned or name not in missing_teachers(config):
+            read_manifest(config.teachers[name].labels, "soft-labels")
 
 
-def _grid(config: SweepConfig) -> Iterator[dict[str, Any]]:
-    keys = list(config.space)
-    for values in itertools.product(*(config.space[key].grid for key in keys)):
-        yield dict(zip(keys, values, strict=True))
+def tried_teachers(config: SweepConfig) -> tuple[str, ...]:
+    """Names of the teachers that the space needs, once each; others that a config knows are not looked at."""
+    tried = config.space[TEACHER_KEY].values if TEACHER_KEY in config.space else tuple(config.teachers)
+    members = [part for name in tried for part in _members(name, config.teachers)]
+    return tuple(dict.fromkeys(name for name in members if name in config.teachers))
 
 
-def _trial(config: SweepConfig, overrides: dict[str, Any]) -> Trial:
+def _members(name: Any, known: Container[str]) -> list[str]:
+    """The teachers of a value such as `llama-7b+t5-large`, whose distributions a student mixes."""
+    return [name] if name in known else str(name).split("+")
+
+
+def _draws(config: SweepConfig) -> Iterator[dict[str, Any]]:
+    drawn = {key: dimension for key, dimension in config.space.items() if dimension.is_drawn}
+    if not drawn or not isinstance(config.search, GridSearch | TwoStageSearch):
+        yield {}
+        return
+    generator = np.random.default_rng(config.search.sample_seed)
+    for _ in range(config.search.num_samples):
+        yield {key: drawn_value(dimension, generator) for key, dimension in drawn.items()}
+
+
+def make_trial(config: SweepConfig, point: dict[str, Any]) -> Trial | None:
+    """The trial at a point of the space; None where a constraint refuses it.
+
+    What a variant sets is not varied for it; a student that is not distilled has neither teacher nor temperature.
+    """
     values = copy.deepcopy(config.student)
-    for key, value in overrides.items():
-        if key != TEACHER_KEY:
+    variant = config.variants.get(str(point.get(VARIANT_KEY)), {})
+    settings = {key: value for key, value in point.items() if key not in variant}
+    for key, value in {**settings, **variant}.items():
+        if key not in (TEACHER_KEY, VARIANT_KEY):
             set_dotted(values, key, value)
     distillation = values.setdefault("distillation", {})
-    is_joint = isinstance(distillation, dict) and distillation.get("mode") == "joint"
-    if is_joint and TEMPERATURE_KEY in overrides:  # it has none: one trial, not one a temperature
-        overrides = {key: value for key, value in overrides.items() if key != TEMPERATURE_KEY}
-        del distillation["temperature"]
+    is_distilled = not isinstance(distillation, dict) or distillation.get("mode", "kd") == "kd"
+    if not is_distilled:
+        settings = {
+            key: value for key, value in settings.items() if key not in (TEMPERATURE_KEY, TEACHER_KEY)
+        }
+        distillation.pop("temperature", None)
     teacher = None
-    if not is_joint and config.teachers:
-        teacher = str(overrides.get(TEACHER_KEY, next(iter(config.teachers))))
-        set_dotted(values, _LABELS_KEY, str(config.teachers[teacher]))
+    if is_distilled and config.teachers:
+        teacher = str(settings.get(TEACHER_KEY, next(iter(config.teachers))))
+    if teacher:
+        labels = [str(config.teachers[name].labels) for name in _members(teacher, config.teachers)]
+        if len(labels) == 1:
+            set_dotted(values, _LABELS_KEY, labels[0])
+        else:
+            set_dotted(values, _TEACHERS_KEY, [{"labels": path} for path in labels])
     values.setdefault("cache", str(config.output / "cache"))
     values.setdefault("threads", max(1, math.floor(config.cpus_per_trial)))
     values["output"] = str(trials_directory(config.output) / "unnamed")
-    student = parse_config(StudentConfig, values, source=f"student of sweep {config.name}")
-    digest = config_hash(student)
-    settings = {key: value for key, value in overrides.items() if key not in (SEED_KEY, TEACHER_KEY)}
+    words = {TEACHER_KEY: teacher, VARIANT_KEY: settings.get(VARIANT_KEY)}
+    try:
+        student = parse_config(StudentConfig, values, source=f"student of sweep {config.name}")
+    except ConfigError:
+        if _is_refused(config, {**values, **words}):  # what constraints keep out needs to be no valid config
+            return None
+        raise
+    if not all(holds(text, {**_resolved_values(student), **words}) for text in config.constraints):
+        return None
+    settings = {
+        TEACHER_KEY: teacher,
+        **{k: v for k, v in settings.items() if k not in (SEED_KEY, TEACHER_KEY)},
+    }
+    return _named_trial(config, student, teacher, settings)
+
+
+def _resolved_values(student: StudentConfig) -> dict[str, Any]:
+    """The student's whole config, as constraints see it: one that is not distilled has no temperature."""
+    values = student.model_dump(mode="json")
+    if student.distillation.mode != "kd":
+        values["distillation"]["temperature"] = None
+    return values
+
+
+def _is_refused(config: SweepConfig, values: dict[str, Any]) -> bool:
+    """Whether a constraint refuses plain values; one that does not understand them refuses nothing."""
+    for text in config.constraints:
+        with contextlib.suppress(ConfigError):
+            if not holds(text, values):
+                return True
+    return False
+
+
+def _named_trial(
+    config: SweepConfig, student: StudentConfig, teacher: str | None, settings: dict[str, Any]
+) -> Trial:
     label = _label(student, teacher, settings)
-    identity = digest[:_TRIAL_ID_DIGITS]
+    if any(not (item.labels / MANIFEST_NAME).is_file() for item in student.distillation.used_teachers):
+        named = f"{label} {settings_key(settings)}"
+        digest, identity = "", "planned-" + hashlib.sha256(named.encode()).hexdigest()[:_TRIAL_ID_DIGITS]
+    else:
+        digest = config_hash(student)
+        identity = digest[:_TRIAL_ID_DIGITS]
     update = {"output": trials_directory(config.output) / identity, "name": _ascii_name(label)}
     return Trial(
         id=identity,
@@ -139,7 +297,7 @@ def _trial(config: SweepConfig, overrides: dict[str, Any]) -> Trial:
         config=student.model_copy(update=update),
         config_hash=digest,
         teacher=teacher,
-        settings={TEACHER_KEY: teacher, **settings},
+        settings=settings,
         seed=student.optimization.seed,
     )
 
@@ -150,14 +308,20 @@ def settings_key(settings: dict[str, Any]) -> str:
 
 
 def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]) -> str:
-    """Such as `llama-tiny α0.6 τ2 s3`; a joint student has neither teacher nor τ."""
+    """Such as `llama-7b α0.6 τ2 s3`; a joint student has neither teacher nor τ."""
     distillation = student.distillation
-    parts = [teacher or distillation.mode, f"α{distillation.alpha:g}"]
+    parts = [str(settings[VARIANT_KEY])] if VARIANT_KEY in settings else []
+    if teacher:
+        parts.append(teacher)
+    elif not parts or MODE_KEY in settings:
+        parts.append(distillation.mode)
+    parts.append(f"α{distillation.alpha:g}")
     if distillation.mode == "kd":
         parts.append(f"τ{distillation.temperature:g}")
     for key, value in settings.items():
-        if key not in (ALPHA_KEY, TEMPERATURE_KEY, "distillation.mode"):
-            parts.append(f"{key.rpartition('.')[2]}={value}")
+        if key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{key.rpartition('.')[2]}={shown}")
     return " ".join([*parts, f"s{student.optimization.seed}"])
 
 

@@ -2,34 +2,42 @@
 
 A trial's directory is a student artifact (its manifest makes it complete) that also holds
 
-    trial.json   {status, started, finished, seconds, attempts, epoch, error}: written at every epoch
+    trial.json   {status, started, finished, seconds, attempts, stalled, epoch, error, run, reused_from}
     log.txt      what the training printed, all attempts
+    environment.json, system.jsonl   the machine (kdecs.sweep.machine)
     .lock        held while a process trains here; the kernel frees it when that process dies
 
-Status is running, complete, failed or stopped. A `running` trial without a living process was killed.
+Status is running, complete, failed, stopped, or pruned (by the search, for its metrics). A `running` trial without a
+living process was killed. `stalled` counts the attempts in a row that finished no epoch: a trial that dies again and
+again on unreliable machines goes on as long as it advances. `run` names the driver's start that this was in.
 """
 
 import contextlib
 import importlib
 import json
 import os
+import pickle
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kdecs.artifact import file_lock, is_complete, write_json
+from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, write_json, write_text
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped
+from kdecs.run_record import METRICS_NAME, read_points
 from kdecs.runtime import StopSignal, start_runtime
 from kdecs.student.config import StudentConfig
+from kdecs.sweep.machine import sampled_load, write_environment
+from kdecs.sweep.store import add_student, find_student, take_student, training_lock
 
 STATUS_NAME = "trial.json"
 LOG_NAME = "log.txt"
 DEFAULT_TRAINER = "kdecs.sweep.trial:train_student_trial"
+DIED = "the process died without a word: killed, or out of memory"
 _STOP_POLL_S = 0.5
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -45,8 +53,16 @@ class TrialStatus:
     finished: float | None = None
     seconds: float = 0.0
     attempts: int = 0
+    stalled: int = 0
     epoch: float | None = None
     error: str | None = None
+    run: str | None = None
+    reused_from: str | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the trial is complete and nothing of it will change any more."""
+        return self.status == "complete" and self.finished is not None
 
     def write(self, directory: Path) -> None:
         """Replace the trial's status file."""
@@ -79,73 +95,209 @@ def train_student_trial(config: StudentConfig, on_epoch: OnEpoch, stop: StopSign
     return train_student(config, runtime, on_epoch=on_epoch, stop=stop)
 
 
-def run_trial(directory: Path, *, trainer: Trainer, report: OnEpoch, stop_file: Path) -> TrialStatus:
+@dataclass(frozen=True)
+class TrialRun:
+    """What one start of a driver gives its trials: it stands in the plan, for every node.
+
+    `stop_file`, once it exists, stops trainings between steps; its name tells starts apart. `store` holds finished
+    students; `max_failures` bounds the attempts in a row that finish no epoch. `keep_pruned`: a trial that the search
+    stopped is reported again, not trained on.
+    """
+
+    trainer: str
+    stop_file: Path
+    store: Path
+    reuse_students: bool = True
+    max_failures: int = 0
+    keep_pruned: bool = False
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the driver asked its trials to stop."""
+        return self.stop_file.exists()
+
+
+def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialStatus:
     """Train what `config.json` in the directory says, from its last checkpoint; a complete one is skipped.
 
-    A refusal (KdecsError) or a stop ends as a status; any other error is written there and raised, so that
-    the caller may try again. `stop_file`, once it exists, stops the training between steps.
+    A student that another sweep has finished is taken from the store, unless this trial has epochs of its own: those
+    may be told already, and another training's differ. Epochs of earlier attempts are reported again first, so that a
+    scheduler knows them. A refusal (KdecsError) or a stop ends as a status; any other error is written there and
+    raised while another attempt is allowed.
     """
     with file_lock(directory / ".lock"), _output_to(directory / LOG_NAME):
-        config = load_config(StudentConfig, directory / CONFIG_NAME)
-        previous = read_status(directory) or TrialStatus(started=time.time())
-        if is_complete(directory, "student", config_hash(config)):
-            return _ended(previous, directory, "complete")
-        if stop_file.exists():
-            return previous
-        return _train(directory, config, trainer, report, stop_file, previous)
+        attempt = _Attempt(directory, run, read_status(directory) or TrialStatus(started=time.time()))
+        try:
+            return _run(attempt, report)
+        except KdecsError as refusal:
+            print(f"kdecs: error: {refusal}", file=sys.stderr)
+            attempt.begin()
+            return attempt.end("failed", str(refusal))
+        except Exception as fault:
+            traceback.print_exc()
+            attempt.begin()
+            status = attempt.end("failed", f"{type(fault).__name__}: {fault}")
+            if status.stalled > run.max_failures:
+                return status
+            raise
 
 
-def _train(
-    directory: Path,
-    config: StudentConfig,
-    trainer: Trainer,
-    report: OnEpoch,
-    stop_file: Path,
-    previous: TrialStatus,
-) -> TrialStatus:
-    began = time.time()
-    status = TrialStatus(
-        started=previous.started,
-        seconds=previous.seconds,
-        attempts=previous.attempts + 1,
-        epoch=previous.epoch,
-    )
-    status.write(directory)
+def settle(directory: Path) -> None:
+    """Note the end of a trial that was killed after its student was complete and before its status said so.
+
+    For a directory whose student is complete; a trial that a process holds is left to it.
+    """
+    ended = (directory / MANIFEST_NAME).stat().st_mtime
+    status = read_status(directory) or TrialStatus(started=ended)
+    if status.is_settled:
+        return
+    with file_lock(directory / ".lock", blocking=False) as held:
+        if held:
+            status.status, status.finished, status.error = "complete", ended, None
+            status.write(directory)
+
+
+class _Attempt:
+    """One call of `run_trial`: the trial's status, counted as an attempt once it begins."""
+
+    def __init__(self, directory: Path, run: TrialRun, previous: TrialStatus) -> None:
+        self.directory, self.run, self.status = directory, run, previous
+        self._began: float | None = None
+        self._seconds_before = previous.seconds
+        if previous.run != run.stop_file.name:
+            previous.stalled = 0  # a new start tries again
+
+    def begin(self) -> None:
+        """Count this attempt, once, and write that it runs."""
+        if self._began is None:
+            self._began = time.time()
+            before = self.status
+            self.status = TrialStatus(
+                started=before.started,
+                seconds=before.seconds,
+                attempts=before.attempts + 1,
+                stalled=before.stalled + 1,
+                epoch=before.epoch,
+                error=before.error if before.stalled else None,
+                run=self.run.stop_file.name,
+            )
+            self.status.write(self.directory)
+
+    def reach(self, epoch: float | None) -> None:
+        """Note an epoch that has ended: whatever happens next, this attempt or the one before it advanced."""
+        self._measure()
+        self.status.epoch = epoch
+        self.status.stalled, self.status.error = 0, None
+        self.status.write(self.directory)
+
+    def end(self, outcome: str, error: str | None = None) -> TrialStatus:
+        """Write how the trial ended; an end that stands there already keeps its time."""
+        status = self.status
+        if status.status != outcome or not status.finished:
+            self._measure()
+            status.status = outcome
+            status.finished = time.time()
+            status.error = " ".join(error.split()) if error else None
+            status.write(self.directory)
+        return status
+
+    def _measure(self) -> None:
+        if self._began is not None:
+            self.status.seconds = self._seconds_before + time.time() - self._began
+
+
+def _run(attempt: _Attempt, report: OnEpoch) -> TrialStatus:
+    directory, run = attempt.directory, attempt.run
+    config = load_config(StudentConfig, directory / CONFIG_NAME)
+    digest = config_hash(config)
+    with training_lock(run.store, digest, lambda: run.is_stopping) as held:
+        if not held or run.is_stopping:
+            return attempt.status
+        restore_metrics(directory, digest)
+        points = read_points(directory / METRICS_NAME)
+        is_done = is_complete(directory, "student", digest)
+        is_own = bool(points) and not attempt.status.reused_from
+        if not is_done and run.reuse_students and not is_own and _take(attempt, digest):
+            is_done, points = True, read_points(directory / METRICS_NAME)
+        if points and points[-1]["epoch"] > (attempt.status.epoch or 0):
+            attempt.status.epoch, attempt.status.stalled = points[-1]["epoch"], 0
+        try:
+            for point in points:  # a scheduler may stop the trial by what it had reached
+                report(point)
+        except SystemExit:
+            if not is_done:
+                attempt.end("pruned")
+            raise
+        if attempt.status.status == "pruned" and run.keep_pruned:
+            return attempt.status
+        status = attempt.end("complete") if is_done else _train(attempt, config, report)
+        if status.status == "complete":
+            add_student(run.store, digest, directory)
+        return status
+
+
+def restore_metrics(directory: Path, digest: str) -> None:
+    """Write the epochs that the checkpoint holds and a kill kept out of `metrics.jsonl`.
+
+    A checkpoint that cannot be read, or of another config, is left to the training, which says so.
+    """
+    import torch
+
+    from kdecs.student.checkpoint import CHECKPOINT_NAME
+
+    path = directory / CHECKPOINT_NAME
+    if not path.is_file():
+        return
+    try:  # mapped: the tensors are not read
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found, history = state["config_hash"], state["progress"]["history"]
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        return
+    if found == digest and len(history) > len(read_points(directory / METRICS_NAME)):
+        lines = "".join(json.dumps(point, allow_nan=False) + "\n" for point in history)
+        write_text(directory / METRICS_NAME, lines)
+
+
+def _take(attempt: _Attempt, digest: str) -> bool:
+    """Take the student from the store where it is there; whether it was."""
+    directory = attempt.directory
+    source = find_student(attempt.run.store, digest)
+    if source is None or source == directory.resolve():
+        return False
+    found = read_status(source) or TrialStatus(started=time.time())
+    taken = replace(found, status="running", finished=None, error=None, reused_from=str(source))
+    taken.write(directory)  # first: a kill in between leaves epochs here that are not this trial's own
+    take_student(source, directory)
+    taken.status = "complete"
+    taken.finished = found.finished or (source / MANIFEST_NAME).stat().st_mtime
+    taken.write(directory)
+    attempt.status = taken
+    print(f"taken from {source}, trained there with the same settings", flush=True)
+    return True
+
+
+def _train(attempt: _Attempt, config: StudentConfig, report: OnEpoch) -> TrialStatus:
+    directory, run = attempt.directory, attempt.run
+    if attempt.status.stalled > run.max_failures:
+        return attempt.end("failed", attempt.status.error or DIED)
+    attempt.begin()
+    write_environment(directory)
 
     def on_epoch(metrics: dict[str, float]) -> None:
-        status.seconds = previous.seconds + time.time() - began
-        status.epoch = metrics.get("epoch")
-        status.write(directory)
-        report(metrics)
+        attempt.reach(metrics.get("epoch"))
+        if metrics["epoch"] < config.optimization.epochs:  # a scheduler must not stop what is trained already
+            report(metrics)
 
     stop = StopSignal()
     try:
-        with _stopping_with(stop_file, stop):
-            trainer(config, on_epoch, stop)
+        with _stopping_with(run.stop_file, stop), sampled_load(directory):
+            load_trainer(run.trainer)(config, on_epoch, stop)
     except Stopped:
-        outcome, error = "stopped", None
-    except KdecsError as refusal:
-        outcome, error = "failed", str(refusal)
-        print(f"kdecs: error: {refusal}", file=sys.stderr)
-    except Exception as fault:
-        traceback.print_exc()
-        status.seconds = previous.seconds + time.time() - began
-        _ended(status, directory, "failed", f"{type(fault).__name__}: {fault}")
+        return attempt.end("stopped")
+    except SystemExit:  # how Tune ends what its scheduler stopped
+        attempt.end("pruned")
         raise
-    else:
-        outcome, error = "complete", None
-    status.seconds = previous.seconds + time.time() - began
-    return _ended(status, directory, outcome, error)
-
-
-def _ended(status: TrialStatus, directory: Path, outcome: str, error: str | None = None) -> TrialStatus:
-    if status.status == outcome:
-        return status
-    status.status = outcome
-    status.finished = time.time()
-    status.error = " ".join(error.split()) if error else None
-    status.write(directory)
-    return status
+    return attempt.end("complete")
 
 
 @contextlib.contextmanager

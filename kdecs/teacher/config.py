@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Unhashed
 from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.prompts import PROMPT_VERSION
+from kdecs.run_record import TrackingConfig
+
+BATCHES_VERSION = 2
+"""Of how pairs are dealt to optimizer steps: a checkpoint of other steps must not go on."""
 
 
 class LoraConfig(Config):
@@ -18,25 +22,31 @@ class LoraConfig(Config):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
-class CausalModel(Config):
+class PretrainedModel(Config):
+    """The pretrained network that is tuned."""
+
+    base: ModelReference
+    load_in_4bit: bool = Field(
+        default=False, description="frozen weights in 4 bits (NF4): CUDA, bitsandbytes and LoRA"
+    )
+
+
+class CausalModel(PretrainedModel):
     """A decoder-only teacher: the connective is the next token after the prompt."""
 
     family: Literal["causal"]
-    base: ModelReference
 
 
-class Seq2SeqModel(Config):
+class Seq2SeqModel(PretrainedModel):
     """An encoder-decoder teacher (T5): the connective is generated in the place of `<extra_id_0>`."""
 
     family: Literal["seq2seq"]
-    base: ModelReference
 
 
-class MaskedModel(Config):
+class MaskedModel(PretrainedModel):
     """An encoder teacher (RoBERTa, BERT): the connective fills the mask token."""
 
     family: Literal["masked"]
-    base: ModelReference
 
 
 ModelConfig = Annotated[CausalModel | Seq2SeqModel | MaskedModel, Field(discriminator="family")]
@@ -52,12 +62,20 @@ class ZeroConfig(Config):
     activation_checkpointing: Annotated[bool, Unhashed()] = False
 
     @model_validator(mode="after")
-    def _offload_needs_stage(self) -> "ZeroConfig":
+    def _stage_allows(self) -> "ZeroConfig":
         if self.offload_parameters and self.stage != 3:
             raise ValueError(f"offload_parameters needs stage 3, found stage {self.stage}")
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs stage 1, 2 or 3, found stage 0")
+        if self.dtype == "float16" and self.stage == 0:
+            raise ValueError(
+                "dtype float16 needs stage 1, 2 or 3, found stage 0, where DeepSpeed scales neither the loss nor the "
+                "gradients back; set zero.stage=1, or zero.dtype=bfloat16"
+            )
         return self
+
+
+TreeAttention = Literal["auto", "flex", "blocks", "mask"]
 
 
 class TeacherBatches(Config):
@@ -71,17 +89,22 @@ class TeacherBatches(Config):
     batching: Literal["auto", "tree", "pairs"] = Field(
         default="auto", description="auto: tree for causal models"
     )
+    tree_attention: Annotated[TreeAttention, Unhashed()] = Field(
+        default="auto", description="auto: FlexAttention on CUDA, blocks of queries elsewhere"
+    )
 
 
 class TeacherConfig(Config):
-    """`launch/train_teacher.py`: LoRA fine-tuning of a teacher on connectives (Eq. 1-4)."""
+    """`launch/train_teacher.py`: fine-tuning of a teacher on connectives (Eq. 1-4), by LoRA or whole."""
 
-    method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
+    method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION, "batches": BATCHES_VERSION}
     name: Name
     output: OutputPath
     corpus: CorpusConfig
     model: ModelConfig
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig | None = Field(
+        default=LoraConfig(), description="null: full tuning, all parameters are trained"
+    )
     zero: ZeroConfig = ZeroConfig()
     batches: TeacherBatches = TeacherBatches()
     optimization: Optimization = Optimization()
@@ -94,6 +117,26 @@ class TeacherConfig(Config):
     )
     validate_per_epoch: int = Field(default=1, ge=1, description="validations an epoch")
     checkpoint_every_steps: Annotated[int, Unhashed()] = Field(default=200, ge=1)
+    keep_last: Annotated[int, Unhashed()] = Field(
+        default=1, ge=1, description="newest checkpoints that are kept, beside the best on validation"
+    )
+    log_every_steps: Annotated[int, Unhashed()] = Field(
+        default=20, ge=1, description="a line of metrics.jsonl every so many steps, and at every validation"
+    )
+    device_peak_tflops: Annotated[float | None, Unhashed()] = Field(
+        default=None, gt=0, description="of one device, for MFU; null: from a table of known GPUs"
+    )
+    tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
+        default=None, description="MLflow; null: metrics.jsonl alone"
+    )
     threads_per_rank: Annotated[int, Unhashed()] = Field(
         default=0, ge=0, description="0: the library's choice"
     )
+
+    @model_validator(mode="after")
+    def _four_bits_are_frozen(self) -> "TeacherConfig":
+        if self.model.load_in_4bit and self.lora is None:
+            raise ValueError("model.load_in_4bit freezes the base, so it needs lora; full tuning trains it")
+        if self.model.load_in_4bit and self.zero.stage == 3:
+            raise ValueError("model.load_in_4bit cannot be partitioned: use zero.stage 0, 1 or 2, found 3")
+        return self

@@ -1,14 +1,14 @@
 """What a teacher trains and validates on: pairs, their prompts in tokens, and the units they form."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tqdm import tqdm
 
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split, training_dialogues
 from kdecs.errors import CorpusError
-from kdecs.teacher.batches import Unit, global_batches, make_units, share_among_ranks
+from kdecs.teacher.batches import Unit, global_batches, make_units, pairs_a_tree, share_among_ranks
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import EncodedPrompt, Family
 
@@ -21,6 +21,16 @@ class PromptSet:
     prompts: list[EncodedPrompt]
     units: list[Unit]
 
+    @cached_property
+    def shortest(self) -> int:
+        """Index of the shortest prompt."""
+        return min(range(len(self.prompts)), key=lambda n: len(self.prompts[n].tokens))
+
+    @property
+    def num_cut(self) -> dict[str, int]:
+        """How many prompts were over-long: those that lost history alone, and those that lost text of an utterance."""
+        return {part: sum(prompt.cut == part for prompt in self.prompts) for part in ("history", "text")}
+
     @property
     def num_tokens(self) -> int:
         """Tokens of one forward over everything."""
@@ -29,7 +39,10 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class TeacherData:
-    """Training and validation prompts, and the plan of all optimizer steps."""
+    """Training and validation prompts, and the plan of all optimizer steps.
+
+    `accumulation_steps` is the most that any step takes on this world size.
+    """
 
     train: PromptSet
     valid: PromptSet
@@ -53,8 +66,13 @@ def prepare_data(
     for path, pairs in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
         if not pairs:
             raise CorpusError(f"{path}: no pairs to train or validate on, expected targets with causes")
-    train = encode_pairs(config, family, train_pairs, use_tree=use_tree, show_progress=show_progress)
-    valid = encode_pairs(config, family, valid_pairs, use_tree=use_tree, show_progress=False)
+    tree_pairs = pairs_a_tree(config.batches.global_batch_pairs)
+    train = _prompt_set(
+        config, family, train_pairs, use_tree, max_pairs=tree_pairs, show_progress=show_progress
+    )
+    valid = _prompt_set(
+        config, family, valid_pairs, use_tree, max_pairs=len(valid_pairs), show_progress=False
+    )
     padded = not (use_tree and family.can_share_prefixes)
     epochs = [
         global_batches(
@@ -80,8 +98,14 @@ def prepare_data(
     return TeacherData(train, valid, steps, len(epochs[0]), accumulation, padded)
 
 
-def encode_pairs(
-    config: TeacherConfig, family: Family, pairs: Sequence[Pair], *, use_tree: bool, show_progress: bool
+def _prompt_set(
+    config: TeacherConfig,
+    family: Family,
+    pairs: list[Pair],
+    use_tree: bool,
+    *,
+    max_pairs: int,
+    show_progress: bool,
 ) -> PromptSet:
     """Tokenise every pair's prompt and form units."""
     progress = tqdm(pairs, desc="prompts", unit="pair", disable=not show_progress)
@@ -92,6 +116,6 @@ def encode_pairs(
         prompts,
         use_tree=use_tree,
         max_tokens=config.batches.micro_batch_tokens,
-        max_pairs=config.batches.global_batch_pairs,
+        max_pairs=max_pairs,
     )
-    return PromptSet(list(pairs), prompts, units)
+    return PromptSet(pairs, prompts, units)

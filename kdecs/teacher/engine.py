@@ -1,19 +1,28 @@
 """From a teacher's config to a DeepSpeed engine: ZeRO settings, loading, adapters, optimizer."""
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
+from kdecs.errors import DependencyError, DeviceError
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family
-from kdecs.teacher.network import DTYPES, TeacherNetwork, add_lora, trainable_parameters
+from kdecs.teacher.network import DTYPES, TeacherNetwork, add_lora, load_base, trainable_parameters
 
 
 def deepspeed_config(config: TeacherConfig, *, world_size: int, accumulation_steps: int) -> dict[str, Any]:
-    """DeepSpeed's settings. A micro-batch counts as one sample: our own loss scaling knows the pairs."""
+    """DeepSpeed's settings. A micro-batch counts as one sample: our own loss scaling knows the pairs.
+
+    `accumulation_steps` is the most that any step needs: buffers are laid out for it, each step then takes as many
+    as its own batch fills.
+    """
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -35,6 +44,33 @@ def deepspeed_config(config: TeacherConfig, *, world_size: int, accumulation_ste
     }
 
 
+def check_device(config: TeacherConfig, device: torch.device) -> None:
+    """Raise DeviceError or DependencyError, one line, for what this device cannot do."""
+    if device.type != "cuda" and config.zero.dtype == "float16":
+        raise DeviceError("zero.dtype float16 needs a GPU, this rank has none; use bfloat16 or float32")
+    if not config.model.load_in_4bit:
+        return
+    if device.type != "cuda":
+        raise DeviceError("model.load_in_4bit needs a GPU, this rank has none; leave it out, or use bfloat16")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DependencyError(
+            "model.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+
+
+def join_deepspeed(runtime: Runtime) -> None:
+    """DeepSpeed's communication over the process group, with nothing left in shared memory. Collective.
+
+    On CPUs each rank of DeepSpeed's launcher maps a file of 66 MiB in /dev/shm for all-reduces and never unlinks it: it
+    would take memory until the machine restarts. Once every rank has mapped all of them the names are not needed.
+    """
+    deepspeed.init_distributed(dist_backend="nccl" if runtime.device.type == "cuda" else "gloo")
+    if dist.get_world_size() > 1:
+        dist.barrier()
+    place = f"{os.getuid()}_{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}_{dist.get_rank()}").unlink(missing_ok=True)
+
+
 def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumulation_steps: int) -> Any:
     """Load the base, add LoRA, and wrap both in a DeepSpeed engine that computes pair by pair. Collective.
 
@@ -42,17 +78,17 @@ def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumu
     """
     settings = deepspeed_config(config, world_size=runtime.world_size, accumulation_steps=accumulation_steps)
     # The partitioned load below asks DeepSpeed for the number of ranks, before there is an engine.
-    deepspeed.init_distributed(dist_backend="nccl" if runtime.device.type == "cuda" else "gloo")
+    join_deepspeed(runtime)
     # Transformers looks for a live HfDeepSpeedConfig while it loads; only a weak reference is kept there.
     partitioned = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    base = family.load_network(config.model.base, dtype=DTYPES[config.zero.dtype])
+    base = load_base(config.model, family, dtype=DTYPES[config.zero.dtype], device=runtime.device)
     del partitioned
     base.config.use_cache = False
     if config.zero.activation_checkpointing:
         base.activation_checkpointing_enable()
         base.enable_input_require_grads()
-    adapted = add_lora(base, config.lora, family.lora_task)
-    network = TeacherNetwork(family, adapted, use_tree=False, device=runtime.device)
+    tuned = base if config.lora is None else add_lora(base, config.lora, family.lora_task)
+    network = TeacherNetwork(family, tuned, use_tree=False, device=runtime.device)
     optimizer = torch.optim.AdamW(
         trainable_parameters(network),
         lr=config.optimization.learning_rate,

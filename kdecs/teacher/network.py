@@ -3,15 +3,18 @@
 Shapes: P prompts, H hidden, A answer words, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
-from kdecs.teacher.config import LoraConfig
-from kdecs.teacher.families import CausalFamily, EncodedPrompt, Family
+from kdecs.errors import ModelError
+from kdecs.teacher.config import LoraConfig, ModelConfig
+from kdecs.teacher.families import CausalFamily, EncodedPrompt, Family, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,14 +29,16 @@ class TeacherNetwork(nn.Module):
         self.family = family
         self.network = network
         self.use_tree = use_tree and family.can_share_prefixes
+        self.register_state_dict_post_hook(_drop_frozen)
 
-    def forward(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """Raw logits (P, A) at temperature 1.
+    def forward(self, prompts: Sequence[EncodedPrompt], *, by_model: bool = False) -> Tensor:
+        """Raw logits (P, A) at temperature 1: the head runs at the answers, over the answer words' rows.
 
-        The head runs at the answers only; multiplying all of its V rows there costs P·V·H, under 1% of a forward.
+        `by_model`, for a check: of one prompt the model's own logits and what its head gave, (2, V).
         """
-        logits_PV = self.family.head(self.network, self._hidden(prompts))
-        return logits_PV[:, self.family.answer_ids]
+        if by_model:
+            return self.family.model_logits(self.network, prompts[0], self.device)
+        return self.family.answer_logits(self.network, self._hidden(prompts))
 
     def answers_and_rest(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
         """Raw answer logits (P, A) and the log-probability mass (P,) of the rest of the vocabulary, float32."""
@@ -51,44 +56,55 @@ class TeacherNetwork(nn.Module):
         return self.family.hidden_at_answers(self.network, prompts, self.device)
 
 
-@torch.no_grad()
-def tree_is_exact(
-    ask: Callable[[Sequence[EncodedPrompt]], Tensor],
-    teacher: TeacherNetwork,
-    prompts: Sequence[EncodedPrompt],
-) -> bool:
-    """Whether a tree gives the logits of its prompts one by one, for the model in hand.
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave frozen weights out of checkpoints; DeepSpeed itself forgets the second name of tied ones."""
+    del metadata
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
 
-    Not every decoder takes a 4-D mask and explicit positions (ALiBi, sliding windows shorter than the prompts).
-    `ask` runs the teacher (its engine's forward, where parameters are partitioned). Collective if `ask` is.
-    """
-    try:
-        teacher.use_tree = True
-        packed_PA = ask(prompts).float()
-    except (ValueError, TypeError, RuntimeError):
-        return False
-    finally:
-        teacher.use_tree = False
-    single_PA = torch.cat([ask([prompt]) for prompt in prompts]).float()
-    # bfloat16 keeps 8 bits: two ways of summing differ in the last one or two; a wrong mask differs by units.
-    is_float32 = next(teacher.network.parameters()).dtype == torch.float32
-    tolerance = 1e-3 if is_float32 else 5e-2
-    return bool((packed_PA - single_PA).abs().max() <= tolerance * single_PA.abs().max().clamp(min=1.0))
+
+def load_base(model: ModelConfig, family: Family, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The pretrained network, in 4 bits (NF4, double quantisation, computing in `dtype`) where asked for."""
+    if not model.load_in_4bit:
+        return family.load_network(model.base, dtype=dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return family.load_network(
+        model.base, dtype=dtype, quantization_config=quantization, device_map={"": device}
+    )
 
 
 def add_lora(network: nn.Module, lora: LoraConfig, task: str) -> PeftModel:
-    """The network with fresh LoRA adapters (B is zero), all else frozen."""
+    """The network with fresh LoRA adapters (B is zero), all else frozen. Raises ModelError for an unknown target."""
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    return get_peft_model(
-        network,
-        PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=float(lora.dropout),
-            target_modules=targets,
-            task_type=task,
-        ),
+    if isinstance(targets, list):
+        parts = [name.split(".") for name, _ in network.named_modules()]
+        for target in targets:
+            wanted = target.split(".")
+            if not any(path[-len(wanted) :] == wanted for path in parts):
+                linear = {
+                    n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear)
+                }
+                raise ModelError(
+                    f"lora.targets: the model has no module {target!r}; its linear layers are "
+                    f"{', '.join(sorted(linear))}"
+                )
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=float(lora.dropout),
+        target_modules=targets,
+        task_type=task,
     )
+    try:
+        return get_peft_model(network, config)
+    except ValueError as error:
+        raise ModelError(f"lora.targets {targets!r}: {first_line(error)}") from None
 
 
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:

@@ -29,6 +29,17 @@ class PackedTree:
         """N, what a forward costs."""
         return len(self.tokens_N)
 
+    def padded_to(self, multiple: int) -> "PackedTree":
+        """The same walk, filled up with trees of one token 0 each, which see and are seen by nothing else."""
+        size = self.num_tokens
+        fill = -size % multiple
+        return PackedTree(
+            tokens_N=np.pad(self.tokens_N, (0, fill)),
+            positions_N=np.pad(self.positions_N, (0, fill)),
+            ends_N=np.concatenate([self.ends_N, np.arange(size, size + fill) + 1]),
+            leaves_P=self.leaves_P,
+        )
+
 
 def pack(prompts: Sequence[np.ndarray]) -> PackedTree:
     """Pack token sequences (each of at least one token) into one walk; leaves are in the order given.

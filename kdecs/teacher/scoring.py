@@ -7,18 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from torch import nn
 
-from kdecs.artifact import MANIFEST_NAME, Manifest, check_whole, sha256_of_file
+from kdecs.artifact import Manifest, check_whole
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
-from kdecs.corpus.prompts import PROMPT_VERSION
-from kdecs.errors import ModelError
 from kdecs.runtime import Runtime
-from kdecs.teacher.adapter import check_base, read_teacher_config
 from kdecs.teacher.batches import fixed_batches, make_units
-from kdecs.teacher.families import first_line, make_family
-from kdecs.teacher.network import DTYPES, TeacherNetwork
+from kdecs.teacher.lineage import lineage_of
+from kdecs.teacher.network import TeacherNetwork
+from kdecs.teacher.product import load_trained, read_teacher_config
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class TeacherScorer:
         micro_batch_tokens: int,
         base: str | None = None,
     ) -> "TeacherScorer":
-        """Load base and adapter of a finished teacher directory onto this rank's device.
+        """Load base and adapter, or the whole tuned model, of a finished teacher directory onto this rank's device.
 
         `base` names the base where it lies elsewhere than in training; its checksum must be the same.
 
@@ -50,28 +48,12 @@ class TeacherScorer:
         """
         manifest = check_whole(directory, "teacher")
         config = read_teacher_config(directory)
-        model = config.model.model_copy(update={"base": base}) if base else config.model
-        check_base(directory, model.base)
-        family = make_family(
-            model,
-            max_prompt_tokens=config.batches.max_prompt_tokens,
-            emotions_shown=config.emotions_shown,
-        )
-        frozen = family.load_network(model.base, dtype=DTYPES[dtype])
-        try:
-            network = PeftModel.from_pretrained(frozen, str(directory))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{directory}: the adapter does not load: {first_line(error)}") from None
+        family, network = load_trained(directory, config, dtype=dtype, device=runtime.device, base=base)
         use_tree = manifest.details["batching"] == "tree"  # as measured when it was trained
+        if dtype == "float32" and not config.model.load_in_4bit:
+            network = fold_adapter(network)
         teacher = TeacherNetwork(family, network, use_tree=use_tree, device=runtime.device)
-        lineage = {
-            "teacher": sha256_of_file(directory / MANIFEST_NAME),
-            "base": manifest.inputs["base"],
-            "prompt_version": str(PROMPT_VERSION),
-            "emotions_shown": config.emotions_shown,
-            "name": config.name,
-            "dtype": dtype,
-        }
+        lineage = lineage_of(directory, manifest, config, family, dtype=dtype)
         return cls(teacher.to(runtime.device).eval(), manifest, lineage, micro_batch_tokens)
 
     @torch.inference_mode()
@@ -101,3 +83,14 @@ class TeacherScorer:
             logits[indices] = answers_PA.cpu().numpy()
             log_rest[indices] = rest_P.cpu().numpy()
         return logits, log_rest
+
+
+def fold_adapter(network: nn.Module) -> nn.Module:
+    """The base with the adapter's products added to its weights: a forward without PEFT's extra products.
+
+    The same function up to rounding. Not for 16 bits: an update that is small beside its weight would be rounded
+    away with it, where an adapter beside the base keeps it. A network whose weights ZeRO-3 has partitioned stays as
+    it is: no rank holds a whole weight to add to.
+    """
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
+    return network.merge_and_unload() if isinstance(network, PeftModel) and not is_partitioned else network

@@ -29,6 +29,7 @@ class FakeScorer:
     lineage: dict[str, str] = field(default_factory=lambda: {"prompt_version": "1", "teacher": "fake"})
     on_batch: object = None
     poison: str = ""
+    tokenizer_sha256: str = "f" * 64
 
     @property
     def manifest(self) -> Manifest:
@@ -46,6 +47,15 @@ class FakeScorer:
             if pair.id == self.poison:
                 logits[row, 2] = np.nan
         return logits, -(raw[:, 5] / 2**32).astype(np.float32)
+
+    def score_with_top(
+        self, pairs: list[Pair], top_k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids and logits that depend on the pair alone."""
+        rows = [np.frombuffer(hashlib.sha512(pair.id.encode()).digest(), np.uint32)[:top_k] for pair in pairs]
+        top = np.array(rows, dtype=np.uint32).reshape(len(pairs), top_k)
+        ids, logits = (top % 32_000).astype(np.int32), (top / 2**31).astype(np.float32)
+        return *self.score(pairs), ids, np.sort(logits, axis=1)[:, ::-1]
 
 
 class NeverStop:

@@ -1,6 +1,8 @@
 import errno
 import os
 import random
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdecs.errors import ArtifactError
-from kdecs.soft_labels import format as shard_format
 from kdecs.soft_labels.format import (
+    ROWS_A_GROUP,
     ShardTable,
     encode_shard,
-    is_as_recorded,
-    read_record,
+    iter_shard,
     read_shard,
     shard_schema,
     write_shard,
 )
+from kdecs.soft_labels.records import Agreement, is_as_recorded, read_record, record_path
 
 WORDS = ("because", "as", "since", "thus", "other")
 
@@ -121,5 +123,59 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 def test_a_record_that_is_no_record_counts_as_none(tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.parquet"
     write_shard(path, table(), WORDS, device="cpu")
-    shard_format.record_path(path).write_text('{"bytes": -1}')
+    record_path(path).write_text('{"bytes": -1}')
     assert read_record(path) is None
+
+
+def test_every_flipped_byte_of_a_record_makes_it_none(tmp_path: Path) -> None:
+    """A flip in white space or in the case of an escape says the same; any other is no record."""
+    path = tmp_path / "shard-00000.parquet"
+    agreement = {"valid": Agreement(true_positive=3, true_negative=4)}
+    record = write_shard(path, table(), WORDS, device="cpu", agreement=agreement)
+    assert read_record(path) == record
+    whole = record_path(path).read_bytes()
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        record_path(path).write_bytes(damaged)
+        assert read_record(path) in (None, record)
+
+
+def test_rows_stream_in_groups_whatever_way_they_came(tmp_path: Path) -> None:
+    """Three appends of uneven size give the bytes of one, and are read back a few rows at a time."""
+    num_rows = ROWS_A_GROUP + 1000
+    one = table(num_rows)
+    cuts = [0, 17, ROWS_A_GROUP - 3, num_rows]
+    parts = [
+        ShardTable(
+            one.pair_ids[a:b], one.pair_hashes[a:b], one.splits[a:b], one.logits[a:b], one.log_rest_mass[a:b]
+        )
+        for a, b in pairwise(cuts)
+    ]
+    paths = [tmp_path / "shard-00000.parquet", tmp_path / "shard-00001.parquet"]
+    records = [
+        write_shard(path, tables, WORDS, device="cpu")
+        for path, tables in zip(paths, (one, parts), strict=True)
+    ]
+    assert records[0] == records[1]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert pq.ParquetFile(paths[0]).num_row_groups == 2
+    pieces = list(iter_shard(paths[1], WORDS, rows=5000))
+    assert max(len(piece) for piece in pieces) <= 5000
+    np.testing.assert_array_equal(np.concatenate([piece.logits for piece in pieces]), one.logits)
+    assert [pair_id for piece in pieces for pair_id in piece.pair_ids] == one.pair_ids
+
+
+def test_top_logits_round_trip_and_can_be_skipped(tmp_path: Path) -> None:
+    path, plain = tmp_path / "shard-00000.parquet", table(9)
+    generator = np.random.default_rng(1)
+    top_ids = generator.integers(0, 32_000, size=(9, 4), dtype=np.int32)
+    top_logits = generator.normal(size=(9, 4)).astype(np.float32)
+    write_shard(path, replace(plain, top_ids=top_ids, top_logits=top_logits), WORDS, device="cpu", top_k=4)
+    found = read_shard(path, WORDS)
+    np.testing.assert_array_equal(found.top_ids, top_ids)
+    np.testing.assert_array_equal(found.top_logits, top_logits)
+    np.testing.assert_array_equal(found.logits, plain.logits)
+    (light,) = iter_shard(path, WORDS, top=False)
+    assert light.top_ids is None
+    assert light.top_logits is None

@@ -1,14 +1,17 @@
 """The entry script: skip without torch, refusals in one line, SIGTERM, two ranks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
-from fake_teacher import files_of
+from fake_teacher import files_of, make_config
+from stand_in import run_command
 
 from kdecs.artifact import read_manifest
 from kdecs.config import load_config
@@ -64,6 +67,35 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert out == f"soft labels {finished.name}: complete at {finished}, skipped\n"
+
+
+def test_a_damaged_finished_export_is_mended_by_its_own_command(
+    finished: Path, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest stands and every size is right: only the bytes of one shard are not those written."""
+    output = tmp_path / "labels"
+    shutil.copytree(finished, output)
+    config = make_config(teacher, output)
+    others = {path: path.stat().st_ino for path in output.glob("shard-*") if "3" not in path.name}
+    damaged = bytearray((output / "shard-00003.parquet").read_bytes())
+    damaged[400] ^= 1
+    (output / "shard-00003.parquet").write_bytes(damaged)
+    assert run_command(config, tmp_path) == 0
+    assert "shard-00003.parquet: damaged" in capfd.readouterr().out
+    assert files_of(output) == files_of(finished)
+    assert {path: path.stat().st_ino for path in others} == others
+    assert run_command(config, tmp_path) == 0
+    assert "complete at" in capfd.readouterr().out
+
+
+def test_a_damaged_copy_without_working_files_is_mended(
+    finished: Path, teacher: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    shutil.copytree(finished, output, ignore=shutil.ignore_patterns(".work"))
+    os.truncate(output / "shard-00003.parquet", 400)
+    assert run_command(make_config(teacher, output), tmp_path) == 0
+    assert files_of(output) == files_of(finished)
 
 
 def test_refusals_are_one_line(finished: Path, teacher: Path, tmp_path: Path) -> None:

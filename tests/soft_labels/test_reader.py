@@ -2,19 +2,22 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_teacher import FakeScorer, NeverStop, make_config, worker
 
-from kdecs.artifact import write_manifest
+from kdecs.artifact import read_manifest, write_manifest
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.soft_labels.export import export_shards
 from kdecs.soft_labels.format import ShardTable, encode_shard, read_shard
 from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.seal import seal
 
 WORDS = ("because", "as", "since", "thus", "other")
 
@@ -132,7 +135,7 @@ def test_a_damaged_shard_is_refused_when_the_file_is_built(finished: Path, tmp_p
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"shard-00002.parquet: damaged"):
+    with pytest.raises(ArtifactError, match=r"shard-00002.parquet: sha256 .* the file is damaged"):
         SoftLabels.open(directory, tmp_path / "cache")
     path.unlink()
     with pytest.raises(ArtifactError, match=r"shard-00002.parquet: missing"):
@@ -213,3 +216,55 @@ def test_labels_of_a_part_cover_the_part_alone(teacher: Path, tmp_path: Path) ->
     labels.rows_of(pairs("valid"))
     with pytest.raises(LabelError, match="no soft label for the pair"):
         labels.rows_of(pairs("train"))
+
+
+def test_top_logits_are_joined_too(teacher: Path, tmp_path: Path) -> None:
+    """Oracle: the shards, row by row; a combined directory has none."""
+    config = make_config(teacher, tmp_path / "labels", top_k=3)
+    export_shards(config, FakeScorer(teacher), worker(), NeverStop())
+    expected = {}
+    for path in (tmp_path / "labels").glob("shard-*.parquet"):
+        t = read_shard(path, WORDS)
+        expected |= {t.pair_ids[n]: (t.top_ids[n], t.top_logits[n]) for n in range(len(t))}
+    labels = SoftLabels.open(tmp_path / "labels", tmp_path / "cache")
+    wanted = [*pairs("valid"), *pairs("train")]
+    ids, logits = labels.top(labels.rows_of(wanted))
+    assert (labels.top_k, ids.dtype, logits.dtype) == (3, np.int32, np.float32)
+    np.testing.assert_array_equal(ids, np.stack([expected[p.id][0] for p in wanted]))
+    np.testing.assert_array_equal(logits, np.stack([expected[p.id][1] for p in wanted]))
+    assert len(read_manifest(tmp_path / "labels").files) == 5
+
+
+def test_top_logits_that_are_not_there_are_refused(finished: Path, tmp_path: Path) -> None:
+    labels = SoftLabels.open(finished, tmp_path)
+    with pytest.raises(LabelError, match="holds no top logits; export with top_k above 0"):
+        labels.top(np.array([0]))
+    directory = tmp_path / "copy"
+    shutil.copytree(finished, directory)
+    for top_k, message in (
+        (4, "0 top logits a pair, the manifest says 4"),
+        ("4", "details.top_k: found '4'"),
+    ):
+        manifest = read_manifest(directory)
+        changed = seal(manifest.model_copy(update={"details": manifest.details | {"top_k": top_k}}))
+        (directory / "manifest.json").write_text(changed.model_dump_json())
+        with pytest.raises(ArtifactError, match=message):
+            SoftLabels.open(directory, tmp_path / "cache")
+
+
+def test_a_reader_imports_neither_pandas_nor_torch(finished: Path, tmp_path: Path) -> None:
+    """Either would cost every reader more memory than all labels of RECCON."""
+    SoftLabels.open(finished, tmp_path)
+    script = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from kdecs.soft_labels.reader import SoftLabels
+labels = SoftLabels.open(Path({str(finished)!r}), Path({str(tmp_path)!r}))
+labels.logits(labels.find(["d/1/1"], ["0" * 32]))
+labels.logits(np.arange(len(labels)))
+sys.exit("pandas" in sys.modules or "torch" in sys.modules)
+"""
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0

@@ -16,10 +16,13 @@ from kdecs.config import parse_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS
+from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
 from kdecs.runtime import Runtime
 from kdecs.soft_labels.format import ShardTable, shard_name, write_shard
 from kdecs.student.config import StudentConfig
+from kdecs.student.prediction import Student
+from kdecs.student.product import load_student
+from kdecs.student.training import train_student
 
 torch.set_num_threads(1)
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -159,3 +162,39 @@ def make_config(
 @pytest.fixture
 def runtime() -> Runtime:
     return Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def directory(
+    tmp_path_factory: pytest.TempPathFactory,
+    base: Path,
+    corpus_files: dict[str, Path],
+    labels: Path,
+    node_cache: Path,
+) -> Path:
+    """A trained student's directory, for tests that only read it."""
+    values = {
+        "output": str(tmp_path_factory.mktemp("student") / "trained"),
+        "cache": str(node_cache),
+        "corpus": {name: str(path) for name, path in corpus_files.items()},
+        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 256},
+        "distillation": {"mode": "kd", "labels": str(labels)},
+        "optimization": {"learning_rate": 3e-3, "epochs": 3},
+    }
+    runtime = Runtime(0, 0, 1, torch.device("cpu"))
+    return train_student(parse_config(StudentConfig, values, source="test"), runtime)
+
+
+@pytest.fixture
+def student(directory: Path) -> Student:
+    """The trained student."""
+    return Student.from_pretrained(directory)
+
+
+@pytest.fixture
+def eager(directory: Path) -> Student:
+    """A student that finds a cause in every pair: no emotion of its is neutral, no score too low."""
+    model, tokenizer, card = load_student(directory)
+    emotions = tuple("fear" if emotion == NEUTRAL else emotion for emotion in card.emotions)
+    card = card.model_copy(update={"emotions": emotions, "threshold": 0.0})
+    return Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")

@@ -1,8 +1,10 @@
 """Two gloo ranks train the student that one rank trains."""
 
+import json
 import multiprocessing
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from kdecs.runtime import Runtime, StopSignal, process_group
 from kdecs.student.config import StudentConfig
 from kdecs.student.training import train_student
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def _train(rank: int, world_size: int, port: int, config: StudentConfig, stop: bool) -> None:
@@ -28,6 +30,8 @@ def _train(rank: int, world_size: int, port: int, config: StudentConfig, stop: b
             train_student(config, runtime, stop=signal)
     except Stopped:
         os._exit(Stopped.exit_code)
+    sys.stdout.flush()
+    os._exit(0)  # as kdecs.entry.leave ends a rank
 
 
 def _launch(config: StudentConfig, *, world_size: int = 2, stop: bool = False) -> list[int | None]:
@@ -76,3 +80,50 @@ def test_two_ranks_train_what_one_trains_also_after_a_stop(make_config, runtime,
         expected, found = load_file(alone / file), load_file(config.output / file)
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+def test_losses_of_an_epoch_that_two_ranks_were_stopped_in_are_those_of_a_whole_one(make_config):
+    """Stopped at step 20 of 33, where ranks look at one another: both have sums of their own then."""
+    groups = {
+        "batches": {"global_batch_pairs": 3},
+        "optimization": {"learning_rate": 1e-3, "epochs": 1},
+    }
+    whole, stopped = make_config("whole", **groups), make_config("stopped", **groups)
+    assert _launch(whole) == [0, 0]
+    assert _launch(stopped, stop=True) == [Stopped.exit_code] * 2
+    assert not (stopped.output / "metrics.jsonl").read_text()
+    assert _launch(stopped) == [0, 0]
+    expected, found = (json.loads((c.output / "metrics.jsonl").read_text()) for c in (whole, stopped))
+    losses = [key for key in expected if key.endswith("_loss")]
+    assert len(losses) == 4
+    assert {key: found[key] for key in losses} == pytest.approx({key: expected[key] for key in losses})
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "heads"),
+    [
+        ("cls", "fine", {"classifier.weight", "priors.cause", "span.start.weight"}),
+        ("cls", "none", {"classifier.weight", "priors.cause", "priors.emotion"}),
+        ("span_only", "none", {"priors.span", "priors.first_start", "priors.emotion"}),
+    ],
+)
+def test_two_ranks_train_a_mode_that_has_not_every_output(
+    make_config, runtime, base_without_dropout, mode, given, heads
+):
+    groups = {
+        "model": {
+            "base": str(base_without_dropout),
+            "span_head": "pointer",
+            "given_emotions": given,
+            "priors": "training",
+        },
+        "distillation": {"mode": mode},
+        "optimization": {"learning_rate": 1e-3, "epochs": 1},
+    }
+    alone = train_student(make_config("alone", **groups), runtime)
+    config = make_config("together", **groups)
+    assert _launch(config) == [0, 0]
+    expected, found = (load_file(place / "heads.safetensors") for place in (alone, config.output))
+    assert set(expected) >= heads
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3)

@@ -1,8 +1,12 @@
 """A target's emotion is decided at (i, i), whatever other pairs are scored with it."""
 
 import numpy as np
+import pytest
 
-from kdecs.student.inference import target_emotions
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.schema import Dialogue, Evidence, Utterance
+from kdecs.student.inference import PairScores, target_emotions
+from kdecs.student.validation import DecisionRule, choose_decision, pair_emotions
 
 
 def test_other_pairs_do_not_decide() -> None:
@@ -13,3 +17,21 @@ def test_other_pairs_do_not_decide() -> None:
     is_own_P = np.array([True, False, False, False, False])
     # Target 0 by its own pair alone; target 1 has none, so by the mean of both: sqrt(.3*.6) < sqrt(.7*.4).
     assert target_emotions(log_p_PE, target_of_P, is_own_P, ("neutral", "anger")) == ["neutral", "anger"]
+
+
+@pytest.mark.parametrize("num_targets", [1, 3])
+def test_never_neutral_is_tried(num_targets: int) -> None:
+    """Every target is a cause of itself, and neutral is likelier than its emotion: it has to go everywhere."""
+    utterances = tuple(
+        Utterance(turn, "A", "Hi", "anger", (Evidence(turn, "Hi"),)) for turn in range(1, num_targets + 1)
+    )
+    pairs = pairs_of(Dialogue("d", utterances), "fold1+neutral")
+    anger_P = np.linspace(0.1, 0.4, len(pairs), dtype=np.float32)
+    is_cause_P = np.array([pair.is_cause for pair in pairs], dtype=np.float32)
+    scores = PairScores(np.log(np.stack((1 - anger_P, anger_P), axis=1)), is_cause_P, None)
+    emotions = ("neutral", "anger")
+    for neutral in ("macro_f1", "balanced"):
+        rule = DecisionRule("utterance", neutral)
+        _, offset = choose_decision(scores, pairs, emotions, ["Hi"] * len(pairs), rule)
+        assert set(pair_emotions(scores, pairs, emotions, offset)) == {"anger"}
+    assert choose_decision(scores, pairs, emotions, ["Hi"] * len(pairs), DecisionRule())[1] == 0

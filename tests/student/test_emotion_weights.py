@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,13 +21,13 @@ def cache(corpus_files: dict[str, Path], base: Path, tmp_path: Path):
 
 def test_by_pair_every_weight_is_one(cache) -> None:
     rows = np.arange(len(cache))
-    assert (emotion_weights(SimpleNamespace(emotion_weight="pair"), cache, rows) == 1).all()
+    assert (emotion_weights("pair", cache, rows) == 1).all()
 
 
 @pytest.mark.parametrize("choose", [lambda rows: rows, lambda rows: rows[::2]])
 def test_by_target_every_target_weighs_the_same(cache, choose: Callable) -> None:
     rows = choose(np.arange(len(cache)))
-    weights = emotion_weights(SimpleNamespace(emotion_weight="target"), cache, rows)
+    weights = emotion_weights("target", cache, rows)
     sums: dict[tuple[int, int], float] = {}
     for row in rows:
         key = (int(cache.column("dialogue")[row]), int(cache.column("target")[row]))

@@ -10,10 +10,13 @@ from scipy.special import log_softmax, rel_entr, softmax
 from kdecs.student.losses import (
     LossParts,
     batch_mean,
+    classifier_loss,
     connective_loss,
     distillation_loss,
+    dynamic_distillation_loss,
     emotion_loss,
     span_loss,
+    teacher_gap,
     total_loss,
 )
 
@@ -79,7 +82,7 @@ def test_total_loss_of_kd_by_hand_and_of_joint():
     emotion, span, soft, hard = (torch.tensor(value) for value in (1.0, 2.0, 0.5, 0.25))
     kd = total_loss(LossParts(emotion, span, distillation=soft), alpha=0.6, temperature=2.0)
     assert kd.item() == pytest.approx(0.6 * 3.0 + 0.4 * 4.0 * 0.5)
-    joint = total_loss(LossParts(emotion, span, connective=hard), alpha=0.6, temperature=2.0)
+    joint = total_loss(LossParts(emotion, span, cause=hard), alpha=0.6, temperature=2.0)
     assert joint.item() == pytest.approx(0.6 * 3.0 + 0.25)
 
 
@@ -98,3 +101,79 @@ def test_losses_are_float32_whatever_the_logits():
     assert distillation_loss(logits, logits, 2.0).dtype == torch.float32
     expected = -log_softmax(logits.float().numpy(), axis=1)[range(3), [0, 1, 2]]
     np.testing.assert_allclose(emotion_loss(logits, torch.tensor([0, 1, 2])).numpy(), expected, rtol=1e-5)
+
+
+def test_classifier_loss_by_hand():
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(3.0)]])
+    found = classifier_loss(logits, torch.tensor([1, 0]))
+    assert found.tolist() == pytest.approx([math.log(4 / 3), math.log(4.0)])
+
+
+def test_total_loss_of_the_other_modes_by_hand():
+    emotion, span, soft, hard = (torch.tensor(value) for value in (1.0, 2.0, 0.5, 0.25))
+    both = LossParts(emotion, span, distillation=soft, cause=hard)
+    mixed = total_loss(both, alpha=0.6, temperature=2.0, cause_weight=0.5)
+    assert mixed.item() == pytest.approx(0.6 * 3.0 + 0.4 * 4.0 * 0.5 + 0.5 * 0.25)
+    assert total_loss(LossParts(emotion, span), alpha=0.6, temperature=2.0).item() == pytest.approx(1.8)
+    given = total_loss(LossParts(span=span, distillation=soft), alpha=0.6, temperature=2.0)
+    assert given.item() == pytest.approx(0.6 * 2.0 + 0.4 * 4.0 * 0.5)
+
+
+def test_the_gap_by_hand_is_zero_for_equals_and_one_for_opposites():
+    """q_t = (3/4, 1/4), q_s = (1/2, 1/2): half of 1/4 + 1/4."""
+    low = -1e9
+    teacher = torch.tensor([[math.log(3.0), 0.0, low, low, low]])
+    student = torch.tensor([[0.0, 0.0, low, low, low]], requires_grad=True)
+    gap = teacher_gap(teacher, student)
+    assert gap.item() == pytest.approx(0.25)
+    assert not gap.requires_grad
+    assert teacher_gap(teacher, teacher).item() == 0
+    opposite = torch.tensor([[low, low, low, low, 0.0]])
+    assert teacher_gap(teacher, opposite).item() == pytest.approx(1.0)
+
+
+def test_dynamic_distillation_is_the_plain_loss_at_its_own_temperature_or_weight():
+    teacher, student = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(4)) * 3
+    gap = teacher_gap(teacher, student)
+    softened = dynamic_distillation_loss(teacher, student, 2.0, "temperature")
+    weighed = dynamic_distillation_loss(teacher, student, 2.0, "weight")
+    for row in range(6):
+        pair = teacher[row : row + 1], student[row : row + 1]
+        tau = 2.0 * (1 + gap[row].item())
+        own = distillation_loss(*pair, tau).item()
+        # The sum multiplies by 2², so tau² stands in all.
+        assert 4 * softened[row].item() == pytest.approx(tau**2 * own, rel=1e-4)
+        assert weighed[row].item() == pytest.approx(
+            (1 - gap[row].item()) * distillation_loss(*pair, 2.0).item(), rel=1e-4
+        )
+    plain = dynamic_distillation_loss(teacher, student, 2.0, "none")
+    assert torch.equal(plain, distillation_loss(teacher, student, 2.0))
+
+
+@pytest.mark.parametrize("dynamic", ["none", "temperature", "weight"])
+def test_every_distillation_of_equals_is_zero_with_zero_gradient(dynamic):
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(5)) * 3
+    student = logits.clone().requires_grad_()
+    loss = dynamic_distillation_loss(logits, student, 2.0, dynamic)
+    loss.sum().backward()
+    assert loss.abs().max() < 1e-6
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: emotion_loss(x, torch.tensor([0, 4, -1])),
+        lambda x: connective_loss(x, torch.tensor([1, 0, 1])),
+        lambda x: classifier_loss(x[:, :2], torch.tensor([1, 0, 1])),
+        lambda x: span_loss(x, x.flip(1), torch.tensor([0, 2, 1]), torch.tensor([0, 3, -1])),
+    ],
+    ids=["emotion", "connective", "classifier", "span"],
+)
+def test_gradients_of_the_hard_losses(loss):
+    inputs = torch.randn(3, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    # The losses work in float32, hence the wide step.
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x).double(), (inputs.requires_grad_(),), eps=1e-2, atol=1e-3, rtol=1e-2
+    )

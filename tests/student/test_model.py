@@ -1,7 +1,10 @@
 """The student's network against the whole language model, head by head, for several architectures."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -167,6 +170,37 @@ def test_an_emotion_that_splits_is_refused_and_a_stand_in_helps(base):
         student_answer_ids(tokenizer, ["neutral", "bewilderment"])
     found = student_answer_ids(tokenizer, ["neutral", "bewilderment"], {"bewilderment": "surprise"})
     assert found.emotions[1] == student_answer_ids(tokenizer, ["surprise"]).emotions[0]
+
+
+def test_a_base_may_lack_its_head_but_not_a_part_of_the_encoder(base, tmp_path, caplog):
+    assert load_language_model(base) is not None and not caplog.records
+    folders = {}
+    for name, lost in (("headless", "lm_head."), ("part", "layer.1.attention"), ("other", "lm_head.dense")):
+        folders[name] = tmp_path / name
+        shutil.copytree(base, folders[name])
+        kept = {k: t for k, t in load_file(base / "model.safetensors").items() if lost not in k}
+        save_file(kept, folders[name] / "model.safetensors", metadata={"format": "pt"})
+    load_language_model(folders["headless"], logs=False)
+    assert not caplog.records
+    load_language_model(folders["headless"])
+    (record,) = caplog.records
+    assert "no weights for the language model's head (lm_head." in record.getMessage()
+    with pytest.raises(
+        ModelError, match=r"no weights for roberta\.encoder\.layer\.1\.attention.*whole encoder"
+    ):
+        load_language_model(folders["part"])
+    with pytest.raises(ModelError, match=r"no weights for lm_head\.dense.*whole student"):
+        load_language_model(folders["other"], has_head=True)
+
+
+def test_weights_of_another_shape_are_one_clear_line(base, tmp_path):
+    shutil.copytree(base, tmp_path / "odd")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.dense.weight"] = torch.zeros(7, 7)
+    save_file(weights, tmp_path / "odd" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="no masked language model could be loaded") as raised:
+        load_language_model(tmp_path / "odd")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):

@@ -1,16 +1,15 @@
 """The predictor: whole dialogues in, decisions out; files, the served form, and damage."""
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
-from io import StringIO
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
 import pytest
-import torch
-from rich.console import Console
 
 from kdecs.artifact import read_manifest, write_json
 from kdecs.corpus.pairs import candidate_pairs, pairs_of
@@ -22,41 +21,7 @@ from kdecs.evaluation.predictions import read_predictions
 from kdecs.student.commands import predict as predict_command
 from kdecs.student.prediction import Student
 from kdecs.student.product import load_student
-from kdecs.student.pyfunc import _load_pyfunc
-from kdecs.student.rendering import render_dialogue
-from kdecs.student.training import train_student
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory, base, corpus_files, labels, node_cache) -> Path:
-    from kdecs.config import parse_config
-    from kdecs.runtime import Runtime
-    from kdecs.student.config import StudentConfig
-
-    values = {
-        "output": str(tmp_path_factory.mktemp("student") / "trained"),
-        "cache": str(node_cache),
-        "corpus": {name: str(path) for name, path in corpus_files.items()},
-        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 256},
-        "distillation": {"mode": "kd", "labels": str(labels)},
-        "optimization": {"learning_rate": 3e-3, "epochs": 3},
-    }
-    runtime = Runtime(0, 0, 1, torch.device("cpu"))
-    return train_student(parse_config(StudentConfig, values, source="test"), runtime)
-
-
-@pytest.fixture(scope="module")
-def student(directory) -> Student:
-    return Student.from_pretrained(directory)
-
-
-@pytest.fixture(scope="module")
-def eager(directory) -> Student:
-    """A student that finds a cause in every pair: no emotion of its is neutral, no score too low."""
-    model, tokenizer, card = load_student(directory)
-    emotions = tuple("fear" if emotion == NEUTRAL else emotion for emotion in card.emotions)
-    card = card.model_copy(update={"emotions": emotions, "threshold": 0.0})
-    return Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
+from kdecs.student.pyfunc import ServedStudent, _load_pyfunc
 
 
 def dialogue_of(*texts: str) -> Dialogue:
@@ -93,6 +58,24 @@ def test_batch_size_and_company_do_not_matter(student):
     together = student.predict(dialogues)
     alone = [p for dialogue in dialogues for p in student.predict([dialogue], batch_tokens=64)]
     assert together == alone
+
+
+def test_two_dialogues_of_one_id_share_nothing(student):
+    """Each is predicted as it is alone, in Python and in a request, though their pairs have the same keys."""
+    dialogues = read_corpus(bundled_sample("test")).dialogues
+    alone = {dialogue.id: student.predict([dialogue]) for dialogue in dialogues}
+    emotions = [[p.emotion for p in alone[dialogue.id]] for dialogue in dialogues]
+    first, second = next(
+        (a, b)
+        for a, b in itertools.combinations(range(len(dialogues)), 2)
+        if len(emotions[a]) == len(emotions[b]) and emotions[a] != emotions[b]
+    )
+    twins = [replace(dialogues[number], id="same") for number in (first, second)]
+    found = student.predict(twins)
+    assert [p.emotion for p in found] == emotions[first] + emotions[second]
+    rows = [{"id": "same", "utterances": [_raw(u) for u in twin.utterances]} for twin in twins]
+    answers = [json.loads(text) for text in ServedStudent(student).predict(rows)]
+    assert [[row["emotion"] for row in answer] for answer in answers] == [emotions[first], emotions[second]]
 
 
 def test_ranges_are_the_spans(eager):
@@ -159,20 +142,6 @@ def test_a_faulty_file_is_refused_before_any_work(directory, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_rendering_names_feeling_and_cause(eager):
-    dialogue = read_corpus(bundled_sample("test")).dialogues[0]
-    details = eager.detail(candidate_pairs(dialogue))
-    buffer = StringIO()
-    Console(file=buffer, force_terminal=True, color_system="truecolor", width=300).print(
-        render_dialogue(dialogue, details)
-    )
-    text = buffer.getvalue()
-    cause = next(p for p in details if p.span_range and p.prediction.target <= 10)
-    assert "feels " in text and "because (" in text
-    assert f"“{cause.prediction.span}”" in text.replace("\n", " ")
-    assert "\x1b[1;4;" in text  # bold and underlined in its utterance
-
-
 def test_the_served_form_takes_frames_lists_and_texts(directory, student):
     served = _load_pyfunc(str(directory))
     dialogue = {
@@ -191,6 +160,10 @@ def test_the_served_form_takes_frames_lists_and_texts(directory, student):
         served.predict([dialogue, "{"])
     with pytest.raises(CorpusError, match="utterance"):
         served.predict([{"utterances": [{"speaker": "A"}]}])
+
+
+def _raw(utterance: Utterance) -> dict[str, object]:
+    return {"turn": utterance.turn, "speaker": utterance.speaker, "utterance": utterance.text}
 
 
 def copied(directory: Path, target: Path) -> Path:

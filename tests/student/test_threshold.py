@@ -1,13 +1,19 @@
 """The threshold against a search over every possible one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.schema import Dialogue, Utterance
+from kdecs.student.inference import PairScores, pair_gains
 from kdecs.student.threshold import DEFAULT_THRESHOLD, PairGains, choose_threshold
+from kdecs.student.validation import decide
 
 
 def macro(gains: PairGains, predicted: np.ndarray) -> float:
-    """Macro F1 by precision and recall, as the scoring defines it."""
+    """Macro F1 by precision and recall, as the scoring defines it, at the level that is asked for."""
     negative = gains.positive_rows_P == 0
     right = (negative & ~predicted).sum()
     empty_positives = gains.positive_rows_P[~predicted].sum()
@@ -16,6 +22,10 @@ def macro(gains: PairGains, predicted: np.ndarray) -> float:
     negative_f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     positives = gains.positive_rows_P.sum()
     positive_f1 = gains.f_sum_P[predicted].sum() / positives if positives else 0.0
+    found = gains.positive_rows_P[predicted].sum()
+    said = found + (negative & predicted).sum()
+    causal = 2 * found / (said + positives) if said + positives else 0.0
+    positive_f1 = {"span": positive_f1, "utterance": causal, "both": (positive_f1 + causal) / 2}[gains.level]
     return 50 * (positive_f1 + negative_f1)
 
 
@@ -27,9 +37,10 @@ def random_gains(seed: int, num_pairs: int = 60) -> PairGains:
     return PairGains(score, rows, rows * generator.random(num_pairs))
 
 
+@pytest.mark.parametrize("level", ["span", "utterance", "both"])
 @pytest.mark.parametrize("seed", range(20))
-def test_no_threshold_is_better(seed: int):
-    gains = random_gains(seed)
+def test_no_threshold_is_better(seed: int, level):
+    gains = replace(random_gains(seed), level=level)
     threshold, found = choose_threshold(gains)
     scores = np.unique(gains.score_P[np.isfinite(gains.score_P)])
     best = max(macro(gains, gains.score_P >= score) for score in scores)
@@ -48,6 +59,25 @@ def test_something_is_always_a_cause_even_where_no_span_is_right():
     gains = PairGains(np.array([0.4, 0.3, 0.2]), np.array([1.0, 0.0, 0.0]), np.zeros(3))
     threshold, _ = choose_threshold(gains)
     assert (gains.score_P >= threshold).sum() >= 1
+
+
+def test_a_threshold_between_two_neighbours_in_float32_parts_them():
+    """Found in float64, midway; in float32 it would be rounded to the lower one, and both be causes."""
+    dialogue = Dialogue("d", tuple(Utterance(turn, "A", "Hi", "anger", None) for turn in (1, 2)))
+    pairs = pairs_of(dialogue, "all")[::2]
+    low = next(
+        score
+        for score in np.linspace(0.3, 0.4, 9, dtype=np.float32)
+        if np.float32((float(score) + float(np.nextafter(score, np.float32(1)))) / 2) == score
+    )
+    score_P = np.array([low, np.nextafter(low, np.float32(1))])
+    gains = pair_gains(score_P, ["anger"] * 2, [(), ("Hi",)], ["Hi", "Hi"])
+    threshold, _ = choose_threshold(gains)
+    scores = PairScores(None, score_P, None)
+    assert [p.is_cause for p in decide(pairs, scores, ["anger"] * 2, ["Hi", "Hi"], threshold)] == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Training end to end on a tiny base: product, resume, ranks, refusals."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,24 @@ from safetensors.torch import load_file
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.config import Optimization
+from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped, TrainingError
+from kdecs.evaluation.predictions import read_predictions
 from kdecs.runtime import StopSignal
 from kdecs.schedule import learning_rate_at
 from kdecs.student import training
 from kdecs.student.objective import step_seed
+from kdecs.student.prediction import Student
 from kdecs.student.training import train_student
+
+FILES = (
+    "heads.safetensors",
+    "student.json",
+    "valid-predictions.jsonl",
+    "config.json",
+    "metrics.jsonl",
+    "manifest.json",
+)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -26,7 +40,8 @@ def assert_same_student(left: Path, right: Path) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-    assert (left / "student.json").read_bytes() == (right / "student.json").read_bytes()
+    for name in ("student.json", "valid-predictions.jsonl"):
+        assert (left / name).read_bytes() == (right / name).read_bytes(), name
 
 
 class StopAfter(StopSignal):
@@ -104,6 +119,126 @@ def test_a_kill_after_an_epoch_goes_on_from_its_checkpoint(make_config, runtime)
     assert len((config.output / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_kill_before_a_checkpoint_leaves_the_best_student_that_the_checkpoint_names(
+    make_config, runtime, monkeypatch
+):
+    """Epoch 2 was the best until a kill; trained again, as on a GPU not bit for bit, it is not."""
+
+    class Killed(Exception):
+        pass
+
+    saved: list[dict[str, torch.Tensor]] = []
+    write, measure, checkpoint = training.save_student, training.epoch_metrics, training.save_checkpoint
+
+    def note(directory: Path, model, *rest) -> None:
+        saved.append({name: tensor.clone() for name, tensor in model.language_model.state_dict().items()})
+        write(directory, model, *rest)
+
+    def kill(directory, digest, progress, *rest) -> None:
+        if progress.epoch == 2:
+            raise Killed
+        checkpoint(directory, digest, progress, *rest)
+
+    config = make_config()
+    monkeypatch.setattr(training, "save_student", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "epoch_metrics", lambda *a, **k: measure(*a, **k) | {"macro_f1": k["epoch"]})
+        patch.setattr(training, "save_checkpoint", kill)
+        with pytest.raises(Killed):
+            train_student(config, runtime)
+    assert len(saved) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "epoch_metrics", lambda *a, **k: measure(*a, **k) | {"macro_f1": 0.5})
+        train_student(config, runtime)
+    assert read_manifest(config.output).details["valid"]["epoch"] == 1
+    found = load_file(config.output / "model/model.safetensors")
+    assert all(torch.equal(tensor, saved[0][name]) for name, tensor in found.items())
+    names = {path.name for path in config.output.iterdir()}
+    assert names == {"model", *FILES}
+    corpus = read_corpus(config.corpus.valid)
+    kept = read_predictions(config.output / "valid-predictions.jsonl", corpus)
+    assert kept == Student.from_pretrained(config.output).predict_pairs(corpus), "of epoch 1 as well"
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_kill_while_the_best_student_moves_to_its_place_is_taken_up(
+    make_config, runtime, monkeypatch, moved
+):
+    class Killed(Exception):
+        pass
+
+    whole = train_student(make_config("whole", optimization={"epochs": 1}), runtime)
+    config = make_config("killed", optimization={"epochs": 1})
+    counts, replace = iter(range(4)), os.replace
+
+    def kill(source: Path, target: Path) -> None:
+        if Path(source).parent.name == "best-1" and next(counts) == moved:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", kill)
+        with pytest.raises(Killed):
+            train_student(config, runtime)
+    assert not (config.output / "manifest.json").exists()
+    train_student(config, runtime)
+    assert_same_student(whole, config.output)
+    assert verify_artifact(config.output) == []
+    assert {path.name for path in config.output.iterdir()} == {"model", *FILES}
+
+
+def test_a_best_epoch_of_an_earlier_version_goes_without_its_predictions(make_config, runtime):
+    class Killed(Exception):
+        pass
+
+    def kill(metrics: dict[str, float]) -> None:
+        raise Killed
+
+    config = make_config(optimization={"epochs": 1})
+    with pytest.raises(Killed):
+        train_student(config, runtime, on_epoch=kill)
+    (config.output / "best-1/valid-predictions.jsonl").unlink()
+    train_student(config, runtime)
+    assert verify_artifact(config.output) == []
+    assert {path.name for path in config.output.iterdir()} == {"model", *FILES} - {"valid-predictions.jsonl"}
+
+
+def test_a_best_student_that_was_removed_by_hand_is_one_clear_line(make_config, runtime):
+    config = make_config()
+    with pytest.raises(Stopped):
+        train_student(config, runtime, stop=StopAfter(9))
+    for folder in config.output.glob("best-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(ArtifactError, match=r"best-1.*missing, the checkpoint names it"):
+        train_student(config, runtime)
+
+
+@pytest.mark.parametrize("place", ["save_checkpoint", "write_metrics"])
+def test_a_line_that_was_seen_stays_as_it_is_when_a_kill_hits_the_end_of_an_epoch(
+    make_config, runtime, monkeypatch, place
+):
+    """Speed and time of a repeated epoch differ: two readings of one epoch would be two points in MLflow."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(*arguments: object) -> None:
+        if place == "save_checkpoint" or arguments[1]:  # at a start there is no line to write yet
+            raise Killed
+
+    config = make_config("killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, place, kill)
+        with pytest.raises(Killed):
+            train_student(config, runtime)
+    metrics = config.output / "metrics.jsonl"
+    seen = metrics.read_text() if metrics.exists() else ""
+    assert (config.output / "checkpoint.pt").exists() == (place == "write_metrics")
+    train_student(config, runtime)
+    assert metrics.read_text().startswith(seen)
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [1, 2]
+
+
 def test_the_output_of_another_config_is_refused_finished_or_not(make_config, runtime):
     config = make_config()
     with pytest.raises(Stopped):
@@ -135,7 +270,29 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(make_config, r
     with pytest.raises(TrainingError, match="not finite"):
         train_student(config, runtime)
     assert not (config.output / "checkpoint.pt").exists()
-    assert not (config.output / "model").exists()
+    assert not (config.output / "model").exists() and not list(config.output.glob("best-*"))
+
+
+def test_a_step_that_is_not_finite_is_not_taken_nor_any_after_it(make_config, runtime, monkeypatch):
+    """On several ranks and on GPUs losses are looked at every 20 steps only."""
+    config, calls = make_config(), []
+    config.output.mkdir()
+    trainer = training.StudentTrainer(config, "0", runtime, None, StopSignal())
+    trainer.check_steps = 20
+    loss = training.step_loss
+
+    def poisoned(parts, distillation) -> torch.Tensor:
+        calls.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        return loss(parts, distillation) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(training, "step_loss", poisoned)
+    with pytest.raises(TrainingError, match="not finite near step 7"):
+        trainer.train()
+    assert len(calls) == 7
+    found = trainer.model.state_dict()
+    assert any(not torch.equal(tensor, found[name]) for name, tensor in calls[1].items())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in calls[2].items())
+    assert not (config.output / "checkpoint.pt").exists()
 
 
 def test_labels_that_do_not_cover_the_pairs_or_have_other_words_are_refused(

@@ -3,15 +3,18 @@
 import os
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from kdecs.artifact import write_manifest
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
+from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.run_record import TrackingConfig
 from kdecs.sweep.config import SweepConfig
-from kdecs.sweep.trial import load_trainer, run_trial
+from kdecs.sweep.space import trials_directory
+from kdecs.sweep.trial import run_trial
 
 TRAINER = "fake_trainer:train"
 
@@ -44,7 +47,7 @@ def runs(tmp_path, mlflow_template):
     return folder
 
 
-def make_labels(directory: Path) -> Path:
+def write_labels(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / "shard-00000.parquet").write_bytes(directory.name.encode())
     write_manifest(
@@ -54,9 +57,15 @@ def make_labels(directory: Path) -> Path:
 
 
 @pytest.fixture
+def make_labels():
+    """A function that writes a made-up soft-label directory."""
+    return write_labels
+
+
+@pytest.fixture
 def make_config(runs):
     """A function that makes a sweep's config: 2 teachers × 2 alphas × 2 seeds unless told otherwise."""
-    labels = {name: str(make_labels(runs / "labels" / name)) for name in ("llama-tiny", "t5-tiny")}
+    labels = {name: str(write_labels(runs / "labels" / name)) for name in ("llama-tiny", "t5-tiny")}
 
     def make(**changes) -> SweepConfig:
         values = {
@@ -74,6 +83,8 @@ def make_config(runs):
                 "optimization.seed": {"grid": [0, 1]},
             },
             "max_failures": 1,
+            "max_concurrent_trials": 2,
+            "report": False,
             **changes,
         }
         return parse_config(SweepConfig, values, source="test")
@@ -91,22 +102,18 @@ def tracking(uri):
     return TrackingConfig(uri=uri)
 
 
-def run_in_process(config, trials, trainer, stop, follow):
-    """A runner without Ray: one trial after the other, a fault of one leaves the others."""
-    stop_file = config.output / ".stop-test"
-    for trial in trials:
-        follow()
-        if stop.requested:
-            stop_file.touch()
-        try:
-            run_trial(
-                trial.directory,
-                trainer=load_trainer(trainer),
-                report=lambda metrics: None,
-                stop_file=stop_file,
-            )
-        except Exception as error:
-            print(f"{trial.label}: {error}")
+def run_in_process(plan, stop, follow):
+    """A runner without Ray: one trial after the other, with its retries; a fault of one leaves the others."""
+    for identity in plan.trials:
+        for _ in range(plan.run.max_failures + 1):
+            follow()
+            if stop.requested:
+                plan.run.stop_file.touch()
+            try:
+                run_trial(trials_directory(plan.config.output) / identity, plan.run, lambda metrics: None)
+                break
+            except Exception as error:
+                print(f"{identity}: {error}")
         follow()
 
 
@@ -133,3 +140,37 @@ def runs_of():
         return client, parents, children
 
     return find
+
+
+class RuleStudent:
+    """Predicts by the distance rule; notes which corpora it was asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def predict_pairs(self, corpus):
+        RuleStudent.asked.append(corpus.path.stem)
+        return trivial_predictions(corpus, "fold1")["j >= i-1"]
+
+
+@pytest.fixture
+def asked():
+    """The corpora that students of `finished` sweeps were asked to predict."""
+    return RuleStudent.asked
+
+
+@pytest.fixture
+def finish(make_config, in_process, monkeypatch):
+    """A function that runs a sweep with the fake trainer; its students predict by the distance rule."""
+    from kdecs.student.prediction import Student
+    from kdecs.sweep.driver import run_sweep
+
+    RuleStudent.asked.clear()
+    monkeypatch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
+    monkeypatch.setattr("kdecs.sweep.selection.register_student", lambda *a, **k: "kdecs-student version 1")
+    return lambda **changes: run_sweep(make_config(**changes), trainer=TRAINER, runner=in_process)
+
+
+@pytest.fixture
+def finished(finish):
+    """The directory of a finished sweep over 2 teachers × 2 alphas × 2 seeds."""
+    return finish()

@@ -1,7 +1,9 @@
 """A trainer without a model: seconds instead of hours, with the files and the behaviour of the real one.
 
 The score rises by epoch and depends on alpha, temperature, seed and teacher. FAKE_TRAINER, a JSON object,
-sets `epoch_s` and, by seed, `refuse`, `raise`, `kill_once` (kill -9 after the first epoch) or `kill`.
+sets `epoch_s`, `refuse_alpha`, `raise_early` and, by seed, `refuse`, `raise`, `kill_once` (kill -9 after the first
+epoch), `kill` (after every epoch), `kill_early` (before any), `raise_between` (after every epoch's checkpoint, before
+its line is in `metrics.jsonl`).
 """
 
 import json
@@ -9,7 +11,9 @@ import os
 import signal
 import time
 
-from kdecs.artifact import write_json, write_manifest
+import torch
+
+from kdecs.artifact import atomic_path, write_manifest, write_text
 from kdecs.config import config_hash, write_config
 from kdecs.errors import Stopped, TrainingError
 
@@ -17,20 +21,40 @@ from kdecs.errors import Stopped, TrainingError
 def score_of(config, epoch):
     bend = 8 * (config.distillation.alpha - 0.6) ** 2 + 0.1 * (config.distillation.temperature - 2) ** 2
     teacher = 2.0 if "llama" in str(config.distillation.labels) else 0.0
-    return 60 - bend + teacher + 0.3 * config.optimization.seed + 2 * epoch
+    mode = {"kd": 0.0, "joint": -2.0, "cls": -3.0, "span_only": -6.0}[config.distillation.mode]
+    share = -4 * (1 - config.distillation.hard_share)
+    return 60 - bend + teacher + mode + share + 0.3 * config.optimization.seed + 2 * epoch
+
+
+def read_checkpoint(path):
+    return torch.load(path, weights_only=True)["progress"]["history"] if path.exists() else []
+
+
+def write_checkpoint(path, digest, points):
+    with atomic_path(path) as temporary:
+        torch.save({"config_hash": digest, "progress": {"history": points}}, temporary)
+
+
+def write_points(path, points):
+    write_text(path, "".join(json.dumps(point) + "\n" for point in points))
 
 
 def train(config, on_epoch, stop):
     behaviour = json.loads(os.environ.get("FAKE_TRAINER", "{}"))
     seed, output = config.optimization.seed, config.output
     write_config(config, output)
-    checkpoint, metrics = output / "checkpoint.json", output / "metrics.jsonl"
-    points = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
+    checkpoint, metrics, digest = output / "checkpoint.pt", output / "metrics.jsonl", config_hash(config)
+    points = read_checkpoint(checkpoint)
     print(
         f"seed {seed}: from epoch {len(points)} with {os.environ.get('OMP_NUM_THREADS')} threads", flush=True
     )
-    if seed in behaviour.get("refuse", []):
+    if seed in behaviour.get("refuse", []) or config.distillation.alpha == behaviour.get("refuse_alpha"):
         raise TrainingError(f"{output}: the loss is not finite\nat step 3")
+    if behaviour.get("raise_early"):
+        raise RuntimeError("a fault before the first epoch")
+    if seed in behaviour.get("kill_early", []):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_points(metrics, points)
     for epoch in range(len(points) + 1, config.optimization.epochs + 1):
         ends = time.monotonic() + behaviour.get("epoch_s", 0.0)
         while time.monotonic() < ends:
@@ -52,8 +76,10 @@ def train(config, on_epoch, stop):
                 "utterance_macro_f1": macro + 1,
             }
         )
-        metrics.write_text("".join(json.dumps(point) + "\n" for point in points))
-        write_json(checkpoint, points)
+        write_checkpoint(checkpoint, digest, points)
+        if seed in behaviour.get("raise_between", []):
+            raise RuntimeError("a fault before the epoch's line")
+        write_points(metrics, points)
         on_epoch(points[-1])
         if seed in behaviour.get("raise", []):
             raise RuntimeError("a fault of ours")
@@ -63,7 +89,7 @@ def train(config, on_epoch, stop):
     write_manifest(
         output,
         "student",
-        config_hash=config_hash(config),
+        config_hash=digest,
         inputs={},
         files=["config.json", "metrics.jsonl", "weights.bin"],
         details={"epochs": len(points)},

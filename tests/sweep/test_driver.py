@@ -1,13 +1,21 @@
 import json
 import os
+import shutil
+import sys
+from collections import Counter
+from dataclasses import replace
 
 import pytest
+from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.runtime import StopSignal
+from kdecs.sweep.build import build_commands
+from kdecs.sweep.config import Dimension
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.results import read_results
+from kdecs.sweep.selection import rank_settings
 from kdecs.sweep.space import enumerate_trials, sweep_hash
 
 TRAINER = "fake_trainer:train"
@@ -49,7 +57,10 @@ def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process
         assert {"kdecs.corpus", "kdecs.version"} <= set(run.data.tags)
         assert run.data.params["alpha"] == str(trial.config.distillation.alpha)
         assert [m.step for m in client.get_metric_history(run.info.run_id, "macro_f1")] == [1, 2, 3]
-        assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["config.json"]
+        names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert names == {"config.json", "environment.json"}
+        assert run.data.metrics["system/trial_memory_usage_megabytes"] > 10
+        assert run.data.tags["kdecs.sweep_name"] == "small" and run.data.tags["kdecs.state"] == "complete"
         points = [json.loads(line) for line in (trial.directory / "metrics.jsonl").read_text().splitlines()]
         stamps = [m.timestamp for m in client.get_metric_history(run.info.run_id, "train_loss")]
         assert stamps == [round(1000 * point["time"]) for point in points]
@@ -102,15 +113,14 @@ def test_stop_ends_the_sweep_and_the_same_command_goes_on(make_config, uri, runs
     config = make_config()
     stop = StopSignal()
 
-    def stopping(config, trials, trainer, stop, follow):
-        in_process(config, trials[:3], trainer, stop, follow)
+    def stopping(plan, stop, follow):
+        in_process(replace(plan, trials=plan.trials[:3]), stop, follow)
         stop.requested = True
-        in_process(config, trials[3:], trainer, stop, follow)
+        in_process(replace(plan, trials=plan.trials[3:]), stop, follow)
 
     with pytest.raises(Stopped, match="3 of 8 trials complete; run the same command again"):
         run_sweep(config, trainer=TRAINER, runner=stopping, stop=stop)
     assert runs_of(uri)[1][0].info.status == "KILLED"
-    (config.output / ".stop-test").unlink()
     run_sweep(config, trainer=TRAINER, runner=in_process)
     _, parents, children = runs_of(uri)
     assert parents[0].info.status == "FINISHED" and len(children) == 8
@@ -123,9 +133,9 @@ def test_a_lost_trial_is_trained_again(make_config, in_process):
     (lost.directory / "weights.bin").unlink()
     seen = []
 
-    def runner(config, trials, trainer, stop, follow):
-        seen.extend(trial.id for trial in trials)
-        in_process(config, trials, trainer, stop, follow)
+    def runner(plan, stop, follow):
+        seen.extend(plan.trials)
+        in_process(plan, stop, follow)
 
     run_sweep(config, trainer=TRAINER, runner=runner)
     assert seen == [lost.id]
@@ -165,3 +175,122 @@ def test_mlflow_away_costs_no_metric(make_config, runs, uri, runs_of, in_process
     assert len(parents) == 1 and len(children) == 8
     for run in children.values():
         assert [m.step for m in client.get_metric_history(run.info.run_id, "macro_f1")] == [1, 2, 3]
+
+
+def test_no_credential_is_written_anywhere(make_config, runs, in_process, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:topsecret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "topsecret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+    run_sweep(make_config(), trainer=TRAINER, runner=in_process)
+    printed = capfd.readouterr()
+    assert "topsecret" not in printed.out + printed.err
+    assert "http://…@127.0.0.1:9" in printed.out
+    files = [path for path in runs.rglob("*") if path.is_file()]
+    assert {"environment.json", "config.json", "system.jsonl", "log.txt"} <= {path.name for path in files}
+    assert not [path for path in files if b"topsecret" in path.read_bytes()]
+
+
+def test_finished_students_are_taken_from_other_sweeps(make_config, uri, in_process, capfd):
+    first = make_config()
+    run_sweep(first, trainer=TRAINER, runner=in_process)
+    wider = {**first.space, "optimization.seed": Dimension(grid=(0, 1, 2))}
+    second = first.model_copy(
+        update={"name": "second", "output": first.output.parent / "second", "space": wider}
+    )
+    capfd.readouterr()
+    run_sweep(second, trainer=TRAINER, runner=in_process)
+    printed = capfd.readouterr().out
+    assert printed.count("taken from") == 8
+    results = read_results(second.output)
+    assert [bool(r.reused_from) for r in results] == [r.seed < 2 for r in results]
+    trained = {r.id: r for r in read_results(first.output)}
+    for result in results:
+        assert verify_artifact(second.output / result.directory) == []
+        if result.reused_from:
+            assert (
+                result.metrics == trained[result.id].metrics and result.seconds == trained[result.id].seconds
+            )
+            ours = second.output / result.directory / "weights.bin"
+            assert ours.stat().st_ino == (first.output / result.directory / "weights.bin").stat().st_ino
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("kdecs").experiment_id], max_results=1000)
+    parents = Counter(run.data.tags.get("mlflow.parentRunId") for run in runs)
+    assert sorted(parents.values()) == [2, 8, 12], "two sweeps, and each one's trials below it"
+
+
+def test_students_are_trained_again_on_request_or_when_the_other_sweep_is_gone(make_config, in_process):
+    first = make_config()
+    run_sweep(first, trainer=TRAINER, runner=in_process)
+    asked = first.model_copy(update={"output": first.output.parent / "asked", "reuse_students": False})
+    run_sweep(asked, trainer=TRAINER, runner=in_process)
+    assert not any(r.reused_from for r in read_results(asked.output))
+    shutil.rmtree(first.output)
+    third = first.model_copy(update={"output": first.output.parent / "third"})
+    run_sweep(third, trainer=TRAINER, runner=in_process)
+    assert not any(r.reused_from for r in read_results(third.output)), "links that lead nowhere are ignored"
+    fourth = first.model_copy(update={"output": first.output.parent / "fourth"})
+    run_sweep(fourth, trainer=TRAINER, runner=in_process)
+    assert all(r.reused_from for r in read_results(fourth.output)), "and replaced by who trains next"
+
+
+def test_missing_teachers_are_built_by_their_scripts(
+    make_config, make_labels, runs, in_process, monkeypatch, capfd
+):
+    labels = runs / "later"
+    teachers = {"later": {"labels": str(labels), "export": {"config": "x.yaml", "set": {"num_shards": 2}}}}
+    config = make_config(teachers=teachers, space={"teacher": {"grid": ["later"]}})
+    script = runs / "export.py"
+    script.write_text(
+        "import sys\nprint(sys.argv)\nfrom pathlib import Path\nfrom kdecs.artifact import write_manifest\n"
+        f"folder = Path({str(labels)!r})\nfolder.mkdir()\n"
+        "write_manifest(folder, 'soft-labels', config_hash='0' * 64, inputs={}, files=[])\n"
+    )
+    with pytest.raises(ArtifactError, match=r"soft labels of 1 teachers are not there yet: later .*--build"):
+        run_sweep(config, trainer=TRAINER, runner=in_process)
+    [(stage, command)] = build_commands(config, "later")
+    assert stage == "export" and command[1].endswith("launch/export_soft_labels.py")
+    assert command[-4:] == ["--set", f"output={labels}", "--set", "num_shards=2"]
+    monkeypatch.setattr(
+        "kdecs.sweep.build.build_commands", lambda *a: [(stage, [sys.executable, str(script)])]
+    )
+    run_sweep(config, trainer=TRAINER, runner=in_process, build=True)
+    assert "export of teacher later, log:" in capfd.readouterr().out
+    assert "export.py" in (config.output / "build" / "later-export.log").read_text()
+    script.write_text("import sys\nsys.exit('kdecs: error: no such teacher')\n")
+    shutil.rmtree(labels)
+    with pytest.raises(
+        ArtifactError, match="export of teacher later failed with exit code 1: no such teacher"
+    ):
+        run_sweep(config, trainer=TRAINER, runner=in_process, build=True)
+
+
+def test_search_gives_all_seeds_to_the_survivors_alone(make_config, in_process, capfd):
+    space = {
+        "teacher": {"grid": ["llama-tiny", "t5-tiny"]},
+        "distillation.alpha": {"grid": [0.1, 0.3, 0.6]},
+        "optimization.seed": {"grid": [0, 1, 2]},
+    }
+    config = make_config(space=space, search={"method": "two-stage", "survivors": 2})
+    output = run_sweep(config, trainer=TRAINER, runner=in_process)
+    assert "search over 6 trials is done, 2 settings go on with all seeds" in capfd.readouterr().out
+    results = read_results(output)
+    assert len(results) == 6 + 2 * 2, "the search's seed serves both stages"
+    ranked = rank_settings(results)
+    assert [s.label for s in ranked] == ["llama-tiny α0.6 τ2", "llama-tiny α0.3 τ2"]
+    assert [s.num_seeds for s in ranked] == [3, 3]
+    capfd.readouterr()
+    run_sweep(config, trainer=TRAINER, runner=in_process)
+    assert "complete, skipped" in capfd.readouterr().out
+
+
+def test_a_failure_in_the_search_is_listed_and_ends_nothing(make_config, in_process, monkeypatch, capfd):
+    space = {
+        "teacher": {"grid": ["t5-tiny"]},
+        "distillation.alpha": {"grid": [0.3, 0.6]},
+        "optimization.seed": {"grid": [1, 2]},
+    }
+    monkeypatch.setenv("FAKE_TRAINER", '{"refuse_alpha": 0.3}')
+    config = make_config(space=space, search={"method": "two-stage", "survivors": 1})
+    results = read_results(run_sweep(config, trainer=TRAINER, runner=in_process))
+    assert sorted(r.status for r in results) == ["complete", "complete", "failed"]
+    assert "in the search t5-tiny α0.3 τ2 s1 failed" in capfd.readouterr().out

@@ -3,37 +3,22 @@ import math
 
 import pytest
 
-from kdecs.artifact import verify_artifact
+from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
-from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.report import write_report
+from kdecs.student.config import StudentConfig
+from kdecs.sweep.comparison import COMPARED
+from kdecs.sweep.model_card import model_card
 from kdecs.sweep.results import read_results
-from kdecs.sweep.selection import mean_interval, rank_settings, select_student
-
-TRAINER = "fake_trainer:train"
-
-
-class RuleStudent:
-    """Predicts by the distance rule; counts how often it was asked."""
-
-    asked = 0
-
-    def predict_pairs(self, corpus):
-        RuleStudent.asked += 1
-        return trivial_predictions(corpus, "fold1")["j >= i-1"]
-
-
-@pytest.fixture
-def finished(make_config, in_process, monkeypatch):
-    from kdecs.student.prediction import Student
-
-    RuleStudent.asked = 0
-    monkeypatch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
-    monkeypatch.setattr("kdecs.tracking.Tracker.register_student", lambda *a, **k: "kdecs-student version 1")
-    return run_sweep(make_config(), trainer=TRAINER, runner=in_process)
+from kdecs.sweep.selection import (
+    _of_this_student,
+    mean_interval,
+    print_selection,
+    rank_settings,
+    select_student,
+)
 
 
 def test_interval_is_student_t():
@@ -55,7 +40,7 @@ def test_settings_are_ranked_by_mean_over_seeds(finished):
     assert ranked[0].mean == pytest.approx(68.15)
 
 
-def test_winner_is_scored_on_test_once(finished):
+def test_winner_is_scored_on_test_once(finished, asked):
     record = select_student(finished)
     assert record["winner"]["label"] == "llama-tiny α0.6 τ2 s1"
     corpus = read_corpus(bundled_sample("test"))
@@ -65,8 +50,55 @@ def test_winner_is_scored_on_test_once(finished):
     assert "macro_f1" not in record["test_baselines"]["majority emotion"]
     assert (finished / "test-predictions.jsonl").is_file()
     assert record["registered"] == "kdecs-student version 1"
+    test = record["runner_up"]["tests"]["macro_f1"]
+    assert record["runner_up"]["label"] == "llama-tiny α0.3 τ2"
+    assert (test["difference"], test["low"], test["high"], test["p"]) == (0.0, 0.0, 0.0, 1.0), (
+        "equal predictions"
+    )
+    low, high = record["test_intervals"]["macro_f1"]
+    assert low < record["test"]["macro_f1"] < high
+    card = (finished / "model-card.md").read_text()
+    assert f"| macro F1 | {record['test']['macro_f1']:.2f} | {low:.2f} to {high:.2f} |" in card
+    assert all(part in card for part in ("train.json", "llama-tiny", "## Limits", "runner-up"))
+    assert str(finished) not in card
+    assert "It was tested on test.json alone" in card and "English" not in card, (
+        "any corpus may be trained on"
+    )
     assert select_student(finished) == record
-    assert RuleStudent.asked == 1
+    assert asked == ["valid"] * 4 + ["test"], "two settings of two seeds, then the winner on test"
+
+
+def test_emotions_that_were_given_are_no_score(finished, capsys):
+    record = select_student(finished)
+    config = load_config(StudentConfig, finished / record["winner"]["directory"] / "config.json")
+    given = config.model_copy(update={"model": config.model.model_copy(update={"given_emotions": "fine"})})
+    assert _of_this_student(record["test"], config) == record["test"]
+    record["test"] = _of_this_student(record["test"], given)
+    assert record["test"].keys() >= {"macro_f1", "exact_match", "baselines"}
+    assert not [key for key in record["test"] if key.startswith(("emotion_accuracy", "strict_"))]
+    print_selection(finished, record)
+    assert "emotion accuracy" not in capsys.readouterr().out
+    card = model_card(finished, record, given)
+    assert "| emotion accuracy |" not in card and "| macro F1 |" in card
+
+
+def test_emotions_that_were_given_are_not_compared(finish, make_labels, runs):
+    names = ["predicted", "given fine", "joint"]
+    sweep = finish(
+        teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
+        variants={
+            "predicted": {},
+            "given fine": {"model.given_emotions": "fine"},
+            "joint": {"distillation.mode": "joint"},
+        },
+        space={"variant": {"grid": names}, "optimization.seed": {"grid": [0, 1]}},
+    )
+    record = select_student(sweep)
+    tests = {row["variant"]: row["tests"].keys() for row in record["variants"]}
+    assert tests["joint"] == {*COMPARED}, "both predict them"
+    assert tests["given fine"] == {*COMPARED} - {"emotion_accuracy"}
+    assert "given fine" in record["runner_up"]["label"] + record["runner_up"]["against"]
+    assert record["runner_up"]["tests"].keys() == tests["given fine"]
 
 
 def test_test_opened_for_another_state_is_refused(finished):
@@ -82,20 +114,3 @@ def test_unfinished_sweep_is_refused(finished):
     (finished / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="unfinished"):
         select_student(finished)
-
-
-def test_report_has_its_figures_and_scores(finished):
-    page = write_report(finished).read_text()
-    assert "Not opened yet" in page
-    record = select_student(finished)
-    page = write_report(finished).read_text()
-    assert verify_artifact(finished / "report") == []
-    for name in ("leaderboard.png", "alpha-temperature.png", "curves.png"):
-        assert (finished / "report" / name).read_bytes().startswith(b"\x89PNG")
-        assert f'src="{name}"' in page
-    assert f"{record['test']['macro_f1']:.2f}" in page
-    assert "j &gt;= i-1" in page and "majority emotion" in page
-    assert "0.00 points above the best trivial rule, j &gt;= i-1" in page
-    assert "http://" not in page and "https://" not in page
-    for result in read_results(finished):
-        assert result.label in page

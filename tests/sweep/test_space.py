@@ -1,13 +1,16 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
-from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, Teacher
+from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.plan import print_plan
-from kdecs.sweep.space import enumerate_trials, sweep_hash, with_absolute_paths
+from kdecs.sweep.search import Search
+from kdecs.sweep.space import drawn_value, enumerate_trials, sweep_hash, with_absolute_paths
 
 SPACES = sorted((Path(__file__).parents[2] / "tune" / "spaces").glob("*.yaml"))
 
@@ -25,7 +28,7 @@ def test_grid_is_named_and_identified(make_config):
     first = trials[0]
     assert first.id == first.config_hash[:12] and first.directory == config.output / "trials" / first.id
     assert first.config.name == "llama-tiny-a0.3-t2-s0"
-    assert first.config.distillation.labels == config.teachers["llama-tiny"]
+    assert first.config.distillation.labels == config.teachers["llama-tiny"].labels
     assert first.config.cache == config.output / "cache" and first.config.threads == 1
     assert first.settings == {"teacher": "llama-tiny", "distillation.alpha": 0.3}
 
@@ -94,25 +97,219 @@ def test_written_config_has_absolute_paths(make_config, monkeypatch, tmp_path):
 
 def test_unfinished_labels_are_refused(make_config):
     config = make_config()
-    (config.teachers["t5-tiny"] / "manifest.json").unlink()
+    (config.teachers["t5-tiny"].labels / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"t5-tiny: no manifest\.json"):
         enumerate_trials(config)
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_spaces_parse_and_hold_only_known_keys(path, make_config):
+def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, runs):
     config = load_config(SweepConfig, path)
-    labels = next(iter(make_config().teachers.values()))
     sample = make_config().student["corpus"]
     student = {
         **config.student,
         "corpus": sample,
         "model": {**config.student["model"], "base": "roberta-base"},
     }
-    update = {"student": student, "teachers": dict.fromkeys(config.teachers, labels)}
-    trials = enumerate_trials(config.model_copy(update=update))
-    expected = {"demo": 4, "main": 60, "teacher_scale": 5}  # made-up labels are equal: teachers fall together
+    teachers = {name: Teacher(labels=make_labels(runs / "space" / name)) for name in config.teachers}
+    trials = Search(config.model_copy(update={"student": student, "teachers": teachers})).stage().trials
+    expected = {
+        "demo": 8,
+        "main": 4 * 3 * 5,
+        "ablation": 4 * 5,
+        "data_share": (6 + 5 + 6) * 5,
+        "teacher_scale": 5 * 5,
+        "given_emotions": 3 * 5,
+        "search": 3 * 4 * 3 * 2,
+        "minilm": 4 * 3,
+    }
     assert len(trials) == expected[path.stem]
+    assert len({trial.label for trial in trials}) == len(trials), "labels tell trials apart"
+
+
+def test_studies_set_what_they_compare(make_config):
+    def trials_of(name):
+        config = load_config(SweepConfig, SPACES[0].parent / f"{name}.yaml")
+        student = {**config.student, "corpus": make_config().student["corpus"]}
+        return enumerate_trials(config.model_copy(update={"student": student}), planned=True)
+
+    modes = {t.settings["variant"]: t.config.distillation.mode for t in trials_of("ablation")}
+    assert modes == {
+        "KD-ECS": "kd",
+        "w/o KD": "joint",
+        "w/o connectives": "cls",
+        "w/o mask_cau": "span_only",
+    }
+    given = {t.settings["variant"]: t.config.model.given_emotions for t in trials_of("given_emotions")}
+    assert given == {"predicted": "none", "given fine": "fine", "given coarse": "coarse"}
+    shares = {(t.settings["variant"], t.config.distillation.hard_share) for t in trials_of("data_share")}
+    assert ("KD", 1.0) in shares and ("KD on the share", 1.0) not in shares
+    assert all((variant, 0.1) in shares for variant in ("KD", "KD on the share", "joint"))
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_spaces_name_configs_that_are_there(path):
+    for teacher in load_config(SweepConfig, path).teachers.values():
+        for command in (teacher.train, teacher.export):
+            assert command is None or command.config.is_file()
+
+
+def test_draws_are_shared_by_seeds_and_stay_the_same(make_config):
+    space = {
+        "optimization.learning_rate": {"loguniform": [1e-6, 1e-3]},
+        "distillation.alpha": {"uniform": [0.2, 0.8]},
+        "distillation.temperature": {"choice": [1.0, 4.0]},
+        "optimization.seed": {"grid": [0, 1]},
+        "teacher": {"grid": ["t5-tiny"]},
+    }
+    config = make_config(space=space, search={"method": "grid", "num_samples": 5})
+    trials = enumerate_trials(config)
+    assert len(trials) == 10
+    by_seed = [[t.settings for t in trials if t.seed == seed] for seed in (0, 1)]
+    assert by_seed[0] == by_seed[1]
+    for trial in trials:
+        assert 1e-6 <= trial.config.optimization.learning_rate <= 1e-3
+        assert 0.2 <= trial.config.distillation.alpha <= 0.8
+        assert trial.config.distillation.temperature in (1.0, 4.0)
+    assert [t.id for t in enumerate_trials(config)] == [t.id for t in trials]
+    other = config.model_copy(update={"search": GridSearch(num_samples=5, sample_seed=1)})
+    assert {t.id for t in enumerate_trials(other)}.isdisjoint(t.id for t in trials)
+
+
+def test_log_uniform_draws_are_uniform_in_the_logarithm():
+    generator = np.random.default_rng(0)
+    dimension = Dimension(loguniform=(1e-6, 1e-2))
+    logs = np.log10([drawn_value(dimension, generator) for _ in range(2000)])
+    assert np.histogram(logs, bins=4, range=(-6, -2))[0] == pytest.approx([500] * 4, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "message"),
+    [
+        (
+            {"grid": [1], "choice": [2]},
+            "exactly one of grid, choice, uniform, loguniform, found grid, choice",
+        ),
+        ({"uniform": [2, 1]}, "expected low < high"),
+        ({"loguniform": [0, 1]}, "expected two above 0"),
+        ({}, "space.distillation.alpha"),
+    ],
+)
+def test_wrong_dimensions_are_refused(make_config, dimension, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(space={"distillation.alpha": dimension, "teacher": {"grid": ["t5-tiny"]}})
+
+
+@pytest.mark.parametrize(
+    ("constraint", "expected"),
+    [
+        ("distillation.alpha < 0.5", 4),
+        ("teacher == 'llama-tiny' and not distillation.alpha == 0.6", 2),
+        ("teacher in ['t5-tiny'] or distillation.alpha * 2 - 1 > 0", 6),
+        ("0.1 < distillation.alpha <= 0.3", 4),
+        ("distillation.nothing == -1 or optimization.seed != 0", 4),
+        ("teacher is not None and distillation.nothing is None", 8),
+        ("teacher is 't5-tiny'", 4),
+        ("optimization.learning_rate < 1 and batches.global_batch_pairs == 16", 8),
+    ],
+)
+def test_constraints_leave_what_they_say(make_config, constraint, expected):
+    assert len(enumerate_trials(make_config(constraints=[constraint]))) == expected
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ("distillation.alpha <", "is no expression"),
+        ("__import__('os').system('true')", "is not understood"),
+        ("teacher < 3", "not supported"),
+        ("distillation.alpha > 1", "leave no trial"),
+        ("distillation.alfa > 1", r"distillation\.alfa: None for this trial"),
+        ("distillation.alpha / 0 > 1", "division by zero"),
+        ("", "is no expression"),
+    ],
+)
+def test_wrong_constraints_are_refused_in_one_line(make_config, constraint, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        enumerate_trials(make_config(constraints=[constraint]))
+    assert "\n" not in str(caught.value)
+
+
+def test_constraints_see_defaults_and_missing_teachers(make_config):
+    space = {
+        "teacher": {"grid": ["t5-tiny"]},
+        "distillation.mode": {"grid": ["kd", "joint"]},
+        "optimization.seed": {"grid": [0]},
+    }
+
+    def modes(constraint):
+        trials = enumerate_trials(make_config(space=space, constraints=[constraint]))
+        return [trial.config.distillation.mode for trial in trials]
+
+    assert modes("distillation.alpha < 0.9") == ["kd", "joint"], "alpha is left at its default"
+    assert modes("teacher is None") == modes("distillation.temperature is None") == ["joint"]
+    assert modes("teacher is not None") == ["kd"]
+
+
+def test_what_a_constraint_keeps_out_need_not_be_valid(make_config):
+    space = {
+        "distillation.mode": {"grid": ["joint", "span_only"]},
+        "task": {"grid": ["ecspe", "ecpe"]},
+    }
+    keep_out = "task != 'ecpe' or distillation.mode != 'span_only'"
+    trials = enumerate_trials(make_config(teachers={}, space=space, constraints=[keep_out]))
+    assert len(trials) == 3
+    with pytest.raises(ConfigError, match="task ecpe has no span loss"):
+        enumerate_trials(make_config(teachers={}, space=space))
+
+
+def test_labels_tell_variants_and_modes_apart(make_config):
+    config = make_config(
+        variants={"short": {"optimization.epochs": 2}, "long": {"optimization.epochs": 4}},
+        space={
+            "variant": {"grid": ["short", "long"]},
+            "teacher": {"grid": ["t5-tiny"]},
+            "distillation.mode": {"grid": ["kd", "joint", "cls"]},
+            "optimization.seed": {"grid": [0, 1]},
+        },
+    )
+    labels = [trial.label for trial in enumerate_trials(config)]
+    assert len(set(labels)) == len(labels) == 12
+    assert "short joint α0.6 s0" in labels and "short t5-tiny α0.6 τ2 s0" in labels
+
+
+def test_labels_that_would_be_equal_get_digits_shared_by_seeds(make_config):
+    config = make_config(
+        space={
+            "teacher": {"grid": ["t5-tiny"]},
+            "distillation.alpha": {"grid": [0.3000001, 0.3000002, 0.5]},
+            "optimization.seed": {"grid": [0, 1]},
+        }
+    )
+    trials = enumerate_trials(config)
+    assert len({trial.label for trial in trials}) == len({trial.config.name for trial in trials}) == 6
+    assert len({trial.setting_label for trial in trials}) == 3
+    assert trials[4].label == "t5-tiny α0.5 τ2 s0", "the others keep their names"
+
+
+def test_teachers_that_are_not_tried_are_not_looked_at(make_config, runs):
+    config = make_config(space={"teacher": {"grid": ["t5-tiny"]}})
+    more = {**config.teachers, "absent": Teacher(labels=runs / "absent")}
+    for search in ({"method": "grid"}, {"method": "two-stage"}):
+        with_absent = make_config(space={"teacher": {"grid": ["t5-tiny"]}}, search=search)
+        assert (
+            Search(with_absent).digest() == Search(with_absent.model_copy(update={"teachers": more})).digest()
+        )
+
+
+def test_several_teachers_are_mixed(make_config):
+    space = {"teacher": {"grid": ["llama-tiny+t5-tiny", "t5-tiny"]}}
+    mixed, single = enumerate_trials(make_config(space=space))
+    config = make_config()
+    assert [teacher.labels for teacher in mixed.config.distillation.used_teachers] == [
+        config.teachers[name].labels for name in ("llama-tiny", "t5-tiny")
+    ]
+    assert mixed.label == "llama-tiny+t5-tiny α0.6 τ2 s0" and single.config.distillation.teachers == ()
 
 
 def test_dotted_keys_can_be_set():
@@ -123,6 +320,53 @@ def test_dotted_keys_can_be_set():
     assert "optimization" not in space
 
 
-def test_plan_says_what_is_there(make_config, capsys):
-    print_plan(make_config())
-    assert "8 trials, 0 complete, 8 to train" in capsys.readouterr().out
+def test_plan_says_what_is_there(make_config, in_process, capsys):
+    config = make_config()
+    print_plan(config)
+    printed = capsys.readouterr().out
+    assert "8 trials, 0 complete, 8 to train" in printed and "CPU hours (arithmetic" in printed
+    run_sweep(config, trainer="fake_trainer:train", runner=in_process)
+    wider = make_config(
+        name="wider",
+        output=str(config.output.parent / "wider"),
+        space={"teacher": {"grid": ["llama-tiny"]}, "optimization.seed": {"grid": [0, 1, 2]}},
+    )
+    capsys.readouterr()
+    print_plan(wider)
+    printed = capsys.readouterr().out
+    assert "3 trials, 0 complete, 1 to train, 2 in the store" in printed
+    assert "CPU hours (measured: 2 trials" in printed
+
+
+def test_plan_of_a_new_search_estimates_from_one_trial(make_config, capsys):
+    space = {"distillation.alpha": {"uniform": [0.1, 0.9]}, "teacher": {"grid": ["t5-tiny"]}}
+    search = {"method": "tpe", "num_trials": 400, "survivors": 1}
+    config = make_config(space=space, search=search, effective_tflops=1e-6)
+    print_plan(config)
+    printed = capsys.readouterr().out
+    assert "400 trials, 0 complete, 400 to train" in printed and "400 of them become known" in printed
+    hours = float(printed.partition(" CPU hours")[0].split()[-1])
+    print_plan(make_config(space={**space, "distillation.alpha": {"grid": [0.1]}}, effective_tflops=1e-6))
+    one = float(capsys.readouterr().out.partition(" CPU hours")[0].split()[-1])
+    assert hours == pytest.approx(400 * one, rel=0.01) and one > 0
+
+
+def test_plan_names_missing_teachers_and_how_to_get_them(make_config, make_labels, runs, capsys):
+    student = make_config().student
+    teachers = {
+        "ready": str(make_labels(runs / "ready")),
+        "bare": str(runs / "none"),
+        "built": {
+            "labels": str(runs / "labels-7b"),
+            "export": {"config": "launch/configs/export/llama-7b.yaml"},
+        },
+    }
+    space = {"teacher": {"grid": ["ready", "bare", "built"]}}
+    config = make_config(teachers=teachers, space=space, student=student)
+    print_plan(config)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "3 trials, 0 complete, 3 to train" in printed and printed.count("no labels") == 2
+    assert f"teacher bare: no soft labels at {runs / 'none'}; export them first" in printed
+    assert f"--set output={runs / 'labels-7b'}" in printed
+    with pytest.raises(ArtifactError, match="soft labels of 2 teachers are not there yet: bare"):
+        run_sweep(config, trainer="fake_trainer:train")

@@ -14,10 +14,12 @@ from kdecs.teacher.batches import (
     fixed_batches,
     global_batches,
     pair_units,
+    pairs_a_tree,
     share_among_ranks,
     tree_units,
 )
 from kdecs.teacher.families import Family
+from kdecs.teacher.plan.workload import estimated_prompts
 from kdecs.teacher.prefix_tree import tree_size
 
 
@@ -54,6 +56,44 @@ def test_epoch_holds_every_unit_once_and_epochs_differ(encoded: tuple[list, list
     assert epochs[0] != epochs[1]
 
 
+@pytest.fixture(scope="module")
+def many_dialogues() -> tuple[list, list]:
+    """Pairs and stand-in prompts of the whole sample: 98 dialogues of 23 pairs on average."""
+    dialogues = [
+        d for split in ("train", "valid", "test") for d in read_corpus(bundled_sample(split)).dialogues
+    ]
+    pairs = [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
+    return pairs, estimated_prompts(pairs, max_prompt_tokens=2048)
+
+
+@pytest.mark.parametrize("batch_pairs", [16, 32, 64])
+def test_steps_of_trees_hold_the_pairs_asked_for_of_several_dialogues(
+    many_dialogues: tuple[list, list], batch_pairs: int
+) -> None:
+    pairs, prompts = many_dialogues
+    units = tree_units(pairs, prompts, max_tokens=4096, max_pairs=pairs_a_tree(batch_pairs))
+    for epoch in (0, 1):
+        batches = global_batches(units, batch_pairs=batch_pairs, bucket_batches=1, seed=3, epoch=epoch)
+        assert indices([unit for batch in batches for unit in batch]) == list(range(len(pairs)))
+        sizes = [sum(len(unit.pairs) for unit in batch) for batch in batches]
+        assert np.mean(sizes) == pytest.approx(batch_pairs, rel=0.1)
+        # a cut lies at most half a unit beside its place, so a size at most a unit beside the mean
+        assert np.abs(np.array(sizes) - np.mean(sizes)).max() <= max(len(unit.pairs) for unit in units)
+        dialogues = [len({pairs[unit.pairs[0]].dialogue.id for unit in batch}) for batch in batches]
+        assert np.mean(dialogues) >= 2
+        assert batches == global_batches(
+            units, batch_pairs=batch_pairs, bucket_batches=1, seed=3, epoch=epoch
+        )
+
+
+def test_a_tree_above_the_batch_is_a_step_of_its_own() -> None:
+    units = [Unit(tuple(range(start, stop)), 1, 1) for start, stop in ((0, 50), (50, 53), (53, 55), (55, 57))]
+    batches = global_batches(units, batch_pairs=4, bucket_batches=1, seed=0, epoch=0)
+    assert indices([unit for batch in batches for unit in batch]) == list(range(57))
+    assert all(batches)
+    assert len(batches) >= 2
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("padded", [True, False])
 def test_ranks_share_a_batch_completely(encoded: tuple[list, list], world_size: int, padded: bool) -> None:
@@ -84,3 +124,15 @@ def test_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert (np.diff(rates[10:]) < 0).all()
     assert rates[-1] == pytest.approx(1 / 90)
+
+
+def test_buckets_of_like_length_pad_little_and_random_batches_much(encoded: tuple[list, list]) -> None:
+    units = pair_units(encoded[1])
+
+    def padding_share(bucket_batches: int) -> float:
+        batches = global_batches(units, batch_pairs=8, bucket_batches=bucket_batches, seed=1, epoch=0)
+        computed = sum(len(batch) * max(unit.longest for unit in batch) for batch in batches)
+        return computed / sum(unit.tokens for unit in units) - 1
+
+    assert padding_share(50) < 0.1
+    assert padding_share(1) > 3 * padding_share(50)

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
-from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ModelError
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.families import Family, load_tokenizer
-from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters, tree_is_exact
+from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters
 from kdecs.teacher.objective import connective_loss
 
 FAMILY_NAMES = ["causal", "seq2seq", "masked"]
@@ -120,6 +119,15 @@ def test_answer_words_are_one_token_each(name: str, families: Callable[..., Fami
     assert words == list(CONNECTIVES)
 
 
+def test_a_split_answer_word_asks_for_another_model(families: Callable[..., Family]) -> None:
+    tokenizer = families("causal").tokenizer
+    with pytest.raises(ModelError, match=r"flabbergasted.*choose a model whose tokenizer") as caught:
+        answer_token_ids(tokenizer, ["flabbergasted"], before="is ")
+    assert "stand_ins" not in str(caught.value)
+    with pytest.raises(ModelError, match="name a single-token word for each in stand_ins"):
+        answer_token_ids(tokenizer, ["flabbergasted"], before="is ", stand_ins={})
+
+
 def test_coarse_teacher_is_not_shown_fine_emotions(
     families: Callable[..., Family], some_pairs: list[Pair]
 ) -> None:
@@ -134,25 +142,47 @@ def test_missing_model_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_tree_is_used_only_where_it_is_exact(
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_answer_rows_are_those_of_the_whole_head(
+    name: str, families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    family = families(name)
+    network = network_of(family, bases(name), use_tree=False)
+    prompts = [family.encode(pair) for pair in some_pairs[:6]]
+    is_cause_P = torch.tensor([pair.is_cause for pair in some_pairs[:6]])
+    results = []
+    for whole in (False, True):
+        hidden_PH = network._hidden(prompts)
+        if whole:
+            logits_PA = family.head(network.network, hidden_PH)[:, family.answer_ids]
+        else:
+            logits_PA = family.answer_logits(network.network, hidden_PH)
+            assert logits_PA.shape == (6, len(CONNECTIVES))
+        gradients = torch.autograd.grad(
+            connective_loss(logits_PA, is_cause_P), trainable_parameters(network), allow_unused=True
+        )
+        results.append((logits_PA.detach(), torch.cat([g.flatten() for g in gradients if g is not None])))
+    (rows_PA, of_rows), (whole_PA, of_whole) = results
+    torch.testing.assert_close(rows_PA, whole_PA, atol=1e-5, rtol=1e-5)
+    assert of_rows.shape == of_whole.shape
+    assert float((of_rows - of_whole).norm() / of_whole.norm()) < 1e-5
+
+
+def test_an_adapted_head_is_multiplied_whole(
     families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
 ) -> None:
     family = families("causal")
-    prompts = [family.encode(pair) for pair in some_pairs[:4]]
-    exact = network_of(family, bases("causal"), use_tree=False)
-    assert tree_is_exact(exact, exact, prompts)
-    torch.manual_seed(0)
-    # A window of 8 tokens: the 4-D mask of the tree takes its place, so that other tokens are attended.
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MistralConfig(
-        vocab_size=len(family.tokenizer),
-        num_key_value_heads=2,
-        sliding_window=8,
-        initializer_range=0.5,
-        **shape,
-    )
-    windowed = TeacherNetwork(
-        family, MistralForCausalLM(config).eval(), use_tree=True, device=torch.device("cpu")
-    )
-    assert not tree_is_exact(windowed, windowed, prompts)
-    assert not windowed.use_tree
+    base = family.load_network(str(bases("causal")), dtype=torch.float32)
+    adapted = add_lora(base, LoraConfig(rank=4, targets=("q_proj", "lm_head")), family.lora_task)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    network = TeacherNetwork(family, adapted, use_tree=True, device=torch.device("cpu")).eval()
+    prompts = [family.encode(pair) for pair in some_pairs[:3]]
+    with torch.no_grad():
+        expected = adapted.get_base_model().lm_head(network._hidden(prompts))[:, family.answer_ids]
+        torch.testing.assert_close(network(prompts), expected, atol=1e-6, rtol=0)
+        plain = torch.nn.functional.linear(
+            network._hidden(prompts), adapted.get_base_model().lm_head.weight[family.answer_ids]
+        )
+        assert float((plain - expected).abs().max()) > 1e-2  # its rows alone would miss the adapter

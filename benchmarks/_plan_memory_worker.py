@@ -1,0 +1,106 @@
+"""One rank of `plan_memory.py`: trains a few steps of a random teacher and prints its memory as JSON.
+
+Started by the deepspeed launcher (or alone). Memory is the process's own resident set (VmHWM of /proc/self/status,
+reset once the engine stands), so that loading, which maps the weights' file, is told apart from training.
+"""
+
+import argparse
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PREFIX_SHARE = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True, help="a TeacherConfig as JSON")
+    parser.add_argument("--tokens", type=int, required=True, help="packed tokens of a micro-batch")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True, help="memory as JSON, one file a rank")
+    arguments = parser.parse_args()
+    from kdecs.config import load_config
+    from kdecs.runtime import process_group, start_runtime
+    from kdecs.teacher.config import TeacherConfig
+
+    config = load_config(TeacherConfig, arguments.config)
+    runtime = start_runtime(threads=1)
+    with process_group(runtime, single=True):
+        measured = measure(config, runtime, arguments.tokens, arguments.prompts, arguments.steps)
+    path = arguments.output.with_name(f"{arguments.output.name}.{runtime.rank}")
+    path.write_text(json.dumps(measured), encoding="utf-8")
+
+
+def measure(config: Any, runtime: Any, num_tokens: int, num_prompts: int, steps: int) -> dict[str, Any]:
+    """Resident bytes with the engine standing, and the highest while it trains."""
+    import torch
+
+    from kdecs.teacher.engine import start_engine
+    from kdecs.teacher.families import make_family
+    from kdecs.teacher.objective import connective_loss
+
+    family = make_family(config.model, max_prompt_tokens=4 * num_tokens, emotions_shown="coarse")
+    prompts = synthetic_prompts(num_tokens, num_prompts)
+    is_cause_P = torch.arange(len(prompts)) % 2 == 0
+    imported = resident_bytes("VmRSS")
+    engine = start_engine(config, family, runtime, 2)
+    engine.module.use_tree = config.batches.batching != "pairs"
+    engine.train()
+    touch(engine.module)
+    give_back_freed_memory()
+    loading_peak = resident_bytes("VmHWM")
+    standing = resident_bytes("VmRSS")
+    peaks = []
+    for _ in range(2 * steps):
+        Path("/proc/self/clear_refs").write_text("5")
+        engine.backward(connective_loss(engine(prompts), is_cause_P))
+        engine.step()
+        peaks.append(resident_bytes("VmHWM"))
+    return {
+        "imported": imported,
+        "loading_peak": loading_peak,
+        "standing": standing,
+        "training_peak": max(peaks),
+        "micro_step_peaks": peaks,
+    }
+
+
+def touch(network: Any) -> None:
+    """Read every weight, so that those which lie in a mapped file are resident whether or not a step needs them."""
+    for parameter in network.parameters():
+        parameter.detach().sum()
+
+
+def synthetic_prompts(num_tokens: int, num_prompts: int) -> list[Any]:
+    """Prompts whose tree has exactly `num_tokens` tokens: one shared half, the rest in branches."""
+    from kdecs.teacher.families import EncodedPrompt
+
+    generator = np.random.default_rng(0)
+    shared = generator.integers(5, 90, int(num_tokens * PREFIX_SHARE))
+    branches = np.array_split(generator.integers(5, 90, num_tokens - len(shared)), num_prompts)
+    prompts = []
+    for number, branch in enumerate(branches):
+        tokens = np.concatenate([shared, [100 + number], branch[1:]]).astype(np.int32)
+        prompts.append(EncodedPrompt(tokens=tokens, answer=len(tokens) - 1))
+    return prompts
+
+
+def resident_bytes(field: str) -> int:
+    """A line of /proc/self/status in bytes: VmRSS is now, VmHWM the highest."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc return what was freed while loading, so that it is not counted as training's."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+if __name__ == "__main__":
+    main()

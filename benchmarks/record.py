@@ -1,0 +1,130 @@
+"""What every benchmark shares: alternating measurement, the record it writes, the corpus it runs over.
+
+A figure is a ratio of two ways of doing the same job in one run: the rounds alternate between them, so that a noisy
+machine slows both. A record goes to `benchmarks/results/NAME.json`, or `results/DEVICE/NAME.json` on an accelerator.
+"""
+
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kdecs.corpus.reading import bundled_sample
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("kdecs", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Work per second of both sides, a value a round, taken alternately."""
+
+    ours: list[float]
+    baseline: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours over the baseline's, round by round."""
+        return [ours / theirs for ours, theirs in zip(self.ours, self.baseline, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """The median round's ratio."""
+        return statistics.median(self.ratios)
+
+
+def alternate(ours: Callable[[], float], baseline: Callable[[], float], *, rounds: int = 3) -> Rates:
+    """Run both sides in turn. Each call does its job once and returns the units of work it did (pairs, rows)."""
+    rates = Rates([], [])
+    for number in range(rounds):
+        order = ((ours, rates.ours), (baseline, rates.baseline))
+        for side, taken in order if number % 2 == 0 else reversed(order):
+            started = time.perf_counter()
+            amount = side()
+            taken.append(amount / (time.perf_counter() - started))
+    return rates
+
+
+def corpus_split(split: str) -> tuple[Path, str]:
+    """RECCON's file where it can be had (KDECS_RECCON or ../shared/reccon), else the bundled sample's; and its name."""
+    reccon = Path(os.environ.get("KDECS_RECCON", ROOT.parent / "shared" / "reccon"))
+    found = sorted(reccon.glob(f"*{split}*.json")) if reccon.is_dir() else []
+    return (found[0], "reccon") if found else (bundled_sample(split), "sample")
+
+
+def device_name() -> str:
+    """The accelerator's name, or "" on a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+
+
+def machine() -> str:
+    """The processor and its cores in words."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8"))
+        cpu = found.group(1).strip() if found else cpu
+    return f"{cpu}, {len(os.sched_getaffinity(0))} cores"
+
+
+def write_record(
+    name: str,
+    *,
+    unit: str,
+    ours: float,
+    baseline: float,
+    baseline_name: str,
+    corpus: str,
+    dtype: str,
+    ratio: float | None = None,
+    target: float | None = None,
+    details: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write one record and print it in one line. `ratio` is ours/baseline unless given (less is better: say so)."""
+    value = ours / baseline if ratio is None else ratio
+    accelerator = device_name()
+    record = {
+        "name": name,
+        "ratio": value,
+        "target": target,
+        "unit": unit,
+        "ours": ours,
+        "baseline": baseline,
+        "baseline_name": baseline_name,
+        "device": accelerator or machine(),
+        "corpus": corpus,
+        "dtype": dtype,
+        "versions": _versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "details": details or {},
+    }
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", accelerator.lower()).strip("-") if accelerator else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    goal = f", target {target:g}" if target is not None else ""
+    print(
+        f"{name}: {value:.2f}x{goal} ({ours:.4g} against {baseline:.4g} {unit} of {baseline_name}; {corpus}, {dtype})",
+        flush=True,
+    )
+    return record
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,298 @@
+"""Training a student: pairs a second against transformers' Trainer, and TextBrewer's loop, on the same prompts.
+
+Both sides train an encoder of one shape on the same pairs in batches of 16, float32, two cores: AdamW, clipping,
+linear schedule. The Trainer trains `*ForMaskedLM` on the words at the two masks, as its users do: batches in random
+order, padded to their longest prompt, the head over the whole vocabulary. TextBrewer distils into the same network
+from logits that cost nothing. Ours is a step as `launch/train_student.py` takes it, span heads included. Checked in
+the same run: our loss of a batch is that of the whole model's logits in a loop over pairs, to 1e-5. Prompts have up to
+512 tokens: at RoBERTa-base's shape the Trainer's side was killed at 23 GiB.
+
+    python benchmarks/student_step.py                    # both shapes
+    python benchmarks/student_step.py --shape minilm
+"""
+
+import argparse
+import gc
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _student_parts import SHAPES, Shape, first_dialogues, make_base, random_rows
+from record import alternate, corpus_split, write_record
+from torch.nn import functional
+from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
+
+from kdecs.config import config_hash, parse_config
+from kdecs.runtime import Runtime, StopSignal
+from kdecs.student.batches import epoch_batches
+from kdecs.student.config import StudentConfig
+from kdecs.student.objective import loss_parts, step_loss
+from kdecs.student.training import StudentTrainer
+
+BATCH_PAIRS = 16
+NAMES = {"minilm": "student_step_vs_hf_trainer", "base": "student_step_vs_hf_trainer_base"}
+TARGETS = {"minilm": 3.5, "base": 2.5}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The same work for both sides: a base, the rows of a corpus cache, our trainer over them."""
+
+    base: Path
+    rows: np.ndarray
+    trainer: StudentTrainer
+
+
+def prepare(directory: Path, shape: Shape, num_steps: int) -> tuple[Job, str]:
+    """A trainer over the corpus, and the rows of `num_steps` batches drawn at random."""
+    train, corpus = corpus_split("train")
+    train = first_dialogues(train, directory, 60)
+    valid = first_dialogues(corpus_split("valid")[0], directory, 3)
+    base = make_base(directory / "base", shape, train)
+    values = {
+        "output": str(directory / "student"),
+        "cache": str(directory / "cache"),
+        "corpus": {"train": str(train), "valid": str(valid)},
+        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 512},
+        "distillation": {"mode": "joint"},
+        "batches": {"global_batch_pairs": BATCH_PAIRS},
+        "optimization": {"learning_rate": 1e-4, "weight_decay": 0.01, "epochs": 1},
+    }
+    config = parse_config(StudentConfig, values, source="benchmark")
+    config.output.mkdir()
+    runtime = Runtime(0, 0, 1, torch.device("cpu"))
+    trainer = StudentTrainer(config, config_hash(config), runtime, None, StopSignal())
+    return Job(base, random_rows(trainer.data.rows, num_steps * BATCH_PAIRS), trainer), corpus
+
+
+def our_side(job: Job) -> Callable[[], float]:
+    """Train on the rows in batches of like length, drawn as an epoch draws them."""
+
+    def train() -> float:
+        trainer = job.trainer
+        batches = epoch_batches(
+            trainer.data.train.num_tokens,
+            job.rows,
+            batch_size=BATCH_PAIRS,
+            bucket_batches=50,
+            seed=0,
+            epoch=0,
+        )
+        trainer.network.train()
+        for rows in batches:
+            trainer.step(rows)
+        return float(len(job.rows))
+
+    return train
+
+
+class MaskedWords(torch.utils.data.Dataset):
+    """The same prompts as a Trainer takes them: token ids, and the answer words' ids at the two masks."""
+
+    def __init__(self, job: Job) -> None:
+        cache, model = job.trainer.data.train, job.trainer.model
+        self.items = []
+        for row in job.rows:
+            ids = cache.list_at("token_ids", int(row)).astype(np.int64)
+            labels = np.full(len(ids), -100)
+            labels[cache.column("emotion_mask")[row]] = model.emotion_ids[int(cache.column("emotion")[row])]
+            connective = 0 if cache.column("is_cause")[row] else 4
+            labels[cache.column("connective_mask")[row]] = model.connective_ids[connective]
+            self.items.append({"input_ids": ids, "labels": labels})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.items[index]
+
+
+def collate(items: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Padded to the longest of the batch, as DataCollatorForTokenClassification does."""
+    width = max(len(item["input_ids"]) for item in items)
+    ids, labels = np.full((len(items), width), pad_id), np.full((len(items), width), -100)
+    for row, item in enumerate(items):
+        ids[row, : len(item["input_ids"])] = item["input_ids"]
+        labels[row, : len(item["labels"])] = item["labels"]
+    lengths = np.array([len(item["input_ids"]) for item in items])
+    mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+    return {
+        name: torch.from_numpy(v)
+        for name, v in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))
+    }
+
+
+def hugging_face_side(job: Job, directory: Path) -> Callable[[], float]:
+    """transformers.Trainer over the same pairs, one epoch in random order."""
+    model = AutoModelForMaskedLM.from_pretrained(job.base)
+    pad_id = AutoTokenizer.from_pretrained(job.base).pad_token_id
+    data = MaskedWords(job)
+    arguments = TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        per_device_train_batch_size=BATCH_PAIRS,
+        num_train_epochs=1,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+
+    def train() -> float:
+        gc.collect()  # an earlier Trainer with its optimizer
+        Trainer(
+            model=model, args=arguments, train_dataset=data, data_collator=lambda i: collate(i, pad_id)
+        ).train()
+        return float(len(data))
+
+    return train
+
+
+def textbrewer_side(job: Job, directory: Path) -> Callable[[], float]:
+    """TextBrewer's GeneralDistiller: the same prompts, the teacher's logits looked up, not computed."""
+    from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
+
+    model = AutoModelForMaskedLM.from_pretrained(job.base)
+    pad_id = AutoTokenizer.from_pretrained(job.base).pad_token_id
+    connectives = job.trainer.model.connective_ids
+    data = MaskedWords(job)
+
+    class Lookup(torch.nn.Module):
+        """A teacher whose logits cost nothing."""
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.zeros(len(input_ids), len(connectives))
+
+    def answers(batch: dict[str, torch.Tensor], outputs: Any) -> dict[str, Any]:
+        if isinstance(outputs, torch.Tensor):
+            return {"logits": outputs}
+        place = (batch["labels"] != -100).float().cumsum(1).eq(2).float().argmax(1)
+        logits = outputs.logits[torch.arange(len(place)), place][:, connectives]
+        return {"logits": logits, "losses": [outputs.loss]}
+
+    loader = torch.utils.data.DataLoader(
+        data, BATCH_PAIRS, shuffle=True, collate_fn=lambda items: collate(items, pad_id)
+    )
+
+    def train() -> float:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        settings = DistillationConfig(temperature=2, hard_label_weight=0.6, kd_loss_weight=0.4)
+        distiller = GeneralDistiller(
+            TrainingConfig(device="cpu", output_dir=str(directory / "textbrewer"), ckpt_frequency=0),
+            settings,
+            Lookup(),
+            model,
+            answers,
+            answers,
+        )
+        with distiller:
+            distiller.train(optimizer, loader, num_epochs=1, max_grad_norm=1.0, callback=None)
+        return float(len(data))
+
+    return train
+
+
+@torch.no_grad()
+def largest_difference(job: Job) -> float:
+    """Our loss of a batch against the whole model's logits and a loop over pairs, without dropout."""
+    trainer = job.trainer
+    model = trainer.model.eval()
+    rows = job.rows[:BATCH_PAIRS]
+    batch, targets = trainer.data.batch(rows, np.ones(len(rows), dtype=np.float32))
+    parts = loss_parts(model(batch), targets, trainer.config.distillation, count=len(rows), world_size=1)
+    ours = step_loss(parts, trainer.config.distillation)
+    cache, losses = trainer.data.train, []
+    for row in rows:
+        ids = torch.from_numpy(cache.list_at("token_ids", int(row)).astype(np.int64))[None]
+        output = model.language_model(input_ids=ids, output_hidden_states=True)
+        logits, hidden = output.logits[0], output.hidden_states[-1][0]
+
+        def at(name: str, row: int = row) -> int:
+            return int(cache.column(name)[row])
+
+        emotion = logits[at("emotion_mask"), model.emotion_ids].log_softmax(0)[at("emotion")]
+        words = logits[at("connective_mask"), model.connective_ids].softmax(0)
+        cause = words[:4].sum() if at("is_cause") else words[4:].sum()
+        loss = -0.6 * emotion - cause.log()
+        first = at("candidate_first")
+        tokens = hidden[first : first + int(cache.num_candidate_tokens[row])]
+        head = model.span_head
+        for mask, gold, query, none in (
+            ("start_mask", "span_start", head.start, head.no_start),
+            ("end_mask", "span_end", head.end, head.no_end),
+        ):
+            state = hidden[at(mask)]
+            places = torch.cat((none(state), tokens @ query(state) / hidden.size(-1) ** 0.5))
+            if at(gold) >= 0:
+                loss = loss + 0.6 * functional.cross_entropy(places, torch.tensor(at(gold)))
+        losses.append(loss)
+    model.train()
+    return abs(float(ours - torch.stack(losses).mean()))
+
+
+def measure(shape_name: str, num_steps: int, rounds: int, against: str) -> None:
+    """One shape against the Trainer, TextBrewer (MiniLM's shape, where it is installed), or both."""
+    shape = SHAPES[shape_name]
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        job, corpus = prepare(directory, shape, num_steps)
+        difference = largest_difference(job)
+        if difference > 1e-5:
+            raise SystemExit(f"{shape_name}: the losses differ by {difference}, expected at most 1e-5")
+        ours = our_side(job)
+        sides = {}
+        if against != "textbrewer":
+            sides[NAMES[shape_name]] = ("transformers.Trainer", hugging_face_side(job, directory))
+        if against != "trainer" and shape_name == "minilm" and importlib.util.find_spec("textbrewer"):
+            sides["student_step_vs_textbrewer"] = (
+                "TextBrewer's GeneralDistiller",
+                textbrewer_side(job, directory),
+            )
+        for name, (baseline_name, baseline) in sides.items():
+            rates = alternate(ours, baseline, rounds=rounds)
+            write_record(
+                name,
+                unit="pairs/s",
+                ours=float(np.median(rates.ours)),
+                baseline=float(np.median(rates.baseline)),
+                ratio=rates.ratio,
+                baseline_name=f"{baseline_name}, {shape.description}",
+                corpus=corpus,
+                dtype="float32",
+                target=TARGETS[shape_name] if "hf_trainer" in name else None,
+                details={
+                    "ratios": rates.ratios,
+                    "pairs": len(job.rows),
+                    "batch": BATCH_PAIRS,
+                    "max_prompt_tokens": 512,
+                    "threads": torch.get_num_threads(),
+                    "mean_tokens": float(job.trainer.data.train.num_tokens[job.rows].mean()),
+                    "largest_loss_difference": difference,
+                },
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--against", choices=("trainer", "textbrewer", "both"), default="both")
+    parser.add_argument("--steps", type=int, help="steps a side and round (default 12, base 4)")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    for name, steps in (("minilm", 12), ("base", 4)):
+        if arguments.shape in (name, "all"):
+            measure(name, arguments.steps or steps, arguments.rounds, arguments.against)
+
+
+if __name__ == "__main__":
+    main()

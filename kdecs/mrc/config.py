@@ -1,0 +1,47 @@
+"""The config of the MRC baseline's training (`launch/train_mrc.py`)."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Unhashed
+from kdecs.corpus.config import CorpusConfig
+from kdecs.student.config import StudentBatches
+
+QUESTION_VERSION = 1
+"""Of the question's wording and the context's layout: part of the config hash and of a product."""
+
+
+class MrcModel(Config):
+    """An encoder with a question-answering head."""
+
+    base: ModelReference
+    max_tokens: int = Field(default=512, ge=48, description="question and context together")
+    answer_within: Literal["context", "candidate"] = Field(
+        default="context",
+        description="context: anywhere in the conversation, as in RECCON's released setup; candidate: only in the "
+        "evidence utterance that the question names",
+    )
+
+
+class MrcConfig(Config):
+    """`launch/train_mrc.py`: RECCON's question-answering baseline, SQuAD 2.0 with impossible questions."""
+
+    method_versions: ClassVar[dict[str, int]] = {"question": QUESTION_VERSION}
+    name: Name = "mrc"
+    output: OutputPath
+    corpus: CorpusConfig
+    model: MrcModel
+    batches: StudentBatches = StudentBatches()
+    optimization: Optimization = Optimization(learning_rate=1e-5, weight_decay=0.01, epochs=12)
+    negative_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the impossible questions in training, drawn once by seed",
+    )
+    precision: Literal["float32", "bfloat16"] = "float32"
+    patience_epochs: int | None = Field(
+        default=None, ge=1, description="stop after so many epochs without gain"
+    )
+    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="0: the library's choice")

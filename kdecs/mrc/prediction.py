@@ -1,0 +1,131 @@
+"""Predicting with the MRC baseline: a question for every pair whose target has an emotion.
+
+It is given the emotions (the question names them), so it predicts none: `emotion` is null in its predictions.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdecs.artifact import check_whole
+from kdecs.corpus.pairs import Pair, candidate_pairs
+from kdecs.corpus.schema import NEUTRAL, Dialogue
+from kdecs.evaluation.predictions import Prediction
+from kdecs.mrc.encoding import EncodedQuestion, QuestionEncoder, answer_text
+from kdecs.mrc.model import answer_logits, answers, question_batch
+from kdecs.mrc.product import MrcCard, load_product
+from kdecs.student.batches import batches_of_tokens
+from kdecs.student.inference import autocast
+from kdecs.student.streaming import DEFAULT_BATCH_TOKENS, PairPrediction
+
+_PAIRS_AT_ONCE = 2048
+
+
+class MrcBaseline:
+    """A trained MRC baseline, ready to predict."""
+
+    def __init__(self, reader: Any, tokenizer: Any, card: MrcCard, *, device: torch.device) -> None:
+        self.reader = reader.to(device).eval()
+        self.card = card
+        self.device = device
+        self.encoder = QuestionEncoder(
+            tokenizer, card.max_tokens, only_candidate=card.answer_within == "candidate"
+        )
+        self._pad_id: int = tokenizer.pad_token_id or 0
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> "MrcBaseline":
+        """Load a directory of kind mrc (safetensors and JSON only).
+
+        Raises ArtifactError for a directory that is missing, unfinished, damaged or of another kind, ModelError
+        where its weights or tokenizer cannot be loaded.
+        """
+        directory = Path(directory).expanduser().absolute()
+        check_whole(directory, "mrc")
+        reader, tokenizer, card = load_product(directory)
+        return cls(reader, tokenizer, card, device=torch.device(device))
+
+    def predict(self, dialogues: Iterable[Dialogue], *, max_distance: int | None = None) -> list[Prediction]:
+        """Predictions for every pair j <= i of dialogues whose utterances have emotions, in order."""
+        pairs = [pair for d in dialogues for pair in candidate_pairs(d, max_distance=max_distance)]
+        return [found.prediction for found in self.detail(pairs)]
+
+    def detail(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> list[PairPrediction]:
+        """Predictions with scores and character ranges, in the order of the pairs.
+
+        A neutral target has no cause: nothing is asked about it. Raises CorpusError for a target without emotion.
+        """
+        found: list[PairPrediction] = []
+        for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+            chunk = pairs[start : start + _PAIRS_AT_ONCE]
+            asked = [row for row, pair in enumerate(chunk) if pair.emotion != NEUTRAL]
+            encoded = list(self.encoder.encode([chunk[row] for row in asked]))
+            if on_batch:
+                on_batch(len(chunk) - len(asked))
+            answered = answer_questions(
+                self.reader,
+                encoded,
+                self._pad_id,
+                device=self.device,
+                batch_tokens=batch_tokens,
+                on_batch=on_batch,
+            )
+            decided: list[PairPrediction | None] = [None] * len(chunk)
+            for row, question, score, span in zip(asked, encoded, *answered, strict=True):
+                decided[row] = decide(chunk[row], question, float(score), span, self.card.threshold)
+            found += [
+                item or PairPrediction(_no_cause(pair), 0.0, None)
+                for item, pair in zip(decided, chunk, strict=True)
+            ]
+        return found
+
+
+def answer_questions(
+    reader: Any,
+    encoded: Sequence[EncodedQuestion],
+    pad_id: int,
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    on_batch: Callable[[int], object] | None = None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Scores (P,) and the best answers' first and last tokens (P, 2), in the order of the questions. In float32."""
+    score_P = np.zeros(len(encoded), dtype=np.float32)
+    span_P2 = np.zeros((len(encoded), 2), dtype=np.int64)
+    lengths = np.array([len(question.token_ids) for question in encoded], dtype=np.int64)
+    was_training = reader.training
+    reader.eval()
+    with torch.inference_mode(), autocast(device, "float32"):
+        for rows in batches_of_tokens(lengths, np.arange(len(encoded)), batch_tokens):
+            batch = question_batch([encoded[row] for row in rows], pad_id).to(device)
+            score_B, span_B2 = answers(*answer_logits(reader, batch))
+            score_P[rows], span_P2[rows] = score_B.cpu().numpy(), span_B2.cpu().numpy()
+            if on_batch:
+                on_batch(len(rows))
+    reader.train(was_training)
+    return score_P, span_P2
+
+
+def decide(
+    pair: Pair, question: EncodedQuestion, score: float, span: Sequence[int], threshold: float
+) -> PairPrediction:
+    """A cause with its answer where the score reaches the threshold."""
+    answer, place = answer_text(question, int(span[0]), int(span[1]))
+    if score < threshold:
+        return PairPrediction(_no_cause(pair), score, None)
+    prediction = Prediction(pair.dialogue.id, pair.target, pair.candidate, None, True, answer)
+    return PairPrediction(prediction, score, place)
+
+
+def _no_cause(pair: Pair) -> Prediction:
+    return Prediction(pair.dialogue.id, pair.target, pair.candidate, None, False, "")

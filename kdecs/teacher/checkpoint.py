@@ -1,0 +1,190 @@
+"""Training states of a teacher, and the product that goes with each best one.
+
+    checkpoints/step-N/
+        *_model_states.pt, *_optim_states.pt   DeepSpeed's format, frozen weights left out, each rank its own part
+        product/                               the adapter or model, where step N is the best on validation so far
+        state.json                             step, best so far, world size, ZeRO stage, config hash, file sizes
+
+`state.json` is written last, by rename: a folder without one does not count, so training state and best product are
+one unit at every moment. Kept are the newest `keep_last` of them and the best of each. A start with other ranks,
+another stage or another offload goes through DeepSpeed's universal checkpoint (kdecs.teacher.universal).
+There are no random states: batches are drawn from (seed, epoch), dropout from (seed, step, rank).
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdecs.artifact import write_json
+from kdecs.errors import ArtifactError, TrainingError
+from kdecs.runtime import Runtime, any_rank
+from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.network import trainable_parameters
+from kdecs.teacher.product import save_product
+from kdecs.teacher.universal import base_optimizer, load_universal, loss_scale_holder, save_layout
+
+CHECKPOINTS = "checkpoints"
+PRODUCT = "product"
+STATE = "state.json"
+
+
+@dataclass
+class Progress:
+    """All that a resume needs beside DeepSpeed's state: finished steps, what they took, the best validation."""
+
+    step: int = 0
+    pairs_seen: int = 0
+    tokens_seen: int = 0
+    best_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+
+    def keep_if_best(self, scores: dict[str, float]) -> None:
+        """Note a validation after `step` where its macro F1 is the highest so far; of equals the lower loss counts."""
+        if not self.best or _rank(scores) > _rank(self.best):
+            self.best_step, self.best = self.step, scores
+
+
+def product_directory(config: TeacherConfig, step: int) -> Path:
+    """Where the product of a step lies that was the best on validation."""
+    return _folder(config, step) / PRODUCT
+
+
+def save_checkpoint(
+    engine: Any, config: TeacherConfig, progress: Progress, work: str, runtime: Runtime
+) -> None:
+    """Write the state after `progress.step`, with the product where that step is the best. Collective.
+
+    Raises TrainingError on every rank, with older checkpoints untouched, where trained weights are not finite.
+    """
+    folder = _folder(config, progress.step)
+    if any_rank(runtime.is_main and _is_finished(folder), runtime):
+        return  # stopped before the first step of a resume
+    if any_rank(not _are_finite(engine.module, runtime.rank), runtime):
+        raise TrainingError(
+            f"step {progress.step}: trained weights are not finite: stopped before the checkpoint was written; "
+            "lower optimization.learning_rate"
+        )
+    if runtime.is_main and folder.exists():
+        shutil.rmtree(folder)  # unfinished: parts of another world size must not mix with ours
+    any_rank(False, runtime)
+    if progress.best and progress.best_step == progress.step:  # before the first step nothing is the best
+        save_product(
+            engine.module.network, folder / PRODUCT, runtime, zero_stage=engine.zero_optimization_stage()
+        )
+    # DeepSpeed names the newest tag without waiting for the other ranks' files: state.json does, after a barrier.
+    engine.save_checkpoint(
+        str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
+    )
+    any_rank(False, runtime)
+    if runtime.is_main:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        for path in files:
+            _fsync(path)
+        steps = next((float(state["step"]) for state in base_optimizer(engine).state.values()), 0.0)
+        holder = loss_scale_holder(engine)
+        state = {
+            "work": work,
+            "layout": save_layout(config, runtime),
+            "optimizer_steps": steps,
+            "loss_scale": float(holder.cur_scale) if holder is not None else None,
+            "progress": asdict(progress),
+            "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        }
+        write_json(folder / STATE, state)
+        _prune(folder.parent, config.keep_last)
+    any_rank(False, runtime)  # no rank may end the job while rank 0 tidies up
+
+
+def resume(engine: Any, config: TeacherConfig, work: str, runtime: Runtime, *, prime: Any) -> Progress:
+    """Load the newest finished checkpoint into the engine; fresh progress where there is none. Collective.
+
+    `prime` makes the engine take one step that moves nothing, so that its optimizer has its states. Raises
+    ArtifactError for a checkpoint of other work or with missing or cut files.
+    """
+    root = config.output / CHECKPOINTS
+    if runtime.is_main and root.is_dir():
+        _prune(root, config.keep_last)
+    any_rank(False, runtime)
+    finished = _finished(root)
+    if not finished:
+        return Progress()
+    folder = finished[-1]
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    _check_state(state, folder, work)
+    if state["layout"] == save_layout(config, runtime):
+        engine.load_checkpoint(str(root), tag=folder.name, load_module_strict=False)
+    else:
+        prime(engine)
+        load_universal(engine, folder, state, runtime)
+    return Progress(**state["progress"])
+
+
+def _check_state(state: dict[str, Any], folder: Path, work: str) -> None:
+    if state["work"] != work:
+        raise ArtifactError(
+            f"{folder.parent}: checkpoints of other work (config or inputs changed); "
+            "choose another output or remove them"
+        )
+    for name, size in state["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise ArtifactError(
+                f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes: the checkpoint "
+                f"is damaged; remove {folder} to go on from the one before, if kept, or from the start"
+            )
+
+
+def _are_finite(module: nn.Module, rank: int) -> bool:
+    """Whether the trained weights that this rank holds are finite."""
+    for parameter in trainable_parameters(module):
+        held = parameter
+        if hasattr(
+            parameter, "ds_tensor"
+        ):  # ZeRO-3's part; the last one is filled up with whatever memory held
+            part = parameter.ds_tensor
+            held = part.flatten()[: max(0, min(part.numel(), parameter.ds_numel - rank * part.numel()))]
+        if not torch.isfinite(held).all():
+            return False
+    return True
+
+
+def _rank(scores: dict[str, float]) -> tuple[float, float]:
+    return scores["valid_macro_f1"], -scores["valid_loss"]
+
+
+def _folder(config: TeacherConfig, step: int) -> Path:
+    return config.output / CHECKPOINTS / f"step-{step}"
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / STATE).is_file()
+
+
+def _finished(root: Path) -> list[Path]:
+    """Finished folders, by step."""
+    folders = [folder for folder in root.glob("step-*") if _is_finished(folder)]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _prune(root: Path, keep_last: int) -> None:
+    kept = _finished(root)[-keep_last:]
+    states = [json.loads((folder / STATE).read_text(encoding="utf-8")) for folder in kept]
+    names = {folder.name for folder in kept} | {f"step-{s['progress']['best_step']}" for s in states}
+    for path in root.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

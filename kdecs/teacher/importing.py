@@ -1,0 +1,220 @@
+"""A LoRA adapter made elsewhere becomes a teacher directory, once it was seen to work on its base.
+
+Only safetensors and JSON are read of the adapter: a pickled one (adapter_model.bin) is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+from kdecs.artifact import Manifest, claim_directory, is_complete, read_manifest, write_manifest, write_text
+from kdecs.config import config_hash, input_checksums, parse_config, write_config
+from kdecs.corpus.pairs import Pair, pairs_of
+from kdecs.corpus.splits import read_split
+from kdecs.errors import ConfigError, CorpusError, ModelError
+from kdecs.evaluation.metrics import utterance_scores
+from kdecs.runtime import Runtime
+from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.families import EncodedPrompt, Family, first_line, make_family
+from kdecs.teacher.load_checks import check_config, check_head, tree_is_exact, tree_probes
+from kdecs.teacher.network import DTYPES, TeacherNetwork, load_base
+from kdecs.teacher.objective import is_causal
+from kdecs.teacher.product import ADAPTER_FILE, check_adapter
+
+ADAPTER_CONFIG = "adapter_config.json"
+_PAIRS_A_FORWARD = 16
+
+
+@dataclass(frozen=True)
+class AdapterImport:
+    """What is imported, and what is said of it; `is_of_corpus`: it was trained on just these corpus files."""
+
+    adapter: Path
+    base: str
+    family: str
+    output: Path
+    train: Path
+    valid: Path
+    emotions_shown: str = "coarse"
+    max_prompt_tokens: int = 2048
+    is_of_corpus: bool = True
+
+
+def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Manifest:
+    """Write the teacher directory of an adapter; does nothing where it is complete.
+
+    The adapter is loaded onto the base, every one of its tensors must have found its place, and the fold1 pairs of
+    the validation split are scored. Raises ModelError where it does not fit, TrainingError for one that is not finite
+    or does nothing, ConfigError, CorpusError, ArtifactError for an output that holds another teacher.
+    """
+    values = _adapter_values(wanted.adapter)
+    config = _config(wanted, values)
+    work_hash = _work_hash(wanted, config)
+    if is_complete(wanted.output, "teacher", work_hash):
+        return read_manifest(wanted.output, "teacher")
+    claim_directory(wanted.output, "teacher", work_hash)
+    pairs = [p for d in read_split(config.corpus, wanted.valid).dialogues for p in pairs_of(d, "fold1")]
+    if not pairs:
+        raise CorpusError(f"{wanted.valid}: no pairs to try the adapter on, expected targets with causes")
+    family = make_family(
+        config.model, max_prompt_tokens=wanted.max_prompt_tokens, emotions_shown=wanted.emotions_shown
+    )
+    check_config(config.model.base, wanted.family, family.max_prompt_tokens)
+    network = _load(wanted.adapter, config, family, runtime, dtype)
+    teacher = TeacherNetwork(family, network, use_tree=False, device=runtime.device)
+    teacher = teacher.to(runtime.device).eval()
+    prompts = [family.encode(pair) for pair in tqdm(pairs, desc="prompts", unit="pair", disable=None)]
+    check_head(teacher, teacher, min(prompts, key=lambda prompt: len(prompt.tokens)), config.model.base)
+    if family.can_share_prefixes:
+        probes = tree_probes(pairs, prompts, max_tokens=config.batches.micro_batch_tokens)
+        teacher.use_tree = tree_is_exact(teacher, teacher, probes, runtime)
+    scores = _scores(teacher, pairs, prompts)
+    return _write(
+        wanted, config, work_hash, family, batching="tree" if teacher.use_tree else "pairs", scores=scores
+    )
+
+
+def _adapter_values(directory: Path) -> dict[str, Any]:
+    """The adapter's own config. Raises ModelError where the directory holds no LoRA adapter in safetensors."""
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ModelError(
+            f"{directory}: no {ADAPTER_CONFIG}, expected a directory that PEFT's save_pretrained wrote"
+        )
+    if not (directory / ADAPTER_FILE).is_file():
+        has_pickle = (directory / "adapter_model.bin").exists()
+        hint = (
+            "its pickled adapter_model.bin is not opened; save it with safe_serialization=True"
+            if has_pickle
+            else ("save the adapter with PEFT's save_pretrained")
+        )
+        raise ModelError(f"{directory}: no {ADAPTER_FILE}; {hint}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    if values.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: peft_type is {values.get('peft_type')!r}, expected 'LORA'")
+    return values
+
+
+def _config(wanted: AdapterImport, values: dict[str, Any]) -> TeacherConfig:
+    targets = values.get("target_modules")
+    lora = {"rank": values.get("r"), "alpha": values.get("lora_alpha")}
+    if isinstance(targets, list):
+        lora["targets"] = sorted(targets)
+    return parse_config(
+        TeacherConfig,
+        {
+            "name": wanted.output.name,
+            "output": wanted.output,
+            "corpus": {"train": wanted.train, "valid": wanted.valid},
+            "model": {"family": wanted.family, "base": wanted.base},
+            "lora": lora,
+            "batches": {"max_prompt_tokens": wanted.max_prompt_tokens},
+            "emotions_shown": wanted.emotions_shown,
+        },
+        source=f"teacher import {wanted.adapter}",
+    )
+
+
+def _work_hash(wanted: AdapterImport, config: TeacherConfig) -> str:
+    """Not that of a training with the same config: the weights came from elsewhere."""
+    for path in (wanted.train, wanted.valid):
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
+    adapter = input_checksums(weights=wanted.adapter / ADAPTER_FILE, config=wanted.adapter / ADAPTER_CONFIG)
+    facts = [config_hash(config), adapter, wanted.is_of_corpus]
+    return hashlib.sha256(f"imported\n{json.dumps(facts, sort_keys=True)}".encode()).hexdigest()
+
+
+def _load(adapter: Path, config: TeacherConfig, family: Family, runtime: Runtime, dtype: str) -> nn.Module:
+    """Base with adapter. Raises ModelError where a tensor of the adapter has no place in the base, or another shape."""
+    try:
+        tensors = load_file(adapter / ADAPTER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{adapter / ADAPTER_FILE}: cannot be read: {first_line(error)}") from None
+    check_adapter(tensors, adapter)
+    base = load_base(config.model, family, dtype=DTYPES[dtype], device=runtime.device)
+    try:
+        network = PeftModel.from_pretrained(base, str(adapter))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{adapter}: the adapter does not load onto {config.model.base}: {first_line(error)}"
+        ) from None
+    placed = set(get_peft_model_state_dict(network))
+    if strangers := sorted(set(tensors) ^ placed):
+        raise ModelError(
+            f"{adapter}: does not fit the base {config.model.base}: {strangers[0]} is in one and not in the other "
+            f"({len(strangers)} such tensors); name the base that it was trained on"
+        )
+    return network
+
+
+@torch.inference_mode()
+def _scores(
+    teacher: TeacherNetwork, pairs: Sequence[Pair], prompts: Sequence[EncodedPrompt]
+) -> dict[str, float]:
+    predicted: list[bool] = []
+    with tqdm(total=len(pairs), desc="try adapter", unit="pair", disable=None) as bar:
+        for start in range(0, len(pairs), _PAIRS_A_FORWARD):
+            logits_PA = teacher(prompts[start : start + _PAIRS_A_FORWARD])
+            if not torch.isfinite(logits_PA).all():
+                raise ModelError(
+                    f"pair {pairs[start].id} or one after it: the adapter gives logits that are not finite"
+                )
+            predicted += is_causal(logits_PA).tolist()
+            bar.update(len(logits_PA))
+    scores = utterance_scores([pair.is_cause for pair in pairs], predicted)
+    return {
+        "valid_positive_f1": scores.positive_f1,
+        "valid_negative_f1": scores.negative_f1,
+        "valid_macro_f1": scores.macro_f1,
+    }
+
+
+def _write(
+    wanted: AdapterImport,
+    config: TeacherConfig,
+    work_hash: str,
+    family: Family,
+    *,
+    batching: str,
+    scores: dict[str, float],
+) -> Manifest:
+    output = wanted.output
+    weights = (wanted.adapter / ADAPTER_FILE).read_bytes()
+    (output / ADAPTER_FILE).write_bytes(weights)
+    write_text(output / ADAPTER_CONFIG, (wanted.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    write_config(config, output)
+    saved = [Path(path) for path in family.tokenizer.save_pretrained(output)]
+    names = [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", *(path.name for path in saved if path.is_file())]
+    corpora = {"corpus_train": wanted.train, "corpus_valid": wanted.valid} if wanted.is_of_corpus else {}
+    return write_manifest(
+        output,
+        "teacher",
+        config_hash=work_hash,
+        inputs=input_checksums(base=config.model.base, **corpora),
+        files=names,
+        details={
+            "name": config.name,
+            "family": config.model.family,
+            "tuning": "lora",
+            "imported": True,
+            "emotions_shown": config.emotions_shown,
+            "batching": batching,
+            "valid": scores,
+        },
+    )

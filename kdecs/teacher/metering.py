@@ -1,0 +1,180 @@
+"""What a training costs and where its numbers go: throughput, memory, MFU, `metrics.jsonl`, MLflow.
+
+`metrics.jsonl`: one JSON object a line, every `log_every_steps` steps and at every validation: step, epoch, time
+(unix s), train_loss (of the step), learning_rate, pairs_seen and tokens_seen (since the first step), pairs_per_second
+and tokens_per_second (of training alone, since the line before, over all ranks), memory_peak_gib (the greatest of any
+rank: of its GPU, or of its process), mfu (share of the devices' peak, null where that is unknown), and at validations
+valid_loss and valid_*_f1.
+A resume cuts the file back to its checkpoint, so that each step stands in it once.
+"""
+
+import importlib.util
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kdecs.artifact import write_text
+from kdecs.config import CONFIG_NAME
+from kdecs.run_record import METRICS_NAME, RunRecord, directory_identity, read_points
+from kdecs.runtime import Runtime
+from kdecs.teacher.batches import Unit
+from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.data import PromptSet
+from kdecs.teacher.plan.flops import network_flops
+from kdecs.teacher.plan.gpus import gpu_of_device
+from kdecs.teacher.prefix_tree import pack
+from kdecs.tracking import Tracker
+
+
+def peak_flops(config: TeacherConfig, device: torch.device) -> float | None:
+    """Peak FLOP/s of one device at the config's dtype: from the config, or of a known GPU; None where unknown."""
+    if config.device_peak_tflops is not None:
+        return config.device_peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    gpu = gpu_of_device(properties.name, properties.total_memory / 2**30)
+    return None if gpu is None else gpu.peak_at(config.zero.dtype) * 1e12
+
+
+def memory_peak_gib(runtime: Runtime) -> float:
+    """The greatest peak of any rank: allocated on its GPU, or resident in its process. Collective."""
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(runtime.device) / 2**30
+    else:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak = int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    value = torch.tensor([peak], device=runtime.device)
+    if runtime.world_size > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+class Meter:
+    """Counts training time, pairs, tokens and operations between two lines of `metrics.jsonl`."""
+
+    def __init__(self, config: TeacherConfig, network: nn.Module, train: PromptSet, runtime: Runtime) -> None:
+        self._peak = peak_flops(config, runtime.device)
+        self._costs = network_flops(network, checkpointing=False) if self._peak else None
+        self._train = train
+        self._is_causal = config.model.family == "causal"
+        self._runtime = runtime
+        self._attended: dict[tuple[int, ...], int] = {}
+        self._clear()
+
+    def add(self, units: list[Unit], seconds: float) -> None:
+        """Count one step over a global batch."""
+        self._seconds += seconds
+        self._pairs += sum(len(unit.pairs) for unit in units)
+        self._tokens += sum(unit.tokens for unit in units)
+        if self._costs:
+            tokens, pairs = sum(unit.tokens for unit in units), sum(len(unit.pairs) for unit in units)
+            attended = sum(self._attended_pairs(unit) for unit in units)
+            self._flops += self._costs.of(tokens=tokens, attended_pairs=attended, answers=pairs).total
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Since the last line."""
+        return self._pairs / self._seconds if self._seconds else 0.0
+
+    def line(self) -> dict[str, float | None]:
+        """Throughput, memory and MFU since the last line; starts the next one. Collective."""
+        seconds = max(self._seconds, 1e-9)
+        available = (self._peak or 0.0) * seconds * self._runtime.world_size
+        line: dict[str, float | None] = {
+            "pairs_per_second": self._pairs / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "memory_peak_gib": memory_peak_gib(self._runtime),
+            "mfu": self._flops / available if available else None,
+        }
+        self._clear()
+        return line
+
+    def _clear(self) -> None:
+        self._seconds, self._pairs, self._tokens, self._flops = 0.0, 0, 0, 0.0
+
+    def _attended_pairs(self, unit: Unit) -> int:
+        """Query-key pairs that the mask lets through: each token's depth in its tree; all of an encoder's prompt."""
+        if not self._is_causal:
+            return sum(len(self._train.prompts[n].tokens) ** 2 for n in unit.pairs)
+        if unit.pairs not in self._attended:
+            tree = pack([self._train.prompts[n].tokens for n in unit.pairs])
+            self._attended[unit.pairs] = int(np.sum(tree.positions_N + 1))
+        return self._attended[unit.pairs]
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run that may be resumed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / METRICS_NAME
+
+    def cut_back(self, step: int) -> None:
+        """Leave the lines up to a step; what an attempt wrote after its last checkpoint is done again."""
+        if self.path.is_file():
+            kept = [point for point in read_points(self.path) if point["step"] <= step]
+            write_text(self.path, "".join(json.dumps(point) + "\n" for point in kept))
+
+    def add(self, point: dict[str, float | None]) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point, allow_nan=False) + "\n")
+
+
+class Delivery:
+    """Rank 0's way to MLflow: in a thread of its own, so that training never waits for a server."""
+
+    def __init__(self, config: TeacherConfig, work: str) -> None:
+        wanted = config.tracking
+        if wanted and importlib.util.find_spec("mlflow") is None:
+            print(
+                "kdecs: warning: tracking is set but MLflow is not installed; metrics stay in files",
+                flush=True,
+            )
+            wanted = None
+        self._tracker = Tracker(wanted, config.output) if wanted else None
+        self._path = config.output / METRICS_NAME
+        self._thread = ThreadPoolExecutor(max_workers=1) if self._tracker else None
+        self._pending: Future[bool] | None = None
+        self._record = RunRecord(
+            identity={"kdecs.teacher": directory_identity(config.output)} if self._tracker else {},
+            name=config.name,
+            tags={"kdecs.kind": "teacher", "kdecs.config_hash": work},
+            params=_flat(config.model_dump(mode="json", exclude={"output", "tracking", "name"})),
+            artifacts=[config.output / CONFIG_NAME],
+        )
+
+    def sync(self) -> None:
+        """Deliver the lines that MLflow lacks, unless an earlier delivery is still at work."""
+        if self._tracker and self._thread and (self._pending is None or self._pending.done()):
+            self._record.points = self._points()
+            self._pending = self._thread.submit(self._tracker.sync, [self._record])
+
+    def close(self, status: str, finished: float) -> None:
+        """Deliver the rest and end the run."""
+        if self._tracker is None or self._thread is None:
+            return
+        if self._pending is not None:
+            self._pending.result()
+        self._record.status, self._record.finished, self._record.points = status, finished, self._points()
+        self._tracker.sync([self._record], now=True)
+        self._thread.shutdown()
+
+    def _points(self) -> list[dict[str, Any]]:
+        """The tracker counts a student's epochs; a teacher's lines are counted by step."""
+        return [
+            {**point, "epoch": point["step"], "epochs": point["epoch"]} for point in read_points(self._path)
+        ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

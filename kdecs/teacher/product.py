@@ -1,0 +1,170 @@
+"""Teacher directories: what a training makes, and how it is read.
+
+adapter_model.safetensors, adapter_config.json   LoRA: as PEFT writes and reads them
+model/                                           full tuning: a Transformers model (safetensors) with its tokenizer
+tokenizer files                                  as Transformers writes them
+config.json                                      the resolved TeacherConfig
+metrics.jsonl                                    training loss, throughput and validation scores
+checkpoints/                                     training states (kdecs.teacher.checkpoint); no part of the product
+manifest.json                                    names the base by checksum
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import deepspeed
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdecs.artifact import MANIFEST_NAME, atomic_path, check_whole, read_manifest
+from kdecs.config import input_checksums, parse_config, read_yaml
+from kdecs.errors import ArtifactError, ModelError, TrainingError
+from kdecs.runtime import Runtime
+from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.families import Family, first_line, make_family
+from kdecs.teacher.network import DTYPES, load_base, trainable_parameters
+
+ADAPTER_FILE = "adapter_model.safetensors"
+MODEL_FOLDER = "model"
+
+
+def save_product(network: nn.Module, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
+    """Write the whole adapter, or the whole model, from rank 0. Collective: ZeRO-3's parts are gathered."""
+    if isinstance(network, PeftModel):
+        _save_adapter(network, directory, runtime, zero_stage=zero_stage)
+    else:
+        _save_model(network, directory / MODEL_FOLDER, runtime, zero_stage=zero_stage)
+
+
+def install_product(source: Path, family: Family, output: Path) -> list[str]:
+    """Copy a kept product into the teacher directory, the tokenizer beside it; the relative paths of its files."""
+    is_adapter = (source / ADAPTER_FILE).is_file()
+    folder = output if is_adapter else output / MODEL_FOLDER
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    for path in files:
+        with atomic_path(output / path.relative_to(source)) as temporary:
+            shutil.copyfile(path, temporary)
+    tokenizer_files = family.tokenizer.save_pretrained(folder)
+    names = [path.relative_to(source).as_posix() for path in files]
+    return names + [
+        Path(path).relative_to(output).as_posix() for path in tokenizer_files if Path(path).is_file()
+    ]
+
+
+def check_adapter(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Raise TrainingError for an adapter that is empty, not finite, or was never moved (every B is zero)."""
+    _check_tensors(tensors.items(), directory)
+    if not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name):
+        raise TrainingError(f"{directory}: every lora_B is zero, so the adapter does nothing")
+
+
+def read_teacher_config(directory: Path) -> TeacherConfig:
+    """The resolved config of a finished teacher. Raises ArtifactError or ConfigError, one line."""
+    read_manifest(directory, "teacher")
+    path = directory / "config.json"
+    return parse_config(TeacherConfig, read_yaml(path), source=str(path))
+
+
+def load_trained(
+    directory: Path, config: TeacherConfig, *, dtype: str, device: torch.device, base: str | None = None
+) -> tuple[Family, nn.Module]:
+    """Family and trained network of a finished teacher: base with adapter, or the fully tuned model.
+
+    `base` names an adapter's base where it lies elsewhere than in training. Raises ArtifactError where the base is
+    another, ModelError where weights do not load.
+    """
+    tuned_whole = config.lora is None
+    reference = str(directory / MODEL_FOLDER) if tuned_whole else base or config.model.base
+    model = config.model.model_copy(update={"base": reference})
+    if not tuned_whole:
+        check_base(directory, reference)
+    family = make_family(
+        model,
+        max_prompt_tokens=config.batches.max_prompt_tokens,
+        emotions_shown=config.emotions_shown,
+        tree_attention=config.batches.tree_attention,
+    )
+    network = load_base(model, family, dtype=DTYPES[dtype], device=device)
+    if tuned_whole:
+        return family, network
+    try:
+        return family, PeftModel.from_pretrained(network, str(directory))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{directory}: the adapter does not load: {first_line(error)}") from None
+
+
+def check_base(directory: Path, base: str) -> None:
+    """Raise ArtifactError where the base model is not the one that the adapter was trained on."""
+    expected = read_manifest(directory, "teacher").inputs["base"]
+    if (Path(base) / MANIFEST_NAME).is_file():
+        check_whole(Path(base), "base-model")  # its manifest stands for it, so the files must agree with that
+    if (found := input_checksums(base=base)["base"]) != expected:
+        raise ArtifactError(
+            f"{directory}: its adapter was trained on a base with checksum {expected[:12]}…, "
+            f"{base} has {found[:12]}…; put the original base back or train the teacher again"
+        )
+
+
+def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
+    parameters = trainable_parameters(model)
+    gathered = deepspeed.zero.GatheredParameters(parameters) if zero_stage == 3 else nullcontext()
+    with gathered:
+        if not runtime.is_main:
+            return
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in get_peft_model_state_dict(model).items()
+        }
+    check_adapter(tensors, directory)
+    with atomic_path(directory / ADAPTER_FILE) as temporary:
+        save_file(tensors, temporary)
+    check_adapter(load_file(directory / ADAPTER_FILE), directory)
+    peft_config = model.peft_config["default"]
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(str(directory))
+    peft_config.inference_mode = False
+
+
+def _save_model(model: nn.Module, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
+    stored = set(model.state_dict())
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        # One at a time: only rank 0's main memory ever holds the whole model.
+        gathered = deepspeed.zero.GatheredParameters([parameter]) if zero_stage == 3 else nullcontext()
+        with gathered:
+            if runtime.is_main:
+                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    if not runtime.is_main:
+        return
+    tensors |= {name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers() if name in stored}
+    _check_tensors(tensors.items(), directory)
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    model.save_pretrained(str(directory), state_dict=tensors)
+    model.config.use_cache = use_cache
+    _check_written(tensors, directory)
+
+
+def _check_written(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    written: set[str] = set()
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                written.add(name)
+                _check_tensors([(name, file.get_tensor(name))], directory)
+    if missing := set(tensors) - written:
+        raise TrainingError(
+            f"{directory}: {len(missing)} tensors were not written, the first is {min(missing)}"
+        )
+
+
+def _check_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
+    tensors = list(tensors)
+    if not tensors or any(tensor.numel() == 0 for _, tensor in tensors):
+        raise TrainingError(f"{directory}: the weights hold empty tensors, their parts were not gathered")
+    if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for _, tensor in tensors):
+        raise TrainingError(f"{directory}: the weights hold values that are not finite")

@@ -1,0 +1,223 @@
+"""Training the baseline: exact resume, a product that predicts and scores as noted, refusals in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.config import load_config
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import NEUTRAL
+from kdecs.errors import ArtifactError, ConfigError, CorpusError, Stopped
+from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.predictions import read_predictions
+from kdecs.mrc import training
+from kdecs.mrc.commands import predict_mrc
+from kdecs.mrc.config import MrcConfig
+from kdecs.mrc.data import training_pairs
+from kdecs.mrc.encoding import mrc_text
+from kdecs.mrc.prediction import MrcBaseline
+from kdecs.mrc.training import train_mrc
+from kdecs.runtime import StopSignal
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "launch/configs/mrc").glob("*.yaml"))
+
+
+class StopAfter(StopSignal):
+    """Requests a stop once it has been looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.fixture
+def trained(make_config, runtime):
+    return train_mrc(make_config(), runtime)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_committed_config_parses(path):
+    assert load_config(MrcConfig, path).name == f"mrc-{path.stem}"
+
+
+def test_a_stopped_training_ends_with_the_same_weights(make_config, runtime, trained, capsys):
+    config = make_config("resumed")
+    for looks in (2, 9):  # in the first epoch, then in the second
+        with pytest.raises(Stopped, match="run the same command again"):
+            train_mrc(config, runtime, stop=StopAfter(looks))
+    train_mrc(config, runtime)
+    assert "resumed at step" in capsys.readouterr().out
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (config.output, trained))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (config.output / "checkpoint.pt").exists()
+    assert verify_artifact(config.output) == []
+
+
+def test_a_kill_before_a_checkpoint_leaves_the_best_model_that_the_checkpoint_names(
+    make_config, runtime, monkeypatch
+):
+    """Epoch 2 was the best until a kill; trained again, as on a GPU not bit for bit, it is not."""
+
+    class Killed(Exception):
+        pass
+
+    def scores(*values: float) -> None:
+        left = iter(values)
+        found = dict.fromkeys(("positive_f1", "negative_f1", "exact_match", "utterance_positive_f1"), 0.0)
+        monkeypatch.setattr(
+            training._Trainer, "_validate", lambda self: ({**found, "macro_f1": next(left)}, 0.5)
+        )
+
+    def kill(directory, digest, progress, *rest) -> None:
+        if progress.epoch == 2:
+            raise Killed
+        checkpoint(directory, digest, progress, *rest)
+
+    saved, write, checkpoint = [], training.save_reader, training.save_checkpoint
+
+    def note(directory, reader, *rest) -> None:
+        saved.append({name: tensor.clone() for name, tensor in reader.state_dict().items()})
+        write(directory, reader, *rest)
+
+    config = make_config()
+    monkeypatch.setattr(training, "save_reader", note)
+    scores(1.0, 2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", kill)
+        with pytest.raises(Killed):
+            train_mrc(config, runtime)
+    scores(0.5)
+    train_mrc(config, runtime)
+    assert len(saved) == 2 and read_manifest(config.output).details["valid"]["epoch"] == 1
+    found = load_file(config.output / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, saved[0][name]) for name, tensor in found.items())
+    names = {path.name for path in config.output.iterdir()}
+    assert names == {"model", "mrc.json", "config.json", "metrics.jsonl", "manifest.json"}
+
+
+def test_predictions_of_validation_score_as_training_said(trained, corpus_files):
+    corpus = read_corpus(corpus_files["valid"])
+    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue)]
+    found = [item.prediction for item in MrcBaseline.from_pretrained(trained).detail(pairs)]
+    scores = evaluate(corpus, {item.key: item for item in found})
+    noted = read_manifest(trained, "mrc").details["valid"]
+    assert scores.missing == 0
+    for key in ("macro_f1", "positive_f1", "exact_match", "utterance_positive_f1"):
+        assert scores[key] == pytest.approx(noted[key], abs=1e-6)
+
+
+def test_spans_and_their_characters_agree(trained):
+    baseline = MrcBaseline.from_pretrained(trained)
+    baseline.card = baseline.card.model_copy(update={"threshold": 0.0})
+    baseline.encoder.only_candidate = True
+    dialogue = read_corpus(bundled_sample("test")).dialogues[0]
+    for pair, found in zip(pairs_of(dialogue), baseline.detail(pairs_of(dialogue)), strict=True):
+        assert found.prediction.is_cause and found.span_range is not None
+        text = dialogue.utterances[pair.candidate - 1].text
+        assert text[slice(*found.span_range)] == found.prediction.span != ""
+
+
+def test_neutral_targets_are_not_asked_about(trained):
+    dialogues = read_corpus(bundled_sample("test")).dialogues[:2]
+    baseline = MrcBaseline.from_pretrained(trained)
+    baseline.card = baseline.card.model_copy(update={"threshold": 0.0})
+    for item in baseline.predict(dialogues):
+        dialogue = next(d for d in dialogues if d.id == item.dialogue_id)
+        assert item.is_cause == (dialogue.utterances[item.target - 1].emotion != NEUTRAL)
+        assert item.emotion is None
+
+
+def test_the_command_writes_a_file_that_evaluate_reads(trained, tmp_path, capsys):
+    output = tmp_path / "predictions.jsonl"
+    predict_mrc(trained, bundled_sample("test"), output, device="cpu", max_distance=3)
+    corpus = read_corpus(bundled_sample("test"))
+    assert read_predictions(output, corpus)
+    assert "pairs of" in capsys.readouterr().out
+    with pytest.raises(CorpusError, match="no emotion, which the question names"):
+        predict_mrc(trained, bundled_sample("unlabelled"), tmp_path / "none.jsonl", device="cpu")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_complete_work_is_skipped_and_other_work_refused(trained, make_config, runtime, capsys):
+    train_mrc(make_config(), runtime)
+    assert "complete, skipped" in capsys.readouterr().out
+    with pytest.raises(ArtifactError, match="holds another mrc"):
+        train_mrc(make_config(optimization={"epochs": 1}), runtime)
+    with pytest.raises(ConfigError, match="found 2 ranks"):
+        train_mrc(make_config("two"), replace(runtime, world_size=2))
+
+
+@pytest.mark.parametrize("max_tokens", [96, 256])
+def test_questions_that_lose_more_than_old_context_are_counted(
+    make_config, runtime, base, max_tokens, capsys
+):
+    config = make_config(
+        model={"base": str(base), "max_tokens": max_tokens}, optimization={"learning_rate": 1e-3, "epochs": 1}
+    )
+    details = read_manifest(train_mrc(config, runtime), "mrc").details
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    expected = 0
+    for pair in training_pairs(config):
+        text = mrc_text(pair)
+        old = text.context[: text.context_target[0]].replace(
+            text.context[slice(*text.context_candidate)], "", pair.candidate != pair.target
+        )
+        length = len(tokenizer(text.question, text.context)["input_ids"])
+        expected += length - len(tokenizer(old, add_special_tokens=False)["input_ids"]) > max_tokens
+    assert details["num_cut"] == expected
+    assert (expected > 0) == (max_tokens == 96) == (f"{expected} cut to 96 tokens" in capsys.readouterr().out)
+
+
+def test_a_share_of_impossible_questions_keeps_every_cause(make_config):
+    whole, part = (training_pairs(make_config(negative_share=share)) for share in (1.0, 0.3))
+    assert [p.id for p in part if p.is_cause] == [p.id for p in whole if p.is_cause]
+    assert 0 < sum(not p.is_cause for p in part) < 0.6 * sum(not p.is_cause for p in whole)
+
+
+def test_a_corpus_without_causes_is_refused(make_config, runtime, tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(
+        json.dumps({"d": [[{"turn": 1, "speaker": "A", "utterance": "Hi", "emotion": "neutral"}]]})
+    )
+    corpus = {"train": str(path), "valid": str(bundled_sample("valid"))}
+    with pytest.raises(CorpusError, match="no cause to learn from"):
+        train_mrc(make_config(corpus=corpus), runtime)
+
+
+@pytest.mark.slow
+def test_a_killed_script_goes_on(make_config, tmp_path):
+    config = make_config(optimization={"learning_rate": 1e-3, "epochs": 5}, threads=1)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.model_dump_json())
+    command = [sys.executable, str(ROOT / "launch/train_mrc.py"), "--config", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KDECS_DEVICE": "cpu"}
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (config.output / "checkpoint.pt").exists():
+        assert time.monotonic() < deadline and started.poll() is None
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    assert "run the same command again" in started.communicate(timeout=60)[1]
+    assert started.returncode == 143
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert "resumed at step" in done.stdout
+    assert read_manifest(config.output, "mrc").details["epochs"] == 5
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "complete" in again.stdout

@@ -1,0 +1,210 @@
+"""Tables made elsewhere: accepted whole, refused in one line, row and pair named."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from label_directories import WORDS, sample_pairs
+from typer.testing import CliRunner
+
+from kdecs.artifact import content_checksum, read_manifest
+from kdecs.cli import app
+from kdecs.corpus.reading import bundled_sample
+from kdecs.errors import KdecsError
+from kdecs.soft_labels import importing
+from kdecs.soft_labels.reader import SoftLabels
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    rng = np.random.default_rng(5)
+    return [
+        {"pair_id": pair.id, "logits": [float(x) for x in rng.normal(size=5)]}
+        for pair in sample_pairs("train")
+    ]
+
+
+def write(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(table: Path, output: Path, *extra: str, corpus: str = str(bundled_sample("train"))) -> Any:
+    arguments = ["soft-labels", "import", str(table), "--output", str(output), "--corpus", corpus, *extra]
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_table_becomes_a_directory_like_any_other(rows: Rows, tmp_path: Path, suffix: str) -> None:
+    shuffled = [rows[n] for n in np.random.default_rng(0).permutation(len(rows))]
+    table = write(tmp_path / f"table.{suffix}", shuffled)
+    result = run(table, tmp_path / "labels")
+    assert result.exit_code == 0, result.exception
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "labels")]).exit_code == 0
+    labels = SoftLabels.open(tmp_path / "labels", tmp_path / "cache")
+    labels.require_answer_words(WORDS)
+    found = labels.logits(labels.rows_of(sample_pairs("train"), split="train"))
+    np.testing.assert_array_equal(found, np.array([row["logits"] for row in rows], np.float32))
+    manifest = read_manifest(tmp_path / "labels")
+    assert manifest.inputs["table"] == content_checksum(table) == manifest.details["lineage"]["imported"]
+    assert run(table, tmp_path / "labels").exit_code == 0
+
+
+def test_columns_of_probabilities_of_two_splits_with_hashes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    given = []
+    for split in ("train", "valid"):
+        for pair in sample_pairs(split):
+            p = rng.dirichlet(np.ones(5)) * 0.999 + 0.0002
+            given.append({"pair_id": pair.id, "pair_hash": pair.hash, "split": split, "log_rest_mass": -2.5})
+            given[-1] |= dict(zip(WORDS, p.tolist(), strict=True))
+    table = write(tmp_path / "table.parquet", given)
+    result = run(
+        table,
+        tmp_path / "labels",
+        "--scores",
+        "probabilities",
+        "--corpus",
+        f"valid={bundled_sample('valid')}",
+        corpus=f"train={bundled_sample('train')}",
+    )
+    assert result.exit_code == 0, result.exception
+    labels = SoftLabels.open(tmp_path / "labels", tmp_path / "cache")
+    pairs = sample_pairs("valid")
+    rows_n = labels.rows_of(pairs, split="valid")
+    by_id = {(row["split"], row["pair_id"]): row for row in given}
+    expected = [[by_id["valid", pair.id][word] for word in WORDS] for pair in pairs]
+    np.testing.assert_allclose(np.exp(labels.logits(rows_n)), expected, rtol=1e-5)
+    assert set(labels.log_rest_mass(rows_n).tolist()) == {-2.5}
+
+
+def change(place: int, **values: Any) -> Any:
+    return lambda rows: [*rows[:place], rows[place] | values, *rows[place + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (change(7, logits=[0.0, 1.0]), r"row 8: the pair \S+ has a list of 2, expected 5 scores"),
+        (change(7, logits=[0.0, 1.0, 2.0, float("nan"), 1.0]), r"row 8: the pair \S+ has the score nan"),
+        (change(7, logits=[0.0, 1.0, 2.0, 1e39, 1.0]), r"row 8: .* has the score 1e\+39"),
+        (change(7, logits=[0.0, 1.0, 2.0, True, 1.0]), r"row 8: .* has the score true"),
+        (change(7, pair_id=7), "row 8: pair_id is 7, expected text"),
+        (lambda rows: rows[:-1], r"lacks the pair \S+ of .*train.json, and 0 more"),
+        (lambda rows: [*rows, rows[3]], r"the pair \S+ stands twice"),
+        (
+            lambda rows: [*rows, rows[3] | {"pair_id": "x/1/1"}],
+            "the pair x/1/1 is none that the corpora have, 1 such",
+        ),
+        (lambda rows: [{"id": row["pair_id"]} for row in rows], "no column pair_id; there are id"),
+        (lambda rows: [{"pair_id": row["pair_id"]} for row in rows], "no scores: expected a column logits"),
+        (lambda rows: [row | {"split": "dev"} for row in rows], "split is 'dev'"),
+        (lambda rows: [row | {"log_rest_mass": 1.0} for row in rows], "log_rest_mass is 1.0"),
+        (lambda rows: [row | {"pair_hash": "0" * 32} for row in rows], r"lacks the pair \S+ with the hash"),
+        (change(7, logits=[0.0, 10**400, 0.0, 0.0, 0.0]), r"row 8: .* has the score 10+…, expected a finite"),
+        (lambda rows: [row | {"log_rest_mass": -(10**400)} for row in rows], r"log_rest_mass is -10+…"),
+        (lambda rows: [row | {"log_rest_mass": -1e300} for row in rows], r"row 1: log_rest_mass is -1e\+300"),
+        (change(7, pair_id="d\ud800/1/1"), r"row 8: pair_id is 'd\\ud800/1/1', expected text"),
+        (lambda rows: [{"\udfff": 1} for row in rows], r"no column pair_id; there are '\\udfff'"),
+        (lambda rows: [*rows[:5], {"pair_id": "a"}, *rows[5:]], "line 6: other keys than the line before"),
+        (lambda rows: [], "holds no row"),
+    ],
+)
+def test_faulty_tables_are_refused_in_one_line(rows: Rows, tmp_path: Path, alter: Any, message: str) -> None:
+    table = write(tmp_path / "table.jsonl", alter(rows))
+    result = run(table, tmp_path / "labels")
+    assert isinstance(result.exception, KdecsError), result.output
+    assert str(table) in str(result.exception)
+    assert "\n" not in str(result.exception)
+    with pytest.raises(KdecsError, match=message):
+        raise result.exception
+    assert not (tmp_path / "labels" / "manifest.json").exists()
+    assert run(write(table, rows), tmp_path / "labels").exit_code == 0  # mended, the same command
+
+
+def test_unknown_pairs_are_left_out_on_request(rows: Rows, tmp_path: Path) -> None:
+    table = write(tmp_path / "table.jsonl", [*rows, rows[0] | {"pair_id": "x/1/1"}])
+    assert run(table, tmp_path / "labels", "--ignore-unknown").exit_code == 0
+    assert read_manifest(tmp_path / "labels").details["left_out"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1 and then nothing", "not a readable Parquet table"),
+        (b"\x80\x04\x95 a pickle", "line 1: not a JSON object"),
+        (b"[1, 2]\n", "line 1: not a JSON object"),
+        (b'{"pair_id": "a"\n', "line 1: not a JSON object"),
+        (b'{"pair_id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 1: not a JSON object"),
+    ],
+)
+def test_files_that_are_no_table_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    table = tmp_path / "table"
+    table.write_bytes(content)
+    assert message in str(run(table, tmp_path / "labels").exception)
+
+
+def test_no_such_files(rows: Rows, tmp_path: Path) -> None:
+    assert "no such file" in str(run(tmp_path / "none", tmp_path / "labels").exception)
+    table = write(tmp_path / "table.jsonl", rows)
+    assert "no such file" in str(run(table, tmp_path / "labels", corpus="none.json").exception)
+    again = run(table, tmp_path / "labels", "--corpus", str(bundled_sample("train")))
+    assert again.exit_code == 2
+
+
+def test_a_table_in_its_own_output_is_left_alone(rows: Rows, tmp_path: Path) -> None:
+    """`import X/shard-00000.parquet --output X` would write over the table; also after an attempt that failed."""
+    table = write(tmp_path / "labels" / "shard-00000.parquet", rows)
+    before = table.read_bytes()
+    assert run(write(tmp_path / "other.parquet", rows), tmp_path / "other").exit_code == 0
+    assert "lies in the output" in str(run(table, tmp_path / "labels").exception)
+    elsewhere = write(tmp_path / "table.parquet", rows)
+    assert "holds shard-00000.parquet but no config.json" in str(
+        run(elsewhere, tmp_path / "labels").exception
+    )
+    shutil.copy(tmp_path / "other" / "config.json", tmp_path / "labels")
+    assert "lies in the output" in str(run(table, tmp_path / "labels").exception)
+    assert table.read_bytes() == before
+
+
+def test_an_id_of_two_splits_needs_the_column(rows: Rows, tmp_path: Path) -> None:
+    table = write(tmp_path / "table.jsonl", rows)
+    result = run(table, tmp_path / "labels", "--corpus", f"test={bundled_sample('train')}")
+    assert "stands in train and test; give the column" in str(result.exception)
+
+
+def test_a_dialogue_that_stands_twice_is_refused(rows: Rows, tmp_path: Path) -> None:
+    """In JSON lines, of which nothing is kept; its pairs would stand twice in the labels."""
+    value = json.loads(bundled_sample("train").read_text(encoding="utf-8"))
+    lines = [json.dumps({"id": name, "utterances": nested[0]}) for name, nested in value.items()]
+    corpus = tmp_path / "train.jsonl"
+    corpus.write_text("\n".join([*lines, lines[3]]))
+    result = run(write(tmp_path / "t.jsonl", rows), tmp_path / "labels", corpus=str(corpus))
+    assert f"dialogue {list(value)[3]}: stands twice, ids must be unique" in str(result.exception)
+
+
+def test_probabilities_of_zero_are_refused(rows: Rows, tmp_path: Path) -> None:
+    table = write(tmp_path / "t.jsonl", [row | {"logits": [0.5, 0.5, 0.0, 0.0, 0.0]} for row in rows])
+    result = run(table, tmp_path / "labels", "--scores", "probabilities")
+    assert "has the probability 0.0, expected above 0 and up to 1" in str(result.exception)
+
+
+def test_batches_do_not_change_the_labels(
+    rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write(tmp_path / "table.jsonl", rows)
+    assert run(table, tmp_path / "one").exit_code == 0
+    monkeypatch.setattr(importing, "_ROWS_A_BATCH", 17)
+    assert run(table, tmp_path / "two").exit_code == 0
+    shards = [(tmp_path / name / "shard-00000.parquet").read_bytes() for name in ("one", "two")]
+    assert shards[0] == shards[1]

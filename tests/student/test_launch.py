@@ -1,0 +1,87 @@
+"""launch/train_student.py as people start it: killed without warning, and under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.student.training import train_student
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "launch/train_student.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "KDECS_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+STEPS_AN_EPOCH = 99
+
+
+@pytest.fixture
+def long_config(make_config):
+    """A config of many small steps, so that a kill hits within an epoch."""
+
+    def make(output: str):
+        config = make_config(
+            output,
+            batches={"global_batch_pairs": 1},
+            optimization={"learning_rate": 1e-3, "epochs": 3},
+            threads=1,
+        )
+        path = config.output.with_suffix(".yaml")
+        path.write_text(config.model_dump_json())
+        return config, path
+
+    return make
+
+
+def test_a_training_killed_within_an_epoch_ends_with_the_weights_of_a_whole_one(long_config, runtime):
+    whole = train_student(long_config("whole")[0], runtime)
+    config, path = long_config("killed")
+    command = [sys.executable, SCRIPT, "--config", str(path)]
+    started = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    metrics = config.output / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.is_file() and metrics.read_text()):
+        assert time.monotonic() < deadline and started.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)  # some steps into the second epoch
+    started.send_signal(signal.SIGKILL)
+    assert started.wait(timeout=60) == -signal.SIGKILL
+    (seen,) = metrics.read_text().splitlines()
+    assert not (config.output / "manifest.json").exists()
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
+    assert f"resumed at step {STEPS_AN_EPOCH}\n" in done.stdout
+    assert metrics.read_text().startswith(seen)
+    for file in ("model/model.safetensors", "heads.safetensors"):
+        expected, found = load_file(whole / file), load_file(config.output / file)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (whole / "student.json").read_bytes() == (config.output / "student.json").read_bytes()
+    assert verify_artifact(config.output) == []
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True)
+    assert "complete" in again.stdout
+
+
+@pytest.mark.dist
+def test_two_ranks_of_torchrun_train_one_student(make_config):
+    config = make_config(optimization={"learning_rate": 1e-3, "epochs": 1}, threads=1)
+    path = config.output.with_suffix(".yaml")
+    path.write_text(config.model_dump_json())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, SCRIPT, "--config", str(path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("training on 99 pairs") == done.stdout.count("student of epoch 1") == 1
+    assert verify_artifact(config.output) == []
+    (line,) = (config.output / "metrics.jsonl").read_text().splitlines()
+    assert (
+        read_manifest(config.output, "student").details["valid"]["macro_f1"] == json.loads(line)["macro_f1"]
+    )
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True)
+    assert again.stdout.count("complete") == 1

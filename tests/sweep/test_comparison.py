@@ -1,0 +1,121 @@
+"""Selection compares settings by the predictions that trainings kept, as it would by predicting anew."""
+
+import json
+
+import pytest
+
+from kdecs.artifact import read_manifest, write_manifest
+from kdecs.config import load_config
+from kdecs.corpus.reading import read_corpus
+from kdecs.errors import ArtifactError
+from kdecs.evaluation.baselines import trivial_predictions
+from kdecs.evaluation.predictions import write_predictions
+from kdecs.student.config import StudentConfig
+from kdecs.student.prediction import Student
+from kdecs.sweep.results import read_results, trial_directory
+from kdecs.sweep.selection import select_student
+
+KEPT = "valid-predictions.jsonl"
+RULES = ("j >= i-1", "j = i", "all negative", "majority emotion")
+
+
+def rule_of(directory):
+    """A rule by seed, teacher and alpha, so that settings differ."""
+    config = load_config(StudentConfig, directory / "config.json")
+    number = (
+        config.optimization.seed
+        + ("t5" in str(config.distillation.labels))
+        + (config.distillation.alpha < 0.5)
+    )
+    return RULES[number]
+
+
+class Ruled:
+    """Predicts by the rule of its directory; notes the corpora that it was asked for."""
+
+    def __init__(self, directory, asked):
+        self.directory, self.asked = directory, asked
+
+    def predict_pairs(self, corpus):
+        self.asked.append(corpus.path.stem)
+        return trivial_predictions(corpus, "fold1+neutral")[rule_of(self.directory)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    found = []
+    monkeypatch.setattr(Student, "from_pretrained", lambda directory, device: Ruled(directory, found))
+    return found
+
+
+@pytest.fixture
+def sweep(finished, asked):
+    """A finished sweep whose students predict by rules."""
+    return finished
+
+
+def renew_manifest(directory, *more):
+    """Make the manifest agree with the files that it lists, and `more`."""
+    manifest = read_manifest(directory)
+    write_manifest(
+        directory,
+        "student",
+        config_hash=manifest.config_hash,
+        inputs=manifest.inputs,
+        files=[*(entry.path for entry in manifest.files), *more],
+    )
+
+
+def keep_predictions(sweep):
+    """What a training does: its predictions stand in its directory and in the manifest."""
+    for result in read_results(sweep):
+        directory = trial_directory(sweep, result)
+        corpus = read_corpus(load_config(StudentConfig, directory / "config.json").corpus.valid)
+        rule = trivial_predictions(corpus, "fold1+neutral")[rule_of(directory)]
+        write_predictions(directory / KEPT, rule.values())
+        renew_manifest(directory, KEPT)
+
+
+def test_kept_predictions_give_what_predicting_anew_gives(sweep, asked):
+    record = select_student(sweep)
+    assert asked == ["valid"] * 4 + ["test"]
+    assert record["runner_up"]["tests"]["macro_f1"]["difference"] != 0
+    (sweep / "selection.json").unlink()
+    for path in (sweep / "valid-predictions").iterdir():
+        path.unlink()
+    asked.clear()
+    keep_predictions(sweep)
+    kept = select_student(sweep)
+    assert asked == ["test"], "no student predicted validation again"
+    assert not list((sweep / "valid-predictions").iterdir())
+    assert {**kept, "test_opened_at": None} == {**record, "test_opened_at": None}
+
+
+def test_predictions_for_other_inputs_are_made_anew(sweep, asked):
+    keep_predictions(sweep)
+    for result in read_results(sweep):
+        path = trial_directory(sweep, result) / "config.json"
+        values = json.loads(path.read_text())
+        values["corpus"]["valid"] = values["corpus"]["test"]
+        path.write_text(json.dumps(values))
+        renew_manifest(path.parent)  # nothing but the config's hash tells
+    select_student(sweep)
+    assert asked == ["test"] * 5
+
+
+@pytest.mark.parametrize("gone", ["labels", "kept"])
+def test_without_an_input_or_the_file_they_are_made_anew(sweep, asked, gone, runs):
+    if gone == "labels":
+        keep_predictions(sweep)
+        (runs / "labels").rename(runs / "moved")
+    select_student(sweep)
+    assert asked == ["valid"] * 4 + ["test"]
+
+
+def test_a_damaged_student_is_refused(sweep):
+    keep_predictions(sweep)
+    for result in read_results(sweep):
+        path = trial_directory(sweep, result) / KEPT
+        path.write_text(path.read_text().replace("false", "true ", 1))
+    with pytest.raises(ArtifactError, match=r"valid-predictions\.jsonl.*sha256"):
+        select_student(sweep)

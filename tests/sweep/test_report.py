@@ -1,0 +1,119 @@
+"""The report: its figures with their data, tables, sections by what a sweep tried."""
+
+import csv
+import re
+
+import pytest
+from scipy import stats
+
+from kdecs.artifact import verify_artifact
+from kdecs.sweep.report import write_report
+from kdecs.sweep.results import read_results
+from kdecs.sweep.selection import rank_settings, select_student
+from kdecs.sweep.study_figures import pooled_sd
+from kdecs.sweep.tables import _escaped
+
+
+def table_of(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_report_has_its_figures_and_scores(finished):
+    page = write_report(finished).read_text()
+    assert "Not opened yet" in page
+    record = select_student(finished)
+    page = write_report(finished).read_text()
+    assert verify_artifact(finished / "report") == []
+    for name in ("leaderboard", "alpha-temperature", "teachers", "spread", "curves", "time"):
+        assert (finished / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f'src="{name}.png"' in page and f'href="{name}.csv"' in page
+    assert not (finished / "report" / "share.png").exists()
+    assert f"{record['test']['macro_f1']:.2f}" in page
+    assert "j &gt;= i-1" in page and "majority emotion" in page
+    assert "0.00 points above the best trivial rule, j &gt;= i-1" in page
+    assert "http://" not in page and "https://" not in page
+    for result in read_results(finished):
+        assert result.label in page
+
+
+def test_figures_data_are_the_results(finished):
+    write_report(finished)
+    results = {result.label: result for result in read_results(finished)}
+    best = table_of(finished / "report" / "leaderboard.csv")[0]
+    assert best["setting"] == "llama-tiny α0.6 τ2"
+    seeds = [results[f"llama-tiny α0.6 τ2 s{seed}"].score for seed in (0, 1)]
+    assert float(best["mean"]) == pytest.approx(sum(seeds) / 2)
+    low, high = stats.t.interval(0.95, 1, loc=sum(seeds) / 2, scale=stats.sem(seeds))
+    assert (float(best["low"]), float(best["high"])) == pytest.approx((low, high))
+    teachers = table_of(finished / "report" / "teachers.csv")
+    assert [row["teacher"] for row in teachers] == ["llama-tiny", "t5-tiny"]
+    times = table_of(finished / "report" / "time.csv")
+    for row in times:
+        assert float(row["cpu_hours_a_trial"]) == pytest.approx(float(row["seconds_a_trial"]) / 3600)
+    curve = table_of(finished / "report" / "curves.csv")
+    assert len(curve) == 8 * 3
+
+
+def test_spread_pools_variances(finished):
+    ranked = rank_settings(read_results(finished))
+    assert pooled_sd(ranked) == pytest.approx((sum(s.sd**2 for s in ranked) / 4) ** 0.5)
+
+
+def test_latex_table_compiles_to_its_parts(finished):
+    write_report(finished)
+    table = (finished / "report" / "table.tex").read_text()
+    assert table.count("\\\\") == 1 + 4 + 4, "a head, four settings, four trivial rules"
+    assert "llama-tiny $\\alpha$0.6 $\\tau$2 & \\textbf{68.15}" in table and "j $\\geq$ i-1" in table
+    assert _escaped("50% & a_b") == "50\\% \\& a\\_b"
+
+
+def test_ablation_has_significance(finish, make_labels, runs):
+    sweep = finish(
+        teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
+        variants={"KD-ECS": {}, "w/o KD": {"distillation.mode": "joint"}},
+        space={"variant": {"grid": ["KD-ECS", "w/o KD"]}, "optimization.seed": {"grid": [0, 1, 2]}},
+    )
+    page = write_report(sweep).read_text()
+    assert "What each part is worth" in page and "there once a student is selected" in page
+    select_student(sweep)
+    page = write_report(sweep).read_text()
+    first, second = table_of(sweep / "report" / "ablation.csv")
+    assert (first["variant"], second["variant"]) == ("KD-ECS", "w/o KD")
+    assert float(second["difference"]) == pytest.approx(-4.0)  # two for the mode, two for the teacher
+    assert float(second["p_dialogues"]) == 1.0, "all students predict the same here"
+    assert second["p_seeds"] == "", "every seed differs by the same"
+    assert "there once a student is selected" not in page
+
+
+def test_shares_make_lines(finish, make_labels, runs):
+    sweep = finish(
+        teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
+        variants={"KD": {}, "joint": {"distillation.mode": "joint"}},
+        space={
+            "variant": {"grid": ["KD", "joint"]},
+            "distillation.hard_share": {"grid": [0.1, 0.5, 1.0]},
+            "optimization.seed": {"grid": [0, 1]},
+        },
+    )
+    page = write_report(sweep).read_text()
+    rows = table_of(sweep / "report" / "share.csv")
+    assert [(row["line"], float(row["share"])) for row in rows] == [
+        (line, share) for line in ("KD", "joint") for share in (0.1, 0.5, 1.0)
+    ]
+    assert float(rows[2]["mean"]) - float(rows[0]["mean"]) == pytest.approx(3.6)
+    assert 'src="share.png"' in page and "What each part is worth" not in page
+
+
+def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels, runs):
+    sweep = finish(
+        teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
+        variants={"given": {"model.given_emotions": "coarse"}},
+        space={"variant": {"grid": ["given"]}, "optimization.seed": {"grid": [0, 1]}},
+    )
+    record = select_student(sweep)
+    assert "emotion_accuracy" not in record["test"]
+    page = write_report(sweep).read_text()
+    cards = re.findall(r'class="card"><b>([^<]*)</b><span>([^<]*)<', page)
+    assert "Emo Acc" not in [title for _, title in cards] and len(cards) == 5
+    assert all(score != "–" for score, _ in cards)

@@ -1,0 +1,164 @@
+"""One trial in its directory: attempts that are counted, epochs that are seen, students that are taken or not."""
+
+import json
+
+import pytest
+
+from kdecs.artifact import file_lock, is_complete
+from kdecs.config import load_config, write_config
+from kdecs.run_record import read_points
+from kdecs.student.config import StudentConfig
+from kdecs.sweep.results import trial_result
+from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.trial import TrialRun, read_status, run_trial, settle
+
+
+@pytest.fixture
+def trial(make_config):
+    """A trial with its config on disk."""
+    trial = enumerate_trials(make_config())[0]
+    trial.directory.mkdir(parents=True)
+    write_config(trial.config, trial.directory)
+    return trial
+
+
+@pytest.fixture
+def make_run(trial):
+    """A function that makes the run that the trial's sweep gives it."""
+    sweep = trial.directory.parent.parent
+
+    def make(**changes):
+        values = {
+            "trainer": "fake_trainer:train",
+            "stop_file": sweep / ".stop",
+            "store": sweep.parent / "students",
+            **changes,
+        }
+        return TrialRun(**values)
+
+    return make
+
+
+def copied_trial(trial, folder):
+    """The same student's config in a directory of another sweep."""
+    other = folder / "other" / trial.id
+    other.mkdir(parents=True)
+    config = load_config(StudentConfig, trial.directory / "config.json")
+    write_config(config.model_copy(update={"output": other}), other)
+    return other
+
+
+def become_running(directory):
+    """What a kill between a student's manifest and its status leaves."""
+    status = json.loads((directory / "trial.json").read_text())
+    status.update(status="running", finished=None)
+    (directory / "trial.json").write_text(json.dumps(status))
+
+
+def test_a_student_is_complete_once_its_status_says_so(trial, make_run):
+    run_trial(trial.directory, make_run(), lambda metrics: None)
+    become_running(trial.directory)
+    living = trial_result(trial, complete=True, living=True)
+    assert (living.status, living.is_settled) == ("running", False), "its process has not noted its end yet"
+    settle(trial.directory)
+    settled = trial_result(trial, complete=True, living=True)
+    assert settled.is_settled
+    assert settled.finished == (trial.directory / "manifest.json").stat().st_mtime
+
+
+def test_a_trial_that_a_process_holds_is_not_settled(trial, make_run):
+    run_trial(trial.directory, make_run(), lambda metrics: None)
+    become_running(trial.directory)
+    with file_lock(trial.directory / ".lock"):
+        settle(trial.directory)
+    assert read_status(trial.directory).status == "running"
+
+
+def test_a_trial_with_epochs_of_its_own_takes_no_other_student(trial, make_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_TRAINER", '{"raise": [0]}')
+    with pytest.raises(RuntimeError):
+        run_trial(trial.directory, make_run(max_failures=1), lambda metrics: None)
+    monkeypatch.delenv("FAKE_TRAINER")
+    first = read_points(trial.directory / "metrics.jsonl")
+    other = copied_trial(trial, tmp_path)
+    run_trial(other, make_run(), lambda metrics: None)
+    status = run_trial(trial.directory, make_run(), lambda metrics: None)
+    assert (status.status, status.reused_from) == ("complete", None)
+    points = read_points(trial.directory / "metrics.jsonl")
+    assert points[:1] == first and len(points) == 3, "what was told of an epoch stays"
+
+
+def test_taking_goes_on_after_a_kill_amid_it(trial, make_run, tmp_path, monkeypatch):
+    other = copied_trial(trial, tmp_path)
+    run_trial(other, make_run(), lambda metrics: None)
+
+    def die_amid(source, target):
+        (target / "metrics.jsonl").write_bytes((source / "metrics.jsonl").read_bytes())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr("kdecs.sweep.trial.take_student", die_amid)
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(trial.directory, make_run(), lambda metrics: None)
+    status = run_trial(trial.directory, make_run(), lambda metrics: None)
+    assert status.reused_from == str(other.resolve()) and status.is_settled
+
+
+def test_a_source_whose_end_was_not_noted_has_one(trial, make_run, tmp_path):
+    other = copied_trial(trial, tmp_path)
+    run_trial(other, make_run(), lambda metrics: None)
+    become_running(other)
+    status = run_trial(trial.directory, make_run(), lambda metrics: None)
+    assert status.finished == (other / "manifest.json").stat().st_mtime
+
+
+def test_a_refusal_before_the_training_is_a_status(trial, make_run, tmp_path):
+    corpus = tmp_path / "train.json"
+    corpus.write_bytes(trial.config.corpus.train.read_bytes())
+    changed = trial.config.model_copy(
+        update={"corpus": trial.config.corpus.model_copy(update={"train": corpus})}
+    )
+    write_config(changed, trial.directory)
+    corpus.unlink()
+    status = run_trial(trial.directory, make_run(max_failures=5), lambda metrics: None)
+    assert (status.status, status.attempts) == ("failed", 1)
+    assert str(corpus) in status.error and read_status(trial.directory) == status
+
+
+def test_any_fault_before_the_training_is_counted(trial, make_run, monkeypatch):
+    def fault(*arguments):
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr("kdecs.sweep.trial.find_student", fault)
+    for attempt in (1, 2):
+        with pytest.raises(ValueError, match="of ours"):
+            run_trial(trial.directory, make_run(max_failures=2), lambda metrics: None)
+        assert read_status(trial.directory).attempts == attempt
+    status = run_trial(trial.directory, make_run(max_failures=2), lambda metrics: None)
+    assert (status.status, status.error) == ("failed", "ValueError: a fault of ours")
+
+
+def test_an_epoch_that_only_the_checkpoint_holds_is_seen(trial, make_run, monkeypatch):
+    monkeypatch.setenv("FAKE_TRAINER", '{"raise_between": [0]}')
+    run, seen = make_run(max_failures=0), []
+    for epoch in (1, 2):
+        again = make_run(max_failures=0, stop_file=run.stop_file) if epoch == 2 else run
+        status = run_trial(trial.directory, again, seen.append)
+        assert status.status == "failed", "no attempt is left after a fault without an epoch"
+        assert len(read_points(trial.directory / "metrics.jsonl")) == epoch - 1
+    assert [point["epoch"] for point in seen] == [1], "the second attempt knew the first one's epoch"
+    assert status.epoch == 1
+    monkeypatch.delenv("FAKE_TRAINER")
+    status = run_trial(trial.directory, run, seen.append)
+    assert status.status == "complete" and is_complete(trial.directory, "student", trial.config_hash)
+    assert [point["epoch"] for point in seen] == [1, 1, 2]
+
+
+def test_deaths_between_checkpoint_and_line_count_as_progress(trial, make_run, monkeypatch):
+    monkeypatch.setenv("FAKE_TRAINER", '{"raise_between": [0]}')
+    run = make_run(max_failures=1)
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            run_trial(trial.directory, run, lambda metrics: None)
+        assert read_status(trial.directory).stalled == 1
+    assert run_trial(trial.directory, run, lambda metrics: None).status == "complete"

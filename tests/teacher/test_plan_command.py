@@ -1,0 +1,369 @@
+"""`kdecs plan` and the dry run: what they print, what they refuse, and that they write and download nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kdecs.cli import app
+from kdecs.config import load_config
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.entry import exit_code_of
+from kdecs.errors import KdecsError
+from kdecs.teacher.config import LoraConfig, TeacherConfig
+from kdecs.teacher.metering import peak_flops
+from kdecs.teacher.plan.activations import Shape
+from kdecs.teacher.plan.architectures import resolve_architecture
+from kdecs.teacher.plan.dry_run import _gpu_here, dry_run
+from kdecs.teacher.plan.gpus import GPUS, gpu_of_device
+from kdecs.teacher.plan.planning import DEFAULT_GPU
+from kdecs.teacher.plan.search import Planner, Training, full_tree
+from kdecs.teacher.plan.timing import Speed
+from kdecs.teacher.plan.workload import estimated_prompts, measure_workload
+
+
+def run_plan(*arguments: str) -> int:
+    """Exit code of `kdecs plan …` in this process."""
+    try:
+        return exit_code_of(lambda: app(["plan", *arguments], standalone_mode=True))
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.fixture(scope="module")
+def llama_7b() -> dict[str, Any]:
+    """The plan of the example, as JSON."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "kdecs.cli",
+            "plan",
+            "--teacher",
+            "llama-7b",
+            *("--gpus", "4", "--gpu-memory-gib", "40"),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_the_example_fits_and_the_best_is_the_fastest(llama_7b: dict[str, Any]) -> None:
+    assert llama_7b["parameters"]["frozen"] == 6_738_415_616
+    fitting = [c for c in llama_7b["candidates"] if c["fits"]]
+    assert fitting and len(fitting) < len(llama_7b["candidates"])
+    assert llama_7b["best"]["epoch"]["total_s"] == min(c["epoch"]["total_s"] for c in fitting)
+    assert all(c["memory"]["total_gib"] <= 40 for c in fitting)
+    assert {c["settings"]["zero.stage"] for c in llama_7b["candidates"]} == {0, 1, 2, 3}
+    # 13.5 GB of weights in bfloat16, whole below stage 3, a quarter each there.
+    weights = {c["settings"]["zero.stage"]: c["memory"]["weights_gib"] for c in llama_7b["candidates"][::-1]}
+    assert weights[2] == pytest.approx(2 * 6_738_415_616 / 2**30)
+
+
+def test_settings_are_keys_of_a_teachers_config(llama_7b: dict[str, Any], root: Path) -> None:
+    path = root / "launch" / "configs" / "teacher" / "llama-7b.yaml"
+    for candidate in llama_7b["candidates"]:
+        options = [f"{key}={json.dumps(value)}" for key, value in candidate["settings"].items()]
+        config = load_config(TeacherConfig, path, options)
+        assert config.zero.stage == candidate["settings"]["zero.stage"]
+
+
+def test_more_checkpointing_less_memory_more_time(llama_7b: dict[str, Any]) -> None:
+    def find(**wanted: Any) -> dict[str, Any]:
+        return next(
+            c
+            for c in llama_7b["candidates"]
+            if all(c["settings"][key.replace("__", ".")] == value for key, value in wanted.items())
+        )
+
+    shared = {"zero__stage": 2, "zero__offload_optimizer": False, "batches__micro_batch_tokens": 4096}
+    plain = find(**shared, zero__activation_checkpointing=False)
+    recomputed = find(**shared, zero__activation_checkpointing=True)
+    assert recomputed["memory"]["activations_gib"] < plain["memory"]["activations_gib"] / 4
+    assert recomputed["epoch"]["compute_s"] > 1.3 * plain["epoch"]["compute_s"]
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--gpu-memory-gib", "2", "--micro-batch-tokens", "4096")
+    assert run_plan("--teacher", "llama-13b", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "nothing fits" in error and "GiB of 2.0" in error and error.count("\n") == 1
+    assert "more memory, a smaller teacher" in error
+
+
+def test_what_would_fit_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--teacher", "roberta-large", "--full", "--gpu-memory-gib", "6")
+    arguments += ("--host-memory-gib", "0.5", "--micro-batch-tokens", "512", "--gpus")
+    assert run_plan(*arguments, "1") == 1
+    advice = capsys.readouterr().err.rpartition("; ")[2]
+    assert "GPUs would do" in advice
+    assert run_plan(*arguments, advice.split()[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--teacher", "llama-7b"], 2, "--gpu-memory-gib"),
+        (["--teacher", "llama-7b", "--gpu", "a100-40g", "--full", "--rank", "8"], 2, "--rank"),
+        (["--teacher", "llama-8b", "--gpu", "a100-40g"], 1, "none of the shipped architectures"),
+        (["--teacher", "llama-7b", "--gpu", "z9000"], 1, "not in the table"),
+        (["--teacher", "llama-7b", "--gpu", "v100-32g"], 1, "no bfloat16"),
+        (["--teacher", "/nowhere/model", "--gpu", "l4"], 1, "found no config.json"),
+        (["--teacher", "/nowhere/teacher.yaml", "--gpu", "l4"], 1, "expected a YAML config file"),
+        (["--teacher", "llama-7b", "--gpu", "l4", "--corpus", "/nowhere.json"], 1, "/nowhere.json"),
+    ],
+)
+def test_refusals_are_one_line(
+    arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_plan(*arguments) == code
+    error = capsys.readouterr().err
+    assert words in error
+    if code == 1:
+        assert error.count("\n") == 1 and error.startswith("kdecs: error: ")
+
+
+def test_a_model_directory_needs_no_weights(
+    tmp_path: Path, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((bases("causal") / name).read_bytes())
+    arguments = ("--gpu-memory-gib", "4", "--json", "--dtype", "float32", "--micro-batch-tokens", "512")
+    assert run_plan("--teacher", str(tmp_path), *arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["family"] == "causal" and record["tokens_are_estimated"] is False
+    assert record["best"]["epoch"]["pairs"] == len(_sample_pairs())
+
+
+def _sample_pairs() -> list[Any]:
+    dialogues = read_corpus(bundled_sample("train")).dialogues
+    return [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
+
+
+def test_estimated_prompts_are_cut_and_share_what_texts_share() -> None:
+    pairs = [pair for pair in _sample_pairs() if pair.target >= 6][:2]
+    prompts = estimated_prompts(pairs, max_prompt_tokens=2048)
+    work = measure_workload(
+        pairs, prompts, use_tree=True, ranks=1, micro_batch_tokens=4096, global_batch_pairs=64
+    )
+    assert work.tokens < sum(len(prompt.tokens) for prompt in prompts)
+    assert max(len(p.tokens) for p in estimated_prompts(pairs, max_prompt_tokens=16)) == 16
+
+
+@pytest.mark.parametrize("use_tree", [True, False])
+def test_a_workload_is_the_same_however_many_ranks_share_it(use_tree: bool) -> None:
+    pairs = _sample_pairs()[:400]
+    prompts = estimated_prompts(pairs, max_prompt_tokens=512)
+    options = {"use_tree": use_tree, "micro_batch_tokens": 1024, "global_batch_pairs": 32}
+    alone, shared = (measure_workload(pairs, prompts, ranks=ranks, **options) for ranks in (1, 4))
+    assert shared.steps == alone.steps
+    assert shared.ancestors == alone.ancestors
+    assert alone.rank_tokens == alone.tokens
+    assert alone.tokens / 4 <= shared.rank_tokens < alone.tokens
+    assert shared.scaled(3.0).tokens == 3 * shared.tokens
+
+
+CONFIG = """\
+name: dry
+output: {output}
+corpus: {{train: {train}, valid: {valid}}}
+model: {{family: causal, base: {base}}}
+zero: {{stage: 2, activation_checkpointing: true}}
+batches: {{max_prompt_tokens: 512, micro_batch_tokens: 700, tree_attention: {attention}}}
+optimization: {{epochs: 3, seed: 5}}
+"""
+
+
+def _config_file(directory: Path, base: str, *, attention: str = "auto") -> Path:
+    path = directory / "teacher.yaml"
+    text = CONFIG.format(
+        output=directory / "out",
+        train=bundled_sample("train"),
+        valid=bundled_sample("valid"),
+        base=base,
+        attention=attention,
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_dry_run_counts_the_steps_of_the_training(
+    tmp_path: Path, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdecs.teacher.data import prepare_data
+    from kdecs.teacher.families import make_family
+
+    config = load_config(TeacherConfig, _config_file(tmp_path, str(bases("causal"))))
+    candidate = dry_run(config, world_size=3)
+    shown = capsys.readouterr().out
+    family = make_family(config.model, max_prompt_tokens=512, emotions_shown="coarse")
+    data = prepare_data(config, family, use_tree=True, world_size=3, show_progress=False)
+    assert round(3 * candidate.work.steps) == len(data.steps)
+    assert f"{len(data.steps):,} in 3 epochs; up to {data.accumulation_steps} micro-batches" in shown
+    assert candidate.work.accumulation == data.accumulation_steps
+    assert candidate.work.tokens == pytest.approx(data.train.num_tokens)
+    assert candidate.choice.ranks == 3
+
+
+def test_a_workload_takes_the_seed_and_all_epochs() -> None:
+    pairs = _sample_pairs()[:300]
+    prompts = estimated_prompts(pairs, max_prompt_tokens=512)
+
+    def busiest(**options: int) -> float:
+        return measure_workload(
+            pairs,
+            prompts,
+            use_tree=True,
+            ranks=3,
+            micro_batch_tokens=300,
+            global_batch_pairs=20,
+            **options,
+        ).rank_attended
+
+    assert busiest(seed=5) != busiest(seed=0)
+    first, two = busiest(seed=5), busiest(seed=5, epochs=2)
+    assert two != first
+    assert two == pytest.approx(first, rel=0.1)  # of an epoch, not of both
+
+
+@pytest.mark.parametrize(
+    ("family", "positions", "message"),
+    [
+        ("masked", 512, r"is causal, the config says model\.family=masked"),
+        (
+            "causal",
+            256,
+            "prompts of up to 512 tokens, but .* 256 positions; set batches.max_prompt_tokens=256",
+        ),
+    ],
+)
+def test_dry_run_refuses_what_training_refuses(
+    family: str, positions: int, message: str, tmp_path: Path, bases: Callable[[str], Path]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        text = (bases("causal") / name).read_text()
+        (base / name).write_text(
+            text.replace('"max_position_embeddings": 512', f'"max_position_embeddings": {positions}')
+        )
+    path = _config_file(tmp_path, str(base))
+    path.write_text(path.read_text().replace("family: causal", f"family: {family}"))
+    with pytest.raises(KdecsError, match=message):
+        dry_run(load_config(TeacherConfig, path), world_size=1)
+
+
+def test_the_attention_over_trees_is_the_configs(
+    tmp_path: Path, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = {}
+    for attention in ("auto", "flex", "mask"):
+        path = _config_file(tmp_path, str(bases("causal")), attention=attention)
+        run = dry_run(load_config(TeacherConfig, path), world_size=1)
+        arguments = ("--gpu-memory-gib", "4", "--json", "--micro-batch-tokens", "700")
+        capsys.readouterr()
+        assert run_plan("--teacher", str(path), *arguments) == 0
+        record = json.loads(capsys.readouterr().out)
+        peaks[attention] = run.memory.activations, record["best"]["memory"]["activations_gib"]
+    assert peaks["auto"] == peaks["flex"]
+    assert all(mask > flex for mask, flex in zip(peaks["mask"], peaks["flex"], strict=True))
+
+
+def test_a_line_of_traces_is_kept_for_its_number_of_answers(bases: Callable[[str], Path]) -> None:
+    pairs = _sample_pairs()[:40]
+    training = Training(
+        architecture=resolve_architecture(str(bases("causal"))),
+        lora=LoraConfig(rank=4),
+        gpus=1,
+        dtype="float32",
+        in_4bit=False,
+        global_batch_pairs=16,
+        pairs=pairs,
+        prompts=estimated_prompts(pairs, max_prompt_tokens=128),
+        speed=Speed(1e12, 1e9),
+        reserve_bytes=0.0,
+    )
+
+    def shape(answers: int) -> Shape:
+        return Shape(1, 1024, answers, full_tree(1024, 128))
+
+    used = Planner(training)
+    few, many = (used._traced(shape(answers), False) for answers in (16, 512))
+    assert many == Planner(training)._traced(shape(512), False) != few
+
+
+DEVICES = [
+    ("NVIDIA GeForce RTX 4090", 24, "rtx-4090"),
+    ("NVIDIA GeForce RTX 3090", 24, "rtx-3090"),
+    ("NVIDIA GeForce RTX 3090 Ti", 24, "rtx-3090"),
+    ("NVIDIA H100 80GB HBM3", 79, "h100-80g"),
+    ("NVIDIA H100 PCIe", 79, "h100-pcie"),
+    ("NVIDIA H200", 140, "h200"),
+    ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
+    ("NVIDIA A100 80GB PCIe", 79.2, "a100-80g"),
+    ("Tesla V100-SXM2-32GB", 31.7, "v100-32g"),
+    ("Tesla T4", 14.6, "t4"),
+    ("NVIDIA A10", 22, "a10"),
+    ("NVIDIA A10G", 22, "a10g"),
+    ("NVIDIA L4", 22, "l4"),
+    ("NVIDIA L40S", 44.4, "l40s"),
+    ("NVIDIA GeForce RTX 4080", 16, None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
+    ("NVIDIA L40", 44, None),
+]
+
+
+@pytest.mark.parametrize(("device", "memory_gib", "name"), DEVICES)
+def test_a_device_is_found_under_its_drivers_name(device: str, memory_gib: float, name: str | None) -> None:
+    gpu = gpu_of_device(device, memory_gib)
+    assert (gpu and gpu.name) == name
+
+
+@pytest.mark.parametrize(("device", "memory_gib", "name"), DEVICES[:5] + DEVICES[-3:])
+def test_a_peak_that_is_not_known_is_said_to_be_assumed(
+    device: str, memory_gib: float, name: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    properties = SimpleNamespace(name=device, total_memory=int(memory_gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    gpu, said = _gpu_here()
+    assert gpu.name == device
+    assert ("assumed" in said) == (name is None)
+    config = load_config(TeacherConfig, _config_file(tmp_path, "huggyllama/llama-7b"))
+    peak = peak_flops(config, torch.device("cuda"))
+    assert peak == (None if name is None else GPUS[name].peak_tflops * 1e12)
+    assert gpu.peak_tflops == GPUS[name or DEFAULT_GPU].peak_tflops
+
+
+def test_dry_run_of_a_hub_name_downloads_and_writes_nothing(tmp_path: Path, root: Path) -> None:
+    path = _config_file(tmp_path, "huggyllama/llama-7b")
+    before = sorted(tmp_path.iterdir())
+    environment = {**os.environ, "HF_HOME": str(tmp_path.parent / "no_hub"), "PYTHONPATH": str(root)}
+    environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, str(root / "launch" / "train_teacher.py"), "--config", str(path), "--dry-run"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6,778,392,576 parameters" in done.stdout
+    assert "estimated, since the tokenizer is not on this machine" in done.stdout
+    assert "nothing was started, nothing was written" in done.stdout
+    assert sorted(tmp_path.iterdir()) == before
