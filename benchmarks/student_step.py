@@ -5,16 +5,20 @@ linear schedule. The Trainer trains `*ForMaskedLM` on the words at the two masks
 order, padded to their longest prompt, the head over the whole vocabulary. TextBrewer distils into the same network
 from logits that cost nothing. Ours is a step as `launch/train_student.py` takes it, span heads included. Checked in
 the same run: our loss of a batch is that of the whole model's logits in a loop over pairs, to 1e-5. Prompts have up to
-512 tokens: at RoBERTa-base's shape the Trainer's side was killed at 23 GiB.
+512 tokens, at RoBERTa-base's shape 384: with 512 the Trainer's side was killed at 23 GiB.
+
+`--against eager` sets our step with a compiled encoder (`compile: true`) against our step without; compiling comes
+before, and its seconds stand in the record.
 
     python benchmarks/student_step.py                    # both shapes
-    python benchmarks/student_step.py --shape minilm
+    python benchmarks/student_step.py --shape minilm --against eager
 """
 
 import argparse
 import gc
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +52,11 @@ class Job:
     trainer: StudentTrainer
 
 
-def prepare(directory: Path, shape: Shape, num_steps: int) -> tuple[Job, str]:
+def prepare(
+    directory: Path, shape: Shape, num_steps: int, max_tokens: int, *, is_compiled: bool = False
+) -> tuple[Job, str]:
     """A trainer over the corpus, and the rows of `num_steps` batches drawn at random."""
+    directory.mkdir(exist_ok=True)
     train, corpus = corpus_split("train")
     train = first_dialogues(train, directory, 60)
     valid = first_dialogues(corpus_split("valid")[0], directory, 3)
@@ -58,10 +65,11 @@ def prepare(directory: Path, shape: Shape, num_steps: int) -> tuple[Job, str]:
         "output": str(directory / "student"),
         "cache": str(directory / "cache"),
         "corpus": {"train": str(train), "valid": str(valid)},
-        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 512},
+        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": max_tokens},
         "distillation": {"mode": "joint"},
         "batches": {"global_batch_pairs": BATCH_PAIRS},
         "optimization": {"learning_rate": 1e-4, "weight_decay": 0.01, "epochs": 1},
+        "compile": is_compiled,
     }
     config = parse_config(StudentConfig, values, source="benchmark")
     config.output.mkdir()
@@ -238,12 +246,46 @@ def largest_difference(job: Job) -> float:
     return abs(float(ours - torch.stack(losses).mean()))
 
 
-def measure(shape_name: str, num_steps: int, rounds: int, against: str) -> None:
+def measure_compiled(shape_name: str, num_steps: int, rounds: int, max_tokens: int) -> None:
+    """Our step with a compiled encoder against our step without."""
+    shape = SHAPES[shape_name]
+    with tempfile.TemporaryDirectory() as scratch:
+        eager, corpus = prepare(Path(scratch, "eager"), shape, num_steps, max_tokens)
+        compiled, _ = prepare(Path(scratch, "compiled"), shape, num_steps, max_tokens, is_compiled=True)
+        began = time.perf_counter()
+        our_side(compiled)()
+        first = time.perf_counter() - began
+        rates = alternate(our_side(compiled), our_side(eager), rounds=rounds)
+        again = len(compiled.rows) / float(np.median(rates.ours))
+        write_record(
+            f"student_step_compiled_{shape_name}",
+            unit="pairs/s",
+            ours=float(np.median(rates.ours)),
+            baseline=float(np.median(rates.baseline)),
+            ratio=rates.ratio,
+            baseline_name=f"the same step, not compiled, {shape.description}",
+            corpus=corpus,
+            dtype="float32",
+            details={
+                "ratios": rates.ratios,
+                "seconds_to_compile": first - again,
+                "pairs": len(eager.rows),
+                "batch": BATCH_PAIRS,
+                "max_prompt_tokens": max_tokens,
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+
+def measure(shape_name: str, num_steps: int, rounds: int, against: str, max_tokens: int) -> None:
     """One shape against the Trainer, TextBrewer (MiniLM's shape, where it is installed), or both."""
+    if against == "eager":
+        measure_compiled(shape_name, num_steps, rounds, max_tokens)
+        return
     shape = SHAPES[shape_name]
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        job, corpus = prepare(directory, shape, num_steps)
+        job, corpus = prepare(directory, shape, num_steps, max_tokens)
         difference = largest_difference(job)
         if difference > 1e-5:
             raise SystemExit(f"{shape_name}: the losses differ by {difference}, expected at most 1e-5")
@@ -272,7 +314,7 @@ def measure(shape_name: str, num_steps: int, rounds: int, against: str) -> None:
                     "ratios": rates.ratios,
                     "pairs": len(job.rows),
                     "batch": BATCH_PAIRS,
-                    "max_prompt_tokens": 512,
+                    "max_prompt_tokens": max_tokens,
                     "threads": torch.get_num_threads(),
                     "mean_tokens": float(job.trainer.data.train.num_tokens[job.rows].mean()),
                     "largest_loss_difference": difference,
@@ -285,13 +327,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
-    parser.add_argument("--against", choices=("trainer", "textbrewer", "both"), default="both")
+    parser.add_argument("--against", choices=("trainer", "textbrewer", "both", "eager"), default="both")
     parser.add_argument("--steps", type=int, help="steps a side and round (default 12, base 4)")
+    parser.add_argument("--tokens", type=int, help="longest prompt (default 512, base 384)")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    for name, steps in (("minilm", 12), ("base", 4)):
+    for name, steps, tokens in (("minilm", 12, 512), ("base", 4, 384)):
         if arguments.shape in (name, "all"):
-            measure(name, arguments.steps or steps, arguments.rounds, arguments.against)
+            steps, tokens = arguments.steps or steps, arguments.tokens or tokens
+            measure(name, steps, arguments.rounds, arguments.against, tokens)
 
 
 if __name__ == "__main__":

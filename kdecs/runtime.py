@@ -86,6 +86,20 @@ def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
     return Runtime(rank=rank, local_rank=local_rank, world_size=world_size, device=chosen)
 
 
+def warn_of_emulation(runtime: Runtime, dtype: str, key: str) -> None:
+    """One line on stderr, from rank 0, where torch only emulates a CPU's bfloat16; `key` is the config's.
+
+    Without AVX-512 a product of bfloat16 matrices took 50 times as long as one of float32 (torch 2.13).
+    """
+    emulated = torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
+    if runtime.is_main and runtime.device.type == "cpu" and dtype == "bfloat16" and emulated:
+        print(
+            f"{key} bfloat16 is emulated on this CPU (no AVX-512), tens of times slower; try --set {key}=float32",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 @contextmanager
 def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
     """A torch process group over all ranks (NCCL on GPUs, gloo on CPUs), destroyed on leaving.

@@ -66,11 +66,12 @@ def main() -> None:
         return
     refuse_early(config)
     # Torch takes seconds to import: not before it is known that there is work.
-    from kdecs.runtime import StopSignal, process_group, start_runtime
+    from kdecs.runtime import StopSignal, process_group, start_runtime, warn_of_emulation
 
     stop = StopSignal()
     stop.install()
     runtime = start_runtime(threads=config.threads_per_worker)
+    warn_of_emulation(runtime, config.dtype, "dtype")
     bar = ExportBar(runtime.is_main)
     try:
         if config.engine == "zero3":

@@ -22,7 +22,7 @@ from kdecs.mrc.encoding import QuestionEncoder, answer_text
 from kdecs.mrc.model import answer_logits, answer_loss, load_reader, question_batch
 from kdecs.mrc.prediction import answer_questions, decide
 from kdecs.mrc.product import READER_NAMES, MrcCard, finish_product, save_reader
-from kdecs.runtime import Runtime, StopSignal, seed_everything
+from kdecs.runtime import Runtime, StopSignal, seed_everything, warn_of_emulation
 from kdecs.schedule import learning_rate_at
 from kdecs.student.batches import Ints, epoch_batches
 from kdecs.student.best import install_best, keep_best, save_best
@@ -51,6 +51,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
         print(f"{config.output}: MRC baseline complete, skipped", flush=True)
         return config.output
     claim_directory(config.output, "mrc", digest)
+    warn_of_emulation(runtime, config.precision, "precision")
     trainer = _Trainer(config, digest, runtime, stop or StopSignal())
     write_config(config, config.output)
     trainer.train()

@@ -19,7 +19,14 @@ from kdecs.artifact import MANIFEST_NAME, is_complete, read_manifest
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.evaluation.predictions import write_predictions
-from kdecs.runtime import Runtime, StopSignal, any_rank, gather_objects, return_freed_memory
+from kdecs.runtime import (
+    Runtime,
+    StopSignal,
+    any_rank,
+    gather_objects,
+    return_freed_memory,
+    warn_of_emulation,
+)
 from kdecs.schedule import learning_rate_at
 from kdecs.student.batches import Ints, epoch_batches, rank_share
 from kdecs.student.best import install_best, keep_best, save_best
@@ -78,6 +85,7 @@ def train_student(
         config.output.mkdir(parents=True, exist_ok=True)
         # A manifest of this very work with a damaged file: it must not stand over a half-trained student.
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)
+    warn_of_emulation(runtime, config.precision, "precision")
     trainer = StudentTrainer(config, digest, runtime, on_epoch, stop or StopSignal())
     if runtime.is_main:
         write_config(config, config.output)

@@ -20,7 +20,7 @@ from kdecs.artifact import claim_directory, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.run_record import METRICS_NAME
-from kdecs.runtime import Runtime, StopSignal, any_rank, seed_everything
+from kdecs.runtime import Runtime, StopSignal, any_rank, seed_everything, warn_of_emulation
 from kdecs.schedule import learning_rate_at
 from kdecs.teacher.batches import MicroBatch, Unit, share_among_ranks
 from kdecs.teacher.checkpoint import Progress, product_directory, resume, save_checkpoint
@@ -46,6 +46,7 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
     stop signal, once the state is saved.
     """
     check_device(config, runtime.device)
+    warn_of_emulation(runtime, config.zero.dtype, "zero.dtype")
     work = config_hash(config)
     claim_directory(config.output, "teacher", work)
     with _only_training(config.output, runtime):
