@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -99,8 +98,3 @@ def first_dialogues(corpus_file: Path, directory: Path, count: int) -> Path:
     path = directory / corpus_file.name
     path.write_text(json.dumps({key: raw[key] for key in list(raw)[:count]}), encoding="utf-8")
     return path
-
-
-def random_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows drawn without replacement, the same in every run."""
-    return np.random.default_rng(0).permutation(rows)[:count]

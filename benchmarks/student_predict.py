@@ -83,7 +83,7 @@ def plain_loop(student: Student, tokenizer: object, pairs: list[Pair]) -> tuple[
             found = {encoded.char_to_token(row, place) for place in range(*prompt.candidate_range)} - {None}
             tokens = list(range(min(found), max(found) + 1))  # with tokens that are a part of a character
             start, end = student.model.span_head(
-                hidden[at[1]][None], hidden[end_mask][None], hidden[None], torch.tensor(tokens)[None]
+                hidden[at[1]][None], hidden[end_mask][None], hidden[tokens][None], torch.tensor(tokens)[None]
             )
             words = output.logits[row, at[0], model.connective_ids][None]
             scores.append(float(cause_scores(StudentOutput(None, words, start, end))))

@@ -1,11 +1,12 @@
 """Training a student: pairs a second against transformers' Trainer, and TextBrewer's loop, on the same prompts.
 
 Both sides train an encoder of one shape on the same pairs in batches of 16, float32, two cores: AdamW, clipping,
-linear schedule. The Trainer trains `*ForMaskedLM` on the words at the two masks, as its users do: batches in random
-order, padded to their longest prompt, the head over the whole vocabulary. TextBrewer distils into the same network
-from logits that cost nothing. Ours is a step as `launch/train_student.py` takes it, span heads included. Checked in
-the same run: our loss of a batch is that of the whole model's logits in a loop over pairs, to 1e-5. Prompts have up to
-512 tokens, at RoBERTa-base's shape 384: with 512 the Trainer's side was killed at 23 GiB.
+linear schedule. The pairs are those of some batches of an epoch, evenly spaced by length: few batches drawn at random
+would not be of like length, as an epoch's are. The Trainer trains `*ForMaskedLM` on the words at the two masks, as its
+users do: the pairs in random order, padded to a batch's longest prompt, the head over the whole vocabulary. TextBrewer
+distils into the same network from logits that cost nothing. Ours is a step as `launch/train_student.py` takes it, span
+heads included. Checked in the same run: our loss of a batch is that of the whole model's logits in a loop over pairs,
+to 1e-5. Prompts have up to 512 tokens, at RoBERTa-base's shape 384: with 512 the Trainer's side was killed at 23 GiB.
 
 `--against eager` sets our step with a compiled encoder (`compile: true`) against our step without; compiling comes
 before, and its seconds stand in the record.
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _student_parts import SHAPES, Shape, first_dialogues, make_base, random_rows
+from _student_parts import SHAPES, Shape, first_dialogues, make_base
 from record import alternate, corpus_split, write_record
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
@@ -45,17 +46,22 @@ TARGETS = {"minilm": 3.5, "base": 2.5}
 
 @dataclass(frozen=True)
 class Job:
-    """The same work for both sides: a base, the rows of a corpus cache, our trainer over them."""
+    """The same work for both sides: a base, batches of rows of a corpus cache, our trainer over them."""
 
     base: Path
-    rows: np.ndarray
+    batches: list[np.ndarray]
     trainer: StudentTrainer
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of all batches."""
+        return np.concatenate(self.batches)
 
 
 def prepare(
     directory: Path, shape: Shape, num_steps: int, max_tokens: int, *, is_compiled: bool = False
 ) -> tuple[Job, str]:
-    """A trainer over the corpus, and the rows of `num_steps` batches drawn at random."""
+    """A trainer over the corpus, and `num_steps` of its first epoch's batches, evenly spaced by length."""
     directory.mkdir(exist_ok=True)
     train, corpus = corpus_split("train")
     train = first_dialogues(train, directory, 60)
@@ -75,25 +81,22 @@ def prepare(
     config.output.mkdir()
     runtime = Runtime(0, 0, 1, torch.device("cpu"))
     trainer = StudentTrainer(config, config_hash(config), runtime, None, StopSignal())
-    return Job(base, random_rows(trainer.data.rows, num_steps * BATCH_PAIRS), trainer), corpus
+    lengths = trainer.data.train.num_tokens
+    batches = epoch_batches(
+        lengths, trainer.data.rows, batch_size=BATCH_PAIRS, bucket_batches=50, seed=0, epoch=0
+    )
+    batches = sorted((rows for rows in batches if len(rows) == BATCH_PAIRS), key=lambda r: lengths[r].max())
+    chosen = (np.arange(num_steps) + 0.5) * len(batches) / num_steps
+    return Job(base, [batches[int(place)] for place in chosen], trainer), corpus
 
 
 def our_side(job: Job) -> Callable[[], float]:
-    """Train on the rows in batches of like length, drawn as an epoch draws them."""
+    """Train on the batches as an epoch draws them."""
 
     def train() -> float:
-        trainer = job.trainer
-        batches = epoch_batches(
-            trainer.data.train.num_tokens,
-            job.rows,
-            batch_size=BATCH_PAIRS,
-            bucket_batches=50,
-            seed=0,
-            epoch=0,
-        )
-        trainer.network.train()
-        for rows in batches:
-            trainer.step(rows)
+        job.trainer.network.train()
+        for rows in job.batches:
+            job.trainer.step(rows)
         return float(len(job.rows))
 
     return train

@@ -3,8 +3,9 @@
 Legend: B prompts, T tokens, H hidden, E emotions, A connective answer words, M tokens of u_j's copy,
 S = M + 1 span places (0 = no span), L longest prompt.
 
-The head of the language model sees only the states at the word masks, and only the answer rows of the output
-embedding are multiplied. Which outputs there are is the mode's (`Outputs`): Eq. 13's, or those of the ablations.
+States are computed to the end only where they are read (kdecs.student.last_layer). The head of the language model sees
+only those at the word masks, and only the answer rows of the output embedding are multiplied. Which outputs there are
+is the mode's (`Outputs`): Eq. 13's, or those of the ablations.
 """
 
 import logging
@@ -21,6 +22,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.errors import ModelError
+from kdecs.student.last_layer import EncoderStates
 from kdecs.student.priors import Priors
 from kdecs.student.quiet import without_progress_bars, without_reports
 
@@ -95,10 +97,10 @@ class PositionSpanHead(nn.Module):
         self.end = nn.Linear(hidden_size, max_positions)
 
     def forward(
-        self, start_BH: Tensor, end_BH: Tensor, hidden_BTH: Tensor, candidate_BM: Tensor
+        self, start_BH: Tensor, end_BH: Tensor, tokens_BMH: Tensor, candidate_BM: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, S) of start and end."""
-        del hidden_BTH
+        del tokens_BMH
         places_BS = functional.pad(candidate_BM, (1, 0))
         return self.start(start_BH).gather(1, places_BS), self.end(end_BH).gather(1, places_BS)
 
@@ -114,12 +116,11 @@ class PointerSpanHead(nn.Module):
         self.no_end = nn.Linear(hidden_size, 1)
 
     def forward(
-        self, start_BH: Tensor, end_BH: Tensor, hidden_BTH: Tensor, candidate_BM: Tensor
+        self, start_BH: Tensor, end_BH: Tensor, tokens_BMH: Tensor, candidate_BM: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, S) of start and end."""
-        index = candidate_BM.unsqueeze(-1).expand(-1, -1, hidden_BTH.size(-1))
-        tokens_BMH = hidden_BTH.gather(1, index)
-        scale = hidden_BTH.size(-1) ** -0.5
+        """Logits (B, S) of start and end; `tokens_BMH`: the states of u_j's tokens."""
+        del candidate_BM
+        scale = tokens_BMH.size(-1) ** -0.5
         start_BM = torch.einsum("bh,bmh->bm", self.start(start_BH), tokens_BMH) * scale
         end_BM = torch.einsum("bh,bmh->bm", self.end(end_BH), tokens_BMH) * scale
         return torch.cat((self.no_start(start_BH), start_BM), 1), torch.cat((self.no_end(end_BH), end_BM), 1)
@@ -160,6 +161,7 @@ class StudentModel(nn.Module):
         self.emotion_ids: Tensor
         self.connective_ids: Tensor
         _check_head(language_model)
+        self.states = EncoderStates(language_model.base_model)
 
     @property
     def heads(self) -> dict[str, nn.Module]:
@@ -169,15 +171,15 @@ class StudentModel(nn.Module):
 
     def forward(self, batch: Batch) -> StudentOutput:
         """Logits at the masks for a batch of prompts."""
-        encoder = self.language_model.base_model
-        hidden_BTH = encoder(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT)[0]
-        index = batch.masks_B4.unsqueeze(-1).expand(-1, -1, hidden_BTH.size(-1))
-        masks_B4H = hidden_BTH.gather(1, index)
+        first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
+        places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
+        states_BPH = self.states(batch.token_ids_BT, batch.attention_BT, places_BP)
+        first_BH, masks_B4H, tokens_BMH = states_BPH[:, 0], states_BPH[:, 1:5], states_BPH[:, 5:]
         emotion_BE, connective_BA = self._words(masks_B4H)
-        start_BS, end_BS = self._spans(batch, masks_B4H, hidden_BTH)
+        start_BS, end_BS = self._spans(batch, masks_B4H, tokens_BMH)
         classifier_B2 = None
         if self.classifier is not None:
-            classifier_B2 = self.classifier(hidden_BTH[:, 0]).float()
+            classifier_B2 = self.classifier(first_BH).float()
         if self.priors is not None:
             emotion_BE, connective_BA, classifier_B2 = self.priors.shifted(
                 emotion_BE, connective_BA, classifier_B2, batch.distance_B
@@ -202,11 +204,11 @@ class StudentModel(nn.Module):
         return logits[0], logits[1]
 
     def _spans(
-        self, batch: Batch, masks_B4H: Tensor, hidden_BTH: Tensor
+        self, batch: Batch, masks_B4H: Tensor, tokens_BMH: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         if self.span_head is None:
             return None, None
-        start_BS, end_BS = self.span_head(masks_B4H[:, 2], masks_B4H[:, 3], hidden_BTH, batch.candidate_BM)
+        start_BS, end_BS = self.span_head(masks_B4H[:, 2], masks_B4H[:, 3], tokens_BMH, batch.candidate_BM)
         start_BS, end_BS = start_BS.float(), end_BS.float()
         if self.priors is not None:
             shifts = self.priors.span_shift(batch.distance_B, batch.candidate_mask_BM)

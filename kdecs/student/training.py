@@ -119,8 +119,7 @@ class StudentTrainer:
         )
         self.network: torch.nn.Module = self.model
         if config.compile:
-            # Lengths differ from batch to batch: shapes stay symbolic, or each would be compiled anew.
-            self.model.language_model.base_model.compile(dynamic=True)
+            self.model.states.compile()
         if runtime.world_size > 1:
             devices = [runtime.device] if runtime.device.type == "cuda" else None
             # Without a word to predict the language model's head gets no gradient.

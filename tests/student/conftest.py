@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 from transformers.utils import logging as transformers_logging
 
 from kdecs.artifact import write_manifest
@@ -198,3 +204,14 @@ def eager(directory: Path) -> Student:
     emotions = tuple("fear" if emotion == NEUTRAL else emotion for emotion in card.emotions)
     card = card.model_copy(update={"emotions": emotions, "threshold": 0.0})
     return Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
+
+
+@pytest.fixture
+def plain_base(base, tmp_path):
+    """The base without dropout: its draws would differ between the two."""
+    directory = tmp_path / "plain_base"
+    AutoModelForMaskedLM.from_pretrained(
+        base, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
+    return directory

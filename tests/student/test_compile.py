@@ -7,7 +7,7 @@ from kdecs.config import config_hash
 from kdecs.student.training import train_student
 
 
-def test_a_compiled_training_gives_the_student_of_a_plain_one(make_config, runtime, monkeypatch):
+def test_a_compiled_training_gives_the_student_of_a_plain_one(make_config, runtime, plain_base, monkeypatch):
     """With Dynamo's tracing but without a code generator, so that every operation is the plain one's."""
     asked: list[dict[str, object]] = []
     whole = torch.nn.Module.compile
@@ -17,7 +17,10 @@ def test_a_compiled_training_gives_the_student_of_a_plain_one(make_config, runti
         whole(module, backend="eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    groups = {"optimization": {"learning_rate": 1e-3, "epochs": 1}}
+    groups = {
+        "model": {"base": str(plain_base), "max_prompt_tokens": 256},
+        "optimization": {"learning_rate": 1e-3, "epochs": 1},
+    }
     plain = make_config("plain", **groups)
     compiled = make_config("compiled", compile=True, **groups)
     assert config_hash(plain) == config_hash(compiled)

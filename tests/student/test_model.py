@@ -1,6 +1,7 @@
 """The student's network against the whole language model, head by head, for several architectures."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -97,6 +98,39 @@ def test_other_architectures_pass_the_check_of_their_head(name, batch):
     output = model(small)
     assert output.emotion_BE.shape == (6, 3)
     output.connective_BA.sum().backward()
+
+
+@pytest.mark.parametrize("span_head", ["position", "pointer"])
+def test_the_last_feed_forward_runs_where_states_are_read(base, batch, span_head):
+    model = student_of(base, span_head)
+    layers = model.language_model.base_model.encoder.layer
+    seen = []
+    for layer in layers:
+        layer.intermediate.register_forward_hook(
+            lambda module, inputs, output: seen.append(inputs[0].size(1))
+        )
+    narrow = model(batch)
+    num_tokens, num_read = batch.token_ids_BT.size(1), 5 + batch.candidate_BM.size(1)
+    assert num_read < num_tokens
+    assert seen == [num_tokens] * (len(layers) - 1) + [num_read]
+    model.states._is_narrow = False  # as after compiling: the places are taken from all states
+    whole = model(batch)
+    for found, expected in zip(narrow, whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_threads_do_not_share_the_places_that_are_read(base, batch):
+    model = student_of(base, "pointer")
+    alone = [
+        batch._replace(**{name: getattr(batch, name)[row : row + 1] for name in batch._fields})
+        for row in range(len(batch.masks_B4))
+    ]
+    with torch.inference_mode():
+        expected = [model(one).emotion_BE for one in alone]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: model(one).emotion_BE.detach(), alone * 20))
+    for number, logits in enumerate(found):
+        torch.testing.assert_close(logits, expected[number % len(alone)], atol=1e-5, rtol=1e-5)
 
 
 def test_an_unknown_head_is_refused():

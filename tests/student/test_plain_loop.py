@@ -89,17 +89,6 @@ class PlainLoop:
         return loss.item()
 
 
-@pytest.fixture
-def plain_base(base, tmp_path):
-    """The base without dropout: its draws would differ between the two."""
-    directory = tmp_path / "plain_base"
-    AutoModelForMaskedLM.from_pretrained(
-        base, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    ).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
-    return directory
-
-
 def test_training_equals_the_plain_loop(make_config, runtime, plain_base):
     config = make_config(
         model={"base": str(plain_base), "span_head": "pointer", "max_prompt_tokens": 256},
