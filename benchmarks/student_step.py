@@ -6,7 +6,8 @@ would not be of like length, as an epoch's are. The Trainer trains `*ForMaskedLM
 users do: the pairs in random order, padded to a batch's longest prompt, the head over the whole vocabulary. TextBrewer
 distils into the same network from logits that cost nothing. Ours is a step as `launch/train_student.py` takes it, span
 heads included. Checked in the same run: our loss of a batch is that of the whole model's logits in a loop over pairs,
-to 1e-5. Prompts have up to 512 tokens, at RoBERTa-base's shape 384: with 512 the Trainer's side was killed at 23 GiB.
+to 1e-5. Prompts have up to 512 tokens. At RoBERTa-base's shape the Trainer takes its 16 pairs as two of eight
+(`gradient_accumulation_steps`): all at once it was killed at 23 GiB.
 
 `--against eager` sets our step with a compiled encoder (`compile: true`) against our step without; compiling comes
 before, and its seconds stand in the record.
@@ -42,6 +43,7 @@ from kdecs.student.training import StudentTrainer
 BATCH_PAIRS = 16
 NAMES = {"minilm": "student_step_vs_hf_trainer", "base": "student_step_vs_hf_trainer_base"}
 TARGETS = {"minilm": 3.5, "base": 2.5}
+TRAINER_PAIRS = {"minilm": 16, "base": 8}  # that the Trainer takes at once
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,15 @@ def collate(items: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, torch.
     }
 
 
-def hugging_face_side(job: Job, directory: Path) -> Callable[[], float]:
-    """transformers.Trainer over the same pairs, one epoch in random order."""
+def hugging_face_side(job: Job, directory: Path, at_once: int) -> Callable[[], float]:
+    """transformers.Trainer over the same pairs, one epoch in random order, `at_once` in a forward."""
     model = AutoModelForMaskedLM.from_pretrained(job.base)
     pad_id = AutoTokenizer.from_pretrained(job.base).pad_token_id
     data = MaskedWords(job)
     arguments = TrainingArguments(
         output_dir=str(directory / "trainer"),
-        per_device_train_batch_size=BATCH_PAIRS,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=BATCH_PAIRS // at_once,
         num_train_epochs=1,
         learning_rate=1e-4,
         weight_decay=0.01,
@@ -295,7 +298,8 @@ def measure(shape_name: str, num_steps: int, rounds: int, against: str, max_toke
         ours = our_side(job)
         sides = {}
         if against != "textbrewer":
-            sides[NAMES[shape_name]] = ("transformers.Trainer", hugging_face_side(job, directory))
+            trainer = hugging_face_side(job, directory, TRAINER_PAIRS[shape_name])
+            sides[NAMES[shape_name]] = ("transformers.Trainer", trainer)
         if against != "trainer" and shape_name == "minilm" and importlib.util.find_spec("textbrewer"):
             sides["student_step_vs_textbrewer"] = (
                 "TextBrewer's GeneralDistiller",
@@ -317,6 +321,7 @@ def measure(shape_name: str, num_steps: int, rounds: int, against: str, max_toke
                     "ratios": rates.ratios,
                     "pairs": len(job.rows),
                     "batch": BATCH_PAIRS,
+                    "trainer_pairs_at_once": TRAINER_PAIRS[shape_name],
                     "max_prompt_tokens": max_tokens,
                     "threads": torch.get_num_threads(),
                     "mean_tokens": float(job.trainer.data.train.num_tokens[job.rows].mean()),
@@ -332,13 +337,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--against", choices=("trainer", "textbrewer", "both", "eager"), default="both")
     parser.add_argument("--steps", type=int, help="steps a side and round (default 12, base 4)")
-    parser.add_argument("--tokens", type=int, help="longest prompt (default 512, base 384)")
+    parser.add_argument("--tokens", type=int, default=512, help="longest prompt")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    for name, steps, tokens in (("minilm", 12, 512), ("base", 4, 384)):
+    for name, steps in (("minilm", 12), ("base", 4)):
         if arguments.shape in (name, "all"):
-            steps, tokens = arguments.steps or steps, arguments.tokens or tokens
-            measure(name, steps, arguments.rounds, arguments.against, tokens)
+            measure(name, arguments.steps or steps, arguments.rounds, arguments.against, arguments.tokens)
 
 
 if __name__ == "__main__":

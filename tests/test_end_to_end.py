@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 
-def demo(output: Path, *arguments: str, timeout_s: int = 1500) -> subprocess.CompletedProcess:
+def demo(output: Path, *arguments: str, timeout_s: int = 3000) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(
         [sys.executable, "launch/demo.py", "--output", str(output), *arguments],
@@ -34,15 +34,22 @@ def kdecs(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished demo on the bundled sample."""
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A finished demo on the bundled sample, and the seconds that it took."""
     directory = tmp_path_factory.mktemp("demo")
+    started = time.monotonic()
     done = demo(directory)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return directory
+    return directory, time.monotonic() - started
 
 
-@pytest.mark.timeout(1800)
+@pytest.fixture(scope="module")
+def output(first: tuple[Path, float]) -> Path:
+    """The directory of the finished demo."""
+    return first[0]
+
+
+@pytest.mark.timeout(3600)
 def test_every_artifact_is_whole(output: Path) -> None:
     # MLflow's registry holds a copy of the winner: it is verified below with the others, but not counted.
     registered = set((output / "mlartifacts").rglob("manifest.json"))
@@ -58,7 +65,7 @@ def test_every_artifact_is_whole(output: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_teachers_are_above_the_majority_and_deepspeed_ran_two_ranks(output: Path) -> None:
     for name in ("llama-tiny", "roberta-tiny"):
         details = json.loads((output / "teachers" / name / "manifest.json").read_text())["details"]
@@ -68,7 +75,7 @@ def test_teachers_are_above_the_majority_and_deepspeed_ran_two_ranks(output: Pat
         assert "WORLD INFO DICT: {'localhost': [0, 1]}" in log
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_mlflow_holds_one_parent_and_a_child_for_each_trial(output: Path) -> None:
     with sqlite3.connect(output / "mlflow.db") as database:
         parents = dict(database.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'"))
@@ -85,8 +92,9 @@ def test_mlflow_holds_one_parent_and_a_child_for_each_trial(output: Path) -> Non
     assert ("champion",) in aliases
 
 
-@pytest.mark.timeout(1800)
-def test_second_demo_skips_what_is_complete(output: Path) -> None:
+@pytest.mark.timeout(3600)
+def test_second_demo_skips_what_is_complete(first: tuple[Path, float]) -> None:
+    output, first_s = first
     before = {path: path.stat().st_mtime_ns for path in output.rglob("manifest.json")}
     started = time.monotonic()
     done = demo(output)
@@ -95,11 +103,11 @@ def test_second_demo_skips_what_is_complete(output: Path) -> None:
     after = {path: path.stat().st_mtime_ns for path in before}
     changed = [path for path in before if before[path] != after[path]]
     assert all(path.parent.name == "report" for path in changed), changed
-    # Generous for a busy machine: training anything again would take several times as long.
-    assert time.monotonic() - started < 120
+    # Generous for a busy machine, and more so for a slow one: training all again would take as long as the first.
+    assert time.monotonic() - started < max(120, first_s / 2)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_prediction_file_is_scored_like_the_selection_says(output: Path) -> None:
     record = json.loads((output / "sweep" / "selection.json").read_text())
     sample = ROOT / "kdecs" / "corpus" / "sample" / "test.json"
@@ -115,7 +123,7 @@ def test_prediction_file_is_scored_like_the_selection_says(output: Path) -> None
     assert len(lines) == pairs
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_flipped_byte_fails_verification_and_training(output: Path, tmp_path: Path) -> None:
     labels = output / "labels" / "llama-tiny"
     shard = next(labels.glob("*.parquet"))
@@ -144,7 +152,7 @@ def test_flipped_byte_fails_verification_and_training(output: Path, tmp_path: Pa
     assert not (tmp_path / "student" / "manifest.json").exists()
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_teacher_of_another_corpus_is_refused(output: Path, tmp_path: Path) -> None:
     sample = ROOT / "kdecs" / "corpus" / "sample"
     done = subprocess.run(

@@ -135,6 +135,16 @@ def pid_of_rank(config: Path, rank: int) -> int | None:
     return None
 
 
+def has_pending(process: int, number: int) -> bool:
+    """Whether a signal waits for a stopped process."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("ShdPnd:")]
+    return any(mask >> (number - 1) & 1 for mask in pending)
+
+
 def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(
     real_teacher: Path,
     undisturbed: tuple[Path, float],
@@ -145,9 +155,17 @@ def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(
     config = write_config(tmp_path / "e.yaml", real_teacher, output, **SETTINGS)
     first = launch(config)
     wait_for_claim(output, first)
-    victim = pid_of_rank(config, 1)
+    survivor, victim = pid_of_rank(config, 0), pid_of_rank(config, 1)
+    assert survivor is not None
     assert victim is not None
+    # Held until the launcher, which looks about once a second, ends it: a fast machine would label all meanwhile.
+    os.kill(survivor, signal.SIGSTOP)
     os.kill(victim, signal.SIGKILL)
+    deadline = time.monotonic() + 25  # after 30 s the launcher kills it
+    while not has_pending(survivor, signal.SIGTERM) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(survivor, signal.SIGCONT)
     out, _ = first.communicate(timeout=240)
     assert first.returncode != 0, out
     assert pid_of_rank(config, 0) is None, "a rank outlived its launch"

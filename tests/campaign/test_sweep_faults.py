@@ -214,10 +214,15 @@ class Rig:
                 raise EndedEarlyError
             return sorted(self.workers()) if self.epochs_done() > epochs else []
 
-        training = wait_until(victims, f"trials that train, to hurt {kind}")
-        if kind == "trial":
-            os.kill(self.rng.choice(training), signal.SIGKILL)
-        else:
+        def kill_one() -> bool:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself just now
+                if training := victims():
+                    os.kill(self.rng.choice(training), signal.SIGKILL)
+                    return True
+            return False
+
+        wait_until(kill_one if kind == "trial" else victims, f"trials that train, to hurt {kind}")
+        if kind != "trial":
             getattr(self, f"hurt_{kind}")()
 
     def hurt_node(self) -> None:

@@ -7,6 +7,7 @@ script in forked ranks, since a launcher costs most of a start. Then the same ac
 1 rank, killed, 2 ranks to the end.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -168,7 +169,7 @@ class Started:
         ranks = self.roots if len(self.roots) > 1 else [p for p in everyone if "-u launch" in _line(p)]
         whom = rng.choice(["one rank", "all"]) if ranks else "all"
         for victim in [rng.choice(ranks)] if whom == "one rank" else everyone:
-            if victim.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself just now
                 victim.send_signal(signal.SIGKILL)
         # the others find a closed connection, or are ended by the launcher; a hanging one would be a fault
         self.wait(180)
@@ -194,7 +195,10 @@ def strike(training: Training, started: Started, rng: random.Random, where: str,
     wanted = rng.randint(1, max(1, (last - before) // 6))
     deadline = time.monotonic() + 300
     if where == "start":
-        time.sleep(rng.uniform(0.5, 6))
+        ends = time.monotonic() + rng.uniform(0.5, 6)
+        # a fast machine may be at work by then
+        while not started.has_ended() and time.monotonic() < ends and training.steps() <= before:
+            time.sleep(0.005)
     else:
         # metrics.jsonl is cut back at a resume, so the count may fall first
         while not started.has_ended() and time.monotonic() < deadline and training.steps() < before + wanted:

@@ -120,11 +120,11 @@ def test_the_shard_of_a_dead_worker_of_another_host_is_taken_over(
     """Its lease names a host whose kernel locks tell nothing here: the file system's time decides."""
     output = tmp_path / "labels"
     elsewhere = Leases(output / ".work" / "leases", lease_s=60, host="elsewhere")
+    started = time.monotonic()
     lease = elsewhere.take("shard-00002")
     assert lease is not None
     elsewhere.release = lambda lease: None  # type: ignore[method-assign]
     elsewhere._held.clear()  # it died: nobody renews
-    started = time.monotonic()
     config = make_config(teacher, output, lease_s=1.0)
     export_shards(config, FakeScorer(teacher), worker(), NeverStop(), poll_s=0.05)
     assert time.monotonic() - started > 0.5
@@ -160,13 +160,14 @@ def test_a_worker_that_lost_its_lease_leaves_the_shard_to_the_other(
 
 
 def test_a_worker_suspended_in_its_last_chunk_leaves_a_finished_shard_alone(
-    finished: Path, teacher: Path, tmp_path: Path
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another device finished the shard meanwhile, with other last bits: those are what the manifest lists."""
     output = tmp_path / "labels"
     lines: list[str] = []
     finals: list[bytes] = []
-    config = make_config(teacher, output, num_shards=1, lease_s=1.0)
+    monkeypatch.setattr(Leases, "_renew", lambda leases: None)  # a suspended worker's thread renews nothing
+    config = make_config(teacher, output, num_shards=1)
     other_device = SimpleNamespace(rank=0, world_size=1, device=SimpleNamespace(type="cuda"))
     chunks = len(list(_batches_of(teacher, tmp_path / "counted", num_shards=1)))
 
@@ -174,7 +175,7 @@ def test_a_worker_suspended_in_its_last_chunk_leaves_a_finished_shard_alone(
         seen.append(1)
         if len(seen) == chunks:
             lease = output / ".work" / "leases" / "shard-00000.lease"
-            then = lease.stat().st_mtime - 60
+            then = lease.stat().st_mtime - 600
             os.utime(lease, (then, then))
             lease.write_text(lease.read_text().replace(host_identity(), "elsewhere"))
             os.utime(lease, (then, then))

@@ -64,7 +64,7 @@ sys.argv = ["export_soft_labels.py", "--config", {str(config)!r}]
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
     process = start("-c", without_torch)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
     assert out == f"soft labels {finished.name}: complete at {finished}, skipped\n"
 
@@ -107,7 +107,7 @@ def test_refusals_are_one_line(finished: Path, teacher: Path, tmp_path: Path) ->
         process = start(
             str(SCRIPT), "--config", str(write_yaml(tmp_path / "e.yaml", teacher, finished, changes))
         )
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         assert (process.returncode, out) == (1, "")
         assert err.count("\n") == 1
         assert message in err
@@ -118,16 +118,16 @@ def test_a_rank_is_terminated_and_another_takes_over(finished: Path, teacher: Pa
     output = tmp_path / "labels"
     config = str(write_yaml(tmp_path / "export.yaml", teacher, output))
     stopped = start("-c", STAND_IN, "--config", config, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (output / ".work" / "job.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
     other = start("-c", STAND_IN, "--config", config, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
-    _, error = stopped.communicate(timeout=60)
+    _, error = stopped.communicate(timeout=240)
     assert stopped.returncode == 143
     assert "of 5 shards finished; run the same command again to go on" in error
-    out, _ = other.communicate(timeout=120)
+    out, _ = other.communicate(timeout=240)
     assert other.returncode == 0
     assert files_of(output) == files_of(finished)
     num_pairs = sum(entry.rows or 0 for entry in read_manifest(output).files)

@@ -10,7 +10,7 @@ import pytest
 
 from kdecs.soft_labels.leases import Leases
 
-LEASE_S = 0.6
+LEASE_S = 1.5  # a thread that renews every fifth of it may be late on a busy machine
 
 
 def leases(directory: Path, host: str = "here") -> Leases:
@@ -48,7 +48,7 @@ def test_a_lease_is_renewed_for_as_long_as_it_is_held(tmp_path: Path) -> None:
     """A worker of another host, whom kernel locks tell nothing, waits for ever."""
     mine, theirs = leases(tmp_path), leases(tmp_path, host="there")
     lease = mine.take("a")
-    deadline = time.monotonic() + 4 * LEASE_S
+    deadline = time.monotonic() + 3 * LEASE_S
     while time.monotonic() < deadline:
         assert theirs.take("a") is None
         time.sleep(0.05)

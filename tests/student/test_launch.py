@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def long_config(make_config):
         config = make_config(
             output,
             batches={"global_batch_pairs": 1},
-            optimization={"learning_rate": 1e-3, "epochs": 3},
+            optimization={"learning_rate": 1e-3, "epochs": 4},
             threads=1,
         )
         path = config.output.with_suffix(".yaml")
@@ -46,17 +47,20 @@ def test_a_training_killed_within_an_epoch_ends_with_the_weights_of_a_whole_one(
     command = [sys.executable, SCRIPT, "--config", str(path)]
     started = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     metrics = config.output / "metrics.jsonl"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (metrics.is_file() and metrics.read_text()):
         assert time.monotonic() < deadline and started.poll() is None
         time.sleep(0.02)
     time.sleep(0.1)  # some steps into the second epoch
     started.send_signal(signal.SIGKILL)
     assert started.wait(timeout=60) == -signal.SIGKILL
-    (seen,) = metrics.read_text().splitlines()
+    seen = metrics.read_text()
     assert not (config.output / "manifest.json").exists()
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
-    assert f"resumed at step {STEPS_AN_EPOCH}\n" in done.stdout
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=True)
+    # By the kill a fast machine may have ended the second epoch too, or saved it without its line.
+    epochs = len(seen.splitlines())
+    resumed = re.search(r"resumed at step (\d+)\n", done.stdout)
+    assert resumed and int(resumed.group(1)) in (STEPS_AN_EPOCH * epochs, STEPS_AN_EPOCH * (epochs + 1))
     assert metrics.read_text().startswith(seen)
     for file in ("model/model.safetensors", "heads.safetensors"):
         expected, found = load_file(whole / file), load_file(config.output / file)
@@ -64,7 +68,7 @@ def test_a_training_killed_within_an_epoch_ends_with_the_weights_of_a_whole_one(
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (whole / "student.json").read_bytes() == (config.output / "student.json").read_bytes()
     assert verify_artifact(config.output) == []
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True)
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
     assert "complete" in again.stdout
 
 
@@ -75,7 +79,7 @@ def test_two_ranks_of_torchrun_train_one_student(make_config):
     path.write_text(config.model_dump_json())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, SCRIPT, "--config", str(path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("training on 99 pairs") == done.stdout.count("student of epoch 1") == 1
     assert verify_artifact(config.output) == []
@@ -83,5 +87,5 @@ def test_two_ranks_of_torchrun_train_one_student(make_config):
     assert (
         read_manifest(config.output, "student").details["valid"]["macro_f1"] == json.loads(line)["macro_f1"]
     )
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True)
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
     assert again.stdout.count("complete") == 1

@@ -36,7 +36,7 @@ DIALOGUES = [
     },
     {"utterances": [{"speaker": "B", "utterance": "I lost my job ."}]},
 ]
-START_S = 150
+START_S = 500
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def server(directory, tmp_path_factory) -> Iterator[str]:
     finally:
         with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -99,7 +99,7 @@ def post(address: str, body: object) -> tuple[int, dict[str, object]]:
         headers={"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=240) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)

@@ -120,7 +120,7 @@ def test_twelve_trials_at_once(server, make_config, runs_of, runs, tmp_path):
     path.write_text(config.model_dump_json())
     driver = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("drive.py")), str(path)],
-        env={**os.environ, "FAKE_TRAINER": json.dumps({"epoch_s": 5.0})},
+        env={**os.environ, "FAKE_TRAINER": json.dumps({"epoch_s": 15.0})},
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,5 +1,6 @@
 """`launch/train_teacher.py` for real: gloo ranks under the deepspeed launcher, every ZeRO stage, other world sizes."""
 
+import contextlib
 import json
 import os
 import re
@@ -83,7 +84,7 @@ def run_script(launcher: list[str], *arguments: str) -> subprocess.CompletedProc
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1200,
         check=False,
         env=environment(),
     )
@@ -307,7 +308,7 @@ def test_other_ranks_and_stages_on_the_way_change_rounding_only(
 @pytest.mark.slow
 @pytest.mark.dist
 def test_stage_3_leaves_no_rank_a_whole_parameter(launched: Launched) -> None:
-    held = re.findall(r"^HOLDS (\S+) stage (\d): (\d+) parameters$", launched.stdout[0], re.MULTILINE)
+    held = re.findall(r"HOLDS (\S+) stage (\d): (\d+) parameters$", launched.stdout[0], re.MULTILINE)
     partitioned = [int(number) for _, stage, number in held if stage == "3"]
     stages = [changes.get("zero.stage") for changes in CHANGES.values()]
     stages += [parts[0][0] for _, parts in WORLDS.values()] + [HALF["zero.stage"]] * 2
@@ -333,7 +334,9 @@ def test_bfloat16_under_stage_3_with_checkpointing_runs_and_resumes(launched: La
 @pytest.mark.dist
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(launched: Launched) -> None:
     for rank in (0, 1):
-        expected = rf"^RANK {rank} TrainingError: loss (nan|inf) at step {launched.bad_step}: training stopped before"
+        expected = (
+            rf"RANK {rank} TrainingError: loss (nan|inf) at step {launched.bad_step}: training stopped before"
+        )
         assert re.search(expected, launched.stdout[0], re.MULTILINE), launched.stdout[0][-3000:]
     output = launched.output("bad")
     assert len(losses(output)) == launched.bad_step - 1
@@ -443,6 +446,8 @@ def test_no_shared_memory_is_left(launched: Launched) -> None:
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{LAUNCHER[-1]}_*"))
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_sigterm_leaves_a_checkpoint_that_goes_on_to_the_same_adapter(
     launched: Launched, tmp_path: Path
 ) -> None:
@@ -461,16 +466,16 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_to_the_same_adapter(
         env=environment(),
     )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (
-        metrics.is_file() and len(metrics.read_text().splitlines()) >= 3
-    ):
-        time.sleep(0.05)
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
-    assert len(ranks) == 2
+    deadline = time.monotonic() + 400
+    ranks: list[psutil.Process] = []  # found early: looking for them takes longer than some steps
+    while not (len(ranks) == 2 and metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        if len(ranks) < 2:
+            ranks = ranks_of(process.pid)
+        time.sleep(0.005)
     for rank in ranks:  # as Slurm signals a step's processes; the launcher gives back what its ranks do
         rank.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
+    assert process.wait(timeout=300) == 143
     straight = launched.output("stage-2")
     # No checkpoint was due: the one that is there is of the step at which the signal came.
     (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
@@ -487,6 +492,24 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_to_the_same_adapter(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The ranks below a launcher, without what a rank may fork itself."""
+    ranks = {
+        child.pid: child for child in psutil.Process(launcher).children(recursive=True) if is_rank(child)
+    }
+    return [child for child in ranks.values() if parent_of(child) not in ranks]
+
+
+def parent_of(process: psutil.Process) -> int | None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.ppid()
+    return None
+
+
 def is_rank(process: psutil.Process) -> bool:
-    command = process.cmdline()
-    return any(part.endswith(TRAIN) for part in command) and "deepspeed.launcher.launch" not in command
+    """Whether it is the script itself, not a launcher that names it."""
+    command: list[str] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        command = process.cmdline()
+    launchers = {LAUNCHER[0], "deepspeed.launcher.launch"}
+    return any(part.endswith(TRAIN) for part in command) and not launchers & set(command)
