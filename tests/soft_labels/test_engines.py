@@ -33,7 +33,7 @@ def replica(real_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     directory = tmp_path_factory.mktemp("replica")
     config = write_config(directory / "e.yaml", real_teacher, directory / "labels", top_k=TOP_K)
     process = start_export(config)
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     return directory / "labels"
 
@@ -53,13 +53,13 @@ def test_a_partitioned_teacher_gives_the_labels_of_a_replica(
     config = write_config(tmp_path / "e.yaml", real_teacher, output, **settings)
     port = free_port()
     ranks = [start_export(config, rank=rank, world_size=2, port=port) for rank in range(2)]
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not any(read_record(output / f"shard-{n:05d}.parquet") for n in range(4)):
         assert time.monotonic() < deadline
         assert all(rank.poll() is None for rank in ranks), [r.communicate() for r in ranks]
         time.sleep(0.05)
     ranks[1].send_signal(signal.SIGTERM)
-    ends = [rank.communicate(timeout=240) for rank in ranks]
+    ends = [rank.communicate(timeout=600) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143], ends
     assert all("run the same command again to go on" in error for _, error in ends)
     kept = {path.name: path.stat().st_ino for path in output.glob("shard-*.parquet") if read_record(path)}
@@ -67,7 +67,7 @@ def test_a_partitioned_teacher_gives_the_labels_of_a_replica(
 
     port = free_port()
     ranks = [start_export(config, rank=rank, world_size=2, port=port) for rank in range(2)]
-    ends = [rank.communicate(timeout=240) for rank in ranks]
+    ends = [rank.communicate(timeout=600) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], ends
     assert {name: (output / name).stat().st_ino for name in kept} == kept
     assert verify_artifact(output) == []
@@ -125,6 +125,6 @@ def test_two_ranks_give_the_bytes_of_one(real_teacher: Path, replica: Path, tmp_
     """A real teacher on two ranks of one thread each, without any process group."""
     config = write_config(tmp_path / "e.yaml", real_teacher, tmp_path / "labels", top_k=TOP_K)
     ranks = [start_export(config, rank=rank, world_size=2) for rank in range(2)]
-    ends = [rank.communicate(timeout=240) for rank in ranks]
+    ends = [rank.communicate(timeout=600) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], ends
     assert files_of(tmp_path / "labels") == files_of(replica)

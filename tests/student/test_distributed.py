@@ -46,7 +46,7 @@ def _launch(config: StudentConfig, *, world_size: int = 2, stop: bool = False) -
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(timeout=240)
+        rank.join(timeout=600)
     return [rank.exitcode for rank in ranks]
 
 
