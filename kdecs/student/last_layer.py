@@ -25,10 +25,12 @@ class EncoderStates:
         self._places = threading.local()  # a served student answers several requests at once
         self._is_narrow = False
         layers = getattr(getattr(encoder, "encoder", None), "layer", None)
-        if layers is not None and hasattr(layers[-1], "feed_forward_chunk"):
+        last: Any = None if layers is None else layers[-1]
+        # A base may ask for the feed-forward in chunks of tokens: then it is not called with all of them.
+        if hasattr(last, "feed_forward_chunk") and not encoder.config.chunk_size_feed_forward:
             self._is_narrow = True
-            self._whole = layers[-1].feed_forward_chunk
-            layers[-1].feed_forward_chunk = self._feed_forward
+            self._whole = last.feed_forward_chunk
+            last.feed_forward_chunk = self._feed_forward
 
     def compile(self) -> None:
         """Compile the encoder with symbolic lengths: they differ from batch to batch."""

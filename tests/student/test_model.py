@@ -1,5 +1,6 @@
 """The student's network against the whole language model, head by head, for several architectures."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -117,6 +118,15 @@ def test_the_last_feed_forward_runs_where_states_are_read(base, batch, span_head
     whole = model(batch)
     for found, expected in zip(narrow, whole, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_that_computes_its_feed_forward_in_chunks_gives_the_same(base, batch, tmp_path):
+    shutil.copytree(base, tmp_path / "chunked")
+    path = tmp_path / "chunked" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chunk_size_feed_forward": 1}))
+    found, expected = student_of(tmp_path / "chunked", "pointer")(batch), student_of(base, "pointer")(batch)
+    torch.testing.assert_close(found.emotion_BE, expected.emotion_BE, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.start_BS, expected.start_BS, atol=1e-5, rtol=1e-5)
 
 
 def test_threads_do_not_share_the_places_that_are_read(base, batch):
