@@ -16,9 +16,9 @@ from transformers import AutoModelForQuestionAnswering
 
 from kdecs.errors import ModelError
 from kdecs.mrc.encoding import UNKNOWN_ANSWER, EncodedQuestion
+from kdecs.quiet import without_progress_bars, without_reports
 from kdecs.student.inference import best_spans
 from kdecs.student.model import on_device
-from kdecs.student.quiet import without_progress_bars, without_reports
 
 _PAD_MULTIPLE = 8
 

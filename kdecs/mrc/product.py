@@ -19,9 +19,9 @@ from kdecs.config import CONFIG_NAME, input_checksums
 from kdecs.errors import ArtifactError
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.model import load_reader
+from kdecs.quiet import without_progress_bars
 from kdecs.student.model import load_tokenizer
 from kdecs.student.product import METRICS_NAME, MODEL_FOLDER
-from kdecs.student.quiet import without_progress_bars
 
 CARD_NAME = "mrc.json"
 READER_NAMES = (MODEL_FOLDER, CARD_NAME)

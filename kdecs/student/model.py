@@ -22,9 +22,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.errors import ModelError
+from kdecs.quiet import without_progress_bars, without_reports
 from kdecs.student.last_layer import EncoderStates
 from kdecs.student.priors import Priors
-from kdecs.student.quiet import without_progress_bars, without_reports
 
 logger = logging.getLogger(__name__)
 

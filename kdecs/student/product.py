@@ -27,6 +27,7 @@ from kdecs.config import CONFIG_NAME
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.errors import ArtifactError
+from kdecs.quiet import without_progress_bars
 from kdecs.student.model import (
     CauseBy,
     Outputs,
@@ -36,7 +37,6 @@ from kdecs.student.model import (
     student_answer_ids,
 )
 from kdecs.student.priors import PRIOR_NAMES
-from kdecs.student.quiet import without_progress_bars
 
 MODEL_FOLDER = "model"
 HEADS_NAME = "heads.safetensors"

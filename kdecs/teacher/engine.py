@@ -81,7 +81,13 @@ def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumu
     join_deepspeed(runtime)
     # Transformers looks for a live HfDeepSpeedConfig while it loads; only a weak reference is kept there.
     partitioned = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    base = load_base(config.model, family, dtype=DTYPES[config.zero.dtype], device=runtime.device)
+    base = load_base(
+        config.model,
+        family,
+        dtype=DTYPES[config.zero.dtype],
+        device=runtime.device,
+        new_head=config.lora is None,
+    )
     del partitioned
     base.config.use_cache = False
     if config.zero.activation_checkpointing:

@@ -81,9 +81,11 @@ class CausalFamily(_LinearHead):
         output = _decoder(network)(input_ids=ids_PT, attention_mask=mask_PT, use_cache=False)
         return output.last_hidden_state[torch.arange(len(prompts), device=ids_PT.device), answers_P]
 
-    def load_network(self, reference: str, *, dtype: torch.dtype, **options: Any) -> nn.Module:
+    def load_network(
+        self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
+    ) -> nn.Module:
         """As the base class, attending along a prefix tree where a forward is given one."""
-        network = super().load_network(reference, dtype=dtype, **options)
+        network = super().load_network(reference, dtype=dtype, new_head=new_head, **options)
         use_tree_attention(network)
         return network
 

@@ -3,6 +3,7 @@
 Shapes: P prompts, T tokens of the longest, H hidden, A answer words, V vocabulary.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ from kdecs.corpus.pairs import Pair
 from kdecs.corpus.prompts import TeacherPrompt, kept_tokens, teacher_prompt
 from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ModelError
+from kdecs.quiet import without_reports
 from kdecs.teacher.config import TreeAttention
+
+logger = logging.getLogger(__name__)
+
+HEADS = ("lm_head.", "cls.")  # names that a language model's head begins with
 
 
 @dataclass(frozen=True)
@@ -137,19 +143,27 @@ class Family(ABC):
     ) -> Tensor:
         """`answer_logits` over rows of the output embedding."""
 
-    def load_network(self, reference: str, *, dtype: torch.dtype, **options: Any) -> nn.Module:
+    def load_network(
+        self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
+    ) -> nn.Module:
         """The pretrained network from a local directory or a hub name. Raises ModelError, one line.
 
+        With `new_head` a model that comes without the language model's head gets a random one, which is logged.
         `options` go to Transformers as they are (quantisation, device map).
         """
         try:
-            return self.auto_model.from_pretrained(reference, dtype=dtype, use_safetensors=True, **options)
+            with without_reports():
+                network, report = self.auto_model.from_pretrained(
+                    reference, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                )
         except torch.OutOfMemoryError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"model {reference}: cannot be loaded as {self.name}: {why_not_loaded(reference, error)}"
             ) from None
+        _check_weights(reference, network, set(report["missing_keys"]), new_head=new_head)
+        return network
 
     def _padded(
         self, prompts: Sequence[EncodedPrompt], device: torch.device
@@ -163,6 +177,29 @@ class Family(ABC):
             mask_PT[row, : len(prompt.tokens)] = 1
         answers_P = torch.tensor([prompt.answer for prompt in prompts], device=device)
         return torch.from_numpy(ids_PT).to(device), torch.from_numpy(mask_PT).to(device), answers_P
+
+
+def _check_weights(reference: str, network: Any, missing: set[str], *, new_head: bool) -> None:
+    """Raise ModelError where weights are random that should have been read; log a head that is new and may be."""
+    tied = network.all_tied_weights_keys  # the second name of a tensor, by its first
+    lacking = sorted(
+        key for key in missing if ".pooler." not in key and (key not in tied or tied[key] in missing)
+    )
+    of_body = [key for key in lacking if not key.startswith(HEADS)]
+    if of_body:
+        raise ModelError(
+            f"model {reference}: has no weights for {of_body[0]} ({len(of_body)} are missing), expected a whole model; "
+            "fetch or save it again"
+        )
+    if lacking and not new_head:
+        raise ModelError(
+            f"model {reference}: has no weights for the language model's head ({lacking[0]}), and LoRA would leave a "
+            "random one as it is; set lora: null, which trains it, or choose another model"
+        )
+    if lacking:
+        logger.warning(
+            "model %s: no weights for the language model's head (%s): it is new", reference, lacking[0]
+        )
 
 
 def load_tokenizer(reference: str) -> Any:

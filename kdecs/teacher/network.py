@@ -64,10 +64,20 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
             state.pop(prefix + name, None)
 
 
-def load_base(model: ModelConfig, family: Family, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The pretrained network, in 4 bits (NF4, double quantisation, computing in `dtype`) where asked for."""
+def load_base(
+    model: ModelConfig,
+    family: Family,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    new_head: bool = False,
+) -> nn.Module:
+    """The pretrained network, in 4 bits (NF4, double quantisation, computing in `dtype`) where asked for.
+
+    With `new_head` a model without the language model's head gets a random one: for those that are tuned whole.
+    """
     if not model.load_in_4bit:
-        return family.load_network(model.base, dtype=dtype)
+        return family.load_network(model.base, dtype=dtype, new_head=new_head)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

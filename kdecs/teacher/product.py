@@ -144,7 +144,8 @@ def _save_model(model: nn.Module, directory: Path, runtime: Runtime, *, zero_sta
     tensors |= {name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers() if name in stored}
     _check_tensors(tensors.items(), directory)
     use_cache, model.config.use_cache = model.config.use_cache, True
-    model.save_pretrained(str(directory), state_dict=tensors)
+    # Names as they are: a partitioned load keeps the renaming of old checkpoints (LayerNorm.gamma), and would undo it.
+    model.save_pretrained(str(directory), state_dict=tensors, save_original_format=False)
     model.config.use_cache = use_cache
     _check_written(tensors, directory)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from many_starts import StopAfter
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -23,7 +24,7 @@ from transformers import (
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ModelError
-from kdecs.runtime import Runtime
+from kdecs.runtime import Runtime, StopSignal
 from kdecs.teacher import preparation
 from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.families import EncodedPrompt, Family
@@ -262,3 +263,71 @@ def test_weights_of_other_shapes_are_one_line(
     with pytest.raises(ModelError, match="cannot be loaded as causal: ") as caught:
         families("causal").load_network(str(base), dtype=torch.float32)
     assert "\n" not in str(caught.value)
+
+
+def test_a_base_without_its_head_is_for_full_tuning_alone(
+    bases: Callable[[str], Path],
+    make_config: Callable[..., TeacherConfig],
+    runtime: Runtime,
+    tmp_path: Path,
+    group: None,
+) -> None:
+    base = shutil.copytree(bases("masked"), tmp_path / "headless")
+    drop_weights(base, "lm_head.")
+    config = make_config(model={"family": "masked", "base": str(base)})
+    with pytest.raises(
+        ModelError, match=r"no weights for the language model's head.*set lora: null"
+    ) as caught:
+        train_teacher(config, runtime, StopAfter())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_full_tuning_begins_with_a_seeded_new_head_and_says_so(
+    stage: int,
+    bases: Callable[[str], Path],
+    make_config: Callable[..., TeacherConfig],
+    runtime: Runtime,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    group: None,
+) -> None:
+    base = shutil.copytree(bases("masked"), tmp_path / "headless")
+    drop_weights(base, "lm_head.dense")
+    weights = []
+    for number in range(2):
+        config = make_config(
+            model={"family": "masked", "base": str(base)},
+            lora=None,
+            zero={"stage": stage, "dtype": "float32"},
+            output=f"teacher-{number}",
+            optimization={"learning_rate": 0.005, "epochs": 1},
+            validate_per_epoch=1,
+            batches={"global_batch_pairs": 36, "micro_batch_tokens": 4096, "max_prompt_tokens": 128},
+        )
+        train_teacher(config, runtime, StopSignal())
+        weights.append(load_file(config.output / "model" / "model.safetensors"))
+    assert "no weights for the language model's head (lm_head.dense.bias): it is new" in caplog.text
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("family", ["causal", "seq2seq", "masked"])
+def test_a_base_without_other_weights_is_refused(
+    family: str, bases: Callable[[str], Path], families: Callable[..., Family], tmp_path: Path
+) -> None:
+    base = shutil.copytree(bases(family), tmp_path / "broken")
+    name = drop_weights(base, "", containing=".1.")
+    with pytest.raises(ModelError, match=r"has no weights for .*expected a whole model") as caught:
+        families(family).load_network(str(base), dtype=torch.float32, new_head=True)
+    assert name in str(caught.value)
+
+
+def drop_weights(base: Path, prefix: str, containing: str = "") -> str:
+    """Take some tensors out of a base's file; the first one's name."""
+    tensors = load_file(base / "model.safetensors")
+    dropped = sorted(name for name in tensors if name.startswith(prefix) and containing in name)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    assert dropped and kept
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    return dropped[0]
