@@ -4,16 +4,17 @@ The network is `models/smollm2-135m` where `make models` put it (or KDECS_SMOLLM
 that shape with a byte-level tokenizer trained on the corpus at hand; a record says which.
 """
 
+import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from record import ROOT, Rates, alternate, corpus_split
+from record import ROOT, Rates, alternate, corpus_split, write_record
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -210,3 +211,56 @@ def measure(
 def spread(rates: Rates) -> float:
     """Greatest distance of a round's ratio from the median one, as a share of it."""
     return max(abs(ratio - rates.ratio) for ratio in rates.ratios) / rates.ratio
+
+
+def report(
+    record: tuple[str, float | None, str],
+    job: Job,
+    measured: tuple[Rates, CpuSeconds],
+    arguments: argparse.Namespace,
+    *,
+    tokens_in_forwards: int,
+    details: Mapping[str, Any],
+) -> None:
+    """Write a record of pairs a second, or print it with `--dry`. `record`: name, target, name of the baseline."""
+    name, target, baseline_name = record
+    rates, spent = measured
+    details = {
+        "network": job.network_name,
+        "pairs": len(job.pairs),
+        "dialogues": len({pair.dialogue.id for pair in job.pairs}),
+        "rounds": arguments.rounds,
+        "ratios": rates.ratios,
+        "spread": spread(rates),
+        "ratio_of_cpu_seconds": spent.baseline / spent.ours,
+        "threads": torch.get_num_threads(),
+        **details,
+        "tokens_in_forwards": tokens_in_forwards,
+        "tokens_a_pair": job.tokens_a_pair,
+        "micro_batch_tokens": job.config.batches.micro_batch_tokens,
+    }
+    if arguments.dry:
+        print(name, rates.ratio, details)
+        return
+    write_record(
+        name,
+        unit="pairs/s",
+        ours=float(np.median(rates.ours)),
+        baseline=float(np.median(rates.baseline)),
+        ratio=rates.ratio,
+        baseline_name=baseline_name,
+        corpus=job.corpus,
+        dtype=arguments.dtype,
+        target=target,
+        details=details,
+    )
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """What both teacher benchmarks can be asked for."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--dialogues", type=int, help="as many whole dialogues (default: by record)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dry", action="store_true", help="print, write no record")
+    return parser

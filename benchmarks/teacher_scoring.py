@@ -28,15 +28,14 @@ import numpy as np
 import torch
 from _teacher_parts import (
     BATCH_PAIRS,
-    SHAPES,
     Job,
     as_baseline,
     batches_of_like_length,
     measure,
+    parser_of,
     prepare,
-    spread,
+    report,
 )
-from record import write_record
 from torch import nn
 
 from kdecs.artifact import Manifest
@@ -185,7 +184,7 @@ def compare(against: str, job: Job, network: nn.Module, arguments: argparse.Name
             in_corpus_order=against == "corpus_order",
         )
     )
-    rates, spent = measure(our_side(job, network, ours), baseline, rounds=arguments.rounds)
+    measured = measure(our_side(job, network, ours), baseline, rounds=arguments.rounds)
     is_harness = against == "lm_eval"
     difference = max(
         check_equal(a, b, arguments.dtype, are_log_likelihoods=is_harness)
@@ -199,48 +198,20 @@ def compare(against: str, job: Job, network: nn.Module, arguments: argparse.Name
         max_tokens=job.config.batches.micro_batch_tokens,
         max_pairs=len(job.pairs),
     )
-    name, target, baseline_name = RECORDS[against]
-    details = {
-        "network": job.network_name,
-        "pairs": len(job.pairs),
-        "dialogues": len({pair.dialogue.id for pair in job.pairs}),
-        "rounds": arguments.rounds,
-        "ratios": rates.ratios,
-        "spread": spread(rates),
-        "ratio_of_cpu_seconds": spent.baseline / spent.ours,
-        "threads": torch.get_num_threads(),
-        "greatest_difference_of_logits": difference,
-        "tokens_in_forwards": sum(unit.tokens for unit in units),
-        "tokens_a_pair": job.tokens_a_pair,
-        "micro_batch_tokens": job.config.batches.micro_batch_tokens,
-    }
-    if arguments.dry:
-        print(name, rates.ratio, details)
-        return
-    write_record(
-        name,
-        unit="pairs/s",
-        ours=float(np.median(rates.ours)),
-        baseline=float(np.median(rates.baseline)),
-        ratio=rates.ratio,
-        baseline_name=baseline_name,
-        corpus=job.corpus,
-        dtype=arguments.dtype,
-        target=target,
-        details=details,
+    report(
+        RECORDS[against],
+        job,
+        measured,
+        arguments,
+        tokens_in_forwards=sum(unit.tokens for unit in units),
+        details={"greatest_difference_of_logits": difference},
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--against", choices=[*RECORDS, "all"], default="all")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
-    parser.add_argument("--dialogues", type=int, help="as many whole dialogues (default: by record)")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dry", action="store_true", help="print, write no record")
     arguments = parser.parse_args()
     for against in RECORDS if arguments.against == "all" else [arguments.against]:
         if against == "lm_eval" and importlib.util.find_spec("lm_eval") is None:

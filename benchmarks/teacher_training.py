@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from _teacher_parts import (
     BATCH_PAIRS,
-    SHAPES,
     Job,
     as_baseline,
     measure,
+    parser_of,
     prepare,
-    spread,
+    report,
 )
-from record import write_record
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -191,7 +190,7 @@ def compare(sampling: str, arguments: argparse.Namespace, directory: Path) -> No
             nn.init.normal_(parameter, std=0.02)
     ours: list[float] = []
     theirs: list[float] = []
-    rates, spent = measure(
+    measured = measure(
         our_side(job, network, ours),
         trainer_side(job, network, sampling, directory, theirs),
         rounds=arguments.rounds,
@@ -199,48 +198,20 @@ def compare(sampling: str, arguments: argparse.Namespace, directory: Path) -> No
     for our_loss, their_loss in itertools.product(ours, theirs):
         if not math.isclose(our_loss, their_loss, rel_tol=TOLERANCE[arguments.dtype]):
             raise SystemExit(f"losses differ: {our_loss} by trees, {their_loss} by the Trainer")
-    name, target, baseline_name = RECORDS[sampling]
-    details = {
-        "network": job.network_name,
-        "pairs": len(job.pairs),
-        "dialogues": len({pair.dialogue.id for pair in job.pairs}),
-        "rounds": arguments.rounds,
-        "ratios": rates.ratios,
-        "spread": spread(rates),
-        "ratio_of_cpu_seconds": spent.baseline / spent.ours,
-        "threads": torch.get_num_threads(),
-        "mean_loss": {"ours": ours[0], "baseline": theirs[0]},
-        "tokens_in_forwards": sum(unit.tokens for unit in our_units(job)),
-        "tokens_a_pair": job.tokens_a_pair,
-        "micro_batch_tokens": job.config.batches.micro_batch_tokens,
-    }
-    if arguments.dry:
-        print(name, rates.ratio, details)
-        return
-    write_record(
-        name,
-        unit="pairs/s",
-        ours=float(np.median(rates.ours)),
-        baseline=float(np.median(rates.baseline)),
-        ratio=rates.ratio,
-        baseline_name=baseline_name,
-        corpus=job.corpus,
-        dtype=arguments.dtype,
-        target=target,
-        details=details,
+    report(
+        RECORDS[sampling],
+        job,
+        measured,
+        arguments,
+        tokens_in_forwards=sum(unit.tokens for unit in our_units(job)),
+        details={"mean_loss": {"ours": ours[0], "baseline": theirs[0]}},
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sampling", choices=[*RECORDS, "both"], default="both")
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
-    parser.add_argument("--dialogues", type=int, help="as many whole dialogues (default: by record)")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dry", action="store_true", help="print, write no record")
     arguments = parser.parse_args()
     for sampling in RECORDS if arguments.sampling == "both" else [arguments.sampling]:
         with tempfile.TemporaryDirectory() as directory:
