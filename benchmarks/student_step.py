@@ -353,7 +353,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="longest prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--at-once", type=int, default=BATCH_PAIRS, help="pairs that the Trainer takes at once"
+        "--at-once",
+        type=int,
+        choices=(1, 2, 4, 8, BATCH_PAIRS),
+        default=BATCH_PAIRS,
+        help="pairs that the Trainer takes at once: fewer where memory is small",
     )
     arguments = parser.parse_args()
     return_large_blocks()

@@ -5,7 +5,7 @@ Shapes: P prompts, T tokens of the longest, H hidden, A answer words, V vocabula
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -162,7 +162,7 @@ class Family(ABC):
             raise ModelError(
                 f"model {reference}: cannot be loaded as {self.name}: {why_not_loaded(reference, error)}"
             ) from None
-        _check_weights(reference, network, set(report["missing_keys"]), new_head=new_head)
+        _check_weights(reference, report["missing_keys"], new_head=new_head)
         return network
 
     def _padded(
@@ -179,12 +179,12 @@ class Family(ABC):
         return torch.from_numpy(ids_PT).to(device), torch.from_numpy(mask_PT).to(device), answers_P
 
 
-def _check_weights(reference: str, network: Any, missing: set[str], *, new_head: bool) -> None:
-    """Raise ModelError where weights are random that should have been read; log a head that is new and may be."""
-    tied = network.all_tied_weights_keys  # the second name of a tensor, by its first
-    lacking = sorted(
-        key for key in missing if ".pooler." not in key and (key not in tied or tied[key] in missing)
-    )
+def _check_weights(reference: str, missing: Collection[str], *, new_head: bool) -> None:
+    """Raise ModelError where weights are random that should have been read; log a head that is new and may be.
+
+    `missing`: names as Transformers reports them, without the second ones of tied tensors.
+    """
+    lacking = sorted(key for key in missing if ".pooler." not in key)
     of_body = [key for key in lacking if not key.startswith(HEADS)]
     if of_body:
         raise ModelError(

@@ -13,6 +13,8 @@ from many_starts import StopAfter
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
@@ -32,6 +34,8 @@ from kdecs.teacher.load_checks import check_config, check_head, tree_is_exact, t
 from kdecs.teacher.network import TeacherNetwork, add_lora
 from kdecs.teacher.prefix_tree import tree_size
 from kdecs.teacher.training import train_teacher
+
+BIASES = {"cls.predictions.bias", "cls.predictions.decoder.bias"}
 
 
 def teacher_of(family: Family, network: nn.Module) -> TeacherNetwork:
@@ -321,6 +325,26 @@ def test_a_base_without_other_weights_is_refused(
     with pytest.raises(ModelError, match=r"has no weights for .*expected a whole model") as caught:
         families(family).load_network(str(base), dtype=torch.float32, new_head=True)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("stored", ["cls.predictions.bias", "cls.predictions.decoder.bias"])
+def test_a_tied_tensor_that_is_stored_under_either_name_is_there(
+    stored: str, families: Callable[..., Family], tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    network = BertForMaskedLM(BertConfig(**sizes, intermediate_size=8))
+    with torch.no_grad():
+        network.cls.predictions.bias.copy_(torch.arange(40.0))
+    network.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {stored: tensors.pop(next(name for name in tensors if name in BIASES))}
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name not in BIASES - {stored}},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    loaded = families("masked").load_network(str(tmp_path), dtype=torch.float32)
+    assert torch.equal(loaded.get_output_embeddings().bias, torch.arange(40.0))
 
 
 def drop_weights(base: Path, prefix: str, containing: str = "") -> str:
