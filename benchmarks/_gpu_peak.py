@@ -12,15 +12,12 @@ from kdecs.runtime import Runtime, process_group
 from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.engine import deepspeed_config
 from kdecs.teacher.families import EncodedPrompt
-from kdecs.teacher.network import TeacherNetwork, trainable_parameters
-from kdecs.teacher.objective import connective_loss
+from kdecs.teacher.network import TeacherNetwork, connective_loss, meta_network, trainable_parameters
 from kdecs.teacher.plan.activations import ActivationTracer, Shape
-from kdecs.teacher.plan.memory import PeakMemory, peak_memory
-from kdecs.teacher.plan.meta_network import meta_network
-from kdecs.teacher.plan.parameters import count_parameters
-from kdecs.teacher.plan.zero import PERSISTENCE_THRESHOLD, ZeroChoice, state_bytes
-from kdecs.teacher.prefix_tree import pack
-from kdecs.teacher.tree_attention import resolve
+from kdecs.teacher.plan.memory import PERSISTENCE_THRESHOLD, PeakMemory, ZeroChoice, peak_memory, state_bytes
+from kdecs.teacher.plan.shapes import count_parameters
+from kdecs.teacher.tree.attention import resolve
+from kdecs.teacher.tree.prefix_tree import pack
 
 STAGE = 2
 TOLERANCE = 0.10

@@ -41,7 +41,7 @@ def measure(config: Any, runtime: Any, num_tokens: int, num_prompts: int, steps:
 
     from kdecs.teacher.engine import start_engine
     from kdecs.teacher.families import make_family
-    from kdecs.teacher.objective import connective_loss
+    from kdecs.teacher.network import connective_loss
 
     family = make_family(config.model, max_prompt_tokens=4 * num_tokens, emotions_shown="coarse")
     prompts = synthetic_prompts(num_tokens, num_prompts)

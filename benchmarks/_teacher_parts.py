@@ -18,14 +18,14 @@ from record import ROOT, Rates, alternate, corpus_split, write_record
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdecs.base_model.config import BaseModelConfig
-from kdecs.base_model.tokenizer import train_tokenizer
 from kdecs.config import parse_config
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
+from kdecs.demo.base_model import train_tokenizer
+from kdecs.demo.config import BaseModelConfig
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import CausalFamily, EncodedPrompt, make_family
-from kdecs.teacher.prefix_tree import tree_size
+from kdecs.teacher.tree.prefix_tree import tree_size
 
 BATCH_PAIRS = 16
 OUR_REPEATS = 4

@@ -35,8 +35,8 @@ def make_teacher(directory: Path, corpus: dict[str, str], hidden: int, layers: i
     """A finished teacher over a base of so many hidden units; a few steps each, what it says does not matter."""
     import torch
 
-    from kdecs.base_model.config import BaseModelConfig
-    from kdecs.base_model.pretraining import train_base_model
+    from kdecs.demo.base_model import train_base_model
+    from kdecs.demo.config import BaseModelConfig
     from kdecs.runtime import Runtime, StopSignal, process_group
     from kdecs.teacher.config import TeacherConfig
     from kdecs.teacher.training import train_teacher

@@ -29,15 +29,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.teacher.batches import MicroBatch, fixed_batches, make_units, pairs_a_tree
+from kdecs.hardware import gpu_of_device
 from kdecs.teacher.config import LoraConfig
+from kdecs.teacher.data import MicroBatch, fixed_batches, make_units, pairs_a_tree
 from kdecs.teacher.families import CausalFamily, EncodedPrompt
-from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters
-from kdecs.teacher.objective import connective_loss
-from kdecs.teacher.plan.flops import network_flops
-from kdecs.teacher.plan.gpus import gpu_of_device
-from kdecs.teacher.prefix_tree import pack
-from kdecs.teacher.tree_attention import use_tree_attention
+from kdecs.teacher.metering import network_flops
+from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
+from kdecs.teacher.tree.attention import use_tree_attention
+from kdecs.teacher.tree.prefix_tree import pack
 
 GPU_SHAPES: dict[str, dict[str, int]] = {
     "1b": {

@@ -74,10 +74,10 @@ def make_model(directory: Path, shape: dict[str, int]) -> None:
     """A LLaMA directory with random weights and a tokenizer of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kdecs.base_model.config import BaseModelConfig
-    from kdecs.base_model.tokenizer import train_tokenizer
     from kdecs.config import parse_config
     from kdecs.corpus.reading import bundled_sample, read_corpus
+    from kdecs.demo.base_model import train_tokenizer
+    from kdecs.demo.config import BaseModelConfig
 
     corpus = bundled_sample("valid")
     values = {
@@ -168,12 +168,11 @@ def planned_peak(row: Row, model: Path) -> Any:
     from transformers import AutoConfig
 
     from kdecs.teacher.config import LoraConfig
+    from kdecs.teacher.network import meta_network
     from kdecs.teacher.plan.activations import ActivationTracer, Shape
-    from kdecs.teacher.plan.memory import peak_memory
-    from kdecs.teacher.plan.meta_network import meta_network
-    from kdecs.teacher.plan.parameters import TORCH_DTYPES, count_parameters
-    from kdecs.teacher.plan.zero import PERSISTENCE_THRESHOLD, ZeroChoice, state_bytes
-    from kdecs.teacher.prefix_tree import pack
+    from kdecs.teacher.plan.memory import PERSISTENCE_THRESHOLD, ZeroChoice, peak_memory, state_bytes
+    from kdecs.teacher.plan.shapes import TORCH_DTYPES, count_parameters
+    from kdecs.teacher.tree.prefix_tree import pack
 
     config = AutoConfig.from_pretrained(model)
     lora = None if row.is_full else LoraConfig()

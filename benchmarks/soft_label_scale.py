@@ -25,11 +25,11 @@ from record import write_record
 from kdecs.artifact import Manifest, read_manifest, verify_artifact, write_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair, pairs_of
+from kdecs.corpus.splits import LinesSource
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import export_shards
-from kdecs.soft_labels.reader import SoftLabels
-from kdecs.soft_labels.sources import LinesSource
-from kdecs.soft_labels.verification import content_faults
+from kdecs.soft_labels.labels import SoftLabels
+from kdecs.soft_labels.verify import content_faults
 
 NUM_SHARDS = 64
 UTTERANCES = 30

@@ -23,7 +23,7 @@ from kdecs.corpus.pairs import Pair, candidate_pairs
 from kdecs.corpus.prompts import PROMPT_VERSION, student_prompt
 from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS, NEUTRAL, Dialogue
-from kdecs.student.inference import best_spans, cause_scores
+from kdecs.student.decision import best_spans, cause_scores
 from kdecs.student.model import (
     StudentModel,
     StudentOutput,
@@ -31,7 +31,7 @@ from kdecs.student.model import (
     load_tokenizer,
     student_answer_ids,
 )
-from kdecs.student.prediction import Student
+from kdecs.student.predict.predictor import Student
 from kdecs.student.product import StudentCard
 
 BATCH_PAIRS, MAX_TOKENS = 16, 512

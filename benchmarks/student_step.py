@@ -42,7 +42,7 @@ from kdecs.config import config_hash, parse_config
 from kdecs.runtime import Runtime, StopSignal
 from kdecs.student.batches import epoch_batches
 from kdecs.student.config import StudentConfig
-from kdecs.student.objective import loss_parts, step_loss
+from kdecs.student.losses import loss_parts, step_loss
 from kdecs.student.training import StudentTrainer
 
 BATCH_PAIRS = 16

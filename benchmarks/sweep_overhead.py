@@ -28,9 +28,9 @@ from record import ROOT, corpus_split, write_record
 from kdecs.config import parse_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.run_record import read_points
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig
+from kdecs.tracking.record import read_points
 
 NUM_TRIALS, AT_A_TIME = 8, 2
 UNTIMED = ("time", "train_pairs_per_s")
@@ -79,8 +79,8 @@ def train(config: StudentConfig) -> float:
 
 def setup(work: Path, seconds: float) -> dict[str, Any]:
     """A base model, and as many epochs as make a trial of about `seconds`."""
-    from kdecs.base_model.config import BaseModelConfig
-    from kdecs.base_model.pretraining import train_base_model
+    from kdecs.demo.base_model import train_base_model
+    from kdecs.demo.config import BaseModelConfig
     from kdecs.runtime import StopSignal, start_runtime
 
     files = {split: str(corpus_split(split)[0]) for split in ("train", "valid")}

@@ -41,10 +41,10 @@ from torch import nn
 from kdecs.artifact import Manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import teacher_prompt
-from kdecs.teacher.batches import make_units
+from kdecs.teacher.data import make_units
 from kdecs.teacher.network import DTYPES, TeacherNetwork
 from kdecs.teacher.scoring import TeacherScorer
-from kdecs.teacher.tree_attention import use_tree_attention
+from kdecs.teacher.tree.attention import use_tree_attention
 
 RECORDS = {
     "hf_loop": ("teacher_scoring_vs_hf_loop", 8.0, "padded random batches of 16 over AutoModelForCausalLM"),

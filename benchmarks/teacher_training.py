@@ -33,10 +33,9 @@ from _teacher_parts import (
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from kdecs.teacher.batches import Unit, global_batches, make_units, pairs_a_tree, share_among_ranks
-from kdecs.teacher.network import DTYPES, TeacherNetwork, add_lora, trainable_parameters
-from kdecs.teacher.objective import connective_loss
-from kdecs.teacher.tree_attention import use_tree_attention
+from kdecs.teacher.data import Unit, global_batches, make_units, pairs_a_tree, share_among_ranks
+from kdecs.teacher.network import DTYPES, TeacherNetwork, add_lora, connective_loss, trainable_parameters
+from kdecs.teacher.tree.attention import use_tree_attention
 
 RECORDS = {
     "random": ("teacher_training_vs_hf_trainer", 8.0, "transformers.Trainer + PEFT, random batches of 16"),

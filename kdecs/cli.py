@@ -8,14 +8,14 @@ import typer
 
 from kdecs import __version__
 from kdecs.corpus import commands as corpus_commands
-from kdecs.entry import exit_code_of
 from kdecs.evaluation import commands as evaluation_commands
 from kdecs.mrc import commands as mrc_commands
+from kdecs.process import exit_code_of
 from kdecs.soft_labels import commands as soft_label_commands
 from kdecs.student import commands as student_commands
 from kdecs.sweep import commands as sweep_commands
 from kdecs.teacher import commands as teacher_commands
-from kdecs.teacher import import_command as teacher_import
+from kdecs.teacher import commands as teacher_import
 
 app = typer.Typer(
     help="Emotion-cause extraction in dialogues by distillation (the method KD-ECS).",
@@ -73,7 +73,7 @@ def verify(
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
         faults = verify_artifact(directory, on_bytes=bar.update)
     if not faults and manifest.kind == "soft-labels":
-        from kdecs.soft_labels.verification import content_faults, num_rows
+        from kdecs.soft_labels.verify import content_faults, num_rows
 
         with tqdm(total=num_rows(manifest), unit="pair", unit_scale=True, desc="decode", disable=None) as bar:
             faults = content_faults(directory, manifest, on_rows=bar.update)

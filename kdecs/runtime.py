@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from kdecs.errors import DeviceError, Stopped
-from kdecs.launcher import launched_rank
+from kdecs.process import launched_rank
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from kdecs.artifact import Kind, file_lock, is_complete
+from kdecs.artifact import Kind, file_lock, is_complete, whole_labels
 from kdecs.config import CONFIG_NAME, Config, config_hash, write_config
-from kdecs.entry import run_entry, say_skipped, stage_config
 from kdecs.errors import DependencyError, KdecsError, Stopped
-from kdecs.soft_labels.cross_fit_config import CrossFitConfig
-from kdecs.soft_labels.seal import whole_labels
-from kdecs.soft_labels.writing import check_directory
+from kdecs.process import run_entry, say_skipped, stage_config
+from kdecs.soft_labels.derive.config import CrossFitConfig
+from kdecs.soft_labels.derive.write import check_directory
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLES = """\
@@ -106,7 +105,7 @@ def main() -> None:
 
 
 def run_folds(config: CrossFitConfig, stages: Stages) -> None:
-    from kdecs.soft_labels.folds import write_folds
+    from kdecs.soft_labels.derive.cross_fit import write_folds
 
     sizes = write_folds(config)
     print(
@@ -124,8 +123,8 @@ def run_folds(config: CrossFitConfig, stages: Stages) -> None:
 
 
 def finish(config: CrossFitConfig) -> None:
-    from kdecs.soft_labels.cross_fitting import merge_folds
-    from kdecs.soft_labels.show import describe
+    from kdecs.soft_labels.derive.cross_fit import merge_folds
+    from kdecs.soft_labels.inspect.show import describe
 
     manifest = merge_folds(config)
     corpora = [config.corpus.train, config.corpus.valid]

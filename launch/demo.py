@@ -30,8 +30,8 @@ import psutil
 
 from kdecs.artifact import Kind, file_lock, is_complete
 from kdecs.config import Config, config_hash, load_config
-from kdecs.entry import run_entry
 from kdecs.errors import CorpusError, KdecsError, Stopped
+from kdecs.process import run_entry
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "launch" / "configs" / "demo"
@@ -236,7 +236,7 @@ def _run_stages(demo: Demo, files: dict[str, Path], is_reccon: bool) -> None:
 
 
 def _base(output: Path, architecture: str, corpus: Sequence[str], is_reccon: bool) -> Command:
-    from kdecs.base_model.config import BaseModelConfig
+    from kdecs.demo.config import BaseModelConfig
 
     directory = output / "base" / architecture
     overrides = [f"output={directory}", *(item for item in corpus if not item.startswith("corpus.test"))]

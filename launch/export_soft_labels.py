@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from kdecs.entry import run_entry, say_skipped, stage_config
-from kdecs.launcher import is_main_rank
+from kdecs.process import is_main_rank, run_entry, say_skipped, stage_config
+from kdecs.soft_labels.claims import refuse_early, tidy
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
-from kdecs.soft_labels.interfaces import Scorer
-from kdecs.soft_labels.job import refuse_early
-from kdecs.soft_labels.litter import tidy
+from kdecs.soft_labels.scoring import Scorer
 
 if TYPE_CHECKING:
     from kdecs.runtime import Runtime, StopSignal
@@ -124,7 +122,7 @@ def with_top(scorer: "TeacherScorer", config: ExportConfig) -> Scorer:
     """The scorer, able to give the top logits that the config asks for."""
     if not config.top_k:
         return scorer
-    from kdecs.teacher.top_scoring import TopTeacherScorer
+    from kdecs.teacher.scoring import TopTeacherScorer
 
     return TopTeacherScorer(scorer, config.top_k)
 

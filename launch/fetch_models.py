@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdecs.artifact import sha256_of_file, write_text
-from kdecs.entry import run_entry
 from kdecs.errors import ModelError
+from kdecs.process import run_entry
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPLETE = ".complete"

@@ -2,8 +2,8 @@
 
 import os
 
-from kdecs.entry import run_entry
 from kdecs.errors import DependencyError
+from kdecs.process import run_entry
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Train a small base model and its tokenizer on a corpus' text from scratch (for trying kdecs without a hub)."""
 
 from kdecs.artifact import is_complete
-from kdecs.base_model.config import BaseModelConfig
 from kdecs.config import config_hash
-from kdecs.entry import run_entry, say_skipped, stage_config
+from kdecs.demo.config import BaseModelConfig
+from kdecs.process import run_entry, say_skipped, stage_config
 
 EXAMPLES = """\
   python launch/pretrain_base.py --config launch/configs/demo/base_llama.yaml
@@ -16,7 +16,7 @@ def main() -> None:
     if is_complete(config.output, "base-model", config_hash(config)):
         say_skipped(f"base model {config.name}: complete at {config.output}, skipped")
         return
-    from kdecs.base_model.pretraining import train_base_model
+    from kdecs.demo.base_model import train_base_model
     from kdecs.runtime import StopSignal, start_runtime
 
     stop = StopSignal()

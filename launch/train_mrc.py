@@ -2,8 +2,8 @@
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
-from kdecs.entry import run_entry, say_skipped, stage_config
 from kdecs.mrc.config import MrcConfig
+from kdecs.process import run_entry, say_skipped, stage_config
 
 EXAMPLES = """  python launch/train_mrc.py --config launch/configs/mrc/roberta-base.yaml
   python launch/train_mrc.py --config launch/configs/mrc/spanbert.yaml --set optimization.seed=1

@@ -5,7 +5,7 @@ One process, or one a GPU under torchrun or the deepspeed launcher. The same com
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
-from kdecs.entry import run_entry, say_skipped, stage_config
+from kdecs.process import run_entry, say_skipped, stage_config
 from kdecs.student.config import StudentConfig
 
 EXAMPLES = """  python launch/train_student.py --config launch/configs/student/kd.yaml

@@ -7,8 +7,7 @@ import sys
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
-from kdecs.entry import run_entry, say_skipped, stage_config
-from kdecs.launcher import is_main_rank, launched_rank
+from kdecs.process import is_main_rank, launched_rank, run_entry, say_skipped, stage_config
 from kdecs.teacher.config import TeacherConfig
 
 EXAMPLES = """\
@@ -25,7 +24,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
     config = stage_config(TeacherConfig, str(__doc__), EXAMPLES, argv=arguments)
     if DRY_RUN in sys.argv[1:]:
-        from kdecs.teacher.plan.dry_run import dry_run
+        from kdecs.teacher.plan.planning import dry_run
 
         if is_main_rank():
             dry_run(config, world_size=launched_rank()[2])

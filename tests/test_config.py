@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from kdecs.base_model.config import BaseModelConfig
 from kdecs.config import Config, ConfigError, config_hash, load_config, parse_config, set_dotted, write_config
+from kdecs.demo.config import BaseModelConfig
 from kdecs.mrc.config import MrcConfig
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.soft_labels.cross_fit_config import CrossFitConfig
+from kdecs.soft_labels.derive.config import CrossFitConfig
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig
 from kdecs.teacher.config import TeacherConfig

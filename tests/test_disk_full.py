@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdecs.entry import exit_code_of
+from kdecs.process import exit_code_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "kdecs" / "corpus" / "sample"

@@ -8,9 +8,9 @@ from mlflow import MlflowClient
 
 from kdecs.config import parse_config
 from kdecs.errors import ConfigError
-from kdecs.model_registry import mlflow_at
-from kdecs.run_record import RunRecord, TrackingConfig, read_points, without_password
-from kdecs.tracking import Tracker, tracking_uri
+from kdecs.tracking.mlflow import Tracker, tracking_uri
+from kdecs.tracking.record import RunRecord, TrackingConfig, read_points, without_password
+from kdecs.tracking.registry import mlflow_at
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_missing_driver_is_a_warning(tmp_path, monkeypatch, capsys):
     def fault(uri):
         raise ModuleNotFoundError("No module named 'psycopg2'")
 
-    monkeypatch.setattr("kdecs.tracking._probe_database", fault)
+    monkeypatch.setattr("kdecs.tracking.mlflow._probe_database", fault)
     tracker = Tracker(TrackingConfig(uri="postgresql://host/db"), tmp_path / "sweep")
     assert not tracker.sync_family(named("parent", 0), [record(1)], now=True)
     assert "psycopg2" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_no_form_of_a_credential_is_shown(uri, shown, tmp_path, monkeypatch, cap
     def fault(_):
         raise RuntimeError(f"{'long ' * 37}{uri} or {decoded} or top5ecret://{uri}")
 
-    monkeypatch.setattr("kdecs.tracking._probe_database", fault)
+    monkeypatch.setattr("kdecs.tracking.mlflow._probe_database", fault)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     Tracker(TrackingConfig(), tmp_path / "sweep").sync([record(1)])
     printed = capsys.readouterr().err

@@ -6,7 +6,7 @@ A second call prints the record; the test split is not opened again.
 import argparse
 from pathlib import Path
 
-from kdecs.entry import run_entry
+from kdecs.process import run_entry
 
 EXAMPLES = """examples:
   python tune/select_student.py --sweep runs/sweep

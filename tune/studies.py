@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kdecs.config import load_config, parse_config, read_yaml
-from kdecs.entry import run_entry
 from kdecs.errors import Stopped
+from kdecs.process import run_entry
 from kdecs.runtime import StopSignal
 from kdecs.sweep.config import SweepConfig
 
@@ -47,7 +47,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     from kdecs.sweep.driver import run_sweep
-    from kdecs.sweep.report import write_report
+    from kdecs.sweep.report.page import write_report
     from kdecs.sweep.selection import print_selection, select_student
 
     stop = StopSignal()

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from kdecs.config import load_config
-from kdecs.entry import run_entry
+from kdecs.process import run_entry
 from kdecs.sweep.config import SweepConfig
 
 EXAMPLES = """examples:
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(SweepConfig, arguments.space, arguments.overrides)
     if arguments.dry_run:
-        from kdecs.sweep.plan import print_plan
+        from kdecs.sweep.progress import print_plan
 
         print_plan(config)
         return

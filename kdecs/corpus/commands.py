@@ -85,8 +85,8 @@ def verify(
     files: Files, labels: Labels = LabelSetChoice.any, unlabelled: Unlabelled = False, as_json: Json = False
 ) -> None:
     """Check files against the schema; every fault with file, dialogue, turn, field, found and expected."""
-    from kdecs.corpus.cross_split import DuplicateFinder
     from kdecs.corpus.reading import count_variants, scan_file
+    from kdecs.corpus.splits import DuplicateFinder
 
     finder = DuplicateFinder()
     faults: list[Fault] = []
@@ -152,8 +152,7 @@ def stats(
     else:
         _print_statistics(counted)
     if plots:
-        from kdecs.corpus.plots import write_plots
-        from kdecs.corpus.prompt_lengths import load_tokenizer
+        from kdecs.corpus.statistics import load_tokenizer, write_plots
 
         for path in write_plots(corpora, plots, load_tokenizer(tokenizer) if tokenizer else None):
             print(f"wrote {path}", file=sys.stderr)
@@ -203,8 +202,8 @@ def fetch(
     """Download RECCON's DailyDialog files (for research use: CC BY-NC-SA 4.0); resumes, checks sha256."""
     from tqdm import tqdm
 
-    from kdecs.corpus.fetching import RECCON_FILES, RECCON_URL
-    from kdecs.corpus.fetching import fetch as fetch_file
+    from kdecs.corpus.fetch import RECCON_FILES, RECCON_URL
+    from kdecs.corpus.fetch import fetch as fetch_file
 
     for file in RECCON_FILES:
         with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
@@ -213,7 +212,7 @@ def fetch(
 
 
 def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":
-    from kdecs.corpus.cross_split import drop_cross_split
+    from kdecs.corpus.splits import drop_cross_split
 
     kept, dropped = drop_cross_split(train, others)
     for duplicate in dropped:

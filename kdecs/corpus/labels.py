@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from kdecs.corpus.decoding import NotJson, decode_json, shorten
+from kdecs.corpus.checking import NotJson, decode_json, shorten
 from kdecs.corpus.schema import (
     ADDITIONAL_EMOTIONS,
     COARSE_EMOTIONS,

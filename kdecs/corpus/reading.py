@@ -11,10 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kdecs.corpus.decoding import OTHER_ENCODING, NotJson, decode_json, iter_lines, shorten
+from kdecs.corpus.checking import OTHER_ENCODING, Checker, NotJson, decode_json, iter_lines, shorten
 from kdecs.corpus.labels import LabelSet, emotions_of
 from kdecs.corpus.schema import Corpus, Dialogue, Fault
-from kdecs.corpus.validation import Checker
 from kdecs.errors import CorpusError
 
 logger = logging.getLogger(__name__)

@@ -78,7 +78,7 @@ def evaluate(
     kdecs evaluate --corpus test.json --predictions seed1.jsonl --predictions seed2.jsonl --json
     """
     from kdecs.corpus.reading import log_notes, read_corpus
-    from kdecs.evaluation.breakdowns import breakdowns
+    from kdecs.evaluation.metrics import breakdowns
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.predictions import read_predictions
 

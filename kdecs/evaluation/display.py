@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kdecs.evaluation.emotions import EmotionReport
-from kdecs.evaluation.metrics import STRICT_KEYS, Scores
+from kdecs.evaluation.metrics import STRICT_KEYS, EmotionReport, Scores
 from kdecs.evaluation.significance import Comparison, SeedSummary
 
 _MANY_LABELS = 8

@@ -1,21 +1,6 @@
-"""Scores of predictions against a corpus, in percent.
+"""Scores over parts of the rows: by distance of the cause, emotion of the target, length of the candidate."""
 
-With g, p the gold and predicted span of a row (stripped; p is "" where no cause is predicted):
-
-    Pos F1   mean of F over positive rows. Protocol reccon: F = 1 if p == g; SQuAD's token F1 if one contains
-             the other and p is not ""; else 0. Protocol squad: SQuAD's token F1 throughout.
-    EM       exact / positives
-    Neg F1   recall r = right negatives / negatives, precision = r.n. / (r.n. + positives predicted "");
-             reccon-released also counts every incorrect positive there if the last similar positive row of
-             the corpus was predicted "", as RECCON's released script does
-    macro    (Pos F1 + Neg F1) / 2
-
-Utterance level: F1 of class 1 and of class 0 over rows. Strict: a positive counts only if the predicted
-emotion of its target is right too; the negatives' scores and all denominators stay. 0/0 counts as 0.
-A pair whose target is predicted neutral is predicted negative.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +11,6 @@ from kdecs.corpus.labels import map_corpus
 from kdecs.corpus.pairs import Universe
 from kdecs.corpus.schema import Corpus
 from kdecs.evaluation.baselines import ALL_NEGATIVE, MAJORITY_EMOTION, RULES, majority_emotion
-from kdecs.evaluation.emotions import EmotionReport, emotion_report
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.evaluation.rows import (
     COLUMN,
@@ -34,10 +18,69 @@ from kdecs.evaluation.rows import (
     Protocol,
     Row,
     ScoredRows,
+    decide_emotions,
     rows_of,
     score_rows,
     sums_by_dialogue,
 )
+
+
+@dataclass(frozen=True)
+class EmotionReport:
+    """Scores over the utterances that have a predicted emotion.
+
+    `labels`: every label in gold or predicted, by falling gold count, then name. `confusion` (L, L) int64:
+    gold label in the row, predicted in the column. F1s in percent.
+    """
+
+    labels: tuple[str, ...]
+    confusion: NDArray[np.int64]
+    accuracy: float
+    macro_f1: float
+    f1: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON: accuracy, macro_f1, f1 and count by label, confusion as {gold: {predicted: count}}."""
+        counts = self.confusion.tolist()
+        return {
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "f1": self.f1,
+            "count": {label: sum(row) for label, row in zip(self.labels, counts, strict=True)},
+            "confusion": {
+                label: dict(zip(self.labels, row, strict=True))
+                for label, row in zip(self.labels, counts, strict=True)
+            },
+        }
+
+
+def emotion_report(
+    corpus: Corpus, predictions: Mapping[PairKey, Prediction], emotion_table: Mapping[str, str] = NO_TABLE
+) -> EmotionReport:
+    """Compare predicted emotions, taken through a table of labels, with those of the corpus.
+
+    Macro F1 is the mean over the labels that occur, in gold or predicted; 0/0 counts as 0.
+    Raises PredictionError where a target has two predicted emotions.
+    """
+    decided = {key: emotion_table.get(label, label) for key, label in decide_emotions(predictions).items()}
+    found = [
+        (utterance.emotion, decided[dialogue.id, utterance.turn])
+        for dialogue in corpus.dialogues
+        for utterance in dialogue.utterances
+        if utterance.emotion is not None and (dialogue.id, utterance.turn) in decided
+    ]
+    gold_counts = {label: sum(gold == label for gold, _ in found) for pair in found for label in pair}
+    labels = tuple(sorted(gold_counts, key=lambda label: (-gold_counts[label], label)))
+    index = {label: position for position, label in enumerate(labels)}
+    confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
+    for gold, predicted in found:
+        confusion[index[gold], index[predicted]] += 1
+    right = confusion.diagonal()
+    totals = confusion.sum(axis=0) + confusion.sum(axis=1)
+    f1 = {label: float(100 * 2 * right[n] / totals[n]) for n, label in enumerate(labels)}
+    accuracy = float(100 * right.sum() / len(found)) if found else 0.0
+    return EmotionReport(labels, confusion, accuracy, sum(f1.values()) / len(f1) if f1 else 0.0, f1)
+
 
 UTTERANCE_KEYS = ("utterance_positive_f1", "utterance_negative_f1", "utterance_macro_f1")
 STRICT_KEYS = ("exact_match", "positive_f1", "negative_f1", "macro_f1", *UTTERANCE_KEYS)
@@ -190,3 +233,56 @@ def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
         numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0
     )
     return found
+
+
+FAR = 5
+LENGTH_BOUNDS = (5, 10, 20)
+
+Breakdown = dict[str, dict[str, Any]]
+
+
+def breakdowns(scores: Scores) -> dict[str, Breakdown]:
+    """{"distance", "emotion", "utterance_length"} → group → num_positive, num_negative and the row scores.
+
+    distance: target minus candidate in turns. emotion: the target's gold emotion. utterance_length: words of
+    the candidate, in which a span is sought. A group's scores are those of its rows alone, in percent.
+    """
+    return {
+        "distance": _by(scores, _distance),
+        "emotion": _by(scores, lambda row: str(row.gold_emotion)),
+        "utterance_length": _by(scores, _length),
+    }
+
+
+def _by(scores: Scores, group_of: Callable[[Row], str]) -> Breakdown:
+    groups = np.array([group_of(row) for row in scores.scored.rows], dtype=str)
+    found: Breakdown = {}
+    for group in sorted(set(groups.tolist()), key=lambda name: (_first_number(name), name)):
+        sums = scores.scored.contributions[groups == group].sum(axis=0)
+        values = metrics_of(sums)
+        found[group] = {
+            "num_positive": int(sums[COLUMN["positives"]]),
+            "num_negative": int(sums[COLUMN["negatives"]]),
+            **{key: float(values[key]) for key in STRICT_KEYS},
+        }
+    return found
+
+
+def _distance(row: Row) -> str:
+    distance = row.target - row.candidate
+    return str(distance) if distance < FAR else f"{FAR}+"
+
+
+def _length(row: Row) -> str:
+    num_words = len(row.dialogue.utterances[row.candidate - 1].text.split())
+    low = 1
+    for bound in LENGTH_BOUNDS:
+        if num_words <= bound:
+            return f"{low}-{bound} words"
+        low = bound + 1
+    return f"{low}+ words"
+
+
+def _first_number(name: str) -> int:
+    digits = name.split("-")[0].split("+")[0]
+    return int(digits) if digits.isdigit() else 0

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kdecs.artifact import atomic_path
-from kdecs.corpus.decoding import NotJson, RepeatedKeys, decode_json, iter_lines, shorten
+from kdecs.corpus.checking import NotJson, RepeatedKeys, decode_json, is_unicode, iter_lines, shorten
 from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Corpus
-from kdecs.corpus.validation import is_unicode
 from kdecs.errors import PredictionError
 
 PairKey = tuple[str, int, int]

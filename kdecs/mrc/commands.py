@@ -24,7 +24,7 @@ def predict_mrc(
     Example: kdecs predict-mrc --model runs/mrc-minilm --input test.json --output mrc.jsonl
     """
     from kdecs.mrc.prediction import MrcBaseline
-    from kdecs.student.prediction_files import FileRequest, predict_file
+    from kdecs.student.predict.files import FileRequest, predict_file
 
     predict_file(
         FileRequest(input, output, max_distance, batch_tokens, offsets, has_example=False),

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Unhashed
-from kdecs.corpus.config import CorpusConfig
+from kdecs.corpus.splits import CorpusConfig
 from kdecs.student.config import StudentBatches
 
 QUESTION_VERSION = 1

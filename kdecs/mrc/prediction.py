@@ -15,12 +15,11 @@ from kdecs.artifact import check_whole
 from kdecs.corpus.pairs import Pair, candidate_pairs
 from kdecs.corpus.schema import NEUTRAL, Dialogue
 from kdecs.evaluation.predictions import Prediction
-from kdecs.mrc.encoding import EncodedQuestion, QuestionEncoder, answer_text
-from kdecs.mrc.model import answer_logits, answers, question_batch
-from kdecs.mrc.product import MrcCard, load_product
+from kdecs.mrc.model import MrcCard, answer_logits, answers, load_product, question_batch
+from kdecs.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
 from kdecs.student.batches import batches_of_tokens
-from kdecs.student.inference import autocast
-from kdecs.student.streaming import DEFAULT_BATCH_TOKENS, PairPrediction
+from kdecs.student.decision import autocast
+from kdecs.student.predict.predictor import DEFAULT_BATCH_TOKENS, PairPrediction
 
 _PAIRS_AT_ONCE = 2048
 

@@ -17,21 +17,34 @@ from kdecs.config import config_hash, write_config
 from kdecs.errors import ConfigError, Stopped, TrainingError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
-from kdecs.mrc.data import load_mrc_data
-from kdecs.mrc.encoding import QuestionEncoder, answer_text
-from kdecs.mrc.model import answer_logits, answer_loss, load_reader, question_batch
+from kdecs.mrc.model import (
+    READER_NAMES,
+    MrcCard,
+    answer_logits,
+    answer_loss,
+    finish_product,
+    load_reader,
+    question_batch,
+    save_reader,
+)
 from kdecs.mrc.prediction import answer_questions, decide
-from kdecs.mrc.product import READER_NAMES, MrcCard, finish_product, save_reader
+from kdecs.mrc.questions import QuestionEncoder, answer_text, load_mrc_data
 from kdecs.runtime import Runtime, StopSignal, seed_everything, warn_of_emulation
-from kdecs.schedule import learning_rate_at
 from kdecs.student.batches import Ints, epoch_batches
-from kdecs.student.best import install_best, keep_best, save_best
-from kdecs.student.checkpoint import Progress, load_checkpoint, remove_checkpoint, save_checkpoint
-from kdecs.student.inference import autocast, pair_gains
+from kdecs.student.decision import autocast, choose_threshold, pair_gains
+from kdecs.student.losses import step_seed
 from kdecs.student.model import load_tokenizer, longest_prompt
-from kdecs.student.objective import step_seed
 from kdecs.student.product import write_metrics
-from kdecs.student.threshold import choose_threshold
+from kdecs.training.checkpoint import (
+    Progress,
+    install_best,
+    keep_best,
+    load_checkpoint,
+    remove_checkpoint,
+    save_best,
+    save_checkpoint,
+)
+from kdecs.training.loop import learning_rate_at
 
 _LINE_EVERY_S = 60.0
 

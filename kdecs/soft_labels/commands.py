@@ -17,7 +17,7 @@ Cache = Annotated[
 
 
 class Rule(StrEnum):
-    """How several teachers become one: see `kdecs.soft_labels.ensemble`."""
+    """How several teachers become one: see `kdecs.soft_labels.derive.combine`."""
 
     mean_probability = "mean-probability"
     mean_logit = "mean-logit"
@@ -68,8 +68,8 @@ def show(
 
     kdecs soft-labels show runs/labels/llama-7b --corpus data/dailydialog_train.json --json
     """
-    from kdecs.soft_labels.display import print_labels, write_reliability
-    from kdecs.soft_labels.show import describe
+    from kdecs.soft_labels.inspect.display import print_labels, write_reliability
+    from kdecs.soft_labels.inspect.show import describe
 
     found = describe(directory, corpus or [], universe=universe.value, cache_dir=cache)
     if output is not None and not found["gold"]:
@@ -114,8 +114,8 @@ def combine(
     import tempfile
 
     from kdecs.config import parse_config
-    from kdecs.soft_labels.derived_config import CombineConfig
-    from kdecs.soft_labels.ensemble import combine as run
+    from kdecs.soft_labels.derive.combine import combine as run
+    from kdecs.soft_labels.derive.config import CombineConfig
 
     values = {"labels": labels, "weights": weight or [], "rule": rule.value, "train": train, "output": output}
     config = parse_config(CombineConfig, values, source="soft-labels combine")
@@ -153,8 +153,8 @@ def import_table(
     kdecs soft-labels import p.jsonl --scores probabilities --corpus train.json --corpus valid=valid.json --output mine
     """
     from kdecs.config import parse_config
-    from kdecs.soft_labels.derived_config import ImportConfig
-    from kdecs.soft_labels.importing import import_labels
+    from kdecs.soft_labels.derive.config import ImportConfig
+    from kdecs.soft_labels.derive.importing import import_labels
 
     values: dict[str, object] = {"table": table, "output": output, "scores": scores.value}
     for item in corpus:

@@ -13,17 +13,16 @@ from kdecs.artifact import (
     FileEntry,
     Manifest,
     read_manifest,
+    seal,
     write_json,
 )
 from kdecs.config import input_checksums
 from kdecs.errors import ArtifactError
+from kdecs.soft_labels.claims import KIND
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.soft_labels.format import shard_name
-from kdecs.soft_labels.interfaces import Scorer, TopScorer
-from kdecs.soft_labels.job import KIND
+from kdecs.soft_labels.format import Agreement, ShardRecord, is_as_recorded, shard_name
 from kdecs.soft_labels.plan import EXPORT_UNIVERSE, Plan
-from kdecs.soft_labels.records import Agreement, ShardRecord, is_as_recorded
-from kdecs.soft_labels.seal import seal
+from kdecs.soft_labels.scoring import Scorer, TopScorer
 
 _REPRODUCIBLE = {
     "cpu": "the same bytes on CPUs of one kind with the same libraries, dtype and threads_per_worker",

@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from kdecs.config import Config, InputPath, ModelReference, OutputPath, Unhashed
-from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.prompts import PROMPT_VERSION
+from kdecs.corpus.splits import CorpusConfig
 
 
 class ExportConfig(Config):

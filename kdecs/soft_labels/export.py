@@ -1,41 +1,72 @@
 """The export of soft labels: workers take shards off a shared directory until all are there.
 
-No process group: each worker takes the lease of a shard that nobody holds (kdecs.soft_labels.leases) and labels it;
+No process group: each worker takes the lease of a shard that nobody holds (kdecs.soft_labels.claims) and labels it;
 the shard of a worker that died is taken over. Workers may be ranks of one launch, or jobs started on their own on one
 directory, on one host or several. A shard is scored in chunks that depend on the shard alone: the same bytes
 whatever the number of workers, their order, or how often they were stopped. Two workers that label one shard do no
 harm for the same reason; on GPUs, where last bits may differ, the first that finishes it wins.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdecs.artifact import Manifest, read_manifest, sha256_of_file
+from kdecs.artifact import Manifest, read_manifest, sha256_of_file, whole_labels
 from kdecs.config import config_hash
+from kdecs.corpus.splits import Source, open_sources
 from kdecs.errors import ArtifactError
+from kdecs.soft_labels.claims import (
+    KIND,
+    Lease,
+    Leases,
+    check_output,
+    check_teacher_corpus,
+    open_job,
+    remove_litter,
+)
 from kdecs.soft_labels.completion import complete_export
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.soft_labels.format import QUARANTINE_DIRECTORY, shard_name, write_shard
-from kdecs.soft_labels.interfaces import Company, Independent, Scorer, Stop, Worker
-from kdecs.soft_labels.job import KIND, check_output, check_teacher_corpus, open_job
-from kdecs.soft_labels.leases import Lease, Leases
-from kdecs.soft_labels.litter import remove_litter
-from kdecs.soft_labels.pace import long_shard_warning
-from kdecs.soft_labels.plan import PLAN_DIRECTORY, Plan, PlanKind, batching_of, make_plan, open_plan
-from kdecs.soft_labels.records import (
+from kdecs.soft_labels.format import (
+    QUARANTINE_DIRECTORY,
     WORK_DIRECTORY,
     ShardRecord,
     has_recorded_size,
     is_as_recorded,
     read_record,
     record_path,
+    shard_name,
+    write_shard,
 )
-from kdecs.soft_labels.seal import whole_labels
-from kdecs.soft_labels.shard_scoring import LeaseLost, ShardScoring
-from kdecs.soft_labels.sources import Source, open_sources
+from kdecs.soft_labels.plan import PLAN_DIRECTORY, Plan, PlanKind, batching_of, make_plan, open_plan
+from kdecs.soft_labels.scoring import Company, Independent, LeaseLost, Scorer, ShardScoring, Stop, Worker
+
+LONG_SHARD_S = 3600.0
+WANTED_SHARD_S = 600.0
+MEASURED_AFTER_S = 60.0
+"""A rate is believed once a shard was worked on for so long: a device's first batches are slow."""
+
+MAX_SHARDS = 100_000
+
+
+def long_shard_warning(num_shards: int, *, num_pairs: int, num_scored: int, seconds: float) -> str | None:
+    """One line where a shard of `num_pairs` takes longer than LONG_SHARD_S at the rate measured so far, else None.
+
+    `num_shards` is the config's; the line names a number with which a shard takes WANTED_SHARD_S.
+    """
+    if not num_scored or seconds < MEASURED_AFTER_S:
+        return None
+    shard_s = seconds / num_scored * num_pairs
+    if shard_s <= LONG_SHARD_S:
+        return None
+    wanted = min(MAX_SHARDS, math.ceil(num_shards * shard_s / WANTED_SHARD_S))
+    return (
+        f"warning: at {num_scored / seconds:,.1f} pairs a second a shard takes {shard_s / 3600:.1f} hours, and a "
+        f"worker that is stopped loses the shard in hand; with num_shards: {wanted} (in another output) it is "
+        f"{WANTED_SHARD_S / 60:.0f} minutes"
+    )
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kdecs.artifact import Manifest, sha256_of_file
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Dialogue
+from kdecs.corpus.splits import Source
 from kdecs.errors import CorpusError
-from kdecs.soft_labels.format import SPLITS
-from kdecs.soft_labels.records import read_checked, write_checked
-from kdecs.soft_labels.sources import Source
+from kdecs.soft_labels.format import SPLITS, read_checked, write_checked
 
 EXPORT_UNIVERSE: Universe = "fold1+neutral"
 """What is exported: the pairs that students train on and predict for scoring, of every split."""

@@ -51,8 +51,8 @@ def predict(
     """
     if output is None and not show:
         raise typer.BadParameter("nothing to do: give --output FILE, or --show to print the dialogues")
-    from kdecs.student.prediction import Student
-    from kdecs.student.prediction_files import FileRequest, predict_file
+    from kdecs.student.predict.files import FileRequest, predict_file
+    from kdecs.student.predict.predictor import Student
 
     predict_file(
         FileRequest(input, output, max_distance, batch_tokens, offsets, show, example and not show),

@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdecs.config import Config, InputPath, ModelReference, Name, Optimization, OutputPath, Unhashed
-from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.schema import KNOWN_EMOTIONS
+from kdecs.corpus.splits import CorpusConfig
 
 Mode = Literal["kd", "joint", "cls", "span_only"]
 

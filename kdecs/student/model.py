@@ -3,12 +3,13 @@
 Legend: B prompts, T tokens, H hidden, E emotions, A connective answer words, M tokens of u_j's copy,
 S = M + 1 span places (0 = no span), L longest prompt.
 
-States are computed to the end only where they are read (kdecs.student.last_layer). The head of the language model sees
+States are computed to the end only where they are read (kdecs.student.model). The head of the language model sees
 only those at the word masks, and only the answer rows of the output embedding are multiplied. Which outputs there are
 is the mode's (`Outputs`): Eq. 13's, or those of the ablations.
 """
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,53 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.errors import ModelError
-from kdecs.quiet import without_progress_bars, without_reports
-from kdecs.student.last_layer import EncoderStates
+from kdecs.models import without_progress_bars, without_reports
 from kdecs.student.priors import Priors
+
+
+class EncoderStates:
+    """States of an encoder's last layer at places of each prompt.
+
+    Layers of BERT's build (RoBERTa, XLM-R, BERT and its kin) compute the last feed-forward there alone; of others,
+    and of an encoder that is `compile`d as a whole, the places are taken from all states.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+        self._places = threading.local()  # a served student answers several requests at once
+        self._is_narrow = False
+        layers = getattr(getattr(encoder, "encoder", None), "layer", None)
+        last: Any = None if layers is None else layers[-1]
+        # A base may ask for the feed-forward in chunks of tokens: then it is not called with all of them.
+        if hasattr(last, "feed_forward_chunk") and not encoder.config.chunk_size_feed_forward:
+            self._is_narrow = True
+            self._whole = last.feed_forward_chunk
+            last.feed_forward_chunk = self._feed_forward
+
+    def compile(self) -> None:
+        """Compile the encoder with symbolic lengths: they differ from batch to batch."""
+        self._is_narrow = False
+        self.encoder.compile(dynamic=True)
+
+    def __call__(self, token_ids_BT: Tensor, attention_BT: Tensor, places_BP: Tensor) -> Tensor:
+        """(B, P, H): the states at the places; a place may stand several times."""
+        if not self._is_narrow:
+            return _at(self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0], places_BP)
+        self._places.now = places_BP
+        try:
+            return self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0]
+        finally:
+            self._places.now = None
+
+    def _feed_forward(self, states_BTH: Tensor) -> Tensor:
+        places_BP = getattr(self._places, "now", None) if self._is_narrow else None
+        return self._whole(states_BTH if places_BP is None else _at(states_BTH, places_BP))
+
+
+def _at(states_BTH: Tensor, places_BP: Tensor) -> Tensor:
+    index = places_BP.unsqueeze(-1).expand(-1, -1, states_BTH.size(-1))
+    return torch.gather(states_BTH, 1, index)
+
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from kdecs.config import CONFIG_NAME
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.errors import ArtifactError
-from kdecs.quiet import without_progress_bars
+from kdecs.models import without_progress_bars
 from kdecs.student.model import (
     CauseBy,
     Outputs,

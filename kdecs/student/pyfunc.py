@@ -12,12 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdecs.corpus.decoding import NotJson, decode_json, shorten
+from kdecs.corpus.checking import Checker, NotJson, decode_json, shorten
 from kdecs.corpus.schema import Dialogue
-from kdecs.corpus.validation import Checker
 from kdecs.errors import CorpusError
-from kdecs.student.prediction import Student
-from kdecs.student.streaming import offsets_of
+from kdecs.student.predict.predictor import Student, offsets_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,21 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from kdecs.artifact import MANIFEST_NAME, is_complete, read_manifest
 from kdecs.config import config_hash, input_checksums, write_config
+from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.evaluation.predictions import write_predictions
 from kdecs.runtime import (
@@ -24,35 +31,231 @@ from kdecs.runtime import (
     StopSignal,
     any_rank,
     gather_objects,
+    on_main_first,
     return_freed_memory,
+    seed_everything,
     warn_of_emulation,
 )
-from kdecs.schedule import learning_rate_at
 from kdecs.student.batches import Ints, epoch_batches, rank_share
-from kdecs.student.best import install_best, keep_best, save_best
-from kdecs.student.checkpoint import Progress, load_checkpoint, remove_checkpoint, save_checkpoint
 from kdecs.student.config import StudentConfig
-from kdecs.student.epoch_metrics import (
-    epoch_line,
-    epoch_metrics,
-    no_sums,
-    scores_line,
-    step_sums,
-    summed_over_ranks,
-    teacher_lineage,
+from kdecs.student.data import TrainingData, given_emotions, load_training_data
+from kdecs.student.decision import DEFAULT_THRESHOLD, DecisionRule, Level, Validation, autocast, validate
+from kdecs.student.losses import LossParts, adamw, loss_parts, set_learning_rate, step_loss, step_seed
+from kdecs.student.model import (
+    StudentModel,
+    load_language_model,
+    load_tokenizer,
+    longest_prompt,
+    student_answer_ids,
 )
-from kdecs.student.inference import autocast
-from kdecs.student.objective import adamw, loss_parts, set_learning_rate, step_loss, step_seed
-from kdecs.student.preparation import begin_at_training, prepare
+from kdecs.student.priors import begin_at_counts
 from kdecs.student.product import (
     STUDENT_NAMES,
     VALIDATION_NAME,
+    StudentCard,
     finish_student,
     save_student,
     write_metrics,
 )
-from kdecs.student.threshold import Level
-from kdecs.student.validation import DecisionRule, validate
+from kdecs.training.checkpoint import (
+    Progress,
+    install_best,
+    keep_best,
+    load_checkpoint,
+    remove_checkpoint,
+    save_best,
+    save_checkpoint,
+)
+from kdecs.training.loop import learning_rate_at
+
+_PROBE_PAIRS = 64  # the untrained logits' means are taken over so many
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A student before its training, on the rank's device; the card has no chosen decision yet."""
+
+    tokenizer: Any
+    model: StudentModel
+    data: TrainingData
+    card: StudentCard
+
+
+def prepare(config: StudentConfig, runtime: Runtime) -> Prepared:
+    """Load what a config names. Collective: rank 0 builds caches first. Raises what loading the inputs raises."""
+    seed_everything(config.optimization.seed)
+    tokenizer = load_tokenizer(config.model.base)
+    language_model = load_language_model(config.model.base, logs=runtime.is_main)
+    max_prompt_tokens = longest_prompt(tokenizer, language_model, config.model.max_prompt_tokens)
+    data: TrainingData = on_main_first(
+        lambda: load_training_data(config, tokenizer, max_prompt_tokens), runtime
+    )
+    card = _first_card(config, data.emotions, max_prompt_tokens)
+    model = StudentModel(
+        language_model,
+        student_answer_ids(tokenizer, data.emotions, config.model.stand_ins),
+        span_head=config.model.span_head,
+        max_prompt_tokens=max_prompt_tokens,
+        outputs=card.outputs,
+    )
+    return Prepared(tokenizer, model.to(runtime.device), data, card)
+
+
+def begin_at_training(model: StudentModel, data: TrainingData, device: torch.device) -> None:
+    """Set the priors from the counts of the training pairs, given what the untrained logits are on some of them."""
+    assert model.priors is not None
+    gold = data.rows[data.is_gold[data.rows]]
+    some = gold[np.unique(np.linspace(0, len(gold) - 1, _PROBE_PAIRS).astype(int))]
+    some = some[np.argsort(data.train.num_tokens[some], kind="stable")]
+    emotions, connectives = [], []
+    model.eval()
+    with torch.inference_mode():
+        for rows in np.array_split(some, max(1, len(some) // 16)):
+            batch, _ = data.batch(rows, np.ones(len(rows), dtype=np.float32))
+            output = model(batch.to(device))
+            emotions.append(output.emotion_BE)
+            connectives.append(output.connective_BA)
+    begin_at_counts(
+        model.priors,
+        data.counts(),
+        None if emotions[0] is None else torch.cat(emotions),
+        None if connectives[0] is None else torch.cat(connectives),
+        is_classifier=model.classifier is not None,
+    )
+
+
+def _first_card(config: StudentConfig, emotions: tuple[str, ...], max_prompt_tokens: int) -> StudentCard:
+    return StudentCard(
+        emotions=emotions,
+        stand_ins=config.model.stand_ins,
+        connectives=CONNECTIVES,
+        span_head=config.model.span_head,
+        max_prompt_tokens=max_prompt_tokens,
+        prompt_version=PROMPT_VERSION,
+        threshold=DEFAULT_THRESHOLD,
+        mode=config.distillation.mode,
+        task=config.task,
+        priors=config.model.priors == "training",
+        given_emotions=given_emotions(config),
+        history_utterances=config.model.history_utterances,
+    )
+
+
+_EMOTION_KEY = "emotion_accuracy"
+_PARTS = ("emotion", "span", "distillation", "cause")
+
+
+def no_sums(device: torch.device) -> Tensor:
+    """Zeros for the sums over pairs of: the loss, and each of its parts."""
+    return torch.zeros(1 + len(_PARTS), dtype=torch.float64, device=device)
+
+
+def step_sums(loss: Tensor, parts: LossParts, num_pairs: float) -> Tensor:
+    """A step's share of the sums: batch means times the number of pairs; a part that there is not counts 0."""
+    values = [getattr(parts, name) for name in _PARTS]
+    zero = loss.new_zeros(())
+    return torch.stack([loss, *(zero if value is None else value for value in values)]).double() * num_pairs
+
+
+def summed_over_ranks(sums: Tensor, runtime: Runtime) -> Tensor:
+    """The sums of all ranks. Collective."""
+    if runtime.world_size == 1:
+        return sums
+    total = sums.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def epoch_metrics(
+    config: StudentConfig,
+    validation: Validation,
+    sums: Tensor,
+    *,
+    epoch: int,
+    step: int,
+    seconds: float,
+    num_pairs: int,
+) -> dict[str, float]:
+    """One epoch's line: means of the losses over its pairs, speed, and the scores on validation (percent).
+
+    A student that is given the emotions has no score of theirs: it would only copy them.
+    """
+    predicts_emotions = config.model.given_emotions == "none"
+    loss, *parts = (sums / num_pairs).tolist()
+    names = _loss_names(config)
+    return {
+        "epoch": epoch,
+        "step": step,
+        "time": time.time(),
+        "train_loss": loss,
+        **{names[part]: value for part, value in zip(_PARTS, parts, strict=True) if part in names},
+        "train_pairs_per_s": num_pairs / max(seconds, 1e-9),
+        "threshold": validation.threshold,
+        "neutral_offset": validation.neutral_offset,
+        **{
+            key: value
+            for key, value in validation.scores.values.items()
+            if predicts_emotions or not (key == _EMOTION_KEY or key.startswith("strict_"))
+        },
+    }
+
+
+def epoch_line(metrics: dict[str, float], criterion: str) -> str:
+    """What the terminal shows of an epoch."""
+    return (
+        f"epoch {metrics['epoch']}: loss {metrics['train_loss']:.4f}, valid {scores_line(metrics, criterion)}, "
+        f"{metrics['train_pairs_per_s']:.0f} pairs/s"
+    )
+
+
+def scores_line(metrics: dict[str, float], criterion: str) -> str:
+    """The scores that an epoch is chosen by, and what stands beside: of spans, or of utterances (task ecpe)."""
+    level = criterion.removesuffix("macro_f1")
+    line = (
+        f"{level.replace('_', ' ')}macro F1 {metrics[criterion]:.2f} "
+        f"(Pos {metrics[level + 'positive_f1']:.2f}, Neg {metrics[level + 'negative_f1']:.2f})"
+    )
+    if not level:
+        line += f", EM {metrics['exact_match']:.2f}"
+    if _EMOTION_KEY in metrics:
+        line += f", emotion accuracy {metrics[_EMOTION_KEY]:.2f}"
+    return line
+
+
+def _loss_names(config: StudentConfig) -> dict[str, str]:
+    """Part -> name in the metrics, for the parts that the mode uses."""
+    distillation = config.distillation
+    cause = {"cls": "classifier", "span_only": ""}.get(distillation.mode, "connective")
+    if distillation.mode == "kd" and distillation.hard_weight == 0:
+        cause = ""
+    used = {
+        "emotion": "emotion" if config.model.given_emotions == "none" else "",
+        "span": "span" if config.task == "ecspe" else "",
+        "distillation": "distillation" if distillation.mode == "kd" else "",
+        "cause": cause,
+    }
+    return {part: f"train_{name}_loss" for part, name in used.items() if name}
+
+
+def teacher_lineage(config: StudentConfig) -> dict[str, Any] | None:
+    """What the soft labels say of where they come from; None without distillation.
+
+    Of several teachers the first stands as one alone would, all of them in `teachers`, with their weights.
+    """
+    used = config.distillation.used_teachers
+    if not used:
+        return None
+    lineages = []
+    for teacher in used:
+        manifest = read_manifest(teacher.labels, "soft-labels")
+        lineages.append(
+            {"inputs": manifest.inputs, "soft_labels_hash": manifest.config_hash, "details": manifest.details}
+        )
+    if len(used) == 1:
+        return lineages[0]
+    weighed = [{**lineage, "weight": teacher.weight} for lineage, teacher in zip(lineages, used, strict=True)]
+    return {**lineages[0], "teachers": weighed}
+
 
 OnEpoch = Callable[[dict[str, float]], None]
 _CHECK_STEPS = 20  # between two looks at a flag of the device, or at the other ranks

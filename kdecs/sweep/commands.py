@@ -7,8 +7,7 @@ import typer
 
 from kdecs.artifact import read_manifest
 from kdecs.errors import ArtifactError, DependencyError
-
-REPORT_FOLDER = "report"
+from kdecs.sweep.config import REPORT_FOLDER
 
 
 def report(
@@ -21,7 +20,7 @@ def report(
 def write_report_of(sweep: Path) -> Path:
     """Write a sweep's report and return its page. Raises DependencyError where a package for it is missing."""
     try:
-        from kdecs.sweep.report import write_report
+        from kdecs.sweep.report.page import write_report
     except ModuleNotFoundError as error:
         raise DependencyError(
             f"{error.name} is not installed, which reports need; install it with: pip install 'kdecs[sweep]'"

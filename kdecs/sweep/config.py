@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed
-from kdecs.run_record import TrackingConfig
+from kdecs.tracking.record import TrackingConfig
+
+REPORT_FOLDER = "report"
 
 
 class Dimension(Config):

@@ -22,26 +22,24 @@ from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest,
 from kdecs.config import CONFIG_NAME, input_checksums, write_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
 from kdecs.runtime import StopSignal
-from kdecs.sweep.build import build_teachers, refuse_missing
 from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import SweepConfig
-from kdecs.sweep.delivery import Delivery
-from kdecs.sweep.machine import ENVIRONMENT_NAME, write_environment
 from kdecs.sweep.progress import SweepProgress, duration
-from kdecs.sweep.ray_process import RAY_LOG_NAME, Follow, run_with_ray
-from kdecs.sweep.ray_trials import Plan
-from kdecs.sweep.results import (
+from kdecs.sweep.ray import RAY_LOG_NAME, Follow, Plan, run_with_ray
+from kdecs.sweep.search import SEARCH_NAME, Search, Stage
+from kdecs.sweep.space import Trial, missing_teachers, tried_teachers, with_absolute_paths
+from kdecs.sweep.status import (
     BASELINES_NAME,
     SELECTION_METRIC,
     TRIALS_NAME,
     TrialResult,
     trial_result,
+    trivial_scores_on_validation,
     write_results,
 )
-from kdecs.sweep.search import SEARCH_NAME, Search, Stage
-from kdecs.sweep.space import Trial, missing_teachers, tried_teachers, with_absolute_paths
-from kdecs.sweep.trial import DEFAULT_TRAINER, TrialRun, settle
-from kdecs.sweep.trivial import trivial_scores_on_validation
+from kdecs.sweep.teachers import build_teachers, refuse_missing
+from kdecs.sweep.tracking import Delivery
+from kdecs.sweep.trial import DEFAULT_TRAINER, ENVIRONMENT_NAME, TrialRun, settle, write_environment
 
 Runner = Callable[[Plan, StopSignal, Follow], None]
 

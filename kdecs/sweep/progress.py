@@ -1,8 +1,16 @@
-"""The live state of a sweep: a table on a terminal, a line a finished trial elsewhere."""
+"""What a sweep would do: its trials, which are complete or to be had, what the rest will take, what is missing."""
 
+import json
+import math
+import os
+import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -10,8 +18,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kdecs.artifact import is_complete
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.splits import CorpusConfig, training_dialogues
+from kdecs.errors import ConfigError, KdecsError
 from kdecs.sweep.config import SweepConfig
-from kdecs.sweep.results import TrialResult
+from kdecs.sweep.search import Search
+from kdecs.sweep.space import Trial, missing_teachers
+from kdecs.sweep.status import TrialResult, trial_result
+from kdecs.sweep.teachers import build_commands
+from kdecs.sweep.trial import find_student, read_status
+from kdecs.tracking.record import METRICS_NAME, read_points
 
 _MOVING = ("running", "stopped")
 _ENDED = ("complete", "pruned", "failed")
@@ -152,3 +169,163 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+_CHARACTERS_A_TOKEN = 4.0
+_GPU_TFLOPS = 40.0  # what a data-centre GPU keeps up in such a training, not its peak
+_CORE_TFLOPS = 0.03
+_PARAMETERS = {"roberta-base": 0.125e9, "roberta-large": 0.355e9, "bert-base-uncased": 0.11e9}
+_USUAL_PARAMETERS = 0.125e9
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Hours of one trial after another, and where the figure comes from."""
+
+    seconds: float
+    source: str
+
+
+def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[Trial]) -> Estimate:
+    """What the trials in `left` take, summed. `trials` are all of the sweep: complete ones are the measure."""
+    measured = [rate for trial in trials if (rate := _seconds_an_epoch(config, trial)) is not None]
+    if measured:
+        mean = sum(measured) / len(measured)
+        seconds = sum(mean * trial.config.optimization.epochs for trial in left)
+        return Estimate(seconds, f"measured: {len(measured)} trials, {mean:.1f} s an epoch")
+    tflops = config.effective_tflops or (
+        _GPU_TFLOPS * config.gpus_per_trial if config.gpus_per_trial else _CORE_TFLOPS * config.cpus_per_trial
+    )
+    seconds = sum(_operations(trial) for trial in left) / (tflops * 1e12)
+    return Estimate(seconds, f"arithmetic: {tflops:g} TFLOP/s a trial (set effective_tflops), all epochs")
+
+
+def _seconds_an_epoch(config: SweepConfig, trial: Trial) -> float | None:
+    store = config.store or config.output.parent / "students"
+    places = [trial.directory if is_complete(trial.directory, "student", trial.config_hash) else None]
+    places.append(find_student(store, trial.config_hash) if trial.config_hash else None)
+    for place in places:
+        status = read_status(place) if place else None
+        points = read_points(place / METRICS_NAME) if place else []
+        if status and status.seconds and points:
+            return status.seconds / len(points)
+    return None
+
+
+def _operations(trial: Trial) -> float:
+    config = trial.config
+    tokens = _training_tokens(config.corpus.model_dump_json(), config.model.max_prompt_tokens)
+    return 6 * _parameters(config.model.base) * tokens * config.optimization.epochs
+
+
+@cache
+def _training_tokens(corpus: str, longest: int) -> float:
+    """Tokens of an epoch, from the characters of every pair's prompt; 0 where the corpus cannot be read yet."""
+    try:
+        dialogues = training_dialogues(CorpusConfig.model_validate_json(corpus))
+    except KdecsError:
+        return 0.0
+    total = 0.0
+    for dialogue in dialogues:
+        lengths = [len(utterance.text) for utterance in dialogue.utterances]
+        for pair in pairs_of(dialogue, "fold1+neutral"):
+            characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + 120
+            total += min(characters / _CHARACTERS_A_TOKEN, longest)
+    return total
+
+
+@cache
+def _parameters(base: str) -> float:
+    """Parameters of a base by its config or weights, or by name."""
+    folder = Path(base)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    if weights:
+        config = folder / "config.json"
+        dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.is_file() else None
+        return weights / (2 if dtype in ("bfloat16", "float16") else 4)
+    return _PARAMETERS.get(folder.name, _USUAL_PARAMETERS)
+
+
+def print_plan(config: SweepConfig) -> None:
+    """Print every trial with its state, then the hours left by estimate and the teachers that are missing."""
+    search = Search(config, planned=True)
+    if not missing_teachers(config):
+        search.refuse_other_search()
+    table = Table("trial", "id", "state", "epochs", "macro F1", "time", title=f"sweep {config.name}")
+    known, left, reused = search.trials(), [], 0
+    for trial, stage in known.values():
+        done = bool(trial.config_hash) and is_complete(trial.directory, "student", trial.config_hash)
+        result = trial_result(trial, complete=done, living=True, stage=stage)
+        state = result.status
+        if not trial.config_hash:
+            state = "no labels"
+        elif not done and config.reuse_students and _is_stored(config, trial):
+            state, reused = "in the store", reused + 1
+        elif not done and not (stage == "search" and state == "pruned"):
+            left.append(trial)
+        if not trial.config_hash:
+            left.append(trial)
+        table.add_row(
+            trial.label,
+            trial.id if trial.config_hash else "",
+            state,
+            str(trial.config.optimization.epochs),
+            f"{result.score:.2f}" if result.has_score else "",
+            duration(result.seconds) if result.seconds else "",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    number = search.num_trials()
+    done_count = len(known) - len(left) - reused
+    line = f"{number} trials, {done_count} complete, {number - done_count - reused} to train"
+    console.print(line + (f", {reused} in the store" if reused else ""), soft_wrap=True)
+    if number > len(known):
+        console.print(
+            f"{number - len(known)} of them become known during the search ({config.search.method})",
+            soft_wrap=True,
+        )
+    example = search.example()
+    measure = [example] if example else [trial for trial, _ in known.values()]
+    _print_hours(console, config, measure, left, number - len(known))
+    _print_missing(console, config)
+
+
+def _print_hours(
+    console: Console, config: SweepConfig, trials: list[Trial], left: list[Trial], num_unknown: int
+) -> None:
+    if not left and not num_unknown:
+        return
+    estimate = estimate_left(config, trials, left or trials)
+    mean = estimate.seconds / max(1, len(left or trials))
+    seconds = mean * (len(left) + num_unknown)
+    at_a_time = config.max_concurrent_trials or _at_a_time_here(config)
+    unit = "GPU" if config.gpus_per_trial else "CPU"
+    hours = seconds / 3600 * (config.gpus_per_trial or config.cpus_per_trial)
+    when = f"about {duration(seconds / at_a_time)} with {at_a_time} at a time, " if at_a_time else ""
+    console.print(f"{when}{hours:.1f} {unit} hours ({estimate.source})", soft_wrap=True)
+
+
+def _at_a_time_here(config: SweepConfig) -> int | None:
+    """Trials at a time on this machine's cores; None where GPUs or a cluster decide."""
+    if config.gpus_per_trial or config.ray_address:
+        return None
+    return max(1, math.floor(len(os.sched_getaffinity(0)) / config.cpus_per_trial))
+
+
+def _is_stored(config: SweepConfig, trial: Trial) -> bool:
+    if read_points(trial.directory / METRICS_NAME):  # it goes on with its own epochs
+        return False
+    return find_student(config.store or config.output.parent / "students", trial.config_hash) is not None
+
+
+def _print_missing(console: Console, config: SweepConfig) -> None:
+    for name in missing_teachers(config):
+        labels = config.teachers[name].labels
+        try:
+            commands = build_commands(config, name)
+        except ConfigError:
+            console.print(f"teacher {name}: no soft labels at {labels}; export them first", soft_wrap=True)
+            continue
+        console.print(f"teacher {name}: no soft labels at {labels}; --build runs", soft_wrap=True)
+        for _, arguments in commands:
+            console.print(f"  {shlex.join(arguments)}", soft_wrap=True, style="dim")

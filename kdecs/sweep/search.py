@@ -20,7 +20,6 @@ from typing import Any
 from kdecs.artifact import content_checksum, write_json, write_text
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TpeSearch
-from kdecs.sweep.results import TrialResult
 from kdecs.sweep.space import (
     SEED_KEY,
     Trial,
@@ -33,6 +32,7 @@ from kdecs.sweep.space import (
     tried_teachers,
     unique_trials,
 )
+from kdecs.sweep.status import TrialResult
 
 SUGGESTIONS_NAME = "suggestions.jsonl"
 SEARCH_NAME = "search.json"

@@ -12,12 +12,12 @@ from ray.tune.search import Searcher
 
 from kdecs.config import write_config
 from kdecs.errors import DependencyError
-from kdecs.run_record import METRICS_NAME, read_points
 from kdecs.sweep.config import Dimension, SweepConfig, TpeSearch
-from kdecs.sweep.results import best_point
 from kdecs.sweep.search import points_digest, read_suggestions, search_point, write_suggestions
 from kdecs.sweep.space import SEED_KEY, Trial, make_trial, readable
+from kdecs.sweep.status import best_point
 from kdecs.sweep.trial import read_status
+from kdecs.tracking.record import METRICS_NAME, read_points
 
 _MAX_REPEATS = 30  # asks for a point that is new, before the space counts as exhausted
 

@@ -4,7 +4,7 @@ A trial's directory is a student artifact (its manifest makes it complete) that 
 
     trial.json   {status, started, finished, seconds, attempts, stalled, epoch, error, run, reused_from}
     log.txt      what the training printed, all attempts
-    environment.json, system.jsonl   the machine (kdecs.sweep.machine)
+    environment.json, system.jsonl   the machine (kdecs.sweep.trial)
     .lock        held while a process trains here; the kernel frees it when that process dies
 
 Status is running, complete, failed, stopped, or pruned (by the search, for its metrics). A `running` trial without a
@@ -17,22 +17,180 @@ import importlib
 import json
 import os
 import pickle
+import platform
+import shutil
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, write_json, write_text
+import psutil
+
+from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json, write_text
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped
-from kdecs.run_record import METRICS_NAME, read_points
 from kdecs.runtime import StopSignal, start_runtime
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.machine import sampled_load, write_environment
-from kdecs.sweep.store import add_student, find_student, take_student, training_lock
+from kdecs.tracking.record import METRICS_NAME, environment_tags, read_points
+
+ENVIRONMENT_NAME = "environment.json"
+SYSTEM_NAME = "system.jsonl"
+_PACKAGES = ("kdecs", "torch", "transformers", "deepspeed", "peft", "ray", "mlflow", "pyarrow", "numpy")
+_INTERVAL_S = 10.0
+_MIB = 1 << 20
+
+
+def write_environment(directory: Path) -> None:
+    """Replace `environment.json` of a trial or sweep."""
+    write_json(directory / ENVIRONMENT_NAME, environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and device of this process."""
+    found: dict[str, Any] = {
+        **environment_tags(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "packages": _versions(),
+    }
+    cuda = _cuda()
+    if cuda is not None:
+        found["gpu"] = cuda.get_device_name(0)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _cuda() -> Any:
+    """torch.cuda where this process uses it; torch is not imported for this."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+@contextlib.contextmanager
+def sampled_load(directory: Path, *, interval_s: float = _INTERVAL_S) -> Iterator[None]:
+    """Append a sample of this machine's and process' load to `system.jsonl` at both ends and in between."""
+    ended = threading.Event()
+    process = psutil.Process()
+    psutil.cpu_percent(None)  # the first call measures nothing
+    process.cpu_percent(None)
+
+    def append() -> None:
+        line = json.dumps({"time": time.time(), **load(process)})
+        with (directory / SYSTEM_NAME).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def sample() -> None:
+        while not ended.wait(interval_s):
+            append()
+
+    sampler = threading.Thread(target=sample, daemon=True, name="load")
+    sampler.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        sampler.join()
+        append()
+
+
+def read_samples(path: Path) -> list[dict[str, float]]:
+    """The samples of a `system.jsonl`; one that was cut by a kill is left out."""
+    found: list[dict[str, float]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def load(process: psutil.Process) -> dict[str, float]:
+    """The load now: percent and MiB since the last call of this process."""
+    memory = psutil.virtual_memory()
+    found = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(None),
+        "system/system_memory_usage_megabytes": (memory.total - memory.available) / _MIB,
+        "system/trial_cpu_utilization_percentage": process.cpu_percent(None),
+        "system/trial_memory_usage_megabytes": process.memory_info().rss / _MIB,
+    }
+    cuda = _cuda()
+    if cuda is not None and cuda.is_initialized():
+        free, total = cuda.mem_get_info()
+        found["system/gpu_0_memory_usage_megabytes"] = (total - free) / _MIB
+        found["system/gpu_0_memory_usage_percentage"] = 100 * (total - free) / total
+        found["system/trial_gpu_memory_usage_megabytes"] = cuda.memory_reserved() / _MIB
+        with contextlib.suppress(ModuleNotFoundError):  # NVIDIA's own bindings are optional
+            found["system/gpu_0_utilization_percentage"] = float(cuda.utilization())
+    return found
+
+
+_POLL_S = 1.0
+
+
+def find_student(store: Path, digest: str) -> Path | None:
+    """The directory of a finished student with this config hash, or None."""
+    target = (store / digest).resolve()
+    with contextlib.suppress(ArtifactError):  # damaged since: it is trained again
+        if is_complete(target, "student", digest):
+            return target
+    return None
+
+
+def add_student(store: Path, digest: str, directory: Path) -> None:
+    """Note where a finished student lies; a link that leads nowhere is replaced."""
+    if find_student(store, digest):
+        return
+    store.mkdir(parents=True, exist_ok=True)
+    temporary = store / f".{digest}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(directory, store))
+    os.replace(temporary, store / digest)
+
+
+def take_student(source: Path, target: Path) -> None:
+    """Make `target` a finished student from the files of `source`, without a second copy on disk where possible."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in [*(entry.path for entry in read_manifest(source, "student").files), MANIFEST_NAME]:
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source / name, temporary)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(source / name, temporary)
+        os.replace(temporary, place)
+
+
+@contextlib.contextmanager
+def training_lock(store: Path, digest: str, should_stop: Callable[[], bool]) -> Iterator[bool]:
+    """Wait until nobody else trains this student and hold the right to; yields False once a stop is asked for."""
+    path = store / ".locks" / digest
+    while True:
+        with file_lock(path, blocking=False) as held:
+            if held:
+                yield True
+                return
+        if should_stop():
+            yield False
+            return
+        time.sleep(_POLL_S)
+
 
 STATUS_NAME = "trial.json"
 LOG_NAME = "log.txt"
@@ -243,7 +401,7 @@ def restore_metrics(directory: Path, digest: str) -> None:
     """
     import torch
 
-    from kdecs.student.checkpoint import CHECKPOINT_NAME
+    from kdecs.training.checkpoint import CHECKPOINT_NAME
 
     path = directory / CHECKPOINT_NAME
     if not path.is_file():

@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Unhashed
-from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.prompts import PROMPT_VERSION
-from kdecs.run_record import TrackingConfig
+from kdecs.corpus.splits import CorpusConfig
+from kdecs.tracking.record import TrackingConfig
 
 BATCHES_VERSION = 2
 """Of how pairs are dealt to optimizer steps: a checkpoint of other steps must not go on."""

@@ -5,30 +5,264 @@ Behind one interface: encode a pair's prompt, run a batch of prompts, give the h
 Shapes: P prompts, T tokens of the longest, N packed tokens, H hidden, A answer words, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
 )
 
+from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
+from kdecs.corpus.prompts import TeacherPrompt, kept_tokens, teacher_prompt
+from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ModelError
+from kdecs.models import without_reports
 from kdecs.teacher.config import ModelConfig, TreeAttention
-from kdecs.teacher.family import EncodedPrompt, Family, first_line, language_model, load_tokenizer
-from kdecs.teacher.prefix_tree import pack
-from kdecs.teacher.tree_attention import (
-    FLEX_BLOCK,
-    mask_arguments,
-    resolve,
-    use_tree_attention,
-)
+from kdecs.teacher.tree.attention import FLEX_BLOCK, mask_arguments, resolve, use_tree_attention
+from kdecs.teacher.tree.prefix_tree import pack
+
+logger = logging.getLogger(__name__)
+
+HEADS = ("lm_head.", "cls.")  # names that a language model's head begins with
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A pair's prompt in tokens; `answer` is the index whose output predicts the connective.
+
+    `cut`: what an over-long prompt lost, its oldest history alone or text of u_i or u_j too.
+    """
+
+    tokens: np.ndarray
+    answer: int
+    cut: Literal["nothing", "history", "text"] = "nothing"
+
+
+class Family(ABC):
+    """One kind of teacher: its tokenizer, answer tokens, prompt and forward."""
+
+    name: ClassVar[str]
+    auto_model: ClassVar[Any]
+    lora_task: ClassVar[str]
+    can_share_prefixes: ClassVar[bool] = False
+    answer_context: ClassVar[tuple[str, str]]
+    """Text before and after the connective where it stands in the prompt."""
+    tree_attention: TreeAttention = "auto"
+
+    def __init__(self, reference: str, *, max_prompt_tokens: int, emotions_shown: str) -> None:
+        self.tokenizer = load_tokenizer(reference)
+        self.max_prompt_tokens = max_prompt_tokens
+        self.emotions_shown = emotions_shown
+        before, after = self.answer_context
+        self.answer_ids = answer_token_ids(self.tokenizer, CONNECTIVES, before=before, after=after)
+
+    @property
+    def separator(self) -> str:
+        """What joins the utterances of the history: the tokenizer's separator, a newline where it has none."""
+        return self.tokenizer.sep_token or "\n"
+
+    def encode(self, pair: Pair) -> EncodedPrompt:
+        """The tokens of a pair's prompt, cut to `max_prompt_tokens` by dropping the oldest history."""
+        if pair.emotion is None:
+            raise ModelError(f"pair {pair.id}: the target has no emotion, which the teacher's prompt shows")
+        emotion = pair.emotion
+        if self.emotions_shown == "coarse":
+            emotion = FINE_TO_COARSE.get(emotion, emotion)
+        prompt = teacher_prompt(
+            pair.dialogue, pair.target, pair.candidate, emotion=emotion, separator=self.separator
+        )
+        encoded = self.tokenizer(prompt.text + self.answer_suffix, return_offsets_mapping=True)
+        kept = kept_tokens(encoded["offset_mapping"], prompt, self.max_prompt_tokens)
+        tokens = np.asarray(encoded["input_ids"], dtype=np.int32)[kept]
+        offsets = [encoded["offset_mapping"][n] for n in kept]
+        answer = self.answer_index(tokens, offsets, len(prompt.text))
+        return EncodedPrompt(tokens, answer, _what_was_cut(encoded["offset_mapping"], kept, prompt))
+
+    @property
+    def answer_suffix(self) -> str:
+        """What follows the words "… is" of the prompt."""
+        return ""
+
+    @abstractmethod
+    def answer_index(self, tokens: np.ndarray, offsets: Sequence[tuple[int, int]], text_end: int) -> int:
+        """Index of the token whose output predicts the connective."""
+
+    @abstractmethod
+    def hidden_at_answers(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> Tensor:
+        """Hidden states (P, H) that the output embedding maps to the connective's logits."""
+
+    @abstractmethod
+    def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
+        """Logits (P, V) over the whole vocabulary."""
+
+    def answer_logits(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
+        """Logits (P, A) of the answer words in float32, from their rows of the output embedding alone.
+
+        Where that embedding is partitioned (ZeRO-3) or adapted, all of its rows are multiplied.
+        """
+        output = language_model(network).get_output_embeddings()
+        if not _has_plain_rows(output):
+            return self.head(network, hidden_PH)[:, self.answer_ids].float()
+        bias_A = None if output.bias is None else output.bias[self.answer_ids]
+        return self._rows_of_head(network, output, output.weight[self.answer_ids], bias_A, hidden_PH)
+
+    def model_logits(self, network: nn.Module, prompt: EncodedPrompt, device: torch.device) -> Tensor:
+        """A prompt through the whole model: its own logits, and what its output embedding gave, (2, V)."""
+        model = language_model(network)
+        given: list[Tensor] = []
+        hook = model.get_output_embeddings().register_forward_hook(lambda _, __, output: given.append(output))
+        ids_PT, mask_PT, answers_P = self._padded([prompt], device)
+        try:
+            own_PTV = model(
+                input_ids=ids_PT, attention_mask=mask_PT, **self._decoder_inputs(model, device)
+            ).logits
+        finally:
+            hook.remove()
+        answer = int(answers_P[0])
+        return torch.stack([own_PTV[0, answer], given[0].reshape(own_PTV.shape)[0, answer].to(own_PTV.dtype)])
+
+    def _decoder_inputs(self, model: Any, device: torch.device) -> dict[str, Tensor]:
+        """What a model is given beside its prompt."""
+        del model, device
+        return {}
+
+    @abstractmethod
+    def _rows_of_head(
+        self,
+        network: nn.Module,
+        output: nn.Linear,
+        weight_AH: Tensor,
+        bias_A: Tensor | None,
+        hidden_PH: Tensor,
+    ) -> Tensor:
+        """`answer_logits` over rows of the output embedding."""
+
+    def load_network(
+        self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
+    ) -> nn.Module:
+        """The pretrained network from a local directory or a hub name. Raises ModelError, one line.
+
+        With `new_head` a model that comes without the language model's head gets a random one, which is logged.
+        `options` go to Transformers as they are (quantisation, device map).
+        """
+        try:
+            with without_reports():
+                network, report = self.auto_model.from_pretrained(
+                    reference, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"model {reference}: cannot be loaded as {self.name}: {why_not_loaded(reference, error)}"
+            ) from None
+        _check_weights(reference, report["missing_keys"], new_head=new_head)
+        return network
+
+    def _padded(
+        self, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (P, T), attention mask (P, T) and answer index (P,)."""
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        ids_PT = np.full((len(prompts), longest), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        mask_PT = np.zeros((len(prompts), longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids_PT[row, : len(prompt.tokens)] = prompt.tokens
+            mask_PT[row, : len(prompt.tokens)] = 1
+        answers_P = torch.tensor([prompt.answer for prompt in prompts], device=device)
+        return torch.from_numpy(ids_PT).to(device), torch.from_numpy(mask_PT).to(device), answers_P
+
+
+def _check_weights(reference: str, missing: Collection[str], *, new_head: bool) -> None:
+    """Raise ModelError where weights are random that should have been read; log a head that is new and may be.
+
+    `missing`: names as Transformers reports them, without the second ones of tied tensors.
+    """
+    lacking = sorted(key for key in missing if ".pooler." not in key)
+    of_body = [key for key in lacking if not key.startswith(HEADS)]
+    if of_body:
+        raise ModelError(
+            f"model {reference}: has no weights for {of_body[0]} ({len(of_body)} are missing), expected a whole model; "
+            "fetch or save it again"
+        )
+    if lacking and not new_head:
+        raise ModelError(
+            f"model {reference}: has no weights for the language model's head ({lacking[0]}), and LoRA would leave a "
+            "random one as it is; set lora: null, which trains it, or choose another model"
+        )
+    if lacking:
+        logger.warning(
+            "model %s: no weights for the language model's head (%s): it is new", reference, lacking[0]
+        )
+
+
+def load_tokenizer(reference: str) -> Any:
+    """A fast tokenizer from a local directory or a hub name. Raises ModelError, one line."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reference, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"tokenizer {reference}: cannot be loaded: {why_not_loaded(reference, error)}"
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"tokenizer {reference}: no fast version, which character offsets need")
+    return tokenizer
+
+
+def why_not_loaded(reference: str, error: BaseException) -> str:
+    """What a user can act on when a model or its tokenizer did not load, in one line."""
+    if HF_HUB_OFFLINE and not Path(reference).exists():
+        return (
+            "HF_HUB_OFFLINE is set and the hub's cache does not hold it whole; download it once with a network, or "
+            "give a local directory"
+        )
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for one-line errors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _what_was_cut(
+    offsets: Sequence[tuple[int, int]], kept: Sequence[int], prompt: TeacherPrompt
+) -> Literal["nothing", "history", "text"]:
+    if len(kept) == len(offsets):
+        return "nothing"
+    stays = set(kept)
+    lost = [right for n, (_, right) in enumerate(offsets) if n not in stays]
+    return "text" if max(lost) > prompt.history_end else "history"
+
+
+def language_model(network: nn.Module) -> Any:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
+
+
+def _has_plain_rows(output: nn.Module) -> bool:
+    """Whether an output embedding is a whole linear map of its own, whose rows may be taken.
+
+    Parameters are listed, not read as `output.weight`: DeepSpeed gathers a partitioned one for whoever reads it outside
+    its module, and from then on for the whole forward.
+    """
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in output.parameters())
+    return type(output) is nn.Linear and not is_partitioned
+
 
 __all__ = ["CausalFamily", "EncodedPrompt", "Family", "first_line", "load_tokenizer", "make_family"]
 

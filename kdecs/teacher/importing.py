@@ -25,10 +25,9 @@ from kdecs.errors import ConfigError, CorpusError, ModelError
 from kdecs.evaluation.metrics import utterance_scores
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.engine import check_config, check_head, tree_is_exact, tree_probes
 from kdecs.teacher.families import EncodedPrompt, Family, first_line, make_family
-from kdecs.teacher.load_checks import check_config, check_head, tree_is_exact, tree_probes
-from kdecs.teacher.network import DTYPES, TeacherNetwork, load_base
-from kdecs.teacher.objective import is_causal
+from kdecs.teacher.network import DTYPES, TeacherNetwork, is_causal, load_base
 from kdecs.teacher.product import ADAPTER_FILE, check_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -1,8 +1,6 @@
-"""The teacher as one torch module: a base network with LoRA adapters, asked for answer-word logits.
+"""A teacher's network on the meta device: exact shapes and parameter counts, no weights, no download."""
 
-Shapes: P prompts, H hidden, A answer words, V vocabulary.
-"""
-
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +8,29 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
+from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.errors import ModelError
 from kdecs.teacher.config import LoraConfig, ModelConfig
 from kdecs.teacher.families import CausalFamily, EncodedPrompt, Family, first_line
+
+
+def connective_loss(logits_PA: Tensor, is_cause_P: Tensor) -> Tensor:
+    """Sum over prompts of -log p(gold), softmax over the answer words alone, in float32.
+
+    A causal pair's gold is any causal word: p is their summed probability; a non-causal pair's is `other`.
+    """
+    log_p_PA = torch.log_softmax(logits_PA.float(), dim=-1)
+    log_causal_P = torch.logsumexp(log_p_PA[:, :NUM_CAUSAL], dim=-1)
+    return -torch.where(is_cause_P, log_causal_P, log_p_PA[:, NUM_CAUSAL]).sum()
+
+
+def is_causal(logits_PA: Tensor) -> Tensor:
+    """Boolean (P,): whether the causal words together are more probable than `other`."""
+    log_causal_P = torch.logsumexp(logits_PA[:, :NUM_CAUSAL].float(), dim=-1)
+    return log_causal_P > logits_PA[:, NUM_CAUSAL].float()
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,3 +136,48 @@ def add_lora(network: nn.Module, lora: LoraConfig, task: str) -> PeftModel:
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
     """What the optimizer moves."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+AUTO_MODELS: dict[str, tuple[Any, str]] = {
+    "causal": (AutoModelForCausalLM, "CAUSAL_LM"),
+    "seq2seq": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
+    "masked": (AutoModelForMaskedLM, "FEATURE_EXTRACTION"),
+}
+
+
+def meta_network(
+    config: Any, lora: LoraConfig | None, *, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module | PeftModel:
+    """The network of a Transformers config on the meta device; with adapters unless `lora` is None.
+
+    Raises ModelError where no family's auto class knows the config, or a LoRA target does not exist.
+    """
+    auto_model, task = AUTO_MODELS[family_of(config)]
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for a name that Transformers has renamed
+        network = auto_model.from_config(config, dtype=dtype)
+        if lora is None:
+            return network
+        return add_lora(network, lora, task)
+
+
+def family_of(config: Any) -> str:
+    """causal, seq2seq or masked: how a model of this config fills the connective. Raises ModelError."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    architectures = " ".join(getattr(config, "architectures", None) or ())
+    is_decoder = "CausalLM" in architectures or "LMHead" in architectures
+    in_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    in_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if in_masked and ("MaskedLM" in architectures or not is_decoder):
+        return "masked"
+    if in_causal:
+        return "causal"
+    raise ModelError(
+        f"model type {config.model_type!r}: no causal, seq2seq or masked language model of Transformers"
+    )

@@ -9,10 +9,13 @@ checkpoints/                                     training states (kdecs.teacher.
 manifest.json                                    names the base by checksum
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -21,13 +24,69 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdecs.artifact import MANIFEST_NAME, atomic_path, check_whole, read_manifest
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    atomic_path,
+    check_whole,
+    read_manifest,
+    sha256_of_file,
+)
 from kdecs.config import input_checksums, parse_config, read_yaml
+from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.prompts import PROMPT_VERSION, teacher_prompt
+from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ArtifactError, ModelError, TrainingError
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family, first_line, make_family
 from kdecs.teacher.network import DTYPES, load_base, trainable_parameters
+
+_WEIGHT_SUFFIXES = (".safetensors",)
+_WEIGHT_FILES = ("adapter_config.json", "model.safetensors.index.json")
+_OTHER_FILES = ("config.json", "generation_config.json", "metrics.jsonl", "README.md")
+
+
+def lineage_of(
+    directory: Path, manifest: Manifest, config: TeacherConfig, family: Family, *, dtype: str
+) -> dict[str, str]:
+    """The lineage of labels that this teacher makes (module's head)."""
+    weights = [entry for entry in manifest.files if _is_weight(entry)]
+    tokenizer = [e for e in manifest.files if not _is_weight(e) and Path(e.path).name not in _OTHER_FILES]
+    return {
+        "teacher": sha256_of_file(directory / MANIFEST_NAME),
+        "adapter": _digest([entry.path, entry.sha256] for entry in weights),
+        "tokenizer": _digest([entry.path, entry.sha256] for entry in tokenizer),
+        "base": manifest.inputs["base"],
+        "prompt_template": template_digest(family),
+        "prompt_version": str(PROMPT_VERSION),
+        "answer_words": _digest(zip(CONNECTIVES, family.answer_ids, strict=True)),
+        "emotions_shown": config.emotions_shown,
+        "name": config.name,
+        "dtype": dtype,
+    }
+
+
+def template_digest(family: Family) -> str:
+    """Checksum of what a family's prompt looks like: of a dialogue of two turns, target 2, candidates 1 and 2."""
+    turns = tuple(Utterance(n, speaker, f"text {n}", "neutral", ()) for n, speaker in ((1, "A"), (2, "B")))
+    dialogue = Dialogue("template", turns)
+    texts = [
+        teacher_prompt(dialogue, 2, candidate, emotion="joy", separator=family.separator).text
+        for candidate in (1, 2)
+    ]
+    return _digest([family.name, family.answer_suffix, *texts])
+
+
+def _is_weight(entry: FileEntry) -> bool:
+    name = Path(entry.path).name
+    return name.endswith(_WEIGHT_SUFFIXES) or name in _WEIGHT_FILES
+
+
+def _digest(values: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
+
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FOLDER = "model"

@@ -6,6 +6,7 @@ that of the mean over all its pairs. A step takes as many micro-batches as its o
 """
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,22 +19,132 @@ from tqdm import tqdm
 
 from kdecs.artifact import claim_directory, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
-from kdecs.errors import ArtifactError, Stopped, TrainingError
-from kdecs.run_record import METRICS_NAME
-from kdecs.runtime import Runtime, StopSignal, any_rank, seed_everything, warn_of_emulation
-from kdecs.schedule import learning_rate_at
-from kdecs.teacher.batches import MicroBatch, Unit, share_among_ranks
+from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
+from kdecs.evaluation.metrics import utterance_scores
+from kdecs.runtime import Runtime, StopSignal, any_rank, gather_objects, seed_everything, warn_of_emulation
 from kdecs.teacher.checkpoint import Progress, product_directory, resume, save_checkpoint
 from kdecs.teacher.config import TeacherConfig
-from kdecs.teacher.data import TeacherData
-from kdecs.teacher.engine import check_device
-from kdecs.teacher.families import Family, make_family
-from kdecs.teacher.load_checks import check_config
+from kdecs.teacher.data import (
+    MicroBatch,
+    PromptSet,
+    TeacherData,
+    Unit,
+    fixed_batches,
+    prepare_data,
+    share_among_ranks,
+)
+from kdecs.teacher.engine import (
+    check_config,
+    check_device,
+    check_head,
+    start_engine,
+    tree_is_exact,
+    tree_probes,
+)
+from kdecs.teacher.families import EncodedPrompt, Family, make_family
 from kdecs.teacher.metering import Delivery, Meter, MetricsFile
-from kdecs.teacher.objective import connective_loss
-from kdecs.teacher.preparation import prepare
+from kdecs.teacher.network import connective_loss, is_causal
 from kdecs.teacher.product import install_product
-from kdecs.teacher.validation import majority_macro_f1, prompts_and_gold, validate
+from kdecs.tracking.record import METRICS_NAME
+from kdecs.training.loop import learning_rate_at
+
+
+def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[TeacherData, Any]:
+    """Data and engine; with a tree only where this very model takes one exactly. Collective.
+
+    Raises ModelError for a model whose logits are not those of its head, or that does not take the tree that the
+    config insists on.
+    """
+    if config.batches.batching == "pairs" or not family.can_share_prefixes:
+        return _start(config, family, runtime, use_tree=False)
+    data, engine = _start(config, family, runtime, use_tree=True)
+    budget = config.batches.micro_batch_tokens
+    probes = tree_probes(data.train.pairs, data.train.prompts, max_tokens=budget)
+    if tree_is_exact(engine, engine.module, probes, runtime):
+        engine.module.use_tree = True
+        return data, engine
+    if config.batches.batching == "tree":
+        raise ModelError(
+            f"model {config.model.base}: a prefix tree does not give the logits of its prompts (a sliding window, "
+            "ALiBi or the like); set batches.batching=pairs"
+        )
+    if runtime.is_main:
+        print(f"teacher {config.name}: this model does not take a prefix tree exactly; going on with pairs")
+    engine.destroy()
+    del data, engine  # before the next one: two networks may not fit
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _start(config, family, runtime, use_tree=False)
+
+
+def _start(
+    config: TeacherConfig, family: Family, runtime: Runtime, *, use_tree: bool
+) -> tuple[TeacherData, Any]:
+    data = prepare_data(
+        config, family, use_tree=use_tree, world_size=runtime.world_size, show_progress=runtime.is_main
+    )
+    engine = start_engine(config, family, runtime, data.accumulation_steps)
+    engine.eval()
+    check_head(engine, engine.module, data.train.prompts[data.train.shortest], config.model.base)
+    return data, engine
+
+
+@torch.no_grad()
+def validate(
+    engine: Any, valid: PromptSet, config: TeacherConfig, *, padded: bool, runtime: Runtime
+) -> dict[str, float]:
+    """valid_loss, valid_positive_f1, valid_negative_f1, valid_macro_f1; every pair counts once. Collective.
+
+    Raises TrainingError on every rank where the loss is not finite.
+    """
+    engine.eval()
+    budget = config.batches.micro_batch_tokens
+    batches = fixed_batches(valid.units, micro_batch_tokens=budget, padded=padded)
+    rounds = -(-len(batches) // runtime.world_size)
+    predicted: dict[int, bool] = {}
+    loss_sum = 0.0
+    for number in range(rounds):
+        position = number * runtime.world_size + runtime.rank
+        micro = batches[position] if position < len(batches) else MicroBatch(())
+        prompts, is_cause_P = prompts_and_gold(valid, micro, runtime)
+        logits_PA = engine(prompts)
+        if micro.pairs:
+            loss_sum += float(connective_loss(logits_PA, is_cause_P))
+            predicted |= dict(zip(micro.pairs, is_causal(logits_PA).tolist(), strict=True))
+    merged: dict[int, bool] = {}
+    total = 0.0
+    for part, part_loss in gather_objects((predicted, loss_sum), runtime):
+        merged |= part
+        total += part_loss
+    if not math.isfinite(total):
+        raise TrainingError(
+            f"validation loss {total}: training stopped before anything was saved; lower optimization.learning_rate"
+        )
+    labels = [pair.is_cause for pair in valid.pairs]
+    scores = utterance_scores(labels, [merged[n] for n in range(len(labels))])
+    return {
+        "valid_loss": total / len(labels),
+        "valid_positive_f1": scores.positive_f1,
+        "valid_negative_f1": scores.negative_f1,
+        "valid_macro_f1": scores.macro_f1,
+    }
+
+
+def majority_macro_f1(valid: PromptSet) -> float:
+    """Macro F1 of giving every pair the more frequent label."""
+    labels: Sequence[bool] = [pair.is_cause for pair in valid.pairs]
+    return utterance_scores(labels, [sum(labels) * 2 > len(labels)] * len(labels)).macro_f1
+
+
+def prompts_and_gold(
+    data: PromptSet, micro: MicroBatch, runtime: Runtime
+) -> tuple[list[EncodedPrompt], torch.Tensor]:
+    """Prompts and gold of a micro-batch; an empty one computes the shortest prompt, for the collectives."""
+    indices = micro.pairs or (data.shortest,)
+    is_cause_P = torch.tensor([data.pairs[n].is_cause for n in indices], device=runtime.device)
+    return [data.prompts[n] for n in indices], is_cause_P
+
 
 _LOCK = ".training.lock"
 _LOCK_WAIT_S = 60.0

@@ -8,10 +8,9 @@ from pathlib import Path
 from fake_teacher import FakeScorer, NeverStop, files_of, make_config, worker
 from stand_in import run_command
 
-from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.artifact import is_sealed, read_manifest, verify_artifact
 from kdecs.corpus.reading import bundled_sample
 from kdecs.soft_labels.export import export_shards
-from kdecs.soft_labels.seal import is_sealed
 
 Record = Callable[[str, dict[str, float | int | str]], None]
 # Half of the sample keeps a run short; five shards leave room for faults between them.

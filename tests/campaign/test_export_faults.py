@@ -17,11 +17,10 @@ import pytest
 from export_campaign import SETTINGS, Record, assert_same, fork, rerun, run
 from fake_teacher import files_of, make_config
 
-from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.artifact import is_sealed, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, KdecsError
 from kdecs.soft_labels.export import is_finished
-from kdecs.soft_labels.records import read_record
-from kdecs.soft_labels.seal import is_sealed
+from kdecs.soft_labels.format import read_record
 
 pytestmark = pytest.mark.slow
 

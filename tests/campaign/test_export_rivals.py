@@ -13,8 +13,8 @@ import pytest
 from export_campaign import Record, assert_same, fork, rerun, run, run_slowly
 from fake_teacher import files_of
 
-from kdecs.soft_labels.leases import Leases
-from kdecs.soft_labels.records import read_record
+from kdecs.soft_labels.claims import Leases
+from kdecs.soft_labels.format import read_record
 
 pytestmark = pytest.mark.slow
 

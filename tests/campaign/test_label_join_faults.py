@@ -23,7 +23,7 @@ from label_directories import WORDS, make_labels
 
 from kdecs.errors import explain_os_error
 from kdecs.soft_labels.format import ShardTable
-from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.labels import SoftLabels
 
 pytestmark = pytest.mark.slow
 

@@ -28,10 +28,10 @@ import pytest
 from kdecs.artifact import verify_artifact
 from kdecs.config import load_config, parse_config
 from kdecs.corpus.reading import bundled_sample
-from kdecs.run_record import read_points
 from kdecs.sweep.config import SweepConfig
-from kdecs.sweep.results import read_results
 from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.status import read_results
+from kdecs.tracking.record import read_points
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -64,8 +64,8 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny base that was never trained, and few dialogues."""
-    from kdecs.base_model.config import BaseModelConfig
-    from kdecs.base_model.pretraining import train_base_model
+    from kdecs.demo.base_model import train_base_model
+    from kdecs.demo.config import BaseModelConfig
     from kdecs.runtime import StopSignal, start_runtime
 
     folder = tmp_path_factory.mktemp("inputs")

@@ -28,10 +28,10 @@ import yaml
 from forked_ranks import start_ranks
 from safetensors.torch import load_file
 
-from kdecs.base_model.config import BaseModelConfig
-from kdecs.base_model.pretraining import train_base_model
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
+from kdecs.demo.base_model import train_base_model
+from kdecs.demo.config import BaseModelConfig
 from kdecs.runtime import Runtime, StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]

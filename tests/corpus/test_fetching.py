@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from typer.testing import CliRunner
 
-from kdecs.corpus import fetching
+from kdecs.corpus import fetch as fetching
 from kdecs.corpus.commands import app
-from kdecs.corpus.fetching import RemoteFile, fetch
+from kdecs.corpus.fetch import RemoteFile, fetch
 from kdecs.errors import CorpusError
 
 CONTENT = bytes(range(256)) * 1000

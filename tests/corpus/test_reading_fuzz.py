@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdecs.corpus.cross_split import find_duplicates
 from kdecs.corpus.pairs import count_rows, pairs_of
 from kdecs.corpus.reading import bundled_sample, find_faults, iter_dialogues, read_corpus
+from kdecs.corpus.splits import find_duplicates
 from kdecs.corpus.statistics import statistics_of
 from kdecs.errors import CorpusError
 

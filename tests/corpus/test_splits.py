@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from kdecs.config import ConfigError, parse_config
-from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.reading import bundled_sample
 from kdecs.corpus.schema import COARSE_EMOTIONS
-from kdecs.corpus.splits import read_split, training_dialogues
+from kdecs.corpus.splits import CorpusConfig, read_split, training_dialogues
 
 
 def config(**values: object) -> CorpusConfig:

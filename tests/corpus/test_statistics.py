@@ -2,11 +2,17 @@ import builtins
 
 import pytest
 
-from kdecs.corpus.cross_split import DuplicateFinder, find_duplicates, read_training_corpus
-from kdecs.corpus.plots import write_plots
-from kdecs.corpus.prompt_lengths import load_tokenizer, prompt_tokens, prompt_words
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.corpus.statistics import cause_distances, display_names, statistics_of
+from kdecs.corpus.splits import DuplicateFinder, find_duplicates, read_training_corpus
+from kdecs.corpus.statistics import (
+    cause_distances,
+    display_names,
+    load_tokenizer,
+    prompt_tokens,
+    prompt_words,
+    statistics_of,
+    write_plots,
+)
 from kdecs.errors import DependencyError, ModelError
 
 

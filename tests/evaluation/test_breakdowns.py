@@ -6,9 +6,7 @@ import pytest
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Corpus, Dialogue
 from kdecs.evaluation.baselines import trivial_predictions
-from kdecs.evaluation.breakdowns import breakdowns
-from kdecs.evaluation.emotions import emotion_report
-from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.metrics import breakdowns, emotion_report, evaluate
 from kdecs.evaluation.predictions import Prediction, by_pair
 
 

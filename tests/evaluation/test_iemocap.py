@@ -6,8 +6,7 @@ import pytest
 
 from kdecs.corpus.pairs import count_rows, pairs_of
 from kdecs.corpus.reading import find_faults, read_corpus
-from kdecs.evaluation.breakdowns import breakdowns
-from kdecs.evaluation.metrics import SCORE_KEYS, evaluate
+from kdecs.evaluation.metrics import SCORE_KEYS, breakdowns, evaluate
 from kdecs.evaluation.predictions import read_predictions
 
 EVIDENCE, SPAN = "expanded emotion cause evidence", "expanded emotion cause span"

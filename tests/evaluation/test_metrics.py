@@ -11,7 +11,7 @@ from kdecs.errors import PredictionError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate, utterance_scores
 from kdecs.evaluation.predictions import Prediction, by_pair
-from kdecs.evaluation.text_match import match, squad_f1
+from kdecs.evaluation.rows import match, squad_f1
 
 RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
 BIG_GAME = "I am very happy , too . It was a big game and I won ."

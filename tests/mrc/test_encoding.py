@@ -7,7 +7,7 @@ from kdecs.corpus.pairs import candidate_pairs, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Evidence, Utterance
 from kdecs.errors import CorpusError, ModelError
-from kdecs.mrc.encoding import UNKNOWN_ANSWER, QuestionEncoder, answer_text, mrc_text
+from kdecs.mrc.questions import UNKNOWN_ANSWER, QuestionEncoder, answer_text, mrc_text
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ModelError
-from kdecs.mrc.encoding import QuestionEncoder
 from kdecs.mrc.model import answer_logits, answer_loss, answers, load_reader, question_batch
+from kdecs.mrc.questions import QuestionEncoder
 
 
 @pytest.fixture(scope="module")

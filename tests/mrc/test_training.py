@@ -25,9 +25,8 @@ from kdecs.evaluation.predictions import read_predictions
 from kdecs.mrc import training
 from kdecs.mrc.commands import predict_mrc
 from kdecs.mrc.config import MrcConfig
-from kdecs.mrc.data import training_pairs
-from kdecs.mrc.encoding import mrc_text
 from kdecs.mrc.prediction import MrcBaseline
+from kdecs.mrc.questions import mrc_text, training_pairs
 from kdecs.mrc.training import train_mrc
 from kdecs.runtime import StopSignal
 

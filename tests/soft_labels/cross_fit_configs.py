@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
-from kdecs.soft_labels.cross_fit_config import CrossFitConfig
+from kdecs.soft_labels.derive.config import CrossFitConfig
 
 
 def config_of(output: Path, **changes: object) -> CrossFitConfig:

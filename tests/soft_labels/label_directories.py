@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from kdecs.artifact import write_json, write_manifest
+from kdecs.artifact import seal, write_json, write_manifest
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.soft_labels.format import ShardTable, encode_shard, shard_name
-from kdecs.soft_labels.seal import seal
 
 WORDS = CONNECTIVES
 

@@ -17,9 +17,9 @@ def make_real_teacher(directory: Path) -> Path:
     """A finished teacher directory of the small half of the sample."""
     import torch
 
-    from kdecs.base_model.config import BaseModelConfig
-    from kdecs.base_model.pretraining import train_base_model
     from kdecs.config import parse_config
+    from kdecs.demo.base_model import train_base_model
+    from kdecs.demo.config import BaseModelConfig
     from kdecs.runtime import Runtime, StopSignal, process_group
     from kdecs.teacher.config import TeacherConfig
     from kdecs.teacher.training import train_teacher

@@ -13,16 +13,15 @@ from label_directories import WORDS, by_pair, sample_pairs
 
 from kdecs.artifact import content_checksum, read_manifest, write_manifest
 from kdecs.config import ConfigError, config_hash, input_checksums, load_config, write_config
-from kdecs.corpus.cross_split import text_digest
 from kdecs.corpus.pairs import Pair
 from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.splits import text_digest
 from kdecs.errors import ArtifactError, CorpusError
-from kdecs.soft_labels.cross_fit_config import CrossFitConfig, FoldExport
-from kdecs.soft_labels.cross_fitting import merge_folds
+from kdecs.soft_labels.derive.config import CrossFitConfig, FoldExport
+from kdecs.soft_labels.derive.cross_fit import check_apart, fold_of_dialogues, merge_folds, write_folds
 from kdecs.soft_labels.export import export_shards
-from kdecs.soft_labels.folds import check_apart, fold_of_dialogues, write_folds
 from kdecs.soft_labels.format import read_shard
-from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.labels import SoftLabels
 
 ROOT = Path(__file__).resolve().parents[2]
 

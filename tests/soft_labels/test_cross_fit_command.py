@@ -19,9 +19,9 @@ from label_directories import sample_pairs
 from kdecs.config import load_config, parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import Stopped
-from kdecs.soft_labels.cross_fit_config import CrossFitConfig
-from kdecs.soft_labels.folds import fold_of_dialogues, write_folds
-from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.derive.config import CrossFitConfig
+from kdecs.soft_labels.derive.cross_fit import fold_of_dialogues, write_folds
+from kdecs.soft_labels.labels import SoftLabels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,8 +87,8 @@ def test_one_command_trains_exports_and_goes_on_after_a_stop(
     """Two real teachers, stopped in the second training; oracle: each teacher scores the pairs once more."""
     import torch
 
-    from kdecs.base_model.config import BaseModelConfig
-    from kdecs.base_model.pretraining import train_base_model
+    from kdecs.demo.base_model import train_base_model
+    from kdecs.demo.config import BaseModelConfig
     from kdecs.runtime import Runtime, StopSignal
     from kdecs.teacher.scoring import TeacherScorer
 

@@ -14,8 +14,7 @@ from real_teacher import CORPUS, make_real_teacher, start_export, write_config
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.soft_labels.format import read_shard
-from kdecs.soft_labels.records import read_record
+from kdecs.soft_labels.format import read_record, read_shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 

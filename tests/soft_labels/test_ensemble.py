@@ -13,10 +13,10 @@ from kdecs.artifact import content_checksum, read_manifest, verify_artifact
 from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError, LabelError
-from kdecs.soft_labels.derived_config import CombineConfig
-from kdecs.soft_labels.ensemble import combine, combined_labels
+from kdecs.soft_labels.derive.combine import combine, combined_labels
+from kdecs.soft_labels.derive.config import CombineConfig
 from kdecs.soft_labels.format import read_shard
-from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.labels import SoftLabels
 
 
 @pytest.fixture(scope="module")

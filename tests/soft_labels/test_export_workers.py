@@ -15,9 +15,9 @@ from stand_in import run_command
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ArtifactError
+from kdecs.soft_labels.claims import Leases, host_identity
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards
-from kdecs.soft_labels.leases import Leases, host_identity
-from kdecs.soft_labels.records import read_record, write_record
+from kdecs.soft_labels.format import read_record, write_record
 
 
 def export(teacher: Path, output: Path, **changes: object) -> ExportResult:

@@ -13,14 +13,17 @@ import pytest
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.format import (
     ROWS_A_GROUP,
+    Agreement,
     ShardTable,
     encode_shard,
+    is_as_recorded,
     iter_shard,
+    read_record,
     read_shard,
+    record_path,
     shard_schema,
     write_shard,
 )
-from kdecs.soft_labels.records import Agreement, is_as_recorded, read_record, record_path
 
 WORDS = ("because", "as", "since", "thus", "other")
 

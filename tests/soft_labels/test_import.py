@@ -15,8 +15,8 @@ from kdecs.artifact import content_checksum, read_manifest
 from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import KdecsError
-from kdecs.soft_labels import importing
-from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.derive import importing
+from kdecs.soft_labels.labels import SoftLabels
 
 Rows = list[dict[str, Any]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdecs.soft_labels.leases import Leases
+from kdecs.soft_labels.claims import Leases
 
 LEASE_S = 1.5  # a thread that renews every fifth of it may be late on a busy machine
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from fake_teacher import FakeScorer, NeverStop, make_config, worker
 
-from kdecs.soft_labels import pace
-from kdecs.soft_labels.export import Progress, export_shards
-from kdecs.soft_labels.pace import long_shard_warning
+from kdecs.soft_labels import export as pace
+from kdecs.soft_labels.export import Progress, export_shards, long_shard_warning
 
 
 def test_figures_worked_by_hand() -> None:

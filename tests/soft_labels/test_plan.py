@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kdecs.corpus.config import CorpusConfig
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample
 from kdecs.corpus.schema import Dialogue, Evidence, Utterance
+from kdecs.corpus.splits import CorpusConfig, LinesSource, LoadedSource, Source, open_sources
 from kdecs.errors import CorpusError
 from kdecs.soft_labels import plan as planning
 from kdecs.soft_labels.plan import Plan, PlanKind, make_plan, open_plan, prompt_characters, tree_characters
-from kdecs.soft_labels.sources import LinesSource, LoadedSource, Source, open_sources
 
 WORK = "0" * 64
 

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from fake_teacher import FakeScorer, NeverStop, make_config, worker
 
-from kdecs.artifact import read_manifest, write_manifest
+from kdecs.artifact import read_manifest, seal, write_manifest
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.soft_labels.export import export_shards
 from kdecs.soft_labels.format import ShardTable, encode_shard, read_shard
-from kdecs.soft_labels.reader import SoftLabels
-from kdecs.soft_labels.seal import seal
+from kdecs.soft_labels.labels import SoftLabels
 
 WORDS = ("because", "as", "since", "thus", "other")
 

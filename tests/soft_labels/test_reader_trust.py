@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from label_directories import WORDS, make_labels, make_table
 from typer.testing import CliRunner
 
-from kdecs.artifact import Manifest, read_manifest, sha256_of_file, write_json
+from kdecs.artifact import Manifest, read_manifest, seal, sha256_of_file, write_json
 from kdecs.cli import app
 from kdecs.errors import ArtifactError, KdecsError, LabelError
-from kdecs.soft_labels import shard_rows
+from kdecs.soft_labels import labels as shard_rows
 from kdecs.soft_labels.format import encode_shard, shard_schema
-from kdecs.soft_labels.reader import SoftLabels
-from kdecs.soft_labels.seal import seal
-from kdecs.soft_labels.verification import content_faults
+from kdecs.soft_labels.labels import SoftLabels
+from kdecs.soft_labels.verify import content_faults
 
 SHARD = "shard-00000.parquet"
 OUTSIDE = st.one_of(

@@ -29,11 +29,10 @@ from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import DependencyError, LabelError
 from kdecs.evaluation.metrics import utterance_scores
-from kdecs.soft_labels.agreement import SCORES
-from kdecs.soft_labels.calibration import NUM_BINS, TEMPERATURES, GoldSums, LabelSums
-from kdecs.soft_labels.corpus_pairs import pairs_of_file
+from kdecs.soft_labels.corpora import pairs_of_file
 from kdecs.soft_labels.export import export_shards
 from kdecs.soft_labels.format import read_shard
+from kdecs.soft_labels.inspect.calibration import NUM_BINS, SCORES, TEMPERATURES, GoldSums, LabelSums
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from kdecs.artifact import verify_artifact, write_manifest
 from kdecs.cli import app
 from kdecs.errors import KdecsError
-from kdecs.soft_labels import join
+from kdecs.soft_labels import labels as join
 from kdecs.soft_labels.format import encode_shard
 
 

@@ -26,7 +26,7 @@ from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
 from kdecs.runtime import Runtime
 from kdecs.soft_labels.format import ShardTable, shard_name, write_shard
 from kdecs.student.config import StudentConfig
-from kdecs.student.prediction import Student
+from kdecs.student.predict.predictor import Student
 from kdecs.student.product import load_student
 from kdecs.student.training import train_student
 

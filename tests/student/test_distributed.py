@@ -31,7 +31,7 @@ def _train(rank: int, world_size: int, port: int, config: StudentConfig, stop: b
     except Stopped:
         os._exit(Stopped.exit_code)
     sys.stdout.flush()
-    os._exit(0)  # as kdecs.entry.leave ends a rank
+    os._exit(0)  # as kdecs.process.leave ends a rank
 
 
 def _launch(config: StudentConfig, *, world_size: int = 2, stop: bool = False) -> list[int | None]:

@@ -5,8 +5,7 @@ import pytest
 
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.schema import Dialogue, Evidence, Utterance
-from kdecs.student.inference import PairScores, target_emotions
-from kdecs.student.validation import DecisionRule, choose_decision, pair_emotions
+from kdecs.student.decision import DecisionRule, PairScores, choose_decision, pair_emotions, target_emotions
 
 
 def test_other_pairs_do_not_decide() -> None:

@@ -33,7 +33,7 @@ from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, Dialogue, Uttera
 from kdecs.errors import ModelError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.model import load_language_model, load_tokenizer, student_answer_ids
-from kdecs.student.prediction import Student
+from kdecs.student.predict.predictor import Student
 from kdecs.student.training import train_student
 
 WORDS = sorted({*CONNECTIVES, *COARSE_EMOTIONS, *FINE_EMOTIONS})

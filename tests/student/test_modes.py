@@ -20,7 +20,7 @@ from kdecs.evaluation.predictions import read_predictions
 from kdecs.runtime import StopSignal
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import load_training_data
-from kdecs.student.prediction import Student
+from kdecs.student.predict.predictor import Student
 from kdecs.student.product import load_student
 from kdecs.student.training import train_student
 

@@ -12,11 +12,11 @@ from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.runtime import StopSignal
-from kdecs.schedule import learning_rate_at
-from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.labels import SoftLabels
 from kdecs.student.batches import epoch_batches
 from kdecs.student.model import PointerSpanHead
 from kdecs.student.training import StudentTrainer
+from kdecs.training.loop import learning_rate_at
 
 STEPS = 8
 

@@ -19,10 +19,10 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import CorpusError
 from kdecs.evaluation.predictions import Prediction, read_predictions
-from kdecs.student import prediction_files
 from kdecs.student.commands import predict
+from kdecs.student.predict import files as prediction_files
+from kdecs.student.predict.predictor import PairPrediction, num_candidates, stream
 from kdecs.student.pyfunc import ServedStudent
-from kdecs.student.streaming import PairPrediction, num_candidates, stream
 
 
 class Echo:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from kdecs.errors import ArtifactError
 from kdecs.runtime import Runtime
-from kdecs.student.inference import cause_scores
+from kdecs.student.decision import cause_scores
 from kdecs.student.model import (
     Outputs,
     StudentModel,
@@ -17,10 +17,9 @@ from kdecs.student.model import (
     load_tokenizer,
     student_answer_ids,
 )
-from kdecs.student.preparation import begin_at_training, prepare
 from kdecs.student.priors import NUM_DISTANCES, Priors, TrainingCounts, begin_at_counts, count_training
 from kdecs.student.product import load_student
-from kdecs.student.training import train_student
+from kdecs.student.training import begin_at_training, prepare, train_student
 
 COUNTS = TrainingCounts(
     emotions_E=np.array([8, 1, 1]),

@@ -19,11 +19,11 @@ import pytest
 
 from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.schema import Dialogue, Utterance
-from kdecs.model_registry import register_student
-from kdecs.run_record import RunRecord, TrackingConfig
+from kdecs.student.predict.predictor import offsets_of
 from kdecs.student.pyfunc import ServedStudent, parse_dialogue
-from kdecs.student.streaming import offsets_of
-from kdecs.tracking import Tracker
+from kdecs.tracking.mlflow import Tracker
+from kdecs.tracking.record import RunRecord, TrackingConfig
+from kdecs.tracking.registry import register_student
 
 DIALOGUES = [
     {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from kdecs.student.teachers import mixed_teachers
+from kdecs.student.data import mixed_teachers
 
 
 def logits_of(*probabilities: list[float]) -> np.ndarray:

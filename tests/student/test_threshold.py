@@ -7,9 +7,14 @@ import pytest
 
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.schema import Dialogue, Utterance
-from kdecs.student.inference import PairScores, pair_gains
-from kdecs.student.threshold import DEFAULT_THRESHOLD, PairGains, choose_threshold
-from kdecs.student.validation import decide
+from kdecs.student.decision import (
+    DEFAULT_THRESHOLD,
+    PairGains,
+    PairScores,
+    choose_threshold,
+    decide,
+    pair_gains,
+)
 
 
 def macro(gains: PairGains, predicted: np.ndarray) -> float:

@@ -15,11 +15,11 @@ from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped, TrainingError
 from kdecs.evaluation.predictions import read_predictions
 from kdecs.runtime import StopSignal
-from kdecs.schedule import learning_rate_at
 from kdecs.student import training
-from kdecs.student.objective import step_seed
-from kdecs.student.prediction import Student
+from kdecs.student.losses import step_seed
+from kdecs.student.predict.predictor import Student
 from kdecs.student.training import train_student
+from kdecs.training.loop import learning_rate_at
 
 FILES = (
     "heads.safetensors",

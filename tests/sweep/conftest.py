@@ -11,10 +11,10 @@ from kdecs.artifact import write_manifest
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.evaluation.baselines import trivial_predictions
-from kdecs.run_record import TrackingConfig
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.space import trials_directory
 from kdecs.sweep.trial import run_trial
+from kdecs.tracking.record import TrackingConfig
 
 TRAINER = "fake_trainer:train"
 
@@ -161,7 +161,7 @@ def asked():
 @pytest.fixture
 def finish(make_config, in_process, monkeypatch):
     """A function that runs a sweep with the fake trainer; its students predict by the distance rule."""
-    from kdecs.student.prediction import Student
+    from kdecs.student.predict.predictor import Student
     from kdecs.sweep.driver import run_sweep
 
     RuleStudent.asked.clear()

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from kdecs.config import load_config
-from kdecs.entry import run_entry
+from kdecs.process import run_entry
 from kdecs.runtime import StopSignal
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.driver import run_sweep

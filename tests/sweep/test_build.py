@@ -8,7 +8,7 @@ import pytest
 
 from kdecs.errors import ConfigError
 from kdecs.runtime import StopSignal
-from kdecs.sweep import build
+from kdecs.sweep import teachers as build
 
 
 def test_without_a_checkout_one_line_says_so(make_config, runs, monkeypatch):

@@ -11,9 +11,9 @@ from kdecs.errors import ArtifactError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.predictions import write_predictions
 from kdecs.student.config import StudentConfig
-from kdecs.student.prediction import Student
-from kdecs.sweep.results import read_results, trial_directory
+from kdecs.student.predict.predictor import Student
 from kdecs.sweep.selection import select_student
+from kdecs.sweep.status import read_results, trial_directory
 
 KEPT = "valid-predictions.jsonl"
 RULES = ("j >= i-1", "j = i", "all negative", "majority emotion")

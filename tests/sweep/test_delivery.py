@@ -5,8 +5,8 @@ import json
 import pytest
 
 from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.results import read_results
 from kdecs.sweep.space import trials_directory
+from kdecs.sweep.status import read_results
 
 TRAINER = "fake_trainer:train"
 ONE_TRIAL = {"optimization.seed": {"grid": [0]}, "teacher": {"grid": ["t5-tiny"]}}

@@ -11,12 +11,12 @@ from mlflow import MlflowClient
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.runtime import StopSignal
-from kdecs.sweep.build import build_commands
 from kdecs.sweep.config import Dimension
 from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.results import read_results
 from kdecs.sweep.selection import rank_settings
 from kdecs.sweep.space import enumerate_trials, sweep_hash
+from kdecs.sweep.status import read_results
+from kdecs.sweep.teachers import build_commands
 
 TRAINER = "fake_trainer:train"
 
@@ -251,7 +251,7 @@ def test_missing_teachers_are_built_by_their_scripts(
     assert stage == "export" and command[1].endswith("launch/export_soft_labels.py")
     assert command[-4:] == ["--set", f"output={labels}", "--set", "num_shards=2"]
     monkeypatch.setattr(
-        "kdecs.sweep.build.build_commands", lambda *a: [(stage, [sys.executable, str(script)])]
+        "kdecs.sweep.teachers.build_commands", lambda *a: [(stage, [sys.executable, str(script)])]
     )
     run_sweep(config, trainer=TRAINER, runner=in_process, build=True)
     assert "export of teacher later, log:" in capfd.readouterr().out

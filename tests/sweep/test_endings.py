@@ -8,10 +8,10 @@ import pytest
 from kdecs.errors import ArtifactError, TrainingError
 from kdecs.sweep.commands import write_report_of
 from kdecs.sweep.config import Teacher
-from kdecs.sweep.delivery import Delivery
 from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.report import write_report
+from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection import read_selection, select_student
+from kdecs.sweep.tracking import Delivery
 
 TRAINER = "fake_trainer:train"
 TWO_TRIALS = {"optimization.seed": {"grid": [0, 1]}, "teacher": {"grid": ["t5-tiny"]}}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kdecs.sweep.results import read_results
+from kdecs.sweep.status import read_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))

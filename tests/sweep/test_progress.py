@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from kdecs.sweep.progress import SweepProgress, duration
-from kdecs.sweep.results import trial_result
 from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.status import trial_result
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import pytest
 
 from kdecs.errors import TrainingError
 from kdecs.runtime import StopSignal
-from kdecs.sweep import ray_process
-from kdecs.sweep.ray_process import run_with_ray
-from kdecs.sweep.ray_trials import OUT_OF_MEMORY, Plan, _is_out_of_memory
+from kdecs.sweep import ray as ray_process
+from kdecs.sweep.ray import OUT_OF_MEMORY, Plan, _is_out_of_memory, run_with_ray
 from kdecs.sweep.trial import TrialRun
 
 SCRIPT = """

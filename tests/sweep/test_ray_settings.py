@@ -11,8 +11,8 @@ import pytest
 
 from kdecs.artifact import file_lock
 from kdecs.errors import DeviceError
-from kdecs.sweep import ray_trials
-from kdecs.sweep.ray_trials import (
+from kdecs.sweep import ray as ray_trials
+from kdecs.sweep.ray import (
     RAY_LOCK_NAME,
     Plan,
     limit_gpu_memory,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kdecs.run_record import read_points
-from kdecs.sweep.results import read_results
 from kdecs.sweep.search import read_suggestions
 from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.status import read_results
+from kdecs.tracking.record import read_points
 
 pytestmark = pytest.mark.slow
 DRIVE = Path(__file__).with_name("drive.py")

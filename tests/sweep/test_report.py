@@ -7,11 +7,11 @@ import pytest
 from scipy import stats
 
 from kdecs.artifact import verify_artifact
-from kdecs.sweep.report import write_report
-from kdecs.sweep.results import read_results
+from kdecs.sweep.report.page import write_report
+from kdecs.sweep.report.study_figures import pooled_sd
+from kdecs.sweep.report.tables import _escaped
 from kdecs.sweep.selection import rank_settings, select_student
-from kdecs.sweep.study_figures import pooled_sd
-from kdecs.sweep.tables import _escaped
+from kdecs.sweep.status import read_results
 
 
 def table_of(path):

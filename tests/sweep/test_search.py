@@ -6,7 +6,7 @@ import pytest
 
 from kdecs.artifact import write_json
 from kdecs.errors import ArtifactError
-from kdecs.sweep.plan import print_plan
+from kdecs.sweep.progress import print_plan
 from kdecs.sweep.search import (
     Search,
     example_trial,

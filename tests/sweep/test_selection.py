@@ -9,16 +9,16 @@ from kdecs.errors import ArtifactError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.comparison import COMPARED
-from kdecs.sweep.model_card import model_card
-from kdecs.sweep.results import read_results
+from kdecs.sweep.report.model_card import model_card
 from kdecs.sweep.selection import (
+    COMPARED,
     _of_this_student,
     mean_interval,
     print_selection,
     rank_settings,
     select_student,
 )
+from kdecs.sweep.status import read_results
 
 
 def test_interval_is_student_t():

@@ -8,7 +8,7 @@ from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, Teacher
 from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.plan import print_plan
+from kdecs.sweep.progress import print_plan
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import drawn_value, enumerate_trials, sweep_hash, with_absolute_paths
 

@@ -8,10 +8,19 @@ import pytest
 from kdecs.artifact import MANIFEST_NAME, verify_artifact
 from kdecs.config import load_config, write_config
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.machine import load, read_samples, sampled_load
 from kdecs.sweep.space import enumerate_trials
-from kdecs.sweep.store import add_student, find_student, take_student, training_lock
-from kdecs.sweep.trial import TrialRun, read_status, run_trial
+from kdecs.sweep.trial import (
+    TrialRun,
+    add_student,
+    find_student,
+    load,
+    read_samples,
+    read_status,
+    run_trial,
+    sampled_load,
+    take_student,
+    training_lock,
+)
 
 
 @pytest.fixture

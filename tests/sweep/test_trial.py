@@ -6,11 +6,11 @@ import pytest
 
 from kdecs.artifact import file_lock, is_complete
 from kdecs.config import load_config, write_config
-from kdecs.run_record import read_points
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.results import trial_result
 from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.status import trial_result
 from kdecs.sweep.trial import TrialRun, read_status, run_trial, settle
+from kdecs.tracking.record import read_points
 
 
 @pytest.fixture

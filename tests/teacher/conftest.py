@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from kdecs.base_model.config import BaseModelConfig
-from kdecs.base_model.pretraining import train_base_model
 from kdecs.config import parse_config
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.demo.base_model import train_base_model
+from kdecs.demo.config import BaseModelConfig
 from kdecs.runtime import Runtime, StopSignal, process_group
 from kdecs.teacher.config import ModelConfig, TeacherConfig
 from kdecs.teacher.families import Family, make_family

@@ -13,10 +13,11 @@ from typing import Any
 import deepspeed
 
 from kdecs.config import load_config
-from kdecs.entry import run_entry
 from kdecs.errors import KdecsError
+from kdecs.process import run_entry
 from kdecs.runtime import StopSignal, process_group, start_runtime
-from kdecs.teacher import engine, preparation, training
+from kdecs.teacher import engine, training
+from kdecs.teacher import training as preparation
 from kdecs.teacher.config import TeacherConfig
 
 

@@ -8,8 +8,7 @@ import pytest
 from kdecs.config import Optimization
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.schedule import learning_rate_at
-from kdecs.teacher.batches import (
+from kdecs.teacher.data import (
     Unit,
     fixed_batches,
     global_batches,
@@ -20,7 +19,8 @@ from kdecs.teacher.batches import (
 )
 from kdecs.teacher.families import Family
 from kdecs.teacher.plan.workload import estimated_prompts
-from kdecs.teacher.prefix_tree import tree_size
+from kdecs.teacher.tree.prefix_tree import tree_size
+from kdecs.training.loop import learning_rate_at
 
 
 @pytest.fixture(scope="module")

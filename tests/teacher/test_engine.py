@@ -16,14 +16,11 @@ from kdecs.corpus.pairs import Pair
 from kdecs.errors import ArtifactError, ConfigError, DeviceError, Stopped
 from kdecs.runtime import Runtime, StopSignal
 from kdecs.teacher import checkpoint, engine, training
-from kdecs.teacher.batches import Unit, share_among_ranks
 from kdecs.teacher.config import TeacherConfig
-from kdecs.teacher.engine import check_device, deepspeed_config, start_engine
-from kdecs.teacher.families import Family
-from kdecs.teacher.family import language_model
-from kdecs.teacher.load_checks import check_config
-from kdecs.teacher.metering import Meter, MetricsFile, peak_flops
-from kdecs.teacher.plan.flops import training_flops
+from kdecs.teacher.data import Unit, share_among_ranks
+from kdecs.teacher.engine import check_config, check_device, deepspeed_config, start_engine
+from kdecs.teacher.families import Family, language_model
+from kdecs.teacher.metering import Meter, MetricsFile, peak_flops, training_flops
 from kdecs.teacher.training import train_teacher
 
 
@@ -300,7 +297,7 @@ def test_mfu_counts_the_operations_of_the_tree(
 ) -> None:
     from kdecs.teacher.data import PromptSet
     from kdecs.teacher.network import add_lora
-    from kdecs.teacher.prefix_tree import pack
+    from kdecs.teacher.tree.prefix_tree import pack
 
     config = make_config(device_peak_tflops=0.002)
     family = families("causal")
@@ -330,8 +327,7 @@ def test_mfu_counts_all_of_an_encoders_prompt(
     families: Callable[..., Any],
     some_pairs: list,
 ) -> None:
-    from kdecs.teacher.batches import pair_units
-    from kdecs.teacher.data import PromptSet
+    from kdecs.teacher.data import PromptSet, pair_units
     from kdecs.teacher.network import add_lora
 
     config = make_config(family="masked", device_peak_tflops=0.002)

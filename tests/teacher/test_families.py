@@ -12,8 +12,7 @@ from kdecs.corpus.pairs import Pair
 from kdecs.errors import ModelError
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.families import Family, load_tokenizer
-from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters
-from kdecs.teacher.objective import connective_loss
+from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
 
 FAMILY_NAMES = ["causal", "seq2seq", "masked"]
 

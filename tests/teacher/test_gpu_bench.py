@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from kdecs.teacher.plan.activations import Activations
-from kdecs.teacher.plan.memory import peak_memory
-from kdecs.teacher.plan.zero import StateBytes
+from kdecs.teacher.plan.memory import StateBytes, peak_memory
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

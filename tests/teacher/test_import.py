@@ -21,10 +21,10 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ArtifactError, KdecsError
 from kdecs.runtime import Runtime
+from kdecs.soft_labels.claims import refuse_early
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.soft_labels.job import refuse_early
+from kdecs.teacher.commands import app
 from kdecs.teacher.families import Family
-from kdecs.teacher.import_command import app
 from kdecs.teacher.scoring import TeacherScorer
 
 AUTO = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}

@@ -27,14 +27,12 @@ from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError
 from kdecs.runtime import Runtime, seed_everything
-from kdecs.schedule import learning_rate_at
-from kdecs.teacher.batches import share_among_ranks
 from kdecs.teacher.config import TeacherConfig
-from kdecs.teacher.data import TeacherData, prepare_data
+from kdecs.teacher.data import TeacherData, prepare_data, share_among_ranks
 from kdecs.teacher.families import Family, make_family
-from kdecs.teacher.network import TeacherNetwork, add_lora, trainable_parameters
-from kdecs.teacher.objective import connective_loss
+from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
 from kdecs.teacher.scoring import TeacherScorer
+from kdecs.training.loop import learning_rate_at
 
 ROOT = Path(__file__).resolve().parents[2]
 

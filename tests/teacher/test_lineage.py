@@ -9,10 +9,10 @@ import pytest
 
 from kdecs.artifact import Manifest, write_manifest
 from kdecs.config import parse_config
-from kdecs.teacher import lineage
+from kdecs.teacher import product as lineage
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family
-from kdecs.teacher.lineage import lineage_of
+from kdecs.teacher.product import lineage_of
 
 FILES = {
     "adapter_model.safetensors": "weights",

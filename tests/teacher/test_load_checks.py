@@ -27,13 +27,13 @@ from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ModelError
 from kdecs.runtime import Runtime, StopSignal
-from kdecs.teacher import preparation
+from kdecs.teacher import training as preparation
 from kdecs.teacher.config import LoraConfig, TeacherConfig
+from kdecs.teacher.engine import check_config, check_head, tree_is_exact, tree_probes
 from kdecs.teacher.families import EncodedPrompt, Family
-from kdecs.teacher.load_checks import check_config, check_head, tree_is_exact, tree_probes
 from kdecs.teacher.network import TeacherNetwork, add_lora
-from kdecs.teacher.prefix_tree import tree_size
 from kdecs.teacher.training import train_teacher
+from kdecs.teacher.tree.prefix_tree import tree_size
 
 BIASES = {"cls.predictions.bias", "cls.predictions.decoder.bias"}
 
@@ -102,7 +102,7 @@ def test_what_another_rank_saw_counts(
     runtime: Runtime,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kdecs.teacher import load_checks
+    from kdecs.teacher import engine as load_checks
 
     family = families("causal")
     _, prompts = encoded_sample(family)

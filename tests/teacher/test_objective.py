@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdecs.teacher.objective import connective_loss, is_causal
+from kdecs.teacher.network import connective_loss, is_causal
 
 
 def test_uniform_logits() -> None:

@@ -16,17 +16,15 @@ from kdecs.cli import app
 from kdecs.config import load_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.entry import exit_code_of
 from kdecs.errors import KdecsError
+from kdecs.hardware import GPUS, gpu_of_device
+from kdecs.process import exit_code_of
 from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.metering import peak_flops
 from kdecs.teacher.plan.activations import Shape
-from kdecs.teacher.plan.architectures import resolve_architecture
-from kdecs.teacher.plan.dry_run import _gpu_here, dry_run
-from kdecs.teacher.plan.gpus import GPUS, gpu_of_device
-from kdecs.teacher.plan.planning import DEFAULT_GPU
-from kdecs.teacher.plan.search import Planner, Training, full_tree
-from kdecs.teacher.plan.timing import Speed
+from kdecs.teacher.plan.planning import DEFAULT_GPU, _gpu_here, dry_run
+from kdecs.teacher.plan.search import Planner, Speed, Training, full_tree
+from kdecs.teacher.plan.shapes import resolve_architecture
 from kdecs.teacher.plan.workload import estimated_prompts, measure_workload
 
 

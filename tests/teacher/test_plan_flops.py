@@ -8,15 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, LlamaConfig, RobertaConfig, T5Config
 
 from kdecs.teacher.config import LoraConfig
-from kdecs.teacher.network import add_lora
-from kdecs.teacher.plan.flops import (
+from kdecs.teacher.metering import (
     NUM_DECODER_TOKENS,
     flops_of_config,
     model_flops_per_token,
     network_flops,
     training_flops,
 )
-from kdecs.teacher.plan.meta_network import AUTO_MODELS, family_of
+from kdecs.teacher.network import AUTO_MODELS, add_lora, family_of
 
 PROMPTS, LENGTH = 3, 24
 LORA = LoraConfig(rank=4)

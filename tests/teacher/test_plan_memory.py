@@ -14,17 +14,18 @@ from kdecs.errors import ModelError
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.families import Family
-from kdecs.teacher.network import TeacherNetwork, add_lora
-from kdecs.teacher.objective import connective_loss
-from kdecs.teacher.plan.activations import Activations, ActivationTracer, Shape, TreeKind
-from kdecs.teacher.plan.architectures import resolve_architecture, shipped_name, shipped_names
-from kdecs.teacher.plan.memory import peak_memory
-from kdecs.teacher.plan.meta_network import meta_network
-from kdecs.teacher.plan.parameters import ParameterCounts, count_parameters
+from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, meta_network
+from kdecs.teacher.plan.activations import Activations, ActivationTracer, Shape, TensorMemory, TreeKind
+from kdecs.teacher.plan.memory import PERSISTENCE_THRESHOLD, ZeroChoice, peak_memory, state_bytes
 from kdecs.teacher.plan.search import full_tree
-from kdecs.teacher.plan.tensor_memory import TensorMemory
-from kdecs.teacher.plan.zero import PERSISTENCE_THRESHOLD, ZeroChoice, state_bytes
-from kdecs.teacher.prefix_tree import pack
+from kdecs.teacher.plan.shapes import (
+    ParameterCounts,
+    count_parameters,
+    resolve_architecture,
+    shipped_name,
+    shipped_names,
+)
+from kdecs.teacher.tree.prefix_tree import pack
 
 MIB = 2**20
 PUBLISHED = {

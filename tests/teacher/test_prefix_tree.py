@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdecs.teacher.prefix_tree import ancestor_mask, common_prefix_length, pack, tree_size
+from kdecs.teacher.tree.prefix_tree import ancestor_mask, common_prefix_length, pack, tree_size
 
 # Three different tokens make shared prefixes, duplicates and prompts that begin others frequent.
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=12)

@@ -13,8 +13,8 @@ from kdecs.config import parse_config
 from kdecs.errors import ConfigError, Stopped, TrainingError
 from kdecs.runtime import Runtime
 from kdecs.teacher import training
-from kdecs.teacher.batches import Unit
 from kdecs.teacher.config import TeacherConfig, ZeroConfig
+from kdecs.teacher.data import Unit
 from kdecs.teacher.training import train_teacher, validation_steps
 
 
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(
 def test_a_validation_loss_that_is_not_finite_stops_before_anything_is_saved(
     make_config: Callable[..., TeacherConfig], runtime: Runtime, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdecs.teacher import validation
+    from kdecs.teacher import training as validation
 
     config = make_config(checkpoint_every_steps=1, validate_per_epoch=1)
     monkeypatch.setattr(validation, "connective_loss", lambda logits_PA, gold_P: logits_PA.sum() * torch.nan)

@@ -12,8 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdecs.errors import ModelError
-from kdecs.teacher.prefix_tree import PackedTree, ancestor_mask, pack
-from kdecs.teacher.tree_attention import (
+from kdecs.teacher.tree.attention import (
     FLEX_BLOCK,
     TREE_ATTENTION,
     attend,
@@ -23,6 +22,7 @@ from kdecs.teacher.tree_attention import (
     tree_blocks,
     use_tree_attention,
 )
+from kdecs.teacher.tree.prefix_tree import PackedTree, ancestor_mask, pack
 
 CPU = torch.device("cpu")
 Kind = Literal["flex", "blocks", "mask"]

@@ -9,16 +9,75 @@ import numpy as np
 from kdecs.corpus.pairs import Pair
 from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.families import EncodedPrompt
+from kdecs.teacher.metering import NetworkFlops, network_flops
+from kdecs.teacher.network import meta_network
 from kdecs.teacher.plan.activations import Activations, ActivationTracer, Shape, TreeKind, between
-from kdecs.teacher.plan.architectures import Architecture
-from kdecs.teacher.plan.flops import NetworkFlops, network_flops
-from kdecs.teacher.plan.memory import PeakMemory, peak_memory
-from kdecs.teacher.plan.meta_network import meta_network
-from kdecs.teacher.plan.parameters import TORCH_DTYPES, ParameterCounts, count_parameters
-from kdecs.teacher.plan.timing import EpochTime, Speed, epoch_time
+from kdecs.teacher.plan.memory import PERSISTENCE_THRESHOLD, PeakMemory, ZeroChoice, peak_memory, state_bytes
+from kdecs.teacher.plan.shapes import (
+    DTYPE_BYTES,
+    TORCH_DTYPES,
+    Architecture,
+    ParameterCounts,
+    count_parameters,
+)
 from kdecs.teacher.plan.workload import Workload, measure_workload
-from kdecs.teacher.plan.zero import PERSISTENCE_THRESHOLD, ZeroChoice, state_bytes
-from kdecs.teacher.prefix_tree import PackedTree
+from kdecs.teacher.tree.prefix_tree import PackedTree
+
+LAUNCH_S = 6e-6
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a GPU and its links do: FLOP/s as assumed to be reached, bytes a second between ranks and to the host."""
+
+    flops_per_s: float
+    link_bytes_per_s: float
+    host_bytes_per_s: float = 20e9
+
+
+@dataclass(frozen=True)
+class EpochTime:
+    """Seconds of an epoch, by what they are spent on."""
+
+    compute_s: float
+    communication_s: float
+    offload_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Nothing overlaps."""
+        return self.compute_s + self.communication_s + self.offload_s
+
+
+def epoch_time(
+    work: Workload,
+    flops: NetworkFlops,
+    counts: ParameterCounts,
+    choice: ZeroChoice,
+    speed: Speed,
+    *,
+    launches: int,
+    skips_hidden: bool,
+) -> EpochTime:
+    """Time of the busiest ranks. `skips_hidden`: attention computes ancestors alone, not what its mask hides."""
+    attended = work.rank_ancestors if skips_hidden else work.rank_attended
+    operations = flops.of(tokens=work.rank_tokens, attended_pairs=attended, answers=work.rank_answers).total
+    compute = max(operations / speed.flops_per_s, work.micro_steps * launches * LAUNCH_S)
+    size = DTYPE_BYTES[choice.dtype]
+    others = (choice.ranks - 1) / choice.ranks
+    gradients = counts.trained * size * others
+    reductions = work.micro_steps if choice.stage >= 2 else work.steps
+    sent = gradients * (reductions + work.steps)
+    if choice.stage == 3:
+        sent = gradients * work.micro_steps + 2 * counts.total * size * others * work.micro_steps
+    moved = 0.0
+    if choice.offload_optimizer:
+        share = counts.trained / (choice.ranks if choice.stage >= 1 else 1)
+        moved += 2 * share * size * work.steps
+    if choice.offload_parameters:
+        moved += 2 * counts.total * size / choice.ranks * work.micro_steps
+    return EpochTime(compute, sent / speed.link_bytes_per_s, moved / speed.host_bytes_per_s)
+
 
 _LINE_TOKENS = 512
 MICRO_BATCH_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)

@@ -1,0 +1,329 @@
+"""The schema check: raw JSON values in, dialogues and every fault out."""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Dialogue, Evidence, Fault, Utterance
+
+_BOM_UTF8 = b"\xef\xbb\xbf"
+_BOMS_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_MAX_INTEGER_DIGITS = 18
+_FOUND_CHARACTERS = 60
+OTHER_ENCODING = "UTF-16 or UTF-32 text or binary data"
+
+
+class NotJson(ValueError):
+    """Bytes that hold no JSON; `found` and `expected` are the two halves of a fault."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"{found}, expected {expected}")
+        self.found = found
+        self.expected = expected
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that gives a key more than once; `pairs` holds every occurrence."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
+
+    def repeated(self) -> list[str]:
+        """The keys that stand more than once, each once, in order."""
+        counts = Counter(key for key, _ in self.pairs)
+        return [key for key in self if counts[key] > 1]
+
+
+class AbsurdInteger:
+    """An integer literal with more digits than any count or turn needs."""
+
+    def __init__(self, literal: str) -> None:
+        self.num_digits = len(literal.lstrip("-"))
+
+    def __repr__(self) -> str:
+        return f"an integer of {self.num_digits} digits"
+
+
+@dataclass
+class Decoded:
+    """A JSON value and the objects in it that repeat a key."""
+
+    value: Any
+    repeated: list[RepeatedKeys] = field(default_factory=list)
+
+
+def decode_json(data: bytes) -> Decoded:
+    """Parse UTF-8 JSON; raises NotJson with what was found and expected, never anything else."""
+    text = decode_text(data)
+    if not text.strip():
+        raise NotJson("nothing", "JSON")
+    repeated: list[RepeatedKeys] = []
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        plain = dict(pairs)
+        if len(plain) == len(pairs):
+            return plain
+        repeated.append(RepeatedKeys(pairs))
+        return repeated[-1]
+
+    try:
+        value = json.loads(
+            text, object_pairs_hook=make_object, parse_int=_parse_int, parse_constant=_refuse_constant
+        )
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise NotJson(f"no JSON at {place} ({error.msg})", "JSON") from None
+    except RecursionError:
+        raise NotJson("JSON nested too deeply to read", "lists and objects a few levels deep") from None
+    return Decoded(value, repeated)
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 text without its byte-order mark; raises NotJson for UTF-16 and for bytes that are not UTF-8."""
+    if data.startswith(_BOMS_UTF16) or b"\0" in data[:4]:
+        raise NotJson(OTHER_ENCODING, "UTF-8; save the file as UTF-8")
+    data = data.removeprefix(_BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NotJson(f"the byte 0x{data[error.start]:02x} at offset {error.start}", "UTF-8 text") from None
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and bytes of each line that is not blank, streamed; the byte-order mark is left out."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(_BOM_UTF8)
+            if line.strip():
+                yield number, line
+
+
+def shorten(value: object) -> str:
+    """A value for a message: one line of at most about 60 characters."""
+    if isinstance(value, AbsurdInteger):
+        return repr(value)
+    if isinstance(value, dict):
+        return f"an object of {len(value)} keys"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        value = value[: _FOUND_CHARACTERS + 1]
+    text = repr(value)
+    return text if len(text) <= _FOUND_CHARACTERS else text[:_FOUND_CHARACTERS] + "…"
+
+
+def _parse_int(literal: str) -> int | AbsurdInteger:
+    return int(literal) if len(literal) <= _MAX_INTEGER_DIGITS else AbsurdInteger(literal)
+
+
+def _refuse_constant(name: str) -> None:
+    raise NotJson(name, "JSON, which has no NaN or Infinity")
+
+
+EVIDENCE_KEY = "expanded emotion cause evidence"
+SPAN_KEY = "expanded emotion cause span"
+OUTSIDE = "b"
+# Far above any real dialogue (RECCON's longest: 31 turns, 1,158 characters); the pairs of one grow as n².
+MAX_UTTERANCES = 2_000
+MAX_CHARACTERS = 100_000
+MAX_ID_CHARACTERS = 500
+
+
+class Checker:
+    """Checks the dialogues of one file; collects faults, replaced label variants and warnings."""
+
+    def __init__(
+        self, file: str, *, labelled: bool = True, emotions: Collection[str] = KNOWN_EMOTIONS
+    ) -> None:
+        self.file = file
+        self.labelled = labelled
+        self.emotions = emotions
+        self.faults: list[Fault] = []
+        self.normalised: Counter[str] = Counter()
+        self.warnings: list[str] = []
+        self._ids: set[str] = set()
+        self._located: set[int] = set()
+
+    def fault(
+        self,
+        found: str,
+        expected: str,
+        *,
+        dialogue: str | None = None,
+        turn: int | None = None,
+        field: str | None = None,
+    ) -> None:
+        """Note one fault of the file."""
+        self.faults.append(Fault(self.file, dialogue, turn, field, found, expected))
+
+    @property
+    def num_dialogues(self) -> int:
+        """How many different dialogue ids were seen."""
+        return len(self._ids)
+
+    def dialogue(self, identifier: Any, utterances: Any, part: str) -> Dialogue | None:
+        """The dialogue of raw values, or None where it has any fault (all of them are noted)."""
+        before = len(self.faults)
+        if not isinstance(identifier, str) or not identifier.strip() or not is_unicode(identifier):
+            self.fault(shorten(identifier), "a dialogue id: a string that is not empty", field="id")
+            identifier = str(identifier) if isinstance(identifier, str) else None
+        elif len(identifier) > MAX_ID_CHARACTERS:
+            found, expected = f"{len(identifier)} characters", f"at most {MAX_ID_CHARACTERS}"
+            self.fault(found, expected, dialogue=identifier, field="id")
+        elif identifier in self._ids:
+            self.fault("a second dialogue of this id", "each id once", dialogue=identifier, field="id")
+        else:
+            self._ids.add(identifier)
+        if not isinstance(utterances, list):
+            self.fault(shorten(utterances), "a list of utterances", dialogue=identifier, field="utterances")
+            return None
+        if not 1 <= len(utterances) <= MAX_UTTERANCES:
+            expected = f"1 to {MAX_UTTERANCES} utterances"
+            self.fault(f"{len(utterances)}", expected, dialogue=identifier, field="utterances")
+            return None
+        texts = [u.get("utterance") if isinstance(u, dict) else None for u in utterances]
+        parsed = [self._utterance(raw, n, texts, identifier) for n, raw in enumerate(utterances, start=1)]
+        if len(self.faults) > before or identifier is None:
+            return None
+        return Dialogue(identifier, tuple(u for u in parsed if u is not None), part)
+
+    def note_repeated(self, value: Any, *, dialogue: str | None, turn: int | None = None) -> None:
+        """Note the keys that an object of known place gives more than once."""
+        if isinstance(value, RepeatedKeys) and id(value) not in self._located:
+            self._located.add(id(value))
+            for key in value.repeated():
+                self.fault("the key more than once", "each key once", dialogue=dialogue, turn=turn, field=key)
+
+    def note_unlocated_repeats(self, decoded: Decoded, *, dialogue: str | None = None) -> None:
+        """Note repeated keys inside values that no check looked into (free keys)."""
+        for value in decoded.repeated:
+            self.note_repeated(value, dialogue=dialogue)
+
+    def _utterance(self, raw: Any, number: int, texts: list[Any], dialogue: str | None) -> Utterance | None:
+        before = len(self.faults)
+        if not isinstance(raw, dict):
+            self.fault(shorten(raw), "an utterance: an object", dialogue=dialogue, turn=number)
+            return None
+        self.note_repeated(raw, dialogue=dialogue, turn=number)
+        self._turn(raw, number, dialogue)
+        for key in ("speaker", "utterance"):
+            self._text(raw, key, number, dialogue)
+        emotion = self._emotion(raw, number, dialogue)
+        evidence = self._evidence(raw, number, texts, dialogue)
+        if len(self.faults) > before:
+            return None
+        return Utterance(number, raw["speaker"], raw["utterance"], emotion, evidence)
+
+    def _turn(self, raw: dict[str, Any], number: int, dialogue: str | None) -> None:
+        expected = f"{number} (turns run from 1 without gaps, repeats or disorder)"
+        if "turn" not in raw:
+            self.fault("no such key", expected, dialogue=dialogue, turn=number, field="turn")
+        elif type(raw["turn"]) is not int or raw["turn"] != number:
+            self.fault(shorten(raw["turn"]), expected, dialogue=dialogue, turn=number, field="turn")
+
+    def _text(self, raw: dict[str, Any], key: str, number: int, dialogue: str | None) -> None:
+        value = raw.get(key)
+        if key not in raw:
+            found, expected = "no such key", "a string"
+        elif not isinstance(value, str):
+            found, expected = shorten(value), "a string"
+        elif not value.strip():
+            found, expected = shorten(value), "a string that is not empty"
+        elif len(value) > MAX_CHARACTERS:
+            found, expected = f"{len(value)} characters", f"at most {MAX_CHARACTERS}"
+        elif not is_unicode(value):
+            found, expected = shorten(value), "valid Unicode (it holds half of a surrogate pair)"
+        else:
+            return
+        self.fault(found, expected, dialogue=dialogue, turn=number, field=key)
+
+    def _emotion(self, raw: dict[str, Any], number: int, dialogue: str | None) -> str | None:
+        value = raw.get("emotion")
+        if value is None and not self.labelled:
+            return None
+        if isinstance(value, str) and value in EMOTION_VARIANTS:
+            self.normalised[value] += 1
+            value = EMOTION_VARIANTS[value]
+        if isinstance(value, str) and value in self.emotions:
+            return value
+        found = shorten(value) if "emotion" in raw else "no such key"
+        expected = f"one of {', '.join(sorted(self.emotions))}"
+        self.fault(found, expected, dialogue=dialogue, turn=number, field="emotion")
+        return None
+
+    def _evidence(
+        self, raw: dict[str, Any], number: int, texts: list[Any], dialogue: str | None
+    ) -> tuple[Evidence, ...] | None:
+        if EVIDENCE_KEY not in raw and SPAN_KEY not in raw:
+            return None
+        before = len(self.faults)
+        for key, other in ((EVIDENCE_KEY, SPAN_KEY), (SPAN_KEY, EVIDENCE_KEY)):
+            if key not in raw:
+                self.fault(
+                    "no such key", f"a list, as {other} is there", dialogue=dialogue, turn=number, field=key
+                )
+            elif not isinstance(raw[key], list):
+                self.fault(shorten(raw[key]), "a list", dialogue=dialogue, turn=number, field=key)
+        if len(self.faults) > before:
+            return None
+        turns, spans = raw[EVIDENCE_KEY], raw[SPAN_KEY]
+        if len(turns) != len(spans):
+            expected = f"{len(turns)}, one for each of {EVIDENCE_KEY}"
+            self.fault(f"{len(spans)} spans", expected, dialogue=dialogue, turn=number, field=SPAN_KEY)
+        kept = []
+        for position, turn in enumerate(turns):
+            if not self._evidence_turn(turn, number, len(texts), dialogue) or position >= len(spans):
+                continue
+            if self._span(spans[position], turn, number, texts, dialogue):
+                kept.append(Evidence(None, None) if turn == OUTSIDE else Evidence(turn, spans[position]))
+        return tuple(kept) if len(self.faults) == before else None
+
+    def _evidence_turn(self, turn: Any, number: int, num_utterances: int, dialogue: str | None) -> bool:
+        if turn == OUTSIDE:
+            return True
+        if type(turn) is not int or not 1 <= turn <= num_utterances:
+            expected = f'a turn from 1 to {num_utterances}, or "{OUTSIDE}"'
+            self.fault(shorten(turn), expected, dialogue=dialogue, turn=number, field=EVIDENCE_KEY)
+            return False
+        if turn > number:
+            self.warnings.append(
+                f"{self.file}, dialogue {dialogue}, turn {number}: "
+                f"the cause in turn {turn} lies in the future; the pair is dropped"
+            )
+        return True
+
+    def _span(self, span: Any, turn: int | str, number: int, texts: list[Any], dialogue: str | None) -> bool:
+        if not isinstance(span, str):
+            found, expected = shorten(span), "a string"
+        elif (turn == OUTSIDE) != (span == OUTSIDE):
+            found = f"{shorten(span)} beside the evidence {shorten(turn)}"
+            expected = f'"{OUTSIDE}" beside "{OUTSIDE}" and nowhere else'
+        elif turn == OUTSIDE:
+            return True
+        elif not span.strip():
+            found, expected = shorten(span), "a span that is not empty"
+        else:
+            assert isinstance(turn, int)
+            text = texts[turn - 1]
+            # A text that is no string is a fault of its own.
+            if not isinstance(text, str) or span in text:
+                return True
+            found, expected = shorten(span), f"an exact substring of utterance {turn}"
+        self.fault(found, expected, dialogue=dialogue, turn=number, field=SPAN_KEY)
+        return False
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8 (JSON escapes can smuggle in half of a surrogate pair)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,34 @@
+"""The config of a small base model trained from scratch (`launch/pretrain_base.py`)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kdecs.config import Config, Name, OutputPath, Unhashed
+from kdecs.corpus.splits import CorpusConfig
+
+
+class BaseModelConfig(Config):
+    """`launch/pretrain_base.py`: a small base model and tokenizer, trained on a corpus' text from scratch."""
+
+    name: Name
+    output: OutputPath
+    corpus: CorpusConfig
+    architecture: Literal["llama", "t5", "roberta"]
+    vocabulary_size: int = Field(default=1000, ge=400)
+    hidden_size: int = Field(default=128, ge=16)
+    num_layers: int = Field(default=3, ge=1)
+    num_heads: int = Field(default=4, ge=1)
+    max_positions: int = Field(default=1024, ge=64)
+    max_steps: int = Field(default=400, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    sequence_tokens: int = Field(default=64, ge=16)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    seed: int = Field(default=0, ge=0)
+    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "BaseModelConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        return self

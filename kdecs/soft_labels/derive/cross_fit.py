@@ -1,0 +1,203 @@
+"""Cross-fitting: a training pair's label comes from the teacher that did not train on its dialogue.
+
+A teacher is over-sure of pairs that it was trained on, and what it is over-sure of teaches a student little. Here K
+teachers are trained, each on the training dialogues but one fold's, and each labels its own fold:
+
+    WORK/fold-k/train.json      what teacher k is trained on         WORK/fold-k/teacher/   kind teacher
+    WORK/fold-k/held-out.json   what it labels                       WORK/fold-k/labels/    kind soft-labels
+    OUTPUT/                     the merged labels, kind soft-labels; details.folds: fold by fold the teacher, the
+                                checksums of both files, and the shards that hold its pairs
+
+Labels of valid and test, which no teacher trained on: the mean probability of all K (`evaluation_labels: mean`), or
+those of one of them.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from kdecs.artifact import Manifest, atomic_path, content_checksum, read_manifest
+from kdecs.config import input_checksums
+from kdecs.corpus.reading import holds_lines
+from kdecs.corpus.splits import open_sources, text_digest
+from kdecs.errors import ArtifactError, CorpusError
+from kdecs.soft_labels.corpora import dialogues_of_file
+from kdecs.soft_labels.derive.combine import combined_rows
+from kdecs.soft_labels.derive.config import CrossFitConfig
+from kdecs.soft_labels.derive.write import begin_directory, finish_directory, rows_where, write_rows
+from kdecs.soft_labels.format import ShardTable
+from kdecs.soft_labels.labels import SoftLabels, iter_directory
+from kdecs.soft_labels.plan import EXPORT_UNIVERSE
+
+
+def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:
+    """The fold of each training dialogue by id, after `drop_cross_split` and `train_share`.
+
+    Raises CorpusError for a faulty corpus, an id that stands twice, or fewer texts than folds.
+    """
+    digests: dict[str, bytes] = {}
+    for _, dialogue in open_sources(config.corpus)["train"].scan():
+        if dialogue.id in digests:
+            raise CorpusError(
+                f"{config.corpus.train}: dialogue {dialogue.id} stands twice, ids must be unique"
+            )
+        digests[dialogue.id] = text_digest(dialogue)
+    seed = str(config.fold_seed).encode()
+    items = sorted(set(digests.values()), key=lambda digest: hashlib.blake2b(seed + b"\0" + digest).digest())
+    if len(items) < config.num_folds:
+        raise CorpusError(
+            f"{config.corpus.train}: {len(items)} dialogues for {config.num_folds} folds; lower num_folds"
+        )
+    rank = {digest: place for place, digest in enumerate(items)}
+    return {name: rank[digest] % config.num_folds for name, digest in digests.items()}
+
+
+def write_folds(config: CrossFitConfig) -> dict[int, int]:
+    """Write each fold's `train` and `held-out` corpus files; returns the dialogues held out by fold.
+
+    The same files, byte for byte, whenever it runs. Raises CorpusError as `fold_of_dialogues`.
+    """
+    folds = fold_of_dialogues(config)
+    write = _write_lines if holds_lines(config.corpus.train) else _write_object
+    for fold in tqdm(range(config.num_folds), desc="folds", unit="fold", disable=None, delay=1):
+        for part in ("train", "held-out"):
+            kept = {name for name, number in folds.items() if (number == fold) == (part == "held-out")}
+            with atomic_path(config.fold_corpus(fold, part)) as temporary:
+                write(config.corpus.train, kept, temporary)
+    return {fold: sum(number == fold for number in folds.values()) for fold in range(config.num_folds)}
+
+
+def check_apart(train: Path, held_out: Path) -> int:
+    """The dialogues of a held-out file; raises ArtifactError where one stands, by id or text, in the training file."""
+    held = {dialogue.id: text_digest(dialogue) for dialogue in dialogues_of_file(held_out)}
+    texts = set(held.values())
+    for dialogue in dialogues_of_file(train):
+        if dialogue.id in held or text_digest(dialogue) in texts:
+            raise ArtifactError(
+                f"{train}: the dialogue {dialogue.id} is also held out in {held_out}; "
+                "remove the work directory and run the same command again"
+            )
+    return len(held)
+
+
+def _write_lines(source: Path, kept: set[str], target: Path) -> None:
+    with source.open("rb") as lines, target.open("wb") as file:
+        for number, line in enumerate(lines):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+            if text.strip() and json.loads(text)["id"] in kept:
+                file.write(text.rstrip(b"\r\n") + b"\n")
+
+
+def _write_object(source: Path, kept: set[str], target: Path) -> None:
+    values: Mapping[str, Any] = json.loads(source.read_text(encoding="utf-8-sig"))
+    part = {name: value for name, value in values.items() if name in kept}
+    target.write_text(json.dumps(part, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def merge_folds(config: CrossFitConfig) -> Manifest:
+    """Merge the exports of all folds into the output, lineage checked fold by fold.
+
+    Raises ArtifactError where a fold's teacher was not trained on just its training file, or its labels are not that
+    teacher's of the held-out file; LabelError where the exports do not cover the same evaluation pairs.
+    """
+    facts = [_checked_fold(config, fold) for fold in range(config.num_folds)]
+    labels = [
+        SoftLabels.open(config.fold_directory(fold) / "labels", config.work_directory / "joined")
+        for fold in range(config.num_folds)
+    ]
+    for other in labels[1:]:
+        other.require_answer_words(labels[0].answer_words)
+    work_hash = begin_directory(config, config.output)
+    rows: dict[str, int] = {}
+    by_split: Counter[str] = Counter()
+
+    def write(tables: Iterator[ShardTable]) -> list[str]:
+        written, counts = write_rows(config.output, tables, labels[0].answer_words, first_shard=len(rows))
+        rows.update(written)
+        by_split.update(counts)
+        return list(written)
+
+    for fold, fold_labels in enumerate(labels):
+        facts[fold]["shards"] = write(_split_rows(fold_labels, is_train=True))
+    evaluation_shards = write(_evaluation_rows(config, labels))
+    return finish_directory(
+        config.output,
+        work_hash,
+        rows,
+        by_split,
+        labels[0].answer_words,
+        inputs=input_checksums(
+            corpus_train=config.corpus.train,
+            corpus_valid=config.corpus.valid,
+            corpus_test=config.corpus.test,
+            **{
+                f"teacher_{fold}": config.fold_directory(fold) / "teacher" for fold in range(config.num_folds)
+            },
+            **{f"labels_{fold}": config.fold_directory(fold) / "labels" for fold in range(config.num_folds)},
+        ),
+        details={
+            "universe": EXPORT_UNIVERSE,
+            "lineage": _lineage(config, facts),
+            "folds": facts,
+            "evaluation_shards": evaluation_shards,
+        },
+    )
+
+
+def _lineage(config: CrossFitConfig, facts: list[dict[str, Any]]) -> dict[str, str]:
+    return {
+        "cross_fit": f"{config.num_folds} folds",
+        "fold_seed": str(config.fold_seed),
+        "evaluation_labels": str(config.evaluation_labels),
+        **{f"teacher_{fold}": fact["teacher"] for fold, fact in enumerate(facts)},
+    }
+
+
+def _checked_fold(config: CrossFitConfig, fold: int) -> dict[str, Any]:
+    """The lineage of a fold, after it was held against the files. Raises ArtifactError."""
+    directory = config.fold_directory(fold)
+    train, held_out = config.fold_corpus(fold, "train"), config.fold_corpus(fold, "held-out")
+    teacher = read_manifest(directory / "teacher", "teacher")
+    labels = read_manifest(directory / "labels", "soft-labels")
+    found = {"train": content_checksum(train), "held_out": content_checksum(held_out)}
+    found["teacher"] = content_checksum(directory / "teacher")
+    for path, inputs, name, expected in (
+        (directory / "teacher", teacher.inputs, "corpus_train", found["train"]),
+        (directory / "labels", labels.inputs, "corpus_train", found["held_out"]),
+        (directory / "labels", labels.inputs, "teacher", found["teacher"]),
+    ):
+        if inputs.get(name) != expected:
+            raise ArtifactError(
+                f"{path}: made with another {name} ({str(inputs.get(name))[:12]}…, expected {expected[:12]}…); "
+                f"remove {directory} and run the same command again"
+            )
+    num_dialogues = check_apart(train, held_out)
+    return {
+        **found,
+        "fold": fold,
+        "labels": content_checksum(directory / "labels"),
+        "dialogues": num_dialogues,
+        "pairs": labels.details["num_pairs"].get("train", 0),
+        "lineage": labels.details["lineage"],
+    }
+
+
+def _split_rows(labels: SoftLabels, *, is_train: bool) -> Iterator[ShardTable]:
+    for table in iter_directory(labels.directory, labels.manifest):
+        yield rows_where(table, [(split == "train") == is_train for split in table.splits])
+
+
+def _evaluation_rows(config: CrossFitConfig, labels: list[SoftLabels]) -> Iterator[ShardTable]:
+    """Rows of valid and test in the first (or chosen) fold's order."""
+    chosen = 0 if config.evaluation_labels == "mean" else config.evaluation_labels
+    for table in _split_rows(labels[chosen], is_train=False):
+        if config.evaluation_labels == "mean" and len(table):
+            yield combined_rows("mean-probability", table, labels, np.ones(len(labels)).tolist())
+        else:
+            yield table

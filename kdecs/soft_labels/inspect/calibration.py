@@ -1,0 +1,234 @@
+"""How sure soft labels are, and whether rightly: sums over batches of pairs, so that memory does not grow.
+
+Shapes: n pairs of a batch, A answer words (causal ones first), T temperatures, M bins.
+
+p(cause) is the summed probability of the causal words, softmax over the answer words at τ. With M bins of equal width
+over [0, 1], n_m pairs, mean p(cause) p_m and share of gold causes g_m in bin m (Naeini et al. 2015; Guo et al. 2017),
+
+    ECE = Σ_m n_m / n · |p_m − g_m|
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.schema import Dialogue
+from kdecs.errors import LabelError
+from kdecs.evaluation.metrics import utterance_scores
+
+SCORES = ("positive_f1", "negative_f1", "macro_f1")
+"""The scores of an agreement, in percent."""
+
+
+def require_cause_words(directory: Path, answer_words: Sequence[str]) -> None:
+    """Raise LabelError where the answer words do not say cause or no cause: the causal ones, then the other."""
+    expected = NUM_CAUSAL + 1
+    if len(set(answer_words)) != expected or len(answer_words) != expected:
+        raise LabelError(
+            f"{directory}: labels over {len(answer_words)} answer words, expected {expected} different ones, "
+            f"such as {', '.join(CONNECTIVES)}: they cannot be compared with gold"
+        )
+
+
+def is_causal(logits_nA: np.ndarray) -> np.ndarray:
+    """Boolean (n,): whether the causal words together are more probable than `other`."""
+    causal_n = np.logaddexp.reduce(logits_nA[:, :NUM_CAUSAL].astype(np.float32), axis=1)
+    return causal_n > logits_nA[:, NUM_CAUSAL]
+
+
+def agreement_with_gold(
+    dialogues: Sequence[Dialogue], logits_by_id: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Utterance-level scores (percent) over the fold1 pairs, each once: the figure that selects teachers."""
+    pairs = [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1")]
+    if not pairs:
+        return {}
+    predicted = is_causal(np.stack([logits_by_id[pair.id] for pair in pairs]))
+    scores = utterance_scores([pair.is_cause for pair in pairs], predicted.tolist())
+    return {
+        "positive_f1": float(scores.positive_f1),
+        "negative_f1": float(scores.negative_f1),
+        "macro_f1": float(scores.macro_f1),
+    }
+
+
+TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+NUM_BINS = 15
+_TINY = 1e-30  # a probability that underflows: NLL stays finite at 69 nats
+
+
+def probabilities(logits_nA: np.ndarray, temperature: float) -> np.ndarray:
+    """Softmax over the answer words at τ, (n, A) float64."""
+    scaled_nA = logits_nA.astype(np.float64) / temperature
+    powers_nA = np.exp(scaled_nA - scaled_nA.max(axis=1, keepdims=True))
+    return powers_nA / powers_nA.sum(axis=1, keepdims=True)
+
+
+def entropies(probabilities_nA: np.ndarray) -> np.ndarray:
+    """Entropy of each row in nats, (n,)."""
+    safe_nA = np.where(probabilities_nA > 0, probabilities_nA, 1.0)
+    return -(probabilities_nA * np.log(safe_nA)).sum(axis=1)
+
+
+class LabelSums:
+    """What labels are like, gold apart: decisions, words, mass of the rest, entropy by τ."""
+
+    def __init__(self, answer_words: tuple[str, ...]) -> None:
+        self.answer_words = answer_words
+        self.num_pairs = 0
+        self._num_causal = 0
+        self._rest = 0.0
+        self._mass_A = np.zeros(len(answer_words))
+        self._first_A = np.zeros(len(answer_words), dtype=np.int64)
+        self._entropy_T = np.zeros(len(TEMPERATURES))
+
+    def add(self, logits_nA: np.ndarray, log_rest_mass_n: np.ndarray) -> None:
+        """Count a batch."""
+        self.num_pairs += len(logits_nA)
+        self._num_causal += int(is_causal(logits_nA).sum())
+        self._rest += float(np.exp(log_rest_mass_n.astype(np.float64)).sum())
+        self._mass_A += probabilities(logits_nA, 1.0).sum(axis=0)
+        self._first_A += np.bincount(logits_nA.argmax(axis=1), minlength=len(self.answer_words))
+        for index, temperature in enumerate(TEMPERATURES):
+            self._entropy_T[index] += entropies(probabilities(logits_nA, temperature)).sum()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Means over the pairs; shares in [0, 1], entropies in nats."""
+        n = max(1, self.num_pairs)
+        words = zip(self.answer_words, self._mass_A, self._first_A, strict=True)
+        return {
+            "num_pairs": self.num_pairs,
+            "share_causal": self._num_causal / n,
+            "rest_mass": self._rest / n,
+            "max_entropy": float(np.log(len(self.answer_words))),
+            "entropy": {str(t): float(e / n) for t, e in zip(TEMPERATURES, self._entropy_T, strict=True)},
+            "words": {
+                word: {"probability": float(mass / n), "most_likely": float(first / n)}
+                for word, mass, first in words
+            },
+        }
+
+
+@dataclass
+class Reliability:
+    """Sums by bin of p(cause): pairs, p(cause), gold causes."""
+
+    counts_M: np.ndarray
+    probability_M: np.ndarray
+    causes_M: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "Reliability":
+        """Nothing counted."""
+        return cls(np.zeros(NUM_BINS, dtype=np.int64), np.zeros(NUM_BINS), np.zeros(NUM_BINS, dtype=np.int64))
+
+    def add(self, p_cause_n: np.ndarray, is_cause_n: np.ndarray) -> None:
+        """Count a batch; p(cause) = 1 belongs to the last bin."""
+        bin_n = np.minimum((p_cause_n * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+        self.counts_M += np.bincount(bin_n, minlength=NUM_BINS)
+        self.probability_M += np.bincount(bin_n, weights=p_cause_n, minlength=NUM_BINS)
+        self.causes_M += np.bincount(bin_n[is_cause_n], minlength=NUM_BINS)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error (module's head), in [0, 1]."""
+        gaps_M = np.abs(self.probability_M - self.causes_M)
+        return float(gaps_M.sum() / max(1, self.counts_M.sum()))
+
+    def rows(self) -> list[dict[str, float]]:
+        """The bins that hold pairs: bounds, pairs, mean p(cause), share of gold causes."""
+        return [
+            {
+                "from": m / NUM_BINS,
+                "to": (m + 1) / NUM_BINS,
+                "pairs": int(self.counts_M[m]),
+                "probability": float(self.probability_M[m] / self.counts_M[m]),
+                "causes": float(self.causes_M[m] / self.counts_M[m]),
+            }
+            for m in range(NUM_BINS)
+            if self.counts_M[m]
+        ]
+
+
+class GoldSums:
+    """Labels beside the gold causes: agreement, calibration by τ, words by gold."""
+
+    def __init__(self, answer_words: tuple[str, ...]) -> None:
+        self.answer_words = answer_words
+        self._confusion = np.zeros((2, 2), dtype=np.int64)  # gold, decided
+        self._reliability_T = [Reliability.empty() for _ in TEMPERATURES]
+        self._nll_T = np.zeros(len(TEMPERATURES))
+        self._brier_T = np.zeros(len(TEMPERATURES))
+        self._mass_2A = np.zeros((2, len(answer_words)))
+        self._first_2A = np.zeros((2, len(answer_words)), dtype=np.int64)
+
+    def add(self, logits_nA: np.ndarray, is_cause_n: np.ndarray) -> None:
+        """Count a batch; `is_cause_n` (n,) bool is gold."""
+        np.add.at(self._confusion, (is_cause_n.astype(int), is_causal(logits_nA).astype(int)), 1)
+        for index, temperature in enumerate(TEMPERATURES):
+            p_nA = probabilities(logits_nA, temperature)
+            p_cause_n = np.minimum(p_nA[:, :NUM_CAUSAL].sum(axis=1), 1.0)
+            p_gold_n = np.where(is_cause_n, p_cause_n, p_nA[:, NUM_CAUSAL])
+            self._reliability_T[index].add(p_cause_n, is_cause_n)
+            self._nll_T[index] -= np.log(np.maximum(p_gold_n, _TINY)).sum()
+            self._brier_T[index] += ((p_cause_n - is_cause_n) ** 2).sum()
+        p_nA = probabilities(logits_nA, 1.0)
+        first_n = logits_nA.argmax(axis=1)
+        for gold in (0, 1):
+            rows_n = is_cause_n == bool(gold)
+            self._mass_2A[gold] += p_nA[rows_n].sum(axis=0)
+            self._first_2A[gold] += np.bincount(first_n[rows_n], minlength=len(self.answer_words))
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs counted."""
+        return int(self._confusion.sum())
+
+    @property
+    def reliability(self) -> Reliability:
+        """At τ = 1."""
+        return self._reliability_T[TEMPERATURES.index(1.0)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """F1 in percent, shares in [0, 1], NLL in nats a pair."""
+        n = max(1, self.num_pairs)
+        positive, negative = _f1(self._confusion), _f1(self._confusion[::-1, ::-1])
+        golds = np.maximum(1, self._confusion.sum(axis=1))
+        return {
+            "num_pairs": self.num_pairs,
+            "num_causes": int(self._confusion[1].sum()),
+            "agreement": {
+                "positive_f1": positive,
+                "negative_f1": negative,
+                "macro_f1": (positive + negative) / 2,
+            },
+            "calibration": {
+                str(t): {
+                    "ece": self._reliability_T[i].ece,
+                    "nll": float(self._nll_T[i] / n),
+                    "brier": float(self._brier_T[i] / n),
+                }
+                for i, t in enumerate(TEMPERATURES)
+            },
+            "reliability": self.reliability.rows(),
+            "words": {
+                word: {
+                    "probability_causes": float(self._mass_2A[1, a] / golds[1]),
+                    "probability_others": float(self._mass_2A[0, a] / golds[0]),
+                    "most_likely": int(self._first_2A[:, a].sum()),
+                    "most_likely_causes": int(self._first_2A[1, a]),
+                }
+                for a, word in enumerate(self.answer_words)
+            },
+        }
+
+
+def _f1(confusion: np.ndarray) -> float:
+    """F1 of class 1 in percent; 0/0 counts as 0."""
+    hits, misses, alarms = confusion[1, 1], confusion[1, 0], confusion[0, 1]
+    return float(200 * hits / (2 * hits + misses + alarms)) if hits else 0.0

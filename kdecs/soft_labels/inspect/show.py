@@ -1,0 +1,100 @@
+"""What `kdecs soft-labels show` tells of a directory: its lineage, its labels by split, and how they stand to gold."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from kdecs.artifact import MANIFEST_NAME, Manifest, check_sizes, read_manifest
+from kdecs.corpus.pairs import Universe
+from kdecs.errors import ArtifactError, LabelError
+from kdecs.soft_labels.corpora import batches_of, own_corpora, pairs_of_file
+from kdecs.soft_labels.format import SPLITS
+from kdecs.soft_labels.inspect.calibration import SCORES, GoldSums, LabelSums, require_cause_words
+from kdecs.soft_labels.labels import SoftLabels, answer_words_of, iter_directory, num_rows
+
+_FACTS = ("temperature", "universe", "dtype", "devices", "num_pairs", "lineage", "parents", "folds", "rule")
+
+
+def describe(
+    directory: Path,
+    corpora: Sequence[Path] = (),
+    *,
+    universe: Universe = "fold1",
+    cache_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Facts of the manifest, sums by split, and for each corpus file agreement and calibration; plain JSON values.
+
+    Without corpora those are taken that the labels were made from, where they are still there (`own_corpora`). A
+    corpus' pairs are found by id and hash in whatever split has them; pairs without a label are counted, and refused
+    only where no pair of a named corpus has one. Memory does not grow with the labels nor with JSON-lines corpora.
+    Raises ArtifactError, CorpusError, LabelError.
+    """
+    manifest = read_manifest(directory, "soft-labels")
+    check_sizes(directory, manifest)
+    words = answer_words_of(directory, manifest)
+    require_cause_words(directory, words)
+    found: dict[str, Any] = {
+        "directory": str(directory),
+        "answer_words": list(words),
+        "shards": len(manifest.files),
+        "inputs": manifest.inputs,
+        **{name: manifest.details[name] for name in _FACTS if name in manifest.details},
+        "agreement": _agreement_of(directory, manifest),
+        "splits": {},
+        "gold": {},
+    }
+    sums = {split: LabelSums(words) for split in SPLITS}
+    with _bar(num_rows(manifest), "labels") as bar:
+        for table in iter_directory(directory, manifest):
+            split_n = np.array(table.splits)
+            for split in set(table.splits):
+                rows_n = split_n == split
+                sums[split].add(table.logits[rows_n], table.log_rest_mass[rows_n])
+            bar.update(len(table))
+    found["splits"] = {split: item.as_dict() for split, item in sums.items() if item.num_pairs}
+    if shown := list(corpora) or own_corpora(directory, manifest):
+        with tempfile.TemporaryDirectory(prefix="kdecs-labels-") as scratch:
+            labels = SoftLabels.open(directory, cache_dir or Path(scratch))
+            for path in shown:
+                beside = _beside_gold(labels, path, universe)
+                if beside["num_pairs"]:
+                    found["gold"][str(path)] = beside
+                elif corpora:
+                    raise LabelError(
+                        f"{directory}: labels none of the {beside['missing']} pairs of {path}; "
+                        "name the corpus that was labelled (ids and texts must agree)"
+                    )
+    return found
+
+
+def _agreement_of(directory: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
+    """Agreement with gold by split as the export counted it. Raises ArtifactError for anything else."""
+    found = manifest.details.get("agreement", {})
+    scores: list[Any] = list(found.values()) if isinstance(found, dict) else [found]
+    for item in scores:
+        is_scores = isinstance(item, dict) and (not item or item.keys() == set(SCORES))
+        if not is_scores or not all(isinstance(value, int | float) for value in item.values()):
+            raise ArtifactError(f"{directory / MANIFEST_NAME}: details.agreement: expected scores by split")
+    return {split: item for split, item in found.items() if item}
+
+
+def _beside_gold(labels: SoftLabels, path: Path, universe: Universe) -> dict[str, Any]:
+    sums = GoldSums(labels.answer_words)
+    num_missing = 0
+    with _bar(None, path.name) as bar:
+        for batch in batches_of(pairs_of_file(path, universe)):
+            rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch])
+            is_cause_n = np.array([pair.is_cause for pair in batch])
+            known_n = rows_n >= 0
+            sums.add(labels.logits(rows_n[known_n]), is_cause_n[known_n])
+            num_missing += int((~known_n).sum())
+            bar.update(len(batch))
+    return sums.as_dict() | {"universe": universe, "missing": num_missing}
+
+
+def _bar(total: int | None, name: str) -> tqdm:
+    return tqdm(total=total, desc=name, unit="pair", unit_scale=True, disable=None, delay=1)

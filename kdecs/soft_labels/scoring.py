@@ -1,0 +1,226 @@
+"""One shard's labels, chunk by chunk: scored, checked to be finite, counted against gold.
+
+Shapes: n pairs of a chunk, A answer words, K top logits.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from kdecs.artifact import Manifest
+from kdecs.corpus.answer_words import NUM_CAUSAL
+from kdecs.corpus.pairs import Pair
+from kdecs.errors import LabelError
+from kdecs.soft_labels.format import Agreement, ShardTable
+from kdecs.soft_labels.plan import Plan, PlannedDialogue
+
+
+class Scorer(Protocol):
+    """A loaded teacher (`kdecs.teacher.scoring.TeacherScorer`)."""
+
+    @property
+    def answer_words(self) -> tuple[str, ...]:
+        """The words whose logits are scored, in their order."""
+        ...
+
+    @property
+    def lineage(self) -> Mapping[str, str]:
+        """What the labels depend on beside the corpus: teacher, prompt version, emotions shown."""
+        ...
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the teacher's directory."""
+        ...
+
+    def score(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+        """Raw logits (n, A) and log rest mass (n,), float32, in the order of `pairs`."""
+        ...
+
+
+class TopScorer(Scorer, Protocol):
+    """A teacher that also gives the largest logits over its whole vocabulary."""
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """What the token ids mean: a student may use them only with a tokenizer of this checksum."""
+        ...
+
+    def score_with_top(
+        self, pairs: Sequence[Pair], top_k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """As `score`, and the ids (n, K) int32 and logits (n, K) float32 of the K largest, largest first."""
+        ...
+
+
+class Company(Protocol):
+    """How a worker gets on with the others of its launch while it has nothing to label."""
+
+    @property
+    def may_complete(self) -> bool:
+        """Whether this worker may write the manifest."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Let about so much time pass until something may have become free."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing is left for this worker: return once that holds for all that depend on it."""
+        ...
+
+
+class Independent:
+    """Workers that share a directory and nothing else."""
+
+    may_complete = True
+
+    def wait(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def finish(self) -> None:
+        """Nobody depends on this worker."""
+
+
+class Worker(Protocol):
+    """What an export needs of `kdecs.runtime.Runtime`."""
+
+    @property
+    def rank(self) -> int:
+        """Where this worker begins to look for free shards."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Workers of this launch; others may work on the same directory."""
+        ...
+
+    @property
+    def device(self) -> Any:
+        """The device that scores; its type is noted in the manifest."""
+        ...
+
+
+class Stop(Protocol):
+    """What an export needs of `kdecs.runtime.StopSignal`."""
+
+    def raise_if_requested(self, message: str) -> None:
+        """Raise Stopped once a signal came."""
+        ...
+
+
+PAIRS_A_CHUNK = 256
+"""Pairs scored between two looks at the stop signal; part of what fixes a shard's batches."""
+
+_COUNTED_SPLITS = ("train", "valid")
+
+
+class LeaseLost(Exception):
+    """Another worker has the shard by now."""
+
+
+class ShardScoring:
+    """Scores a shard as its tables are asked for; `agreement` counts those given so far, by split."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        shard: int,
+        scorer: Scorer,
+        *,
+        top_k: int = 0,
+        on_chunk: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.agreement: dict[str, Agreement] = {}
+        self._plan, self._shard, self._scorer, self._top_k = plan, shard, scorer, top_k
+        self._on_chunk = on_chunk
+
+    def tables(self) -> Iterator[ShardTable]:
+        """The rows of each chunk; `on_chunk` is called before each with the pairs scored so far.
+
+        Raises LabelError for a label that is not finite.
+        """
+        num_scored = 0
+        for chunk in self._plan.chunks(self._shard, PAIRS_A_CHUNK):
+            self._on_chunk(num_scored)
+            table = self._score(chunk)
+            num_scored += len(table)
+            yield table
+
+    def _score(self, chunk: Sequence[PlannedDialogue]) -> ShardTable:
+        pairs = [pair for planned in chunk for pair in planned.pairs]
+        top_ids = top_logits = None
+        if self._top_k:
+            scorer = cast(TopScorer, self._scorer)
+            logits_nA, log_rest_mass_n, top_ids, top_logits = scorer.score_with_top(pairs, self._top_k)
+            assert top_ids.shape == top_logits.shape == (len(pairs), self._top_k)
+        else:
+            logits_nA, log_rest_mass_n = self._scorer.score(pairs)
+        assert logits_nA.shape == (len(pairs), len(self._scorer.answer_words))
+        assert log_rest_mass_n.shape == (len(pairs),)
+        _check_finite(pairs, logits_nA, log_rest_mass_n, top_logits)
+        self._count(chunk, logits_nA)
+        return ShardTable(
+            pair_ids=[pair.id for pair in pairs],
+            pair_hashes=_hashes(pairs),
+            splits=[planned.split for planned in chunk for _ in planned.pairs],
+            logits=logits_nA,
+            log_rest_mass=log_rest_mass_n,
+            top_ids=top_ids,
+            top_logits=top_logits,
+        )
+
+    def _count(self, chunk: Sequence[PlannedDialogue], logits_nA: np.ndarray) -> None:
+        """Add a chunk's fold1 pairs to the agreement of its splits."""
+        causal_n = np.logaddexp.reduce(logits_nA[:, :NUM_CAUSAL].astype(np.float32), axis=1)
+        says_n = causal_n > logits_nA[:, NUM_CAUSAL]
+        row = 0
+        for planned in chunk:
+            first, row = row, row + len(planned.pairs)
+            if planned.split not in _COUNTED_SPLITS:
+                continue
+            utterances = planned.pairs[0].dialogue.utterances
+            in_fold1 = [utterances[pair.target - 1].evidence is not None for pair in planned.pairs]
+            gold = np.array([pair.is_cause for pair in planned.pairs])[in_fold1]
+            says = says_n[first:row][in_fold1]
+            counts = Agreement(
+                true_positive=int((gold & says).sum()),
+                false_positive=int((~gold & says).sum()),
+                false_negative=int((gold & ~says).sum()),
+                true_negative=int((~gold & ~says).sum()),
+            )
+            self.agreement[planned.split] = self.agreement.get(planned.split, Agreement()) + counts
+
+
+def _hashes(pairs: Sequence[Pair]) -> list[str]:
+    """The hash of each pair; that of a target is computed once, not once a candidate."""
+    hashes: list[str] = []
+    previous: Pair | None = None
+    for pair in pairs:
+        if previous and previous.dialogue is pair.dialogue and previous.target == pair.target:
+            hashes.append(hashes[-1])
+        else:
+            hashes.append(pair.hash)
+        previous = pair
+    return hashes
+
+
+def _check_finite(
+    pairs: Sequence[Pair],
+    logits_nA: np.ndarray,
+    log_rest_mass_n: np.ndarray,
+    top_logits_nK: np.ndarray | None,
+) -> None:
+    is_bad_n = ~(np.isfinite(logits_nA).all(axis=1) & np.isfinite(log_rest_mass_n))
+    if top_logits_nK is not None:
+        is_bad_n |= ~np.isfinite(top_logits_nK).all(axis=1)
+    if is_bad_n.any():
+        first = int(np.flatnonzero(is_bad_n)[0])
+        raise LabelError(
+            f"pair {pairs[first].id}: logits {logits_nA[first].tolist()} and log rest mass "
+            f"{float(log_rest_mass_n[first])} are not all finite ({int(is_bad_n.sum())} such pairs in this "
+            "chunk); check the teacher, or export in float32"
+        )

@@ -1,0 +1,105 @@
+"""Whether the shards of a directory hold what their format says: the part of `kdecs verify` behind the sha256."""
+
+import os
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from kdecs.artifact import MANIFEST_NAME, FileEntry, Manifest, is_sealed
+from kdecs.errors import ArtifactError, KdecsError, LabelError
+from kdecs.soft_labels.format import SPLITS, ShardTable
+from kdecs.soft_labels.labels import (
+    Buckets,
+    answer_words_of,
+    iter_shard,
+    num_rows,
+    refuse_twins,
+    shard_entries,
+    top_k_of,
+)
+
+__all__ = ["content_faults", "num_rows"]
+_MAX_THREADS = 16
+
+
+def content_faults(
+    directory: Path, manifest: Manifest, *, on_rows: Callable[[int], object] = lambda _: None
+) -> list[str]:
+    """The first fault of each shard, one line each: page checksums, columns, answer words, rows, splits, values.
+
+    Before these the manifest itself is held against its seal; after them, where there is no fault, the rows of each
+    split against the manifest's `num_pairs`, and every pair against all others of its split: none may stand twice.
+    Shards are decoded side by side; `on_rows` is told of rows one call at a time. Memory does not grow with the rows:
+    16 bytes a pair are kept in a scratch file. Raises ArtifactError for a manifest without answer words.
+    """
+    if not is_sealed(manifest):
+        return [
+            f"{directory / MANIFEST_NAME}: not as its writer sealed it (changed or damaged); "
+            f"run the command that writes {directory} again"
+        ]
+    words, top_k = answer_words_of(directory, manifest), top_k_of(directory, manifest)
+    with tempfile.TemporaryDirectory(prefix="kdecs-verify-") as scratch:
+        pairs = _Pairs(Buckets(Path(scratch), num_rows(manifest), columns=()), on_rows)
+
+        def fault_of(entry: FileEntry) -> str | None:
+            try:
+                for table in iter_shard(directory / entry.path, words, rows=entry.rows, top_k=top_k):
+                    pairs.add(table)
+            except KdecsError as error:
+                return str(error)
+            return None
+
+        entries = shard_entries(manifest)
+        num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(entries)))
+        with ThreadPoolExecutor(num_threads) as pool:
+            faults = [fault for fault in pool.map(fault_of, entries) if fault]
+        return faults or pairs.faults(directory, manifest)
+
+
+class _Pairs:
+    """The pairs of all shards: their number by split, and their keys in scratch files."""
+
+    def __init__(self, buckets: Buckets, on_rows: Callable[[int], object]) -> None:
+        self._buckets, self._on_rows = buckets, on_rows
+        self._by_split: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, table: ShardTable) -> None:
+        """Take note of a batch of rows; threads may call it at once."""
+        with self._lock:
+            self._by_split.update(table.splits)
+            self._buckets.deal(table)
+            self._on_rows(len(table))
+
+    def faults(self, directory: Path, manifest: Manifest) -> list[str]:
+        """One line for each split with another number of rows than the manifest says, or one for a twin."""
+        expected = _num_pairs_of(directory, manifest)
+        wrong = [
+            f"{directory}: {self._by_split[split]} pairs of the split {split}, the manifest says "
+            f"{expected.get(split, 0)}; run the command that writes it again"
+            for split in SPLITS
+            if self._by_split[split] != expected.get(split, 0)
+        ]
+        if wrong:
+            return wrong
+        for _, rows_n in self._buckets.in_order():
+            twins = np.flatnonzero(rows_n["key"][1:] == rows_n["key"][:-1])
+            if len(twins):
+                try:
+                    refuse_twins(directory, manifest, bytes(rows_n["key"][twins[0]]))
+                except LabelError as error:
+                    return [str(error)]
+        return []
+
+
+def _num_pairs_of(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Pairs by split as the manifest states them. Raises ArtifactError where it states none."""
+    found = manifest.details.get("num_pairs")
+    if not isinstance(found, dict) or not all(isinstance(count, int) for count in found.values()):
+        raise ArtifactError(f"{directory / MANIFEST_NAME}: details.num_pairs: expected numbers by split")
+    return found

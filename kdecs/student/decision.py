@@ -1,0 +1,405 @@
+"""Scoring cached pairs of a labelled corpus: decisions, the threshold's choice, the scores of an epoch."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdecs.corpus.answer_words import NUM_CAUSAL
+from kdecs.corpus.pairs import Pair, pairs_of
+from kdecs.corpus.schema import NEUTRAL, Corpus, Utterance
+from kdecs.evaluation.metrics import Scores, evaluate
+from kdecs.evaluation.predictions import Prediction
+from kdecs.evaluation.rows import match, squad_f1
+from kdecs.student.batches import Ints, batches_of_tokens, cached_batch
+from kdecs.student.model import Batch, StudentModel, StudentOutput
+
+DEFAULT_THRESHOLD = 0.5
+Level = Literal["span", "utterance", "both"]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PairGains:
+    """What predicting a pair as a cause is worth, P pairs (protocol reccon).
+
+    `score_P` in [0, 1], -inf for a pair that can never be predicted (its target is neutral).
+    `positive_rows_P`: gold spans of the pair, 0 for a negative pair. `f_sum_P`: sum of the rows' F with the
+    predicted span, each 0 to 1. Level span: Pos F1 is the mean of F over positive rows; utterance: the F1 of the
+    causal class, for which F is not looked at; both: the mean of the two.
+    """
+
+    score_P: Floats
+    positive_rows_P: Floats
+    f_sum_P: Floats
+    level: Level = "span"
+
+
+def choose_threshold(gains: PairGains) -> tuple[float, float]:
+    """(threshold, macro F1 in percent); a pair is predicted as a cause where score >= threshold.
+
+    Pairs of equal score stay together; the threshold lies midway between two scores. Of equally good ones the
+    nearest to 0.5 is taken. A threshold under which nothing would be a cause is never chosen; where there is no
+    positive row or no pair that can be predicted, it is 0.5.
+    """
+    usable = np.isfinite(gains.score_P)
+    num_positive = gains.positive_rows_P.sum()
+    if not usable.any() or num_positive == 0:
+        return DEFAULT_THRESHOLD, _macro_f1(gains, gains.score_P >= DEFAULT_THRESHOLD)
+    order = np.flatnonzero(usable)[np.argsort(-gains.score_P[usable], kind="stable")]
+    score = gains.score_P[order]
+    is_negative = gains.positive_rows_P[order] == 0
+    ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))  # last pair of each group of equal scores
+    f_sum = np.cumsum(gains.f_sum_P[order])[ends]
+    lost_negatives = np.cumsum(is_negative)[ends]
+    found_rows = np.cumsum(gains.positive_rows_P[order])[ends]
+    num_negative = float((gains.positive_rows_P == 0).sum())
+    macro = _macro_of_counts(f_sum, num_positive, num_negative, lost_negatives, found_rows, gains.level)
+    below = np.append(score[ends[:-1] + 1], 0.0)
+    thresholds = (score[ends] + below) / 2
+    best = np.flatnonzero(macro >= macro.max() - 1e-9)
+    chosen = best[np.argmin(np.abs(thresholds[best] - DEFAULT_THRESHOLD))]
+    return float(thresholds[chosen]), float(macro[chosen])
+
+
+def _macro_f1(gains: PairGains, predicted_P: npt.NDArray[np.bool_]) -> float:
+    is_negative = gains.positive_rows_P == 0
+    return float(
+        _macro_of_counts(
+            np.array([gains.f_sum_P[predicted_P].sum()]),
+            gains.positive_rows_P.sum(),
+            float(is_negative.sum()),
+            np.array([(is_negative & predicted_P).sum()]),
+            np.array([gains.positive_rows_P[predicted_P].sum()]),
+            gains.level,
+        )[0]
+    )
+
+
+def _macro_of_counts(
+    f_sum: Floats,
+    num_positive: float,
+    num_negative: float,
+    lost_negatives: Floats,
+    found_rows: Floats,
+    level: Level,
+) -> Floats:
+    """Macro F1 (percent) from the sum of F, the negatives predicted as causes, the positive rows predicted."""
+    right = num_negative - lost_negatives
+    # F1 = 2 right / (negatives + predicted negatives): the same as from precision and recall; 0/0 is 0.
+    total = num_negative + right + (num_positive - found_rows)
+    negative_f1 = np.divide(2 * right, total, out=np.zeros_like(right, dtype=np.float64), where=total > 0)
+    by_span = f_sum / num_positive if num_positive else np.zeros_like(negative_f1)
+    total = num_positive + found_rows + lost_negatives
+    by_utterance = np.divide(
+        2 * found_rows, total, out=np.zeros_like(total, dtype=np.float64), where=total > 0
+    )
+    positive_f1 = {"span": by_span, "utterance": by_utterance, "both": (by_span + by_utterance) / 2}[level]
+    return 50 * (positive_f1 + negative_f1)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """A student's view of P pairs: emotion log-probabilities, cause scores in [0, 1], best spans.
+
+    `span_P2` holds the first and last token of the best span, 1-based within u_j's copy. `emotion_PE` is None for
+    a student that is given the emotions, `span_P2` for one that finds no spans (task ecpe).
+    """
+
+    emotion_PE: npt.NDArray[np.float32] | None
+    cause_P: npt.NDArray[np.float32]
+    span_P2: npt.NDArray[np.int64] | None
+
+
+def cause_scores(output: StudentOutput) -> Tensor:
+    """The mean of what the mode has of p(cause) and 1 - p(no span). Shape (B,).
+
+    p(cause): that of the causal words at mask_cau, or the classifier's. p(no span): the geometric mean of start
+    and end.
+    """
+    scores = []
+    if output.connective_BA is not None:
+        words_BA = functional.softmax(output.connective_BA.float(), dim=-1)
+        scores.append(words_BA[:, :NUM_CAUSAL].sum(dim=-1))
+    if output.classifier_B2 is not None:
+        scores.append(functional.softmax(output.classifier_B2.float(), dim=-1)[:, 1])
+    if output.start_BS is not None and output.end_BS is not None:
+        no_start_B = functional.log_softmax(output.start_BS, dim=-1)[:, 0]
+        no_end_B = functional.log_softmax(output.end_BS, dim=-1)[:, 0]
+        scores.append(-torch.expm1((no_start_B + no_end_B) / 2))
+    return torch.stack(scores).mean(dim=0)
+
+
+def best_spans(start_BS: Tensor, end_BS: Tensor) -> Tensor:
+    """The likeliest first and last token with first <= last, 1-based: (B, 2)."""
+    start_BM, end_BM = start_BS[:, 1:], end_BS[:, 1:]
+    # Right of each place the best end, from a running maximum: O(M) in memory instead of M × M.
+    flipped_BM, from_right_BM = torch.cummax(end_BM.flip(1), dim=1)
+    best_end_BM, end_at_BM = flipped_BM.flip(1), end_BM.size(1) - 1 - from_right_BM.flip(1)
+    first_B = (start_BM + best_end_BM).argmax(dim=1, keepdim=True)
+    last_B = end_at_BM.gather(1, first_B)
+    return torch.cat((first_B, last_B), dim=1) + 1
+
+
+def score_pairs(
+    model: StudentModel,
+    batches: Iterable[tuple[Ints, Batch]],
+    num_pairs: int,
+    *,
+    device: torch.device,
+    precision: str,
+    on_batch: Callable[[int], object] | None = None,
+) -> PairScores:
+    """Scores of pairs 0 … num_pairs - 1; `batches` gives the places of a batch's pairs and its prompts."""
+    emotion_PE = np.zeros((num_pairs, model.num_emotions), np.float32) if model.outputs.emotions else None
+    cause_P = np.zeros(num_pairs, dtype=np.float32)
+    span_P2 = np.zeros((num_pairs, 2), dtype=np.int64) if model.outputs.spans else None
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), autocast(device, precision):
+        for places, batch in batches:
+            output = model(batch.to(device))
+            if emotion_PE is not None:
+                emotion_PE[places] = functional.log_softmax(output.emotion_BE.float(), dim=-1).cpu().numpy()
+            cause_P[places] = cause_scores(output).cpu().numpy()
+            if span_P2 is not None:
+                span_P2[places] = best_spans(output.start_BS, output.end_BS).cpu().numpy()
+            if on_batch:
+                on_batch(len(places))
+    model.train(was_training)
+    return PairScores(emotion_PE, cause_P, span_P2)
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """A context of bfloat16 autocast where the precision asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def target_emotions(
+    emotion_PE: npt.NDArray[np.float32],
+    target_of_P: Ints,
+    is_own_P: npt.NDArray[np.bool_],
+    emotions: Sequence[str],
+    neutral_offset: float = 0.0,
+) -> list[str]:
+    """The emotion of each target 0 … max(target_of_P): argmax of the log-probabilities at its own pair (i, i).
+
+    `neutral_offset` is added to neutral's log-probability first.
+
+    Where (i, i) is not among the pairs: of their mean over the target's pairs. Not of the mean in general, since
+    which other pairs a scored target has tells whether it is neutral: in training and in fold1 + neutral only
+    emotional targets have pairs with j < i, and a student learns to take the hint.
+    """
+    num_targets = int(target_of_P.max()) + 1
+    has_own = np.zeros(num_targets, dtype=bool)
+    has_own[target_of_P[is_own_P]] = True
+    counts_P = is_own_P | ~has_own[target_of_P]
+    sums = np.zeros((num_targets, len(emotions)), dtype=np.float64)
+    np.add.at(sums, target_of_P[counts_P], emotion_PE[counts_P])
+    if NEUTRAL in emotions:
+        sums /= np.bincount(target_of_P[counts_P], minlength=num_targets)[:, None]
+        sums[:, list(emotions).index(NEUTRAL)] += neutral_offset
+    return [emotions[index] for index in sums.argmax(axis=1)]
+
+
+def span_text(text: str, offsets_M2: Ints, span: Sequence[int]) -> str:
+    """The exact substring of u_j's text from a span's first to its last token (1-based)."""
+    start, end = span_characters(offsets_M2, span)
+    return text[start:end]
+
+
+def span_characters(offsets_M2: Ints, span: Sequence[int]) -> tuple[int, int]:
+    """The characters [start, end) in u_j's text of a span of tokens (1-based, both included)."""
+    return int(offsets_M2[span[0] - 1][0]), int(offsets_M2[span[1] - 1][1])
+
+
+def pair_gains(
+    cause_P: npt.NDArray[np.float32],
+    emotion_of_pair: Sequence[str | None],
+    gold_spans: Sequence[Sequence[str]],
+    predicted_spans: Sequence[str],
+) -> PairGains:
+    """What each pair is worth as a cause (protocol reccon), for the choice of the threshold."""
+    score_P = cause_P.astype(np.float64)
+    score_P[np.array([emotion == NEUTRAL for emotion in emotion_of_pair], dtype=bool)] = -np.inf
+    f_sum = [
+        sum(_row_f(gold, predicted) for gold in spans)
+        for spans, predicted in zip(gold_spans, predicted_spans, strict=True)
+    ]
+    return PairGains(
+        score_P, np.array([len(s) for s in gold_spans], dtype=np.float64), np.array(f_sum, dtype=float)
+    )
+
+
+def _row_f(gold: str, predicted: str) -> float:
+    kind = match(gold, predicted)
+    if kind == "correct":
+        return 1.0
+    return squad_f1(gold, predicted) if kind == "similar" and predicted.strip() else 0.0
+
+
+if TYPE_CHECKING:  # pyarrow: prediction does without
+    from kdecs.corpus.cache import CorpusCache
+
+_OFFSETS = 64
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores on a corpus (fold1, protocol reccon) with the decision that was chosen on it and what it decides."""
+
+    scores: Scores
+    threshold: float
+    neutral_offset: float
+    predictions: list[Prediction]
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """How a decision is chosen: the level of macro F1 that counts, and what neutral's offset is chosen for."""
+
+    level: Level = "span"
+    neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
+
+
+def validate(
+    model: StudentModel,
+    cache: "CorpusCache",
+    corpus: Corpus,
+    emotions: tuple[str, ...],
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    pad_id: int,
+    rule: DecisionRule = DecisionRule(),
+) -> Validation:
+    """Score the pairs of fold1+neutral, choose the decision, and evaluate with it.
+
+    In float32, whatever the training's precision: that is what a student predicts in, and a threshold chosen in
+    another precision is another threshold. `cache` is the corpus' own: its rows are
+    `pairs_of(dialogue, "fold1+neutral")` over the dialogues.
+    """
+    rows = np.arange(len(cache))
+    batches = (
+        (chunk, cached_batch(cache, chunk, pad_id))
+        for chunk in batches_of_tokens(cache.num_tokens, rows, batch_tokens)
+    )
+    scores = score_pairs(model, batches, len(cache), device=device, precision="float32")
+    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
+    spans = [""] * len(pairs)
+    if scores.span_P2 is not None:
+        spans = [
+            span_text(_candidate_text(pair), cache.offsets_at(row), scores.span_P2[row])
+            for row, pair in enumerate(pairs)
+        ]
+    threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
+    decided = decide(pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold)
+    found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1")
+    return Validation(found, threshold, offset, decided)
+
+
+def choose_decision(
+    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], spans: list[str], rule: DecisionRule
+) -> tuple[float, float]:
+    """(threshold of causes, offset of neutral) that serve a labelled corpus best.
+
+    Under `argmax` the offset is 0. Otherwise each offset that changes a target's emotion is tried (at most
+    _OFFSETS of them, evenly over the targets) with the best threshold under it; of equally good ones the one
+    nearest to 0 is taken.
+    """
+    best = (-np.inf, 0.0, 0.0, 0.0)
+    for offset in _offsets(scores, pairs, emotions, rule):
+        emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
+        # Only what fold1 scores counts for the threshold: (i, i) of neutral targets serve emotion accuracy alone.
+        scored = [row for row, pair in enumerate(pairs) if _target(pair).evidence is not None]
+        gains = pair_gains(
+            scores.cause_P[scored],
+            [emotion_of_pair[row] for row in scored],
+            [pairs[row].spans for row in scored],
+            [spans[row] for row in scored],
+        )
+        threshold, macro_f1 = choose_threshold(replace(gains, level=rule.level))
+        worth = macro_f1
+        if rule.neutral == "balanced":
+            own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
+            right = [emotion_of_pair[row] == pairs[row].emotion for row in own]
+            worth = (macro_f1 + 100 * float(np.mean(right))) / 2
+        best = max(best, (worth, -abs(offset), threshold, offset))
+    return best[2], best[3]
+
+
+def _offsets(
+    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], rule: DecisionRule
+) -> list[float]:
+    """The offsets of neutral that are worth a trial: 0; under which no target is neutral; midway between two margins.
+
+    A target is neutral under an offset above its margin, the distance of its likeliest other emotion from neutral.
+    """
+    if rule.neutral == "argmax" or scores.emotion_PE is None or NEUTRAL not in emotions or len(emotions) < 2:
+        return [0.0]
+    own_PE = scores.emotion_PE[[pair.candidate == pair.target for pair in pairs]].astype(np.float64)
+    neutral = emotions.index(NEUTRAL)
+    margins = np.unique(np.delete(own_PE, neutral, axis=1).max(axis=1) - own_PE[:, neutral])
+    never = margins[:1] - 1
+    offsets = np.concatenate((never, (margins[1:] + margins[:-1]) / 2))
+    if len(offsets):
+        offsets = offsets[np.unique(np.linspace(0, len(offsets) - 1, _OFFSETS).astype(int))]
+    return [0.0, *offsets.tolist()]
+
+
+def target_index(pairs: list[Pair]) -> Ints:
+    """The number of each pair's target, counted over the pairs in order of first appearance: (P,).
+
+    Two dialogues may have one id (those of two requests, say): targets are told apart by the dialogue itself.
+    """
+    numbers: dict[tuple[int, int], int] = {}
+    return np.array(
+        [numbers.setdefault((id(p.dialogue), p.target), len(numbers)) for p in pairs], dtype=np.int64
+    )
+
+
+def pair_emotions(
+    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], neutral_offset: float = 0.0
+) -> list[str | None]:
+    """The emotion decided for each pair's target; its own where the student is given the emotions."""
+    if scores.emotion_PE is None:
+        return [pair.emotion for pair in pairs]
+    target_of_P = target_index(pairs)
+    is_own_P = np.array([pair.candidate == pair.target for pair in pairs], dtype=bool)
+    by_target = target_emotions(scores.emotion_PE, target_of_P, is_own_P, emotions, neutral_offset)
+    return [by_target[target] for target in target_of_P]
+
+
+def decide(
+    pairs: list[Pair],
+    scores: PairScores,
+    emotion_of_pair: Sequence[str | None],
+    spans: list[str],
+    threshold: float,
+) -> list[Prediction]:
+    """Predictions: a cause where the score reaches the threshold and the target is not neutral.
+
+    Compared in float64, as the threshold was chosen: one between two neighbours in float32 would be rounded to one.
+    """
+    predictions = []
+    for row, (pair, emotion, span) in enumerate(zip(pairs, emotion_of_pair, spans, strict=True)):
+        is_cause = float(scores.cause_P[row]) >= threshold and emotion != NEUTRAL
+        predictions.append(
+            Prediction(
+                pair.dialogue.id, pair.target, pair.candidate, emotion, is_cause, span if is_cause else ""
+            )
+        )
+    return predictions
+
+
+def _target(pair: Pair) -> Utterance:
+    return pair.dialogue.utterances[pair.target - 1]
+
+
+def _candidate_text(pair: Pair) -> str:
+    return pair.dialogue.utterances[pair.candidate - 1].text

@@ -1,0 +1,157 @@
+"""Files of dialogues in, files of predictions out (`kdecs predict` and its like), in constant memory.
+
+Input: RECCON JSON or JSON lines (kdecs.corpus.schema), or JSON lines on standard input ("-"). Output: prediction
+lines (kdecs.evaluation.predictions), on request with the keys span_start and span_end, the span's characters
+[start, end) in the candidate's text (null without a span), and score, in [0, 1].
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from kdecs.artifact import atomic_path
+from kdecs.corpus.reading import iter_dialogues
+from kdecs.corpus.schema import Dialogue, Fault
+from kdecs.errors import CorpusError
+from kdecs.runtime import Runtime, start_runtime
+from kdecs.student.predict.predictor import (
+    DEFAULT_BATCH_TOKENS,
+    LongDialogues,
+    PairPrediction,
+    Predictor,
+    num_candidates,
+    offsets_of,
+    stream,
+)
+from kdecs.student.predict.render import render_dialogue
+from kdecs.student.pyfunc import parse_dialogue
+
+STANDARD_STREAM = Path("-")
+
+
+@dataclass(frozen=True)
+class FileRequest:
+    """What is to be predicted and where it goes. `output` None: nothing but what `shows` prints."""
+
+    input: Path
+    output: Path | None
+    max_distance: int | None = None
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    has_offsets: bool = False
+    shows: bool = False
+    has_example: bool = True
+
+
+@dataclass
+class _Counts:
+    dialogues: int = 0
+    pairs: int = 0
+    causes: int = 0
+
+
+def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, device: str = "auto") -> None:
+    """Predict a file's dialogues with what `load` loads, and print what was done in one line.
+
+    A file is read through once before any work, so that a fault in its last dialogue is told first, and its
+    predictions are written whole or not at all. Raises CorpusError for a fault.
+    """
+    total = None if request.input == STANDARD_STREAM else _checked(request)
+    predictor = load(start_runtime(device=device))
+    # Where predictions go to standard output nothing else may: it is a pipe's.
+    console = Console(stderr=request.output == STANDARD_STREAM)
+    counts = _Counts()
+    example: tuple[Dialogue, list[PairPrediction]] | None = None
+    with (
+        _opened(request.output) as file,
+        tqdm(total=total, unit="pair", desc="predict", disable=None) as bar,
+    ):
+        for dialogue, found in stream(
+            predictor,
+            _dialogues(request),
+            max_distance=request.max_distance,
+            batch_tokens=request.batch_tokens,
+            on_batch=bar.update,
+        ):
+            num_causes = sum(item.prediction.is_cause for item in found)
+            counts.dialogues += 1
+            counts.pairs += len(found)
+            counts.causes += num_causes
+            if file is not None:
+                file.writelines(_lines(found, has_offsets=request.has_offsets))
+            if request.shows:
+                with bar.external_write_mode():
+                    console.print(
+                        render_dialogue(dialogue, found, limit=None, marks=_needs_marks(console)), ""
+                    )
+            elif example is None or (num_causes and not any(p.prediction.is_cause for p in example[1])):
+                example = dialogue, found
+    place = "" if request.output in (None, STANDARD_STREAM) else f"{request.output}: "
+    line = f"{place}{counts.pairs} pairs of {counts.dialogues} dialogues, {counts.causes} causes"
+    print(line, file=console.file, flush=True)
+    if request.has_example and example is not None:
+        console.print(render_dialogue(*example, marks=_needs_marks(console)))
+
+
+def _checked(request: FileRequest) -> int:
+    """Read the whole file once; the number of pairs to predict. Warns of dialogues that are very long."""
+    watched = _long_dialogues(request).watched(
+        iter_dialogues(request.input, labelled=False), f"{request.input}: "
+    )
+    return sum(num_candidates(len(dialogue.utterances), request.max_distance) for dialogue in watched)
+
+
+def _long_dialogues(request: FileRequest) -> LongDialogues:
+    bound = "--max-distance N" if request.max_distance is None else "--max-distance"
+    return LongDialogues(request.max_distance, _warn, bound=bound)
+
+
+def _dialogues(request: FileRequest) -> Iterator[Dialogue]:
+    if request.input != STANDARD_STREAM:
+        return iter_dialogues(request.input, labelled=False)  # it was looked at before
+    return _long_dialogues(request).watched(_from_standard_input(), "standard input: ")
+
+
+def _from_standard_input() -> Iterator[Dialogue]:
+    seen: set[str] = set()
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        if line.strip():
+            place = f"standard input, line {number}"
+            dialogue = parse_dialogue(line, place, default_id=f"line {number}")
+            if dialogue.id in seen:
+                fault = Fault(place, dialogue.id, None, "id", "a second dialogue of this id", "each id once")
+                raise CorpusError(str(fault))
+            seen.add(dialogue.id)
+            yield dialogue
+
+
+@contextlib.contextmanager
+def _opened(output: Path | None) -> Iterator[IO[str] | None]:
+    if output is None or output == STANDARD_STREAM:
+        yield None if output is None else sys.stdout
+        return
+    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield file
+
+
+def _lines(found: Iterable[PairPrediction], *, has_offsets: bool) -> Iterator[str]:
+    for item in found:
+        record: dict[str, Any] = asdict(item.prediction)
+        if has_offsets:
+            record |= offsets_of(item)
+        yield json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _needs_marks(console: Console) -> bool:
+    """Without colours (a pipe, a file, NO_COLOR) causes are marked by brackets."""
+    return console.color_system is None or console.no_color
+
+
+def _warn(line: str) -> None:
+    print(f"kdecs: warning: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,220 @@
+"""The report of a finished sweep: one page that opens offline, its figures as PNG and their data as CSV beside it.
+
+SWEEP/report/index.html, manifest.json (kind report), table.tex, and by what the sweep tried
+    leaderboard, curves, time, spread, alpha-temperature, teachers, share: .png and .csv;  ablation.csv
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from kdecs import __version__
+from kdecs.artifact import read_manifest, write_manifest, write_text
+from kdecs.config import CONFIG_NAME, load_config
+from kdecs.errors import ArtifactError
+from kdecs.sweep.config import REPORT_FOLDER, SweepConfig
+from kdecs.sweep.progress import duration
+from kdecs.sweep.report.figures import (
+    Figure,
+    alpha_temperature_figure,
+    curves_figure,
+    leaderboard_figure,
+    shown_width,
+)
+from kdecs.sweep.report.study_figures import share_figure, spread_figure, teacher_figure, time_figure
+from kdecs.sweep.report.tables import COLUMNS, ablation_rows, latex_table, setting_means, write_ablation_csv
+from kdecs.sweep.selection import SettingScore, is_selection_outdated, rank_settings, read_selection
+from kdecs.sweep.space import TEACHER_KEY
+from kdecs.sweep.status import BASELINES_NAME, TrialResult, read_results, trial_directory
+from kdecs.tracking.record import METRICS_NAME, read_points
+
+PAGE_NAME = "index.html"
+TABLE_NAME = "table.tex"
+
+
+def write_report(sweep: Path) -> Path:
+    """Write the report of a finished sweep and return its page; an earlier one is replaced.
+
+    The test section appears once a student was selected. Raises ArtifactError for an unfinished sweep.
+    """
+    results = read_results(sweep)
+    config = load_config(SweepConfig, sweep / CONFIG_NAME)
+    ranked = rank_settings(results)
+    baselines = _baselines(sweep)
+    selection = read_selection(sweep)
+    folder = sweep / REPORT_FOLDER
+    folder.mkdir(exist_ok=True)
+    figures = _figures(sweep, config, folder, ranked, results, baselines)
+    ablation = ablation_rows(ranked, results, list(config.variants), selection)
+    files = [PAGE_NAME, TABLE_NAME, *(name for figure in figures for name in (figure.path, figure.data))]
+    if ablation:
+        files.append(write_ablation_csv(folder / "ablation.csv", ablation))
+    write_text(folder / TABLE_NAME, latex_table(config.name, ranked, results, baselines))
+    by_id = {result.id: result for result in results}
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            name=config.name,
+            version=__version__,
+            columns=COLUMNS,
+            metric=results[0].metric,
+            settings=[_setting_row(setting, by_id) for setting in ranked],
+            rules=_rule_rows(baselines),
+            figures=[(figure, shown_width(folder / figure.path)) for figure in figures],
+            ablation=ablation,
+            trials=sorted((r for r in results if r.status == "complete"), key=lambda result: -result.score),
+            others=[result for result in results if result.status != "complete"],
+            space=[(key, f"{d.kind}: {_joined(d.values)}") for key, d in config.space.items()],
+            method=config.search.method,
+            selection=selection,
+            outdated=is_selection_outdated(sweep),
+            test=_test_rows(selection) if selection else [],
+            verdict=_verdict(selection) if selection else "",
+            **_time(config, results),
+        )
+    )
+    write_text(folder / PAGE_NAME, page)
+    _complete(sweep, folder, files, selection)
+    return folder / PAGE_NAME
+
+
+def _complete(sweep: Path, folder: Path, files: list[str], selection: dict[str, Any] | None) -> None:
+    sweep_digest = read_manifest(sweep, "sweep").config_hash
+    digest = hashlib.sha256(sweep_digest.encode())
+    digest.update(json.dumps(selection, sort_keys=True).encode())
+    write_manifest(
+        folder,
+        "report",
+        config_hash=digest.hexdigest(),
+        inputs={"sweep": sweep_digest},
+        files=files,
+        details={"has_test": selection is not None},
+    )
+
+
+def _time(config: SweepConfig, results: list[TrialResult]) -> dict[str, Any]:
+    """What was spent here: students from the store cost nothing."""
+    trained = [result for result in results if not result.reused_from]
+    seconds = sum(result.seconds for result in trained)
+    unit, share = _resource(config)
+    return {
+        "total_time": duration(seconds),
+        "hours": f"{share * seconds / 3600:.2f} {unit} hours",
+        "num_reused": len(results) - len(trained),
+    }
+
+
+def _resource(config: SweepConfig) -> tuple[str, float]:
+    return ("GPU", config.gpus_per_trial) if config.gpus_per_trial else ("CPU", config.cpus_per_trial)
+
+
+def _joined(values: tuple[Any, ...]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("kdecs.sweep.report"),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+    )
+    environment.filters["score"] = lambda value: f"{value:.2f}" if isinstance(value, int | float) else "–"
+    environment.filters["duration"] = duration
+    environment.filters["p"] = lambda value: (
+        "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    )
+    return environment
+
+
+def _baselines(sweep: Path) -> dict[str, dict[str, float]]:
+    path = sweep / BASELINES_NAME
+    try:
+        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: not readable ({error}); run the sweep again") from None
+    return found
+
+
+def _figures(
+    sweep: Path,
+    config: SweepConfig,
+    folder: Path,
+    ranked: list[SettingScore],
+    results: list[TrialResult],
+    baselines: Mapping[str, Mapping[str, float]],
+) -> list[Figure]:
+    by_id = {result.id: result for result in results}
+    metric = results[0].metric
+    scores = {setting.key: [by_id[i].score for i in setting.trials] for setting in ranked}
+    points = {
+        setting.key: [read_points(trial_directory(sweep, by_id[i]) / METRICS_NAME) for i in setting.trials]
+        for setting in ranked
+    }
+    teachers = config.space[TEACHER_KEY].values if TEACHER_KEY in config.space else tuple(config.teachers)
+    found = [
+        leaderboard_figure(ranked, scores, baselines, metric, folder / "leaderboard.png"),
+        alpha_temperature_figure(ranked, folder / "alpha-temperature.png"),
+        teacher_figure(ranked, scores, teachers, _own_scores(sweep, ranked), folder / "teachers.png"),
+        share_figure(ranked, scores, folder / "share.png"),
+        spread_figure(ranked, scores, folder / "spread.png"),
+        curves_figure(ranked, points, metric, folder / "curves.png"),
+        time_figure(ranked, by_id, _resource(config), folder / "time.png"),
+    ]
+    return [figure for figure in found if figure]
+
+
+def _own_scores(sweep: Path, ranked: list[SettingScore]) -> dict[str, float]:
+    """Teacher -> its own macro F1 on validation, as far as its students' manifests say it."""
+    found: dict[str, float] = {}
+    for setting in ranked:
+        if setting.teacher and setting.teacher not in found:
+            details = read_manifest(sweep / "trials" / setting.trials[0], "student").details
+            teacher = details.get("teacher")
+            agreement = teacher.get("details", {}).get("agreement") if isinstance(teacher, dict) else None
+            score = ((agreement or {}).get("valid") or {}).get("macro_f1")
+            if score is not None:
+                found[setting.teacher] = float(score)
+    return found
+
+
+def _setting_row(setting: SettingScore, by_id: Mapping[str, TrialResult]) -> dict[str, Any]:
+    half = (setting.interval[1] - setting.interval[0]) / 2 if setting.interval else None
+    return {
+        "label": setting.label,
+        "seeds": setting.num_seeds,
+        "half": half,
+        "means": setting_means([by_id[identity] for identity in setting.trials]),
+        "sd": setting.sd,
+    }
+
+
+def _rule_rows(baselines: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    return [
+        {"label": name, "means": {key: values.get(key) for key, _ in COLUMNS}}
+        for name, values in baselines.items()
+    ]
+
+
+def _verdict(selection: Mapping[str, Any]) -> str:
+    """How the winner stands to the best trivial rule, said plainly."""
+    metric = selection["metric"]
+    rules = {name: v[metric] for name, v in selection["test_baselines"].items() if metric in v}
+    name = max(rules, key=lambda rule: rules[rule])
+    difference = selection["test"][metric] - rules[name]
+    side = "above" if difference >= 0 else "below"
+    return f"In macro F1 it stands {abs(difference):.2f} points {side} the best trivial rule, {name}."
+
+
+def _test_rows(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
+    test = selection["test"]
+    winner = {
+        "label": selection["winner"]["label"],
+        "means": {key: test.get(key) for key, _ in COLUMNS},  # emotions that were given have no score
+        "intervals": selection.get("test_intervals", {}),
+    }
+    return [winner, *_rule_rows(selection["test_baselines"])]

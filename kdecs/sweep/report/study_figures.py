@@ -1,0 +1,217 @@
+"""The report's figures of studies: teacher scale (Figure 4), data share (Figure 3), seeds' spread, time."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+
+from kdecs.sweep.report.figures import ACCENT, COLOURS, INK, MUTED, RULE, STYLE, Figure, save, write_csv
+from kdecs.sweep.selection import SettingScore
+from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
+from kdecs.sweep.status import TrialResult
+
+mpl.use("Agg")
+
+_SHARE_KEYS = (SHARE_KEY, "corpus.train_share")
+_MAX_SPREAD = 30
+
+
+def teacher_figure(
+    settings: Sequence[SettingScore],
+    scores: Mapping[str, Sequence[float]],
+    order: Sequence[str],
+    own_scores: Mapping[str, float],
+    target: Path,
+) -> Figure | None:
+    """Students by teacher in the space's order, the best setting of each; None where one teacher was tried.
+
+    `own_scores`: teacher -> its own macro F1 on validation at utterance level, where the labels say it.
+    """
+    best: dict[str, SettingScore] = {}
+    for setting in settings:
+        if setting.teacher:
+            best.setdefault(setting.teacher, setting)
+    names = [name for name in order if name in best]
+    if len(names) < 2:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(max(5.5, 1.35 * len(names) + 1.5), 4.0))
+        means = [best[name].mean for name in names]
+        axes.plot(range(len(names)), means, color=ACCENT, lw=1.5, zorder=2)
+        for place, name in enumerate(names):
+            _point(axes, place, best[name], scores[best[name].key], ACCENT)
+        ticks = [f"{name}\nown {own_scores[name]:.1f}" if name in own_scores else name for name in names]
+        axes.set_xticks(range(len(names)), ticks)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylabel("student's macro F1, percent")
+        axes.grid(axis="y", color="#e6e9ef", zorder=0)
+        save(figure, target)
+    rows = [
+        [
+            name,
+            own_scores.get(name),
+            best[name].label,
+            best[name].mean,
+            best[name].sd,
+            *scores[best[name].key],
+        ]
+        for name in names
+    ]
+    caption = "Mean over seeds with its 95% interval; grey: seeds. The best setting of each teacher."
+    if own_scores:
+        caption += " own: the teacher's macro F1 over utterances on validation."
+    header = ["teacher", "own_utterance_macro_f1", "setting", "mean", "sd", "seeds"]
+    return Figure(target.name, write_csv(target, header, rows), "Students by teacher (Figure 4)", caption)
+
+
+def share_figure(
+    settings: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], target: Path
+) -> Figure | None:
+    """Scores by share of the gold labels, a line a variant or teacher; None where one share was tried."""
+    key = next((key for key in _SHARE_KEYS if len({s.settings.get(key, 1.0) for s in settings}) > 1), None)
+    if key is None:
+        return None
+    lines: dict[str, dict[float, SettingScore]] = {}
+    for setting in settings:  # the best of other settings comes first
+        name = str(setting.settings.get(VARIANT_KEY) or setting.teacher or "no teacher")
+        lines.setdefault(name, {}).setdefault(float(setting.settings.get(key, 1.0)), setting)
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.6, 4.2))
+        for place, (name, by_share) in enumerate(sorted(lines.items())):
+            shares = sorted(by_share)
+            colour = COLOURS[place % len(COLOURS)]
+            means = [by_share[share].mean for share in shares]
+            axes.plot([100 * s for s in shares], means, color=colour, lw=1.8, marker="o", ms=4, label=name)
+            bands = [by_share[s].interval or (by_share[s].mean, by_share[s].mean) for s in shares]
+            low, high = zip(*bands, strict=True)
+            axes.fill_between([100 * s for s in shares], low, high, color=colour, alpha=0.14, lw=0)
+        everything = [score for setting in settings for score in scores[setting.key]]
+        pad = max(1.0, 0.25 * (max(everything) - min(everything)))
+        axes.set_ylim(max(0.0, min(everything) - pad), min(100.0, max(everything) + pad))
+        axes.set_xlabel("share of the training dialogues with gold labels, percent")
+        axes.set_ylabel("macro F1 on validation, percent")
+        axes.grid(color="#e6e9ef")
+        axes.legend(frameon=False)
+        save(figure, target)
+    rows = [
+        [name, share, s.label, s.mean, s.sd, *(s.interval or (None, None))]
+        for name, by_share in sorted(lines.items())
+        for share, s in sorted(by_share.items())
+    ]
+    header = ["line", "share", "setting", "mean", "sd", "low", "high"]
+    return Figure(
+        target.name,
+        write_csv(target, header, rows),
+        "Share of the gold labels (Figure 3)",
+        "Mean over seeds; band: its 95% interval (Student's t), cut where it leaves the frame.",
+    )
+
+
+def spread_figure(
+    settings: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], target: Path
+) -> Figure | None:
+    """Each seed's distance from its setting's mean; None with fewer than two seeds."""
+    shown = [setting for setting in settings if setting.sd is not None][:_MAX_SPREAD]
+    if not shown:
+        return None
+    pooled = pooled_sd(shown)
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.6, 1.4 + 0.27 * len(shown)))
+        axes.axvspan(-pooled, pooled, color=ACCENT, alpha=0.08, lw=0)
+        axes.axvline(0, color=MUTED, lw=0.8)
+        for place, setting in enumerate(shown):
+            distances = [score - setting.mean for score in scores[setting.key]]
+            axes.plot(distances, [place] * len(distances), "o", ms=4.5, color=ACCENT, alpha=0.7)
+        axes.set_yticks(range(len(shown)), [setting.label for setting in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_xlabel("points of macro F1 from the setting's mean")
+        save(figure, target)
+    seeds = min(setting.num_seeds for setting in shown)
+    needed = 2 * pooled * math.sqrt(2 / seeds)
+    rows = [[s.label, s.sd, *(score - s.mean for score in scores[s.key])] for s in shown]
+    return Figure(
+        target.name,
+        write_csv(target, ["setting", "sd", "distances"], rows),
+        "What a seed is worth",
+        f"Points: seeds; band: the pooled standard deviation, {pooled:.2f} points. With {seeds} seeds, means that "
+        f"differ by less than about {needed:.2f} points cannot be told apart.",
+    )
+
+
+def pooled_sd(settings: Sequence[SettingScore]) -> float:
+    """Square root of the variances' mean, weighed by degrees of freedom."""
+    weights = [setting.num_seeds - 1 for setting in settings]
+    variances = [setting.sd**2 for setting in settings if setting.sd is not None]
+    return math.sqrt(float(np.average(variances, weights=weights)))
+
+
+def time_figure(
+    settings: Sequence[SettingScore],
+    trials: Mapping[str, TrialResult],
+    resource: tuple[str, float],
+    target: Path,
+) -> Figure:
+    """What a trial of each setting took against what it reached. `resource`: GPU or CPU, and a trial's part of it."""
+    seconds = {
+        setting.key: float(np.mean([trials[identity].seconds for identity in setting.trials]))
+        for setting in settings
+    }
+    largest = max(seconds.values())
+    unit, factor = (
+        ("hours", 3600) if largest >= 7200 else ("minutes", 60) if largest >= 120 else ("seconds", 1)
+    )
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.6, 4.0))
+        groups = sorted({_group(setting) for setting in settings})
+        for place, group in enumerate(groups):
+            members = [setting for setting in settings if _group(setting) == group]
+            axes.plot(
+                [seconds[setting.key] / factor for setting in members],
+                [setting.mean for setting in members],
+                "o",
+                ms=6,
+                alpha=0.75,
+                color=COLOURS[place % len(COLOURS)],
+                label=group,
+            )
+        best = settings[0]
+        axes.annotate(
+            best.label,
+            (seconds[best.key] / factor, best.mean),
+            xytext=(6, 6),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=INK,
+        )
+        axes.margins(x=0.15, y=0.15)
+        axes.set_xlabel(f"time of one training, {unit}")
+        axes.set_ylabel("macro F1 on validation, percent")
+        axes.grid(color="#e6e9ef")
+        axes.legend(frameon=False, fontsize=8.5)
+        save(figure, target)
+    device, share = resource
+    hours = {key: share * value / 3600 for key, value in seconds.items()}
+    rows = [[s.label, seconds[s.key], hours[s.key], s.mean] for s in settings]
+    low, high = min(hours.values()), max(hours.values())
+    return Figure(
+        target.name,
+        write_csv(target, ["setting", "seconds_a_trial", f"{device.lower()}_hours_a_trial", "mean"], rows),
+        "Time against score",
+        "One point a setting: the mean time of a training, as it ran beside others, and its mean score. A training "
+        f"took {low:.2g} to {high:.2g} {device} hours.",
+    )
+
+
+def _group(setting: SettingScore) -> str:
+    return str(setting.settings.get(VARIANT_KEY) or setting.teacher or "no teacher")
+
+
+def _point(axes: Any, place: float, setting: SettingScore, seeds: Sequence[float], colour: str) -> None:
+    axes.plot([place] * len(seeds), seeds, "o", ms=4, color=MUTED, zorder=3)
+    if setting.interval:
+        axes.plot([place, place], setting.interval, color=RULE, lw=1.4, alpha=0.6, zorder=2)
+    axes.plot(place, setting.mean, "D", ms=7, color=colour, zorder=4)

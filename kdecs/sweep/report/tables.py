@@ -1,0 +1,155 @@
+"""The report's tables: ablation with significance (Table 5), and the leaderboard in LaTeX."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdecs.artifact import write_text
+from kdecs.sweep.selection import SettingScore
+from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
+from kdecs.sweep.status import TrialResult
+
+COLUMNS = (
+    ("macro_f1", "macro F1"),
+    ("positive_f1", "Pos F1"),
+    ("negative_f1", "Neg F1"),
+    ("exact_match", "EM"),
+    ("emotion_accuracy", "Emo Acc"),
+    ("utterance_macro_f1", "utt. macro F1"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AblationRow:
+    """A variant against the first: difference of means in points, p over dialogues and over seeds."""
+
+    variant: str
+    label: str
+    means: dict[str, float | None]
+    sd: float | None
+    difference: float | None
+    dialogues_p: float | None
+    seeds_p: float | None
+
+
+def setting_means(group: Sequence[TrialResult]) -> dict[str, float | None]:
+    """The mean over seeds of each column, None where a student has no such score."""
+    means: dict[str, float | None] = {}
+    for key, _ in COLUMNS:
+        values = [result.metrics[key] for result in group if key in result.metrics]
+        means[key] = sum(values) / len(values) if values else None
+    return means
+
+
+def ablation_rows(
+    ranked: Sequence[SettingScore],
+    results: Sequence[TrialResult],
+    order: Sequence[str],
+    selection: Mapping[str, Any] | None,
+) -> list[AblationRow]:
+    """A row a variant, in the config's order; none where variants are compared by share, or there is just one."""
+    best: dict[str, SettingScore] = {}
+    for setting in ranked:
+        if VARIANT_KEY in setting.settings and SHARE_KEY not in setting.settings:
+            best.setdefault(str(setting.settings[VARIANT_KEY]), setting)
+    names = [name for name in order if name in best]
+    if len(names) < 2:
+        return []
+    by_id = {result.id: result for result in results}
+    tests = {row["variant"]: row["tests"] for row in (selection or {}).get("variants", [])}
+    reference = best[names[0]]
+    rows = []
+    for name in names:
+        setting = best[name]
+        group = [by_id[identity] for identity in setting.trials]
+        is_first = name == names[0]
+        test = tests.get(name, {}).get(group[0].metric)
+        rows.append(
+            AblationRow(
+                variant=name,
+                label=setting.label,
+                means=setting_means(group),
+                sd=setting.sd,
+                difference=None if is_first else setting.mean - reference.mean,
+                dialogues_p=test["p"] if test else None,
+                seeds_p=None if is_first else _paired_by_seed(group, [by_id[i] for i in reference.trials]),
+            )
+        )
+    return rows
+
+
+def _paired_by_seed(first: Sequence[TrialResult], second: Sequence[TrialResult]) -> float | None:
+    """p of Student's t over the differences of equal seeds; None with fewer than two, or no difference."""
+    from scipy import stats
+
+    others = {result.seed: result.score for result in second}
+    pairs = [(result.score, others[result.seed]) for result in first if result.seed in others]
+    differences = {a - b for a, b in pairs}
+    if len(pairs) < 2 or len(differences) == 1:
+        return None
+    return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+
+
+def write_ablation_csv(path: Path, rows: Sequence[AblationRow]) -> str:
+    """Write the ablation table's data and return the file's name."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["variant", *(key for key, _ in COLUMNS), "sd", "difference", "p_dialogues", "p_seeds"])
+    for row in rows:
+        means = [row.means[key] for key, _ in COLUMNS]
+        writer.writerow([row.variant, *means, row.sd, row.difference, row.dialogues_p, row.seeds_p])
+    write_text(path, text.getvalue())
+    return path.name
+
+
+def latex_table(
+    name: str,
+    ranked: Sequence[SettingScore],
+    results: Sequence[TrialResult],
+    baselines: Mapping[str, Mapping[str, float]],
+) -> str:
+    """A booktabs table of the settings and the trivial rules on validation; the best mean of a column is bold."""
+    by_id = {result.id: result for result in results}
+    groups = [[by_id[identity] for identity in setting.trials] for setting in ranked]
+    means = [setting_means(group) for group in groups]
+    best = {key: max((v for m in means if (v := m[key]) is not None), default=None) for key, _ in COLUMNS}
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{tabular}{l" + "r" * len(COLUMNS) + "}",
+        "\\toprule",
+        "setting & " + " & ".join(_escaped(title) for _, title in COLUMNS) + " \\\\",
+        "\\midrule",
+    ]
+    for setting, row in zip(ranked, means, strict=True):
+        cells = [_cell(row[key], is_best=row[key] == best[key]) for key, _ in COLUMNS]
+        if setting.sd is not None:
+            place = next(n for n, (key, _) in enumerate(COLUMNS) if key == by_id[setting.trials[0]].metric)
+            cells[place] += f" \\tiny{{$\\pm${setting.sd:.2f}}}"
+        lines.append(f"{_escaped(setting.label)} & " + " & ".join(cells) + " \\\\")
+    lines.append("\\midrule")
+    for rule, values in baselines.items():
+        cells = [_cell(values.get(key), is_best=False) for key, _ in COLUMNS]
+        lines.append(f"{_escaped(rule)} & " + " & ".join(cells) + " \\\\")
+    lines += [
+        "\\bottomrule",
+        "\\end{tabular}",
+        f"% sweep {name}: means over seeds on validation, $\\pm$ sd over seeds",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, *, is_best: bool) -> str:
+    if value is None:
+        return "--"
+    return f"\\textbf{{{value:.2f}}}" if is_best else f"{value:.2f}"
+
+
+def _escaped(text: str) -> str:
+    """LaTeX for a label: its special characters, Greek letters and comparisons."""
+    marks = {"α": "$\\alpha$", "τ": "$\\tau$", ">=": "$\\geq$", "\\": "\\textbackslash{}"}
+    pattern = r"α|τ|>=|\\|[&%$#_{}~^]"
+    return re.sub(pattern, lambda found: marks.get(found[0], "\\" + found[0]), text)

@@ -1,0 +1,238 @@
+"""Attention over a prefix tree's walk: token q attends token k iff k <= q < ends[k].
+
+Three ways of the same sum, chosen by `TreeAttention`:
+
+flex    FlexAttention with a block mask made from `ends`: the compiled kernel skips empty blocks (CUDA)
+blocks  queries in blocks of 64, each against its own ancestors alone, as one batched product (CPU, or any device)
+mask    scaled dot products over a boolean (N, N) mask (a decoder that takes no other attention function)
+
+A block of queries [a, b) needs few keys: an ancestor k < a of any q in it has a in its subtree too, so the keys are
+the path to a and the block itself, at most depth + 64 of N. Counted over RECCON a walk holds about eight times more
+keys than a token has ancestors, which is what the mask pays for and the other two do not.
+
+Shapes: N packed tokens, B blocks, Q queries of a block, K keys of a block, G key-value heads, R query heads a
+key-value head, D head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kdecs.errors import ModelError
+from kdecs.teacher.config import TreeAttention
+from kdecs.teacher.tree.prefix_tree import PackedTree, ancestor_mask
+
+TREE_ATTENTION = "kdecs_tree"
+QUERY_BLOCK = 64
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class TreeBlocks:
+    """What a blocked walk gathers: key indices (B·K,) and which of them each query sees (B, 1, Q, K)."""
+
+    keys: Tensor
+    is_seen_B1QK: Tensor
+
+
+def use_tree_attention(network: Any) -> bool:
+    """Let a Transformers model attend by `attend`; False where its architecture takes no attention function.
+
+    Without a tree (padded prompts) the model computes what `sdpa` computes.
+    """
+    if not getattr(network, "_supports_attention_backend", False):
+        return False
+    AttentionInterface.register(TREE_ATTENTION, attend)
+    AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+    network.set_attn_implementation(TREE_ATTENTION)
+    return bool(network.config._attn_implementation == TREE_ATTENTION)
+
+
+def resolve(wanted: TreeAttention, network: Any, device: torch.device) -> Literal["flex", "blocks", "mask"]:
+    """The attention of a tree forward: as wanted, or by device; `mask` where the model takes no other.
+
+    Raises ModelError for training with `flex` on a CPU, where torch has no backward for it.
+    """
+    if network.config._attn_implementation != TREE_ATTENTION:
+        return "mask"
+    if wanted == "auto":
+        return "flex" if device.type == "cuda" else "blocks"
+    if wanted == "flex" and device.type == "cpu" and torch.is_grad_enabled():
+        raise ModelError("FlexAttention has no backward on CPU; set batches.tree_attention=blocks")
+    return wanted
+
+
+def mask_arguments(
+    tree: PackedTree, kind: Literal["flex", "blocks", "mask"], device: torch.device
+) -> dict[str, Any]:
+    """What a decoder's forward is given beside tokens and positions, so that it attends along the tree."""
+    ends_N = torch.from_numpy(tree.ends_N).to(device)
+    if kind == "mask":
+        return {"attention_mask": ancestor_mask(ends_N)}
+    if kind == "flex":
+        return {"attention_mask": block_mask(tree.ends_N, device)}
+    # Four dimensions: such a mask is handed to the attention function as it is.
+    return {"attention_mask": ends_N[None, None, None], "tree_blocks": tree_blocks(tree.ends_N, device)}
+
+
+def tree_blocks(ends_N: np.ndarray, device: torch.device, *, block: int = QUERY_BLOCK) -> TreeBlocks:
+    """The keys of each block of queries, padded to the longest, and the mask between them."""
+    size = len(ends_N)
+    starts = range(0, size, block)
+    keys = [
+        np.concatenate([np.flatnonzero(ends_N[:start] > start), np.arange(start, min(start + block, size))])
+        for start in starts
+    ]
+    keys_BK = np.zeros((len(keys), max(len(k) for k in keys)), dtype=np.int64)
+    ends_BK = np.zeros_like(keys_BK)  # a padded key has an empty subtree: nobody sees it
+    for row, of_block in enumerate(keys):
+        keys_BK[row, : len(of_block)] = of_block
+        ends_BK[row, : len(of_block)] = ends_N[of_block]
+    queries_BQ = np.arange(len(keys) * block).reshape(-1, block)
+    is_seen_BQK = (keys_BK[:, None] <= queries_BQ[..., None]) & (queries_BQ[..., None] < ends_BK[:, None])
+    is_seen_BQK[queries_BQ >= size] = True  # rows that fill the last block: nobody reads them, but no NaN
+    return TreeBlocks(
+        torch.from_numpy(keys_BK.reshape(-1)).to(device), torch.from_numpy(is_seen_BQK[:, None]).to(device)
+    )
+
+
+def block_mask(ends_N: np.ndarray, device: torch.device) -> BlockMask:
+    """FlexAttention's block mask, without ever holding N·N entries.
+
+    A block pair (i, j), j < i, is empty where every subtree of j ends before i begins, and full (no mask needed)
+    where every subtree of j holds all of i.
+    """
+    size = len(ends_N)
+    num_blocks = -(-size // FLEX_BLOCK)
+    padded = num_blocks * FLEX_BLOCK - size
+    starts = np.arange(num_blocks) * FLEX_BLOCK
+    stops = np.minimum(starts + FLEX_BLOCK, size)
+    latest = np.pad(ends_N, (0, padded)).reshape(num_blocks, FLEX_BLOCK).max(1)
+    earliest = np.pad(ends_N, (0, padded), constant_values=size).reshape(num_blocks, FLEX_BLOCK).min(1)
+    is_before = starts[None, :] < starts[:, None]
+    is_full = is_before & (earliest[None, :] >= stops[:, None])
+    is_partial = (is_before & (latest[None, :] > starts[:, None]) & ~is_full) | np.eye(num_blocks, dtype=bool)
+    ends = torch.from_numpy(ends_N).to(device)
+
+    def is_ancestor(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        return (key <= query) & (query < ends[key])
+
+    return BlockMask.from_kv_blocks(
+        *_block_lists(is_partial, device),
+        *_block_lists(is_full, device),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=is_ancestor,
+        seq_lengths=(size, size),
+    )
+
+
+def _block_lists(is_wanted: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has (1, 1, blocks), and which, the wanted ones first (…, blocks)."""
+    counts = torch.from_numpy(is_wanted.sum(1).astype(np.int32)).to(device)
+    order = np.argsort(~is_wanted, axis=1, kind="stable").astype(np.int32)
+    return counts[None, None], torch.from_numpy(order).to(device)[None, None]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    tree_blocks: TreeBlocks | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention function: along the tree where a forward was given one, else as `sdpa`.
+
+    query (1, G·R, N, D), key and value (1, G, N, D) -> (1, N, G·R, D). Raises ValueError for an architecture whose
+    scores have more to them than a scaled product, which makes the caller go on with pairs.
+    """
+    is_flex = isinstance(attention_mask, BlockMask)
+    if not is_flex and tree_blocks is None:
+        if attention_mask is not None and not (
+            attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+        ):
+            raise ValueError(f"{type(module).__name__} does not hand on the tree to its attention")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    if unknown := [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]:
+        raise ValueError(f"tree attention has no {unknown[0]}, which {type(module).__name__} needs")
+    if dropout:
+        raise ValueError("tree attention has no dropout: shared tokens would share it")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_flex:
+        return _flex(query, key, value, attention_mask, scale), None
+    assert tree_blocks is not None
+    return _blocked(query, key, value, tree_blocks, scale), None
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    shares_heads = query.shape[1] != key.shape[1]
+    function = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    output = function(query, key, value, block_mask=mask, scale=scale, enable_gqa=shares_heads)
+    return output.transpose(1, 2).contiguous()
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def _blocked(query: Tensor, key: Tensor, value: Tensor, blocks: TreeBlocks, scale: float) -> Tensor:
+    num_blocks, _, block, num_keys = blocks.is_seen_B1QK.shape
+    _, heads, size, width = query.shape
+    groups = key.shape[1]
+    filled = nn.functional.pad(query[0].transpose(0, 1), (0, 0, 0, 0, 0, num_blocks * block - size))
+    query_BGRQD = filled.view(num_blocks, block, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
+    key_BGKD, value_BGKD = (
+        tensor[0]
+        .transpose(0, 1)
+        .index_select(0, blocks.keys)
+        .view(num_blocks, num_keys, groups, width)
+        .transpose(1, 2)
+        for tensor in (key, value)
+    )
+    sum_over = _sum_with_gradient if query.requires_grad and torch.is_grad_enabled() else _sum_without
+    output_BGRQD = sum_over(query_BGRQD, key_BGKD, value_BGKD, blocks.is_seen_B1QK, scale)
+    return output_BGRQD.permute(0, 3, 1, 2, 4).reshape(num_blocks * block, heads, width)[None, :size]
+
+
+def _sum_with_gradient(
+    query_BGRQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, is_seen_B1QK: Tensor, scale: float
+) -> Tensor:
+    """Plain batched products: on CPU their backward is three times faster than the fused kernel's."""
+    num_blocks, groups, repeats, block, width = query_BGRQD.shape
+    rows = query_BGRQD.reshape(num_blocks, groups, repeats * block, width)
+    scores = torch.matmul(rows * scale, key_BGKD.transpose(2, 3)).view(num_blocks, groups, repeats, block, -1)
+    hidden = torch.zeros_like(is_seen_B1QK, dtype=rows.dtype).masked_fill_(~is_seen_B1QK, float("-inf"))
+    weights = torch.softmax(scores + hidden[:, None], dim=-1).view(num_blocks, groups, repeats * block, -1)
+    return torch.matmul(weights, value_BGKD).view(num_blocks, groups, repeats, block, width)
+
+
+def _sum_without(
+    query_BGRQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, is_seen_B1QK: Tensor, scale: float
+) -> Tensor:
+    """The fused kernel, which keeps scores in float32 whatever the dtype."""
+    num_blocks, groups, repeats, block, width = query_BGRQD.shape
+    heads = groups * repeats
+    key, value = (
+        tensor[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(num_blocks, heads, -1, width)
+        for tensor in (key_BGKD, value_BGKD)
+    )
+    output = nn.functional.scaled_dot_product_attention(
+        query_BGRQD.reshape(num_blocks, heads, block, width), key, value, attn_mask=is_seen_B1QK, scale=scale
+    )
+    return output.view(num_blocks, groups, repeats, block, width)

@@ -1,0 +1,111 @@
+"""Students in MLflow's registry: one version a selected student, aliases champion and challenger, its model card."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdecs import __version__
+from kdecs.tracking.mlflow import Tracker, import_mlflow
+from kdecs.tracking.record import RunRecord
+
+_URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_EXAMPLE_DIALOGUE: dict[str, Any] = {
+    "id": "example",
+    "utterances": [
+        {"speaker": "A", "utterance": "I got the job!"},
+        {"speaker": "B", "utterance": "That is wonderful news."},
+    ],
+}
+
+
+def register_student(
+    tracker: Tracker,
+    record: RunRecord,
+    directory: Path,
+    *,
+    score: float,
+    corpus_checksum: str,
+    metric: str,
+    card: str,
+) -> str | None:
+    """Log a student to its run as a pyfunc model, register it, and give it its alias; the version.
+
+    `champion` if it beats the current champion on the same validation corpus (or there is none), otherwise
+    `challenger`. None where MLflow does not answer. A student is registered once; `card` (Markdown) becomes the
+    version's description. The record's `scores` and `results` go to its run.
+    """
+    name = tracker.config.registered_model
+    with tracker.answering() as answer:
+        run_id = tracker.ensure(record)
+        version = _registered_version(tracker, run_id) or _log_student(tracker, record, run_id, directory)
+        tracker.log_final(run_id, record)
+        tags = {"kdecs.valid": corpus_checksum, "kdecs.metric": metric, "kdecs.score": repr(score)}
+        for key, value in tags.items():
+            tracker.client.set_model_version_tag(name, version, key, value)
+        tracker.client.update_model_version(name, version, description=card)
+        alias = "champion" if _beats_champion(tracker, version, tags, score) else "challenger"
+        tracker.client.set_registered_model_alias(name, alias, version)
+        answer.append(f"{name} version {version}, alias {alias}")
+    return str(answer[0]) if answer else None
+
+
+def _registered_version(tracker: Tracker, run_id: str) -> str | None:
+    found = tracker.client.search_model_versions(f"name = '{tracker.config.registered_model}'")
+    return next((version.version for version in found if version.run_id == run_id), None)
+
+
+def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Path) -> str:
+    mlflow = import_mlflow()
+    import pandas
+
+    example = pandas.DataFrame({"dialogue": [json.dumps(_EXAMPLE_DIALOGUE)]})
+    with mlflow_at(tracker.uri), mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="student",
+            loader_module="kdecs.student.pyfunc",
+            data_path=str(directory),
+            signature=mlflow.models.infer_signature(example, ["[]"], params={"max_distance": -1}),
+            input_example=example,
+            pip_requirements=[f"kdecs=={__version__}"],
+            registered_model_name=tracker.config.registered_model,
+        )
+    ended = record.finished or time.time()  # start_run opened the run again
+    tracker.client.set_terminated(run_id, record.status, end_time=round(1000 * ended))
+    return str(logged.registered_model_version)
+
+
+@contextmanager
+def mlflow_at(uri: str) -> Iterator[None]:
+    """MLflow's fluent functions at a URI; afterwards where they were.
+
+    Setting MLflow's URIs sets environment variables too. Were they left, the next sweep of this process, and what it
+    starts, would take them for the user's.
+    """
+    mlflow = import_mlflow()
+    before = {name: os.environ.get(name) for name in _URI_VARIABLES}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        for (name, value), reset in zip(
+            before.items(), (mlflow.set_tracking_uri, mlflow.set_registry_uri), strict=True
+        ):
+            reset(value)
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def _beats_champion(tracker: Tracker, version: str, tags: Mapping[str, str], score: float) -> bool:
+    """A champion of another validation corpus or metric cannot be compared: it stays."""
+    name = tracker.config.registered_model
+    current = tracker.client.get_registered_model(name).aliases.get("champion")
+    if current is None or str(current) == str(version):
+        return True
+    champion = tracker.client.get_model_version(name, current).tags
+    comparable = all(champion.get(key) == tags[key] for key in ("kdecs.valid", "kdecs.metric"))
+    return comparable and score > float(champion["kdecs.score"])
