@@ -37,7 +37,8 @@ def make_teacher(directory: Path, corpus: dict[str, str], hidden: int, layers: i
 
     from kdecs.demo.base_model import train_base_model
     from kdecs.demo.config import BaseModelConfig
-    from kdecs.runtime import Runtime, StopSignal, process_group
+    from kdecs.process import StopSignal
+    from kdecs.runtime import Runtime, process_group
     from kdecs.teacher.config import TeacherConfig
     from kdecs.teacher.training import train_teacher
 
@@ -63,7 +64,8 @@ def rank_of(rank: int, world_size: int, values: dict[str, Any], ready: Barrier, 
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     import torch
 
-    from kdecs.runtime import Runtime, StopSignal
+    from kdecs.process import StopSignal
+    from kdecs.runtime import Runtime
     from kdecs.soft_labels.config import ExportConfig
     from kdecs.soft_labels.export import export_shards
     from kdecs.teacher.scoring import TeacherScorer

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 from record import corpus_split, write_record
 
 from kdecs.corpus.answer_words import CONNECTIVES
-from kdecs.corpus.pairs import Pair, pairs_of
+from kdecs.corpus.pairs import EXPORT_UNIVERSE, Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.soft_labels.format import ShardTable, read_shard, write_shard
-from kdecs.soft_labels.plan import EXPORT_UNIVERSE
 
 VOCABULARY = 32_000  # LLaMA's
 TOP_K = 50

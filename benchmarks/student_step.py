@@ -39,7 +39,8 @@ from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
 
 from kdecs.config import config_hash, parse_config
-from kdecs.runtime import Runtime, StopSignal
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime
 from kdecs.student.batches import epoch_batches
 from kdecs.student.config import StudentConfig
 from kdecs.student.losses import loss_parts, step_loss

@@ -81,7 +81,8 @@ def setup(work: Path, seconds: float) -> dict[str, Any]:
     """A base model, and as many epochs as make a trial of about `seconds`."""
     from kdecs.demo.base_model import train_base_model
     from kdecs.demo.config import BaseModelConfig
-    from kdecs.runtime import StopSignal, start_runtime
+    from kdecs.process import StopSignal
+    from kdecs.runtime import start_runtime
 
     files = {split: str(corpus_split(split)[0]) for split in ("train", "valid")}
     values = {

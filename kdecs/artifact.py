@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tqdm import tqdm
 
 from kdecs import __version__
 from kdecs.errors import ArtifactError
@@ -332,26 +331,6 @@ def seal(manifest: Manifest) -> Manifest:
 def is_sealed(manifest: Manifest) -> bool:
     """Whether the manifest is what its writer sealed; false where it has no seal."""
     return manifest.details.get(SEAL_KEY) == _digest(manifest)
-
-
-def whole_labels(directory: Path, work_hash: str, *, show_progress: bool = False) -> Manifest | None:
-    """The manifest of the finished labels of this very work, every byte read and as it was written; else None.
-
-    None also where the manifest cannot be read: whoever writes the directory says what stands in its way.
-    """
-    try:
-        if not is_complete(directory, "soft-labels", work_hash):
-            return None
-        manifest = read_manifest(directory, "soft-labels")
-        total = sum(entry.bytes for entry in manifest.files)
-        disabled = None if show_progress else True
-        with tqdm(
-            total=total, desc="check labels", unit="B", unit_scale=True, disable=disabled, delay=1
-        ) as bar:
-            is_whole = is_sealed(manifest) and not verify_artifact(directory, on_bytes=bar.update)
-    except ArtifactError:
-        return None
-    return manifest if is_whole else None
 
 
 def _digest(manifest: Manifest) -> str:

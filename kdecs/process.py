@@ -3,14 +3,24 @@
 import argparse
 import atexit
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 from kdecs.config import AnyConfig, load_config
-from kdecs.errors import EXIT_REFUSED, EXIT_STOPPED, KdecsError, explain_disk_full, explain_os_error
+from kdecs.errors import (
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    KdecsError,
+    Stopped,
+    explain_disk_full,
+    explain_os_error,
+)
 
 
 def launched_rank() -> tuple[int, int, int]:
@@ -103,3 +113,28 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 def _print_line(message: str) -> None:
     print(f"kdecs: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class StopSignal:
+    """Set by SIGTERM or SIGINT; training loops look at it between steps."""
+
+    requested: bool = False
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        """Catch SIGTERM and SIGINT; a second SIGINT has its usual effect, more SIGTERMs have none."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def raise_if_requested(self, message: str) -> None:
+        """Raise Stopped where no state has to be saved first."""
+        if self.requested:
+            raise Stopped(message)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A launcher passes on the SIGTERM that its ranks got themselves: repeats must not end a checkpoint.
+        del frame
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])

@@ -3,20 +3,18 @@
 import ctypes
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from kdecs.errors import DeviceError, Stopped
+from kdecs.errors import DeviceError
 from kdecs.process import launched_rank
 
 
@@ -33,31 +31,6 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this rank prints and writes what belongs to the whole job."""
         return self.rank == 0
-
-
-@dataclass
-class StopSignal:
-    """Set by SIGTERM or SIGINT; training loops look at it between steps."""
-
-    requested: bool = False
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def install(self) -> None:
-        """Catch SIGTERM and SIGINT; a second SIGINT has its usual effect, more SIGTERMs have none."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-
-    def raise_if_requested(self, message: str) -> None:
-        """Raise Stopped where no state has to be saved first."""
-        if self.requested:
-            raise Stopped(message)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A launcher passes on the SIGTERM that its ranks got themselves: repeats must not end a checkpoint.
-        del frame
-        self.requested = True
-        if number == signal.SIGINT:
-            signal.signal(number, self._previous[number])
 
 
 def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:

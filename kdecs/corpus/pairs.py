@@ -132,3 +132,7 @@ def _pairs_of_target(dialogue: Dialogue, target: Utterance) -> list[Pair]:
     return [
         Pair(dialogue, target.turn, j, j in spans, tuple(spans.get(j, ()))) for j in range(1, target.turn + 1)
     ]
+
+
+EXPORT_UNIVERSE: Universe = "fold1+neutral"
+"""What is exported: the pairs that students train on and predict for scoring, of every split."""

@@ -209,3 +209,31 @@ def _first_fault(faults: list[Fault], path: Path) -> str:
     if len(faults) == 1:
         return str(faults[0])
     return f"{faults[0]} (the first of {len(faults)} faults; kdecs corpus verify {path} lists all)"
+
+
+def parse_dialogue(row: Any, place: str, *, default_id: str | None = None) -> Dialogue:
+    """A dialogue from a JSON text (or its bytes) or from its object; `id` and `turn` may be left out.
+
+    Raises CorpusError, one line, naming the place and the first fault.
+    """
+    checker = Checker(place, labelled=False)
+    decoded = None
+    if isinstance(row, str | bytes):
+        try:
+            decoded = decode_json(row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row)
+        except NotJson as error:
+            raise CorpusError(f"{place}: not JSON: found {error.found}, expected one dialogue") from None
+        row = decoded.value
+    if not isinstance(row, dict) or not isinstance(row.get("utterances"), list):
+        raise CorpusError(f"{place}: found {shorten(row)}, expected an object with a list `utterances`")
+    checker.note_repeated(row, dialogue=None)
+    utterances = [
+        {"turn": turn, **utterance} if isinstance(utterance, dict) and "turn" not in utterance else utterance
+        for turn, utterance in enumerate(row["utterances"], start=1)
+    ]
+    dialogue = checker.dialogue(row.get("id", default_id or place), utterances, "dailydialog")
+    if decoded is not None:
+        checker.note_unlocated_repeats(decoded)
+    if checker.faults or dialogue is None:
+        raise CorpusError(str(checker.faults[0]) if checker.faults else f"{place}: no dialogue")
+    return dialogue

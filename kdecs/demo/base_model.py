@@ -36,7 +36,8 @@ from kdecs.corpus.schema import KNOWN_EMOTIONS, Dialogue
 from kdecs.corpus.splits import training_dialogues
 from kdecs.demo.config import BaseModelConfig
 from kdecs.errors import TrainingError
-from kdecs.runtime import Runtime, StopSignal, seed_everything
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime, seed_everything
 
 NUM_SENTINELS = 10
 _REPEATS = 2000  # makes each answer word frequent enough that its merges are learned first

@@ -29,7 +29,8 @@ from kdecs.mrc.model import (
 )
 from kdecs.mrc.prediction import answer_questions, decide
 from kdecs.mrc.questions import QuestionEncoder, answer_text, load_mrc_data
-from kdecs.runtime import Runtime, StopSignal, seed_everything, warn_of_emulation
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime, seed_everything, warn_of_emulation
 from kdecs.student.batches import Ints, epoch_batches
 from kdecs.student.decision import autocast, choose_threshold, pair_gains
 from kdecs.student.losses import step_seed

@@ -17,11 +17,12 @@ from kdecs.artifact import (
     write_json,
 )
 from kdecs.config import input_checksums
+from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.claims import KIND
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.format import Agreement, ShardRecord, is_as_recorded, shard_name
-from kdecs.soft_labels.plan import EXPORT_UNIVERSE, Plan
+from kdecs.soft_labels.plan import Plan
 from kdecs.soft_labels.scoring import Scorer, TopScorer
 
 _REPRODUCIBLE = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdecs.artifact import Manifest, read_manifest, sha256_of_file, whole_labels
+from kdecs.artifact import Manifest, read_manifest, sha256_of_file
 from kdecs.config import config_hash
 from kdecs.corpus.splits import Source, open_sources
 from kdecs.errors import ArtifactError
@@ -42,6 +42,7 @@ from kdecs.soft_labels.format import (
 )
 from kdecs.soft_labels.plan import PLAN_DIRECTORY, Plan, PlanKind, batching_of, make_plan, open_plan
 from kdecs.soft_labels.scoring import Company, Independent, LeaseLost, Scorer, ShardScoring, Stop, Worker
+from kdecs.soft_labels.verify import whole_labels
 
 LONG_SHARD_S = 3600.0
 WANTED_SHARD_S = 600.0

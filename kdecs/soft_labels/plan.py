@@ -25,14 +25,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdecs.artifact import Manifest, sha256_of_file
-from kdecs.corpus.pairs import Pair, Universe, pairs_of
+from kdecs.corpus.pairs import EXPORT_UNIVERSE, Pair, pairs_of
 from kdecs.corpus.schema import Dialogue
 from kdecs.corpus.splits import Source
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.format import SPLITS, read_checked, write_checked
-
-EXPORT_UNIVERSE: Universe = "fold1+neutral"
-"""What is exported: the pairs that students train on and predict for scoring, of every split."""
 
 BLOCK_DIALOGUES = 65_536
 PLAN_DIRECTORY = "plan"

@@ -105,7 +105,7 @@ class Worker(Protocol):
 
 
 class Stop(Protocol):
-    """What an export needs of `kdecs.runtime.StopSignal`."""
+    """What an export needs of `kdecs.process.StopSignal`."""
 
     def raise_if_requested(self, message: str) -> None:
         """Raise Stopped once a signal came."""

@@ -9,8 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from kdecs.artifact import MANIFEST_NAME, FileEntry, Manifest, is_sealed
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    is_complete,
+    is_sealed,
+    read_manifest,
+    verify_artifact,
+)
 from kdecs.errors import ArtifactError, KdecsError, LabelError
 from kdecs.soft_labels.format import SPLITS, ShardTable
 from kdecs.soft_labels.labels import (
@@ -103,3 +112,23 @@ def _num_pairs_of(directory: Path, manifest: Manifest) -> dict[str, int]:
     if not isinstance(found, dict) or not all(isinstance(count, int) for count in found.values()):
         raise ArtifactError(f"{directory / MANIFEST_NAME}: details.num_pairs: expected numbers by split")
     return found
+
+
+def whole_labels(directory: Path, work_hash: str, *, show_progress: bool = False) -> Manifest | None:
+    """The manifest of the finished labels of this very work, every byte read and as it was written; else None.
+
+    None also where the manifest cannot be read: whoever writes the directory says what stands in its way.
+    """
+    try:
+        if not is_complete(directory, "soft-labels", work_hash):
+            return None
+        manifest = read_manifest(directory, "soft-labels")
+        total = sum(entry.bytes for entry in manifest.files)
+        disabled = None if show_progress else True
+        with tqdm(
+            total=total, desc="check labels", unit="B", unit_scale=True, disable=disabled, delay=1
+        ) as bar:
+            is_whole = is_sealed(manifest) and not verify_artifact(directory, on_bytes=bar.update)
+    except ArtifactError:
+        return None
+    return manifest if is_whole else None

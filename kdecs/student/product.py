@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdecs.artifact import atomic_path, write_json, write_manifest
+from kdecs.artifact import atomic_path, read_manifest, write_json, write_manifest
 from kdecs.config import CONFIG_NAME
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.errors import ArtifactError
 from kdecs.models import without_progress_bars
+from kdecs.student.config import StudentConfig
 from kdecs.student.model import (
     CauseBy,
     Outputs,
@@ -191,3 +192,23 @@ def _read_card(path: Path) -> StudentCard:
             f"this kdecs has {PROMPT_VERSION} with {', '.join(CONNECTIVES)}; train the student again"
         )
     return card
+
+
+def teacher_lineage(config: StudentConfig) -> dict[str, Any] | None:
+    """What the soft labels say of where they come from; None without distillation.
+
+    Of several teachers the first stands as one alone would, all of them in `teachers`, with their weights.
+    """
+    used = config.distillation.used_teachers
+    if not used:
+        return None
+    lineages = []
+    for teacher in used:
+        manifest = read_manifest(teacher.labels, "soft-labels")
+        lineages.append(
+            {"inputs": manifest.inputs, "soft_labels_hash": manifest.config_hash, "details": manifest.details}
+        )
+    if len(used) == 1:
+        return lineages[0]
+    weighed = [{**lineage, "weight": teacher.weight} for lineage, teacher in zip(lineages, used, strict=True)]
+    return {**lineages[0], "teachers": weighed}

@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdecs.corpus.checking import Checker, NotJson, decode_json, shorten
-from kdecs.corpus.schema import Dialogue
+from kdecs.corpus.reading import parse_dialogue
 from kdecs.errors import CorpusError
 from kdecs.student.predict.predictor import Student, offsets_of
 
@@ -46,34 +45,6 @@ class ServedStudent:
             json.dumps([{**asdict(p.prediction), **offsets_of(p)} for p in items], ensure_ascii=False)
             for _, items in found
         ]
-
-
-def parse_dialogue(row: Any, place: str, *, default_id: str | None = None) -> Dialogue:
-    """A dialogue from a JSON text (or its bytes) or from its object; `id` and `turn` may be left out.
-
-    Raises CorpusError, one line, naming the place and the first fault.
-    """
-    checker = Checker(place, labelled=False)
-    decoded = None
-    if isinstance(row, str | bytes):
-        try:
-            decoded = decode_json(row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row)
-        except NotJson as error:
-            raise CorpusError(f"{place}: not JSON: found {error.found}, expected one dialogue") from None
-        row = decoded.value
-    if not isinstance(row, dict) or not isinstance(row.get("utterances"), list):
-        raise CorpusError(f"{place}: found {shorten(row)}, expected an object with a list `utterances`")
-    checker.note_repeated(row, dialogue=None)
-    utterances = [
-        {"turn": turn, **utterance} if isinstance(utterance, dict) and "turn" not in utterance else utterance
-        for turn, utterance in enumerate(row["utterances"], start=1)
-    ]
-    dialogue = checker.dialogue(row.get("id", default_id or place), utterances, "dailydialog")
-    if decoded is not None:
-        checker.note_unlocated_repeats(decoded)
-    if checker.faults or dialogue is None:
-        raise CorpusError(str(checker.faults[0]) if checker.faults else f"{place}: no dialogue")
-    return dialogue
 
 
 def _load_pyfunc(path: str) -> ServedStudent:

@@ -26,9 +26,9 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.evaluation.predictions import write_predictions
+from kdecs.process import StopSignal
 from kdecs.runtime import (
     Runtime,
-    StopSignal,
     any_rank,
     gather_objects,
     on_main_first,
@@ -55,6 +55,7 @@ from kdecs.student.product import (
     StudentCard,
     finish_student,
     save_student,
+    teacher_lineage,
     write_metrics,
 )
 from kdecs.training.checkpoint import (
@@ -235,26 +236,6 @@ def _loss_names(config: StudentConfig) -> dict[str, str]:
         "cause": cause,
     }
     return {part: f"train_{name}_loss" for part, name in used.items() if name}
-
-
-def teacher_lineage(config: StudentConfig) -> dict[str, Any] | None:
-    """What the soft labels say of where they come from; None without distillation.
-
-    Of several teachers the first stands as one alone would, all of them in `teachers`, with their weights.
-    """
-    used = config.distillation.used_teachers
-    if not used:
-        return None
-    lineages = []
-    for teacher in used:
-        manifest = read_manifest(teacher.labels, "soft-labels")
-        lineages.append(
-            {"inputs": manifest.inputs, "soft_labels_hash": manifest.config_hash, "details": manifest.details}
-        )
-    if len(used) == 1:
-        return lineages[0]
-    weighed = [{**lineage, "weight": teacher.weight} for lineage, teacher in zip(lineages, used, strict=True)]
-    return {**lineages[0], "teachers": weighed}
 
 
 OnEpoch = Callable[[dict[str, float]], None]

@@ -21,7 +21,7 @@ from pathlib import Path
 from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums, write_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.progress import SweepProgress, duration

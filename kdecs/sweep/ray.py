@@ -28,8 +28,7 @@ from typing import Any
 
 from kdecs.artifact import file_lock, write_json
 from kdecs.errors import DeviceError, TrainingError
-from kdecs.process import run_entry
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal, run_entry
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, flat_keys
 from kdecs.sweep.space import trials_directory

@@ -17,11 +17,11 @@ import yaml
 
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError, Stopped
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.sweep.config import StageCommand, SweepConfig, Teacher
 from kdecs.sweep.space import missing_teachers
 
-_SCRIPTS = Path(__file__).resolve().parents[2] / "launch"
+_SCRIPTS = Path(__file__).resolve().parents[1] / "launch"
 _POLL_S = 0.5
 _GRACE_S = 10.0  # after which an interrupted script is killed
 

@@ -35,7 +35,8 @@ import psutil
 from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json, write_text
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped
-from kdecs.runtime import StopSignal, start_runtime
+from kdecs.process import StopSignal
+from kdecs.runtime import start_runtime
 from kdecs.student.config import StudentConfig
 from kdecs.tracking.record import METRICS_NAME, environment_tags, read_points
 

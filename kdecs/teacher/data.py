@@ -6,11 +6,13 @@ from functools import cached_property
 from itertools import groupby
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split, training_dialogues
 from kdecs.errors import CorpusError
+from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.tree.prefix_tree import tree_size
@@ -284,3 +286,12 @@ def _prompt_set(
         max_pairs=max_pairs,
     )
     return PromptSet(pairs, prompts, units)
+
+
+def prompts_and_gold(
+    data: PromptSet, micro: MicroBatch, runtime: Runtime
+) -> tuple[list[EncodedPrompt], torch.Tensor]:
+    """Prompts and gold of a micro-batch; an empty one computes the shortest prompt, for the collectives."""
+    indices = micro.pairs or (data.shortest,)
+    is_cause_P = torch.tensor([data.pairs[n].is_cause for n in indices], device=runtime.device)
+    return [data.prompts[n] for n in indices], is_cause_P

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from kdecs.errors import Stopped, TrainingError
-from kdecs.runtime import Runtime, StopSignal
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime
 from kdecs.teacher.engine import join_deepspeed
 from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.network import TeacherNetwork

@@ -21,7 +21,8 @@ from kdecs.artifact import claim_directory, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.metrics import utterance_scores
-from kdecs.runtime import Runtime, StopSignal, any_rank, gather_objects, seed_everything, warn_of_emulation
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime, any_rank, gather_objects, seed_everything, warn_of_emulation
 from kdecs.teacher.checkpoint import Progress, product_directory, resume, save_checkpoint
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import (
@@ -31,6 +32,7 @@ from kdecs.teacher.data import (
     Unit,
     fixed_batches,
     prepare_data,
+    prompts_and_gold,
     share_among_ranks,
 )
 from kdecs.teacher.engine import (
@@ -41,7 +43,7 @@ from kdecs.teacher.engine import (
     tree_is_exact,
     tree_probes,
 )
-from kdecs.teacher.families import EncodedPrompt, Family, make_family
+from kdecs.teacher.families import Family, make_family
 from kdecs.teacher.metering import Delivery, Meter, MetricsFile
 from kdecs.teacher.network import connective_loss, is_causal
 from kdecs.teacher.product import install_product
@@ -135,15 +137,6 @@ def majority_macro_f1(valid: PromptSet) -> float:
     """Macro F1 of giving every pair the more frequent label."""
     labels: Sequence[bool] = [pair.is_cause for pair in valid.pairs]
     return utterance_scores(labels, [sum(labels) * 2 > len(labels)] * len(labels)).macro_f1
-
-
-def prompts_and_gold(
-    data: PromptSet, micro: MicroBatch, runtime: Runtime
-) -> tuple[list[EncodedPrompt], torch.Tensor]:
-    """Prompts and gold of a micro-batch; an empty one computes the shortest prompt, for the collectives."""
-    indices = micro.pairs or (data.shortest,)
-    is_cause_P = torch.tensor([data.pairs[n].is_cause for n in indices], device=runtime.device)
-    return [data.prompts[n] for n in indices], is_cause_P
 
 
 _LOCK = ".training.lock"

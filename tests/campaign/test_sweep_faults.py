@@ -66,7 +66,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny base that was never trained, and few dialogues."""
     from kdecs.demo.base_model import train_base_model
     from kdecs.demo.config import BaseModelConfig
-    from kdecs.runtime import StopSignal, start_runtime
+    from kdecs.process import StopSignal
+    from kdecs.runtime import start_runtime
 
     folder = tmp_path_factory.mktemp("inputs")
     files = {}

@@ -32,7 +32,8 @@ from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.demo.base_model import train_base_model
 from kdecs.demo.config import BaseModelConfig
-from kdecs.runtime import Runtime, StopSignal
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_KILLS = 20

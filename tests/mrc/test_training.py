@@ -28,7 +28,7 @@ from kdecs.mrc.config import MrcConfig
 from kdecs.mrc.prediction import MrcBaseline
 from kdecs.mrc.questions import mrc_text, training_pairs
 from kdecs.mrc.training import train_mrc
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "launch/configs/mrc").glob("*.yaml"))

@@ -20,7 +20,8 @@ def make_real_teacher(directory: Path) -> Path:
     from kdecs.config import parse_config
     from kdecs.demo.base_model import train_base_model
     from kdecs.demo.config import BaseModelConfig
-    from kdecs.runtime import Runtime, StopSignal, process_group
+    from kdecs.process import StopSignal
+    from kdecs.runtime import Runtime, process_group
     from kdecs.teacher.config import TeacherConfig
     from kdecs.teacher.training import train_teacher
 

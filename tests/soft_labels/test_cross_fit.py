@@ -211,7 +211,7 @@ def test_committed_configs_parse() -> None:
 
 def test_a_damaged_fold_is_not_skipped(merged: CrossFitConfig, tmp_path: Path) -> None:
     """Its own command mends it; else the merge would refuse it for ever."""
-    is_done = runpy.run_path(str(ROOT / "launch" / "cross_fit.py"))["_is_done"]
+    is_done = runpy.run_path(str(ROOT / "kdecs" / "launch" / "cross_fit.py"))["_is_done"]
     stage = merged.export_config(1)
     assert is_done(stage, stage.output, "soft-labels")
     shard = stage.output / "shard-00001.parquet"

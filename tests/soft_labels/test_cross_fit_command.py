@@ -59,7 +59,7 @@ def test_a_signal_before_there_is_a_child_reaches_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM comes after the last look at it, while the stage's process is being started."""
-    script = runpy.run_path(str(ROOT / "launch" / "cross_fit.py"))
+    script = runpy.run_path(str(ROOT / "kdecs" / "launch" / "cross_fit.py"))
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     config = config_of(tmp_path / "labels", launcher=sleep)
     stages = script["Stages"](config)
@@ -89,7 +89,8 @@ def test_one_command_trains_exports_and_goes_on_after_a_stop(
 
     from kdecs.demo.base_model import train_base_model
     from kdecs.demo.config import BaseModelConfig
-    from kdecs.runtime import Runtime, StopSignal
+    from kdecs.process import StopSignal
+    from kdecs.runtime import Runtime
     from kdecs.teacher.scoring import TeacherScorer
 
     runtime = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))

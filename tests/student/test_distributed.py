@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import RobertaForMaskedLM
 
 from kdecs.errors import Stopped
-from kdecs.runtime import Runtime, StopSignal, process_group
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime, process_group
 from kdecs.student.config import StudentConfig
 from kdecs.student.training import train_student
 

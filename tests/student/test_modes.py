@@ -17,7 +17,7 @@ from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ConfigError, CorpusError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import load_training_data
 from kdecs.student.predict.predictor import Student

@@ -11,7 +11,7 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.soft_labels.labels import SoftLabels
 from kdecs.student.batches import epoch_batches
 from kdecs.student.model import PointerSpanHead

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from kdecs.corpus.encoding import HistoryWindow
+from kdecs.corpus.reading import parse_dialogue
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.student.predict.predictor import offsets_of
-from kdecs.student.pyfunc import ServedStudent, parse_dialogue
+from kdecs.student.pyfunc import ServedStudent
 from kdecs.tracking.mlflow import Tracker
 from kdecs.tracking.record import RunRecord, TrackingConfig
 from kdecs.tracking.registry import register_student

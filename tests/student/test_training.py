@@ -14,7 +14,7 @@ from kdecs.config import Optimization
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped, TrainingError
 from kdecs.evaluation.predictions import read_predictions
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.student import training
 from kdecs.student.losses import step_seed
 from kdecs.student.predict.predictor import Student

@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 from kdecs.config import load_config
-from kdecs.process import run_entry
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal, run_entry
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.driver import run_sweep
 

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from kdecs.errors import ConfigError
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.sweep import teachers as build
 
 

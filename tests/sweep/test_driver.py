@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, Stopped, TrainingError
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.sweep.config import Dimension
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.selection import rank_settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdecs.errors import TrainingError
-from kdecs.runtime import StopSignal
+from kdecs.process import StopSignal
 from kdecs.sweep import ray as ray_process
 from kdecs.sweep.ray import OUT_OF_MEMORY, Plan, _is_out_of_memory, run_with_ray
 from kdecs.sweep.trial import TrialRun

@@ -78,7 +78,7 @@ def test_two_sweeps_train_one_student_once(trial, tmp_path, monkeypatch):
             # what run_trial does under the lock, here without its redirection of the process' output
             from fake_trainer import train
 
-            from kdecs.runtime import StopSignal
+            from kdecs.process import StopSignal
 
             train(first.config, lambda metrics: None, StopSignal())
             add_student(run.store, first.config_hash, first.directory)

@@ -16,7 +16,8 @@ from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.demo.base_model import train_base_model
 from kdecs.demo.config import BaseModelConfig
-from kdecs.runtime import Runtime, StopSignal, process_group
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime, process_group
 from kdecs.teacher.config import ModelConfig, TeacherConfig
 from kdecs.teacher.families import Family, make_family
 

@@ -14,8 +14,8 @@ import deepspeed
 
 from kdecs.config import load_config
 from kdecs.errors import KdecsError
-from kdecs.process import run_entry
-from kdecs.runtime import StopSignal, process_group, start_runtime
+from kdecs.process import StopSignal, run_entry
+from kdecs.runtime import process_group, start_runtime
 from kdecs.teacher import engine, training
 from kdecs.teacher import training as preparation
 from kdecs.teacher.config import TeacherConfig

@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ArtifactError, ConfigError, DeviceError, Stopped
-from kdecs.runtime import Runtime, StopSignal
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime
 from kdecs.teacher import checkpoint, engine, training
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import Unit, share_among_ranks

@@ -26,7 +26,8 @@ from transformers import (
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ModelError
-from kdecs.runtime import Runtime, StopSignal
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime
 from kdecs.teacher import training as preparation
 from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.engine import check_config, check_head, tree_is_exact, tree_probes

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kdecs.artifact import Manifest, whole_labels
+from kdecs.artifact import Manifest
 from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.answer_words import NUM_CAUSAL
+from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import LabelError
 from kdecs.soft_labels.corpora import batches_of, pairs_of_file
 from kdecs.soft_labels.derive.config import CombineConfig, CombineRule
@@ -31,7 +32,7 @@ from kdecs.soft_labels.derive.write import begin_directory, check_directory, fin
 from kdecs.soft_labels.format import ShardTable
 from kdecs.soft_labels.inspect.calibration import require_cause_words
 from kdecs.soft_labels.labels import SoftLabels, iter_directory
-from kdecs.soft_labels.plan import EXPORT_UNIVERSE
+from kdecs.soft_labels.verify import whole_labels
 
 
 def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from kdecs.artifact import Manifest, atomic_path, content_checksum, read_manifest
 from kdecs.config import input_checksums
+from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.corpus.reading import holds_lines
 from kdecs.corpus.splits import open_sources, text_digest
 from kdecs.errors import ArtifactError, CorpusError
@@ -33,7 +34,6 @@ from kdecs.soft_labels.derive.config import CrossFitConfig
 from kdecs.soft_labels.derive.write import begin_directory, finish_directory, rows_where, write_rows
 from kdecs.soft_labels.format import ShardTable
 from kdecs.soft_labels.labels import SoftLabels, iter_directory
-from kdecs.soft_labels.plan import EXPORT_UNIVERSE
 
 
 def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:

@@ -25,17 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from kdecs.artifact import Manifest, whole_labels, write_manifest
+from kdecs.artifact import Manifest, write_manifest
 from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.checking import is_unicode, shorten
+from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import CorpusError, LabelError
 from kdecs.soft_labels.corpora import batches_of, dialogues_of_file, pairs_of_file
 from kdecs.soft_labels.derive.config import ImportConfig
 from kdecs.soft_labels.derive.write import begin_directory, check_directory, finish_directory, write_rows
 from kdecs.soft_labels.format import SPLITS, ShardTable
 from kdecs.soft_labels.labels import SoftLabels, iter_directory
-from kdecs.soft_labels.plan import EXPORT_UNIVERSE
+from kdecs.soft_labels.verify import whole_labels
 
 NO_REST_MASS = -100.0
 """Log of no mass at all, finite as the format wants it."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from kdecs.artifact import atomic_path
-from kdecs.corpus.reading import iter_dialogues
+from kdecs.corpus.reading import iter_dialogues, parse_dialogue
 from kdecs.corpus.schema import Dialogue, Fault
 from kdecs.errors import CorpusError
 from kdecs.runtime import Runtime, start_runtime
@@ -31,7 +31,6 @@ from kdecs.student.predict.predictor import (
     stream,
 )
 from kdecs.student.predict.render import render_dialogue
-from kdecs.student.pyfunc import parse_dialogue
 
 STANDARD_STREAM = Path("-")
 

@@ -1,0 +1,133 @@
+"""Export a teacher's soft labels: raw answer-word logits of every pair of every split, in checked shards.
+
+Start it as often as there are devices: plain python, torchrun, the deepspeed launcher, or jobs of their own
+on one output directory. Workers share the shards among themselves; the same command resumes after any stop, and
+mends a finished directory: damaged shards are labelled again.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from kdecs.process import is_main_rank, run_entry, say_skipped, stage_config
+from kdecs.soft_labels.claims import refuse_early, tidy
+from kdecs.soft_labels.config import ExportConfig
+from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
+from kdecs.soft_labels.scoring import Scorer
+
+if TYPE_CHECKING:
+    from kdecs.process import StopSignal
+    from kdecs.runtime import Runtime
+    from kdecs.teacher.scoring import TeacherScorer
+
+EXAMPLES = """  python launch/export_soft_labels.py --config launch/configs/demo/export.yaml
+  deepspeed --no_local_rank launch/export_soft_labels.py --config launch/configs/export/llama-7b.yaml
+  deepspeed --no_local_rank launch/export_soft_labels.py --config launch/configs/export/llama-13b-zero3.yaml
+  python launch/export_soft_labels.py --config launch/configs/demo/export.yaml --set num_shards=16
+"""
+
+
+class ExportBar:
+    """A progress bar over pairs on rank 0, and a line for each shard that this worker finishes."""
+
+    def __init__(self, is_main: bool) -> None:
+        self._bar: tqdm = tqdm(unit="pair", desc="soft labels", disable=None if is_main else True)
+
+    def __call__(self, progress: Progress) -> None:
+        self._bar.total = progress.pairs_total
+        self._bar.update(max(0, progress.pairs_done - self._bar.n))
+        if progress.line:
+            tqdm.write(f"soft labels: {progress.line}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def summary(config: ExportConfig, result: ExportResult) -> str:
+    details = result.manifest.details
+    num_pairs = sum(details["num_pairs"].values())
+    agreement = details["agreement"]["valid"]
+    macro_f1 = f"{agreement['macro_f1']:.2f}" if agreement else "none, there are no pairs to judge"
+    rate = f"{result.pairs_per_second:,.1f} pairs a second" if result.num_new_pairs else "all there before"
+    return (
+        f"soft labels {config.output.name}: {num_pairs:,} pairs in {len(result.manifest.files)} shards, {rate}; "
+        f"agreement with gold on valid: macro F1 {macro_f1}; written to {config.output}"
+    )
+
+
+def main() -> None:
+    config = stage_config(ExportConfig, __doc__ or "", EXAMPLES)
+    if is_finished(config, show_progress=is_main_rank()):
+        tidy(config.output, lease_s=config.lease_s)
+        say_skipped(f"soft labels {config.output.name}: complete at {config.output}, skipped")
+        return
+    refuse_early(config)
+    # Torch takes seconds to import: not before it is known that there is work.
+    from kdecs.process import StopSignal
+    from kdecs.runtime import process_group, start_runtime, warn_of_emulation
+
+    stop = StopSignal()
+    stop.install()
+    runtime = start_runtime(threads=config.threads_per_worker)
+    warn_of_emulation(runtime, config.dtype, "dtype")
+    bar = ExportBar(runtime.is_main)
+    try:
+        if config.engine == "zero3":
+            with process_group(runtime, single=True):
+                result = export_partitioned(config, runtime, stop, bar)
+        else:
+            result = export_replica(config, runtime, stop, bar)
+    finally:
+        bar.close()
+    if runtime.is_main:
+        print(summary(config, result), flush=True)
+
+
+def export_replica(
+    config: ExportConfig, runtime: "Runtime", stop: "StopSignal", bar: ExportBar
+) -> ExportResult:
+    """Label with a whole teacher on this rank's device; other ranks are other workers."""
+    from kdecs.teacher.scoring import TeacherScorer
+
+    scorer = TeacherScorer.load(
+        config.teacher,
+        runtime=runtime,
+        dtype=config.dtype,
+        micro_batch_tokens=config.micro_batch_tokens,
+        base=config.base,
+    )
+    return export_shards(config, with_top(scorer, config), runtime, stop, report=bar)
+
+
+def export_partitioned(
+    config: ExportConfig, runtime: "Runtime", stop: "StopSignal", bar: ExportBar
+) -> ExportResult:
+    """Label with a teacher whose parameters are shared out over the ranks, which compute in step."""
+    from kdecs.teacher.partitioned import load_partitioned
+
+    scorer, lockstep = load_partitioned(
+        config.teacher,
+        runtime=runtime,
+        stop=stop,
+        dtype=config.dtype,
+        micro_batch_tokens=config.micro_batch_tokens,
+        base=config.base,
+        persistence_threshold=config.persistence_threshold,
+    )
+    with lockstep.together():
+        return export_shards(config, with_top(scorer, config), runtime, stop, company=lockstep, report=bar)
+
+
+def with_top(scorer: "TeacherScorer", config: ExportConfig) -> Scorer:
+    """The scorer, able to give the top logits that the config asks for."""
+    if not config.top_k:
+        return scorer
+    from kdecs.teacher.scoring import TopTeacherScorer
+
+    return TopTeacherScorer(scorer, config.top_k)
+
+
+if __name__ == "__main__":
+    run_entry(main)

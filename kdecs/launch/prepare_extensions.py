@@ -1,0 +1,23 @@
+"""Build the one extension that DeepSpeed compiles for CPU ranks, so that no training start has to wait for it."""
+
+import os
+
+from kdecs.errors import DependencyError
+from kdecs.process import run_entry
+
+
+def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    try:
+        ShareMemCommBuilder().load(verbose=False)
+    except (RuntimeError, OSError) as error:
+        last = str(error).strip().splitlines()[-1]
+        raise DependencyError(
+            f"DeepSpeed's CPU helper does not compile ({last}): install g++ and ninja"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,31 @@
+"""Train a small base model and its tokenizer on a corpus' text from scratch (for trying kdecs without a hub)."""
+
+from kdecs.artifact import is_complete
+from kdecs.config import config_hash
+from kdecs.demo.config import BaseModelConfig
+from kdecs.process import run_entry, say_skipped, stage_config
+
+EXAMPLES = """\
+  python launch/pretrain_base.py --config launch/configs/demo/base_llama.yaml
+  python launch/pretrain_base.py --config launch/configs/demo/base_llama.yaml --set max_steps=100
+"""
+
+
+def main() -> None:
+    config = stage_config(BaseModelConfig, str(__doc__), EXAMPLES)
+    if is_complete(config.output, "base-model", config_hash(config)):
+        say_skipped(f"base model {config.name}: complete at {config.output}, skipped")
+        return
+    from kdecs.demo.base_model import train_base_model
+    from kdecs.process import StopSignal
+    from kdecs.runtime import start_runtime
+
+    stop = StopSignal()
+    stop.install()
+    runtime = start_runtime(threads=config.threads)
+    path = train_base_model(config, runtime, stop)
+    print(f"base model {config.name}: {config.architecture}, {config.max_steps} steps, written to {path}")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,30 @@
+"""Choose a finished sweep's student on validation, score it on test once, register it in MLflow.
+
+A second call prints the record; the test split is not opened again.
+"""
+
+import argparse
+from pathlib import Path
+
+from kdecs.process import run_entry
+
+EXAMPLES = """examples:
+  python tune/select_student.py --sweep runs/sweep
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sweep", type=Path, required=True, metavar="DIR", help="a finished sweep's directory"
+    )
+    sweep = parser.parse_args().sweep.absolute()
+    from kdecs.sweep.selection import print_selection, select_student
+
+    print_selection(sweep, select_student(sweep))
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,98 @@
+"""Run the paper's five studies at small scale, on the models of a finished demo: sweep, selection and report of each.
+
+The spaces are those of the paper (tune/spaces); teachers, base, corpus and tracking are the demo's, and there are fewer
+seeds, values and epochs, so that a laptop does it. What is complete is skipped; the same command goes on after a stop.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kdecs.config import load_config, parse_config, read_yaml
+from kdecs.errors import Stopped
+from kdecs.process import StopSignal, run_entry
+from kdecs.sweep.config import SweepConfig
+
+EXAMPLES = """examples:
+  python tune/studies.py --demo runs/demo --output runs/studies
+  python tune/studies.py --demo runs/demo --output runs/studies --only ablation --seeds 3
+"""
+SPACES = Path(__file__).resolve().parents[1] / "configs" / "spaces"
+STUDIES = ("main", "ablation", "data_share", "teacher_scale", "given_emotions")
+SMALL = {
+    "distillation.alpha": [0.3, 0.6],
+    "distillation.temperature": [1.0, 2.0],
+    "distillation.hard_share": [0.2, 0.6, 1.0],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--demo", type=Path, required=True, metavar="DIR", help="a finished demo's run directory"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="one sweep a study goes below it"
+    )
+    parser.add_argument("--only", choices=STUDIES, action="append", help="this study alone; repeatable")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds of each setting (default 2)")
+    parser.add_argument(
+        "--epochs", type=int, default=2, metavar="N", help="epochs of each training (default 2)"
+    )
+    parser.add_argument(
+        "--share", type=float, metavar="S", help="share of the training dialogues (default: the demo's)"
+    )
+    arguments = parser.parse_args()
+    from kdecs.sweep.driver import run_sweep
+    from kdecs.sweep.report.page import write_report
+    from kdecs.sweep.selection import print_selection, select_student
+
+    stop = StopSignal()
+    stop.install()
+    demo = load_config(SweepConfig, arguments.demo.absolute() / "sweep" / "config.json")
+    for study in arguments.only or STUDIES:
+        config = small_config(study, demo, arguments)
+        sweep = run_sweep(config, stop=stop)
+        stop.raise_if_requested(f"stopped after study {study}; run the same command again to go on")
+        print_selection(sweep, select_student(sweep))
+        print(f"study {study}: {write_report(sweep)}", flush=True)
+    if stop.requested:
+        raise Stopped("studies stopped; run the same command again to go on")
+
+
+def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -> SweepConfig:
+    """A study's space with the demo's models and fewer values."""
+    values = read_yaml(SPACES / f"{study}.yaml")
+    student: dict[str, Any] = {**demo.student, "distillation": values["student"].get("distillation", {})}
+    student["optimization"] = {**student.get("optimization", {}), "epochs": arguments.epochs}
+    student["cache"] = str(arguments.output.absolute() / "cache")
+    if arguments.share is not None:
+        student["corpus"] = {**student["corpus"], "train_share": arguments.share}
+    teachers = {name: str(teacher.labels) for name, teacher in demo.teachers.items()}
+    space = values["space"]
+    if "teacher" in space:
+        space["teacher"] = {"grid": list(teachers)}
+    else:
+        first = next(iter(teachers))
+        teachers = {first: teachers[first]}
+    for key, few in SMALL.items():
+        if key in space:
+            space[key] = {"grid": few}
+    space["optimization.seed"] = {"grid": list(range(arguments.seeds))}
+    changed = {
+        "output": str(arguments.output.absolute() / study),
+        "teachers": teachers,
+        "student": student,
+        "space": space,
+        "cpus_per_trial": 1,
+        "gpus_per_trial": 0,
+        "max_concurrent_trials": demo.max_concurrent_trials,
+        "tracking": {"experiment": "kdecs-studies"},
+    }
+    return parse_config(SweepConfig, {**values, **changed}, source=f"study {study}")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,30 @@
+"""Train the MRC baseline of RECCON: question answering over an encoder. The same command resumes after any stop."""
+
+from kdecs.artifact import is_complete
+from kdecs.config import config_hash
+from kdecs.mrc.config import MrcConfig
+from kdecs.process import run_entry, say_skipped, stage_config
+
+EXAMPLES = """  python launch/train_mrc.py --config launch/configs/mrc/roberta-base.yaml
+  python launch/train_mrc.py --config launch/configs/mrc/spanbert.yaml --set optimization.seed=1
+  python launch/train_mrc.py --config launch/configs/mrc/minilm.yaml --set corpus.train_share=0.1
+"""
+
+
+def main() -> None:
+    config = stage_config(MrcConfig, str(__doc__), EXAMPLES)
+    if is_complete(config.output, "mrc", config_hash(config)):
+        say_skipped(f"MRC baseline {config.name}: complete at {config.output}, skipped")
+        return
+    # torch takes seconds to import: not before it is known that there is work
+    from kdecs.mrc.training import train_mrc
+    from kdecs.process import StopSignal
+    from kdecs.runtime import start_runtime
+
+    stop = StopSignal()
+    stop.install()
+    train_mrc(config, start_runtime(threads=config.threads), stop=stop)
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,36 @@
+"""Train a student: emotion, connective and cause span together, distilled from a teacher's soft labels.
+
+One process, or one a GPU under torchrun or the deepspeed launcher. The same command resumes after any stop.
+"""
+
+from kdecs.artifact import is_complete
+from kdecs.config import config_hash
+from kdecs.process import run_entry, say_skipped, stage_config
+from kdecs.student.config import StudentConfig
+
+EXAMPLES = """  python launch/train_student.py --config launch/configs/student/kd.yaml
+  torchrun --nproc_per_node 4 launch/train_student.py --config launch/configs/student/kd.yaml
+  deepspeed --no_local_rank --num_gpus 4 launch/train_student.py --config launch/configs/student/kd.yaml
+  python launch/train_student.py --config launch/configs/student/joint.yaml --set optimization.seed=1
+"""
+
+
+def main() -> None:
+    config = stage_config(StudentConfig, str(__doc__), EXAMPLES)
+    if is_complete(config.output, "student", config_hash(config)):
+        say_skipped(f"student {config.name}: complete at {config.output}, skipped")
+        return
+    # torch takes seconds to import: not before it is known that there is work
+    from kdecs.process import StopSignal
+    from kdecs.runtime import process_group, start_runtime
+    from kdecs.student.training import train_student
+
+    stop = StopSignal()
+    stop.install()
+    runtime = start_runtime(threads=config.threads)
+    with process_group(runtime):
+        train_student(config, runtime, stop=stop)
+
+
+if __name__ == "__main__":
+    run_entry(main)
