@@ -216,7 +216,7 @@ def test_final_scores_are_logged_once(config, tmp_path):
     tracker.sync([final])
     run_id = tracker.run_id(final.identity)
     for _ in range(2):
-        tracker.log_final(run_id, final)
+        tracker.log_final(final)
     assert len(runs(config)[0].get_metric_history(run_id, "test_macro_f1")) == 1
 
 

@@ -38,7 +38,7 @@ from kdecs.sweep.status import (
     write_results,
 )
 from kdecs.sweep.teachers import build_teachers, refuse_missing
-from kdecs.sweep.tracking import Delivery
+from kdecs.sweep.tracking import SweepUpload
 from kdecs.sweep.trial import DEFAULT_TRAINER, ENVIRONMENT_NAME, TrialRun, settle, write_environment
 
 Runner = Callable[[Plan, StopSignal, Follow], None]
@@ -96,7 +96,7 @@ class _Sweep:
     def __init__(self, config: SweepConfig, search: Search) -> None:
         self.config = config
         self.search = search
-        self.delivery = Delivery(config, search)
+        self.upload = SweepUpload(config, search)
         self.began = time.monotonic()
         self._settled: dict[tuple[str, str], TrialResult] = {}
 
@@ -132,7 +132,7 @@ class _Sweep:
         config = with_absolute_paths(self.config, known) if known else self.config
         write_config(config, self.config.output)
         write_environment(self.config.output)
-        self.delivery.begin(self.results(living=False))
+        self.upload.begin(self.results(living=False))
         while True:
             stage = self.search.stage()
             missing = self.missing(stage)
@@ -167,7 +167,7 @@ class _Sweep:
             def follow() -> None:
                 results = self.results(living=True)
                 progress.update(results)
-                self.delivery.deliver(results, "RUNNING")
+                self.upload.update(results)
 
             waiting = {trial.id for trial in missing}
             run = TrialRun(
@@ -198,14 +198,14 @@ class _Sweep:
         shown = f"{at_a_time} at a time" if at_a_time else "as many at a time as the resources hold"
         return (
             f"sweep {self.config.name}: {number} trials, {done} complete, {number - done} to train, {shown}; "
-            f"MLflow at {self.delivery.shown_uri}"
+            f"MLflow at {self.upload.shown_uri}"
         )
 
     def record_end(self, outcome: str) -> list[TrialResult]:
         """Write trials.json and tell MLflow how this start ended."""
         results = self.results(living=False)
         write_results(self.config.output, results)
-        self.delivery.finish(results, outcome)
+        self.upload.finish(results, outcome)
         return results
 
     def bring_leftovers(self, digest: str) -> None:
@@ -213,7 +213,7 @@ class _Sweep:
         if self.config.report and not is_report_of(self.config.output, digest):
             self._report()
         else:
-            self.delivery.deliver_leftovers(self.results(living=False))
+            self.upload.upload_leftovers(self.results(living=False))
 
     def complete(self, digest: str, stop: StopSignal) -> None:
         """Write trials.json, then the manifest; or raise for what is stopped or failed."""
@@ -247,9 +247,9 @@ class _Sweep:
             self._report()
 
     def _report(self) -> None:
-        self.delivery.expect()  # figures, even where this process is killed before they are there
+        self.upload.mark_pending()  # figures, even where this process is killed before they are there
         print(f"report: {write_report_of(self.config.output)}", flush=True)
-        self.delivery.finish(self.results(living=False), "FINISHED")
+        self.upload.finish(self.results(living=False), "FINISHED")
 
 
 def _is_trained(trial: Trial) -> bool:

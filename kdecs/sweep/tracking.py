@@ -1,8 +1,9 @@
-"""Bringing a sweep to MLflow while it runs: from files, by one thread, so that a slow server holds nothing up."""
+"""A sweep in MLflow: one run for the sweep and one below it per trial, read from their files and uploaded as it goes.
+
+SWEEP/.undelivered   exists while MLflow may lack something, so that the next start uploads the rest
+"""
 
 import hashlib
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -13,16 +14,18 @@ from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial
 from kdecs.sweep.status import TrialResult
 from kdecs.sweep.trial import ENVIRONMENT_NAME, SYSTEM_NAME, read_samples
-from kdecs.tracking.mlflow import Tracker
+from kdecs.tracking.mlflow import Tracker, Uploader
 from kdecs.tracking.record import METRICS_NAME, RunRecord, directory_identity, read_points
 
 SWEEP_TAG = "kdecs.sweep"
 TRIAL_TAG = "kdecs.trial"
+_UNDELIVERED_NAME = ".undelivered"
+_EVERY_S = 3.0
 _STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult], status: str) -> RunRecord:
-    """The sweep's own record, the parent of its trials'."""
+    """The record of the sweep itself, the parent of its trials' records."""
     started = [result.started for result in results if result.started]
     report = config.output / "report"
     figures = [path for pattern in ("*.png", "*.csv", "*.tex") for path in sorted(report.glob(pattern))]
@@ -42,7 +45,7 @@ def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult
 
 
 def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunRecord:
-    """A trial's record; its parent is filled in when the sweep's run is known."""
+    """The record of a trial. Its parent is filled in once the sweep's run is known."""
     config = trial.config
     params = {
         "seed": trial.seed,
@@ -81,78 +84,52 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
 
 @cache
 def corpus_checksum(*paths: Path) -> str:
-    """16 hex digits that stand for the content of corpus files; read once a process."""
+    """16 hex digits that stand for the content of corpus files, which are read once per process."""
     joined = "\n".join(content_checksum(path) for path in paths)
     return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
 
-_UNDELIVERED_NAME = ".undelivered"
-_EVERY_S = 3.0
-
-
-class Delivery:
-    """Delivers a sweep's records; the driver is the only one that talks to MLflow."""
+class SweepUpload:
+    """Uploads a sweep's records; the driver is the only process of a sweep that talks to MLflow."""
 
     def __init__(self, config: SweepConfig, search: Search) -> None:
         self._config = config
         self._search = search
-        self._tracker = Tracker(config.tracking, config.output)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._pending: Future[bool] | None = None
-        self._last = 0.0
-        self._is_told = False
+        tracker = Tracker(config.tracking, config.output)
+        self.shown_uri = tracker.shown_uri
+        self._uploader = Uploader(tracker, every_s=_EVERY_S)
+        self._is_reported = False
         self._ended: dict[str, RunRecord] = {}
         self._marker = config.output / _UNDELIVERED_NAME
 
-    @property
-    def shown_uri(self) -> str:
-        """Where MLflow is, without a password."""
-        return self._tracker.shown_uri
-
-    def deliver(
-        self, results: list[TrialResult], status: str, *, now: bool = False, final: bool = False
-    ) -> bool:
-        """Bring MLflow up to date: every few seconds in the background, or `now`; whether it is, as far as known.
-
-        `final`: look once more for runs that a repeated request made double.
-        """
-        if self._pending is not None:
-            if not now and not self._pending.done():
-                return False
-            self._pending.result()
-            self._pending = None
-        if not now and time.monotonic() - self._last < _EVERY_S:
-            return True
-        self._last = time.monotonic()
-        family = self._records(results, status)
-        if now:
-            return self._tracker.sync_family(*family, now=True, final=final)
-        self._pending = self._thread.submit(self._tracker.sync_family, *family)
-        return True
-
     def begin(self, results: list[TrialResult]) -> None:
-        """Deliver what is known at the start; from now on MLflow lacks something until this start has ended."""
-        self.expect()
-        self.deliver(results, "RUNNING", now=True)
+        """Upload what is known at the start. From now on MLflow lacks something until this start has ended."""
+        self.mark_pending()
+        self._uploader.finish(*self._records(results, "RUNNING"))
 
-    def expect(self) -> None:
-        """Note that MLflow lacks something, so that another start brings it where this one is killed."""
+    def update(self, results: list[TrialResult]) -> None:
+        """Upload in the background, every few seconds; a slow server holds nothing up."""
+        if self._uploader.is_due:
+            self._uploader.start(*self._records(results, "RUNNING"))
+
+    def mark_pending(self) -> None:
+        """Note that MLflow lacks something, so that the next start uploads it if this one is killed."""
         self._marker.touch()
 
     def finish(self, results: list[TrialResult], status: str) -> None:
-        """Deliver the end of this start; where MLflow lacks something then, say so and leave the note."""
-        if self.deliver(results, status, now=True, final=True):
+        """Upload the end of this start. If MLflow does not take everything, say so and leave the note."""
+        if self._uploader.finish(*self._records(results, status), final=True):
             self._marker.unlink(missing_ok=True)
-        elif not self._is_told:
-            self._is_told = True
+        elif not self._is_reported:
+            self._is_reported = True
             print(
-                f"sweep {self._config.name}: MLflow at {self.shown_uri} lacks a part of it; once it takes it, the same "
-                "command brings what is missing",
+                f"sweep {self._config.name}: could not upload all results to MLflow at {self.shown_uri}. "
+                "Run the same command again to upload the rest.",
                 flush=True,
             )
 
-    def deliver_leftovers(self, results: list[TrialResult]) -> None:
-        """What an MLflow that was away has not got of a complete sweep."""
+    def upload_leftovers(self, results: list[TrialResult]) -> None:
+        """Upload whatever MLflow missed of a complete sweep while it was unreachable."""
         if self._marker.exists():
             self.finish(results, "FINISHED")
 
@@ -163,6 +140,7 @@ class Delivery:
         for result in results:
             if result.status == "waiting" and not result.started:
                 continue
+            # A trial that has ended for good is read once.
             record = self._ended.get(result.id) if result.is_settled else None
             if record is None:
                 record = trial_record(trials[result.id][0], result, parent)

@@ -8,11 +8,9 @@ valid_loss and valid_*_f1.
 A resume cuts the file back to its checkpoint, so that each step stands in it once.
 """
 
-import importlib.util
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +26,7 @@ from kdecs.runtime import Runtime
 from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.data import PromptSet, Unit
 from kdecs.teacher.tree.prefix_tree import pack
-from kdecs.tracking.mlflow import Tracker
+from kdecs.tracking.mlflow import Tracker, Uploader, is_mlflow_installed
 from kdecs.tracking.record import METRICS_NAME, RunRecord, directory_identity, read_points
 
 NUM_DECODER_TOKENS = 2
@@ -267,23 +265,23 @@ class MetricsFile:
             file.write(json.dumps(point, allow_nan=False) + "\n")
 
 
-class Delivery:
-    """Rank 0's way to MLflow: in a thread of its own, so that training never waits for a server."""
+class MetricsUpload:
+    """Uploads a training's `metrics.jsonl` to MLflow from rank 0, if the config asks for tracking."""
 
     def __init__(self, config: TeacherConfig, work: str) -> None:
-        wanted = config.tracking
-        if wanted and importlib.util.find_spec("mlflow") is None:
+        self._uploader: Uploader | None = None
+        self._path = config.output / METRICS_NAME
+        if config.tracking is None:
+            return
+        if not is_mlflow_installed():
             print(
-                "kdecs: warning: tracking is set but MLflow is not installed; metrics stay in files",
+                "kdecs: warning: the config sets tracking but MLflow is not installed; the metrics stay in files",
                 flush=True,
             )
-            wanted = None
-        self._tracker = Tracker(wanted, config.output) if wanted else None
-        self._path = config.output / METRICS_NAME
-        self._thread = ThreadPoolExecutor(max_workers=1) if self._tracker else None
-        self._pending: Future[bool] | None = None
+            return
+        self._uploader = Uploader(Tracker(config.tracking, config.output))
         self._record = RunRecord(
-            identity={"kdecs.teacher": directory_identity(config.output)} if self._tracker else {},
+            identity={"kdecs.teacher": directory_identity(config.output)},
             name=config.name,
             tags={"kdecs.kind": "teacher", "kdecs.config_hash": work},
             params=_flat(config.model_dump(mode="json", exclude={"output", "tracking", "name"})),
@@ -291,23 +289,19 @@ class Delivery:
         )
 
     def sync(self) -> None:
-        """Deliver the lines that MLflow lacks, unless an earlier delivery is still at work."""
-        if self._tracker and self._thread and (self._pending is None or self._pending.done()):
-            self._record.points = self._points()
-            self._pending = self._thread.submit(self._tracker.sync, [self._record])
+        """Upload in the background what MLflow lacks, unless an earlier upload is still running."""
+        if self._uploader and self._uploader.is_due:
+            self._uploader.start(replace(self._record, points=self._points()))
 
     def close(self, status: str, finished: float) -> None:
-        """Deliver the rest and end the run."""
-        if self._tracker is None or self._thread is None:
-            return
-        if self._pending is not None:
-            self._pending.result()
-        self._record.status, self._record.finished, self._record.points = status, finished, self._points()
-        self._tracker.sync([self._record], now=True)
-        self._thread.shutdown()
+        """Upload the rest and end the run."""
+        if self._uploader:
+            self._uploader.finish(
+                replace(self._record, points=self._points(), status=status, finished=finished)
+            )
 
     def _points(self) -> list[dict[str, Any]]:
-        """The tracker counts a student's epochs; a teacher's lines are counted by step."""
+        """MLflow counts epochs; a teacher's lines are counted by step, so the step takes the epoch's place."""
         return [
             {**point, "epoch": point["step"], "epochs": point["epoch"]} for point in read_points(self._path)
         ]

@@ -44,7 +44,7 @@ from kdecs.teacher.engine import (
     tree_probes,
 )
 from kdecs.teacher.families import Family, make_family
-from kdecs.teacher.metering import Delivery, Meter, MetricsFile
+from kdecs.teacher.metering import Meter, MetricsFile, MetricsUpload
 from kdecs.teacher.network import connective_loss, is_causal
 from kdecs.teacher.product import install_product
 from kdecs.tracking.record import METRICS_NAME
@@ -169,8 +169,8 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
             write_config(config, config.output)
             metrics.cut_back(progress.step)
             _say_start(config, data, progress)
-        with _delivery(config, work, runtime) as delivery:
-            _run_steps(engine, config, data, progress, runtime, stop, work, metrics, delivery)
+        with _upload(config, work, runtime) as upload:
+            _run_steps(engine, config, data, progress, runtime, stop, work, metrics, upload)
             if runtime.is_main:
                 _finish(config, family, data, progress, work, runtime)
         if runtime.world_size > 1:
@@ -197,22 +197,22 @@ def _only_training(output: Path, runtime: Runtime) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _delivery(config: TeacherConfig, work: str, runtime: Runtime) -> Iterator[Delivery | None]:
-    """Rank 0's way to MLflow, closed with how the training ended."""
+def _upload(config: TeacherConfig, work: str, runtime: Runtime) -> Iterator[MetricsUpload | None]:
+    """Rank 0's upload to MLflow, closed with how the training ended."""
     if not runtime.is_main:
         yield None
         return
-    delivery = Delivery(config, work)
+    upload = MetricsUpload(config, work)
     status = "FAILED"
     try:
-        delivery.sync()
-        yield delivery
+        upload.sync()
+        yield upload
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
         raise
     finally:
-        delivery.close(status, time.time())
+        upload.close(status, time.time())
 
 
 def _say_start(config: TeacherConfig, data: TeacherData, progress: Progress) -> None:
@@ -237,7 +237,7 @@ def _run_steps(
     stop: StopSignal,
     work: str,
     metrics: MetricsFile,
-    delivery: Delivery | None,
+    upload: MetricsUpload | None,
 ) -> None:
     """All steps that are left, with validations, metrics and checkpoints between them. Collective."""
     num_steps = len(data.steps)
@@ -279,9 +279,9 @@ def _run_steps(
                 scores = validate(engine, data.valid, config, padded=data.padded, runtime=runtime)
                 point |= scores
                 progress.keep_if_best(scores)
-            if delivery:
+            if upload:
                 metrics.add(point)
-                delivery.sync()
+                upload.sync()
                 if validates:
                     tqdm.write(_validation_line(config, point))
         if validates or progress.step % config.checkpoint_every_steps == 0:

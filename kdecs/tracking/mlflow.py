@@ -1,29 +1,30 @@
-"""Tracking in MLflow, the only module that imports it: what is on disk is made true there, once.
+"""Upload runs to MLflow, the only module that imports it: compare with the records on disk, send what is missing.
 
-Nothing that trains talks to MLflow. Trainings write their points to `metrics.jsonl`; one process, a sweep's
-driver or a teacher's rank 0, calls `Tracker.sync` with records read from disk, as often as it likes:
+Nothing that trains talks to MLflow. Trainings write their metrics to `metrics.jsonl`, and one process (a sweep's
+driver, or a teacher's rank 0) calls `Tracker.sync` with records that it has read from disk, as often as it likes:
 
-- a run is found by its identity tags or made, so a resumed or replayed record never makes a second one;
-- an epoch is delivered once, under the time at which it was first written, with the epoch as its step
-  (the metric `epoch` of the run says how far that is);
-- where MLflow does not answer, one line warns, nothing waits, and a later sync delivers what is missing;
-- what MLflow refuses of one run is said by its name, and holds up neither the rest of it nor other runs.
+- A run is found by its identity tags or created, so a resumed or replayed record never makes a second run.
+- An epoch is sent once, under the time at which it was first written and with the epoch as its step. The run's metric
+  `epoch` says how far MLflow is.
+- If MLflow does not answer, one line warns, nothing waits, and a later sync sends what is missing.
+- If MLflow refuses a part of one run, one line names that run; the rest of it and all other runs are still sent.
 
-Environment: MLFLOW_TRACKING_URI where the config names no `uri`, and what MLflow itself reads.
+Environment: MLFLOW_TRACKING_URI if the config has no `uri`, and what MLflow itself reads.
 """
 
-import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kdecs.errors import DependencyError, KdecsError
@@ -32,196 +33,400 @@ from kdecs.tracking.record import RunRecord, TrackingConfig, environment_tags, r
 PARENT_TAG = "mlflow.parentRunId"
 _STATE_TAG = "kdecs.state"
 _DESCRIBED_TAG = "kdecs.described"  # digest of the parameters and artifacts that were sent
-_CHANGED_TAG = "kdecs.changed."  # of a parameter: MLflow keeps the first value for good
+_CHANGED_TAG = "kdecs.changed."  # of a parameter: MLflow keeps its first value forever
 _SAMPLES_TAG = "kdecs.system_samples"
-_MAX_METRICS_A_BATCH = 900  # MLflow takes 1000 metrics a call
-_MAX_PARAMS_A_BATCH = 90
+_MAX_METRICS_PER_CALL = 900  # MLflow takes 1000
+_MAX_PARAMS_PER_CALL = 90
 _MAX_PARAM, _MAX_TAG = 6000, 5000  # characters of a value
+_RETRY_S = 20.0
+_MAX_REASON = 200
 
 Identity = tuple[tuple[str, str], ...]
+Result = TypeVar("Result")
+
+
+class _AwayError(Exception):
+    """MLflow does not answer; the cause is the error that showed it."""
+
+
+class _RefusedError(Exception):
+    """MLflow answers, but refuses a part of a run; the cause is its first error."""
+
+
+def tracking_uri(config: TrackingConfig, output: Path) -> str:
+    """The URI that is in force for an output directory: the config's, the environment's, or a database beside it."""
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.parent / 'mlflow.db'}"
+
+
+class Uploader:
+    """Uploads a run and the runs below it in a background thread, so that no training waits for a server.
+
+    An error that the tracker raises in the background surfaces at the next `start` or `finish`.
+    """
+
+    def __init__(self, tracker: "Tracker", *, every_s: float = 0.0) -> None:
+        self._tracker = tracker
+        self._every_s = every_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._pending: Future[bool] | None = None
+        self._started_at = -math.inf
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last upload has ended and began `every_s` ago. Reading the records before that is wasted."""
+        is_free = self._pending is None or self._pending.done()
+        return is_free and time.monotonic() - self._started_at >= self._every_s
+
+    def start(self, record: RunRecord, children: Sequence[RunRecord] = ()) -> None:
+        """Upload in the background. The caller must not change the records any more."""
+        self._wait()
+        self._pending = self._thread.submit(self._tracker.sync_family, record, children)
+
+    def finish(self, record: RunRecord, children: Sequence[RunRecord] = (), *, final: bool = False) -> bool:
+        """Upload in the foreground, after a pending upload. Returns whether MLflow has everything."""
+        self._wait()
+        return self._tracker.sync_family(record, children, now=True, final=final)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+        self._started_at = time.monotonic()
+
+
+class Tracker:
+    """Makes MLflow agree with records. An error of MLflow's becomes one warning; only KdecsError is raised."""
+
+    def __init__(self, config: TrackingConfig, output: Path) -> None:
+        self.config = config
+        self.uri = tracking_uri(config, output)
+        self.client: Any = None
+        self._entities: Any = None  # the module mlflow.entities
+        self._artifacts = output.parent / "mlartifacts"
+        self._experiment = ""
+        self._runs: dict[Identity, _MlflowRun] = {}
+        self._is_away = False
+        self._retry_at = 0.0
+        self._refused_until: dict[Identity, float] = {}
+
+    @property
+    def shown_uri(self) -> str:
+        """The URI in force, without its password."""
+        return without_password(self.uri)
+
+    def run_id(self, identity: Mapping[str, str]) -> str | None:
+        """The id of a run that this tracker has found or created."""
+        run = self._runs.get(_key(identity))
+        return run.id if run else None
+
+    def sync_family(
+        self, parent: RunRecord, children: Sequence[RunRecord], *, now: bool = False, final: bool = False
+    ) -> bool:
+        """Send a run and the runs nested below it. Returns whether MLflow has all of them now."""
+        is_parent_sent = self.sync([parent], now=now, final=final)
+        if not is_parent_sent and (self._is_away or self.run_id(parent.identity) is None):
+            return False
+        for child in children:
+            child.parent = self.run_id(parent.identity)
+        return self.sync(children, now=now, final=final) and is_parent_sent
+
+    def sync(self, records: Iterable[RunRecord], *, now: bool = False, final: bool = False) -> bool:
+        """Send what MLflow lacks of each record. Returns whether MLflow has all of it now.
+
+        A record that MLflow refuses (because its run was deleted there, say) does not hold up the others. After a
+        failure this waits before it tries again, unless `now`. `final`: look once more for duplicates of every run.
+        """
+        if not now and time.monotonic() < self._retry_at:
+            return False
+        return bool(self.attempt(lambda: self._send_all(records, now=now, final=final)))
+
+    def attempt(self, work: Callable[[], Result]) -> Result | None:
+        """The result of some work with MLflow, or None and one warning if MLflow cannot be reached or used."""
+        try:
+            self._connect()
+            result = work()
+        except KdecsError:
+            raise
+        except Exception as error:  # drivers and stores raise all kinds of errors; none may end a training
+            is_away = isinstance(error, _AwayError) or not self._answers()
+            self._retry_at = time.monotonic() + _RETRY_S
+            if not self._is_away:
+                self._is_away = True
+                _warn(
+                    f"warning: MLflow at {self.shown_uri} {'does not answer' if is_away else 'refuses'} "
+                    f"({self._reason(error)}). Training goes on; the metrics stay in files and are uploaded later."
+                )
+            return None
+        if self._is_away:
+            self._is_away = False
+            _warn(f"MLflow at {self.shown_uri} answers again")
+        return result
+
+    def ensure(self, record: RunRecord) -> str:
+        """Send a record and return its run's id. Call it inside `attempt`."""
+        return self._send(record, final=False).id
+
+    def log_final(self, record: RunRecord) -> None:
+        """Log the final scores and files of a record that was sent. Call it inside `attempt`."""
+        self._runs[_key(record.identity)].log_final(record)
+
+    def _send_all(self, records: Iterable[RunRecord], *, now: bool, final: bool) -> bool:
+        """Send each record; whether all went through. One warning names the records that are newly refused."""
+        is_all_sent = True
+        refused: list[tuple[str, _RefusedError]] = []
+        try:
+            for record in records:
+                key = _key(record.identity)
+                if not now and time.monotonic() < self._refused_until.get(key, 0.0):
+                    is_all_sent = False
+                    continue
+                try:
+                    self._send(record, final=final)
+                except _RefusedError as error:
+                    is_all_sent = False
+                    if key not in self._refused_until:
+                        refused.append((record.name, error))
+                    self._refused_until[key] = time.monotonic() + _RETRY_S
+                else:
+                    self._refused_until.pop(key, None)
+        finally:
+            if refused:
+                name, first = refused[0]
+                more = f" and of {len(refused) - 1} more" if len(refused) > 1 else ""
+                _warn(
+                    f"warning: MLflow at {self.shown_uri} refuses part of run {name!r}{more} "
+                    f"({self._reason(first)}); everything else is uploaded"
+                )
+        return is_all_sent
+
+    def _send(self, record: RunRecord, *, final: bool) -> "_MlflowRun":
+        """Find or create a record's run and send every part that it lacks.
+
+        A part that is refused does not hold up the others; the first error is raised after all of them.
+        """
+        first: Exception | None = None
+        try:
+            run = self._open(record, again=final)
+            for send in (
+                run.set_tags,
+                run.describe,
+                run.add_points,
+                run.add_samples,
+                run.add_figures,
+                run.end,
+            ):
+                try:
+                    send(record)
+                except Exception as error:
+                    if not self._answers():
+                        raise
+                    first = first or error
+        except Exception as error:
+            raise (_RefusedError if self._answers() else _AwayError) from error
+        if first is not None:
+            raise _RefusedError from first
+        return run
+
+    def _open(self, record: RunRecord, *, again: bool) -> "_MlflowRun":
+        """Find the record's run or create it. `again`: look once more for duplicates of a run that is known.
+
+        A request to create a run is repeated if its answer was lost, so there may be two: the others are deleted.
+        """
+        key = _key(record.identity)
+        run = self._runs.get(key)
+        if run is None:
+            run = self._find(record)
+        elif again:
+            self._find(record, keep=run.id)
+        if run is None:
+            created = self.client.create_run(
+                self._experiment,
+                start_time=round(1000 * (record.started or time.time())),
+                tags={**environment_tags(), **_tags_of(record), **record.identity},
+                run_name=record.name,
+            )
+            run_id = str(created.info.run_id)
+            run = self._find(record, keep=run_id) or _MlflowRun(self.client, self._entities, run_id)
+        self._runs[key] = run
+        return run
+
+    def _find(self, record: RunRecord, *, keep: str | None = None) -> "_MlflowRun | None":
+        """The run of a record. If there are several, keep `keep`, else the one with most epochs; delete the others."""
+        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in record.identity.items())
+        runs = self.client.search_runs([self._experiment], condition)
+        runs = sorted(runs, key=lambda run: (run.info.run_id != keep, -_epoch(run), run.info.run_id))
+        for duplicate in runs[1:]:
+            self.client.delete_run(duplicate.info.run_id)
+        if not runs:
+            return None
+        data, info = runs[0].data, runs[0].info
+        return _MlflowRun(
+            self.client,
+            self._entities,
+            info.run_id,
+            epoch=_epoch(runs[0]),
+            status=info.status,
+            ended=info.end_time,
+            num_samples=int(data.tags.get(_SAMPLES_TAG, "0")),
+            tags=dict(data.tags),
+            params=dict(data.params),
+        )
+
+    def _answers(self) -> bool:
+        """Whether MLflow answers a simple question. If it does, an error was about what was asked."""
+        if self.client is None:
+            return False
+        try:
+            self.client.get_experiment(self._experiment)
+        except Exception:
+            return False
+        return True
+
+    def _reason(self, error: Exception) -> str:
+        """One short line about an error's cause: secrets are removed before it is cut."""
+        cause = error.__cause__ if isinstance(error, _AwayError | _RefusedError) else error
+        line = " ".join(redacted(str(cause), self.uri).split())
+        return line[:_MAX_REASON] or type(cause).__name__
+
+    def _connect(self) -> None:
+        if self.client is not None:
+            return
+        mlflow = import_mlflow()
+        if self.uri.startswith("sqlite:///"):
+            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _probe_database(self.uri)
+        client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
+        experiment = client.get_experiment_by_name(self.config.experiment)
+        if experiment is None:
+            location = self._artifacts.as_uri() if self.uri.startswith("sqlite:") else None
+            self._experiment = client.create_experiment(self.config.experiment, artifact_location=location)
+        else:
+            self._experiment = experiment.experiment_id
+        self._entities = mlflow.entities
+        self.client = client
 
 
 @dataclass
-class _Known:
-    """A run as MLflow has it."""
+class _MlflowRun:
+    """One run in MLflow: what it holds, and the requests that make it agree with its record."""
 
-    run_id: str
-    epoch: float
-    status: str
+    client: Any
+    entities: Any
+    id: str
+    epoch: float = -math.inf
+    status: str = "RUNNING"
     ended: int | None = None
     num_samples: int = 0
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
-    figures: set[tuple[Path, int]] = field(default_factory=set)
+    figures: set[tuple[Path, int]] = field(default_factory=set)  # path and time of each file that was sent
 
-
-class RunWriter:
-    """Writes records to one experiment; `entities` is the module `mlflow.entities`."""
-
-    def __init__(self, client: Any, experiment: str, entities: Any) -> None:
-        self._client, self._experiment, self._entities = client, experiment, entities
-        self._known: dict[Identity, _Known] = {}
-
-    def run_id(self, identity: Mapping[str, str]) -> str | None:
-        """The id of a run that this process has seen."""
-        known = self._known.get(identity_key(identity))
-        return known.run_id if known else None
-
-    def open(self, record: RunRecord, *, again: bool = False) -> None:
-        """Find the record's run or make it. `again`: look once more for doubles of a run that is known.
-
-        A request to make a run is repeated where its answer was lost, so there may be two: the others are deleted.
-        """
-        key = identity_key(record.identity)
-        known = self._known.get(key)
-        if known is None:
-            known = self._find(record)
-        elif again:
-            self._find(record, keep=known.run_id)
-        if known is None:
-            made = self._create(record)
-            known = self._find(record, keep=made) or _Known(made, -math.inf, "RUNNING")
-        self._known[key] = known
-
-    def steps(self, record: RunRecord) -> list[Callable[[], None]]:
-        """What is to be done for a record whose run is open, in order; a step does not need those before it."""
-        known = self._known[identity_key(record.identity)]
-        steps = (self._tags, self._describe, self._points, self._samples, self._figures, self._end)
-        return [lambda step=step: step(known, record) for step in steps]  # type: ignore[misc]
-
-    def log_final(self, run_id: str, record: RunRecord) -> None:
-        """Log scores without an epoch, and files, under the time at which the run ended; a repeat adds nothing."""
-        stamp = round(1000 * (record.finished or time.time()))
-        there = self._client.get_run(run_id).data.metrics
-        metrics = [
-            self._entities.Metric(key, value, stamp, 0)
-            for key, value in record.scores.items()
-            if there.get(key) != value
-        ]
-        if metrics:
-            self._client.log_batch(run_id, metrics=metrics)
-        for path in record.results:
-            self._client.log_artifact(run_id, str(path))
-
-    def _find(self, record: RunRecord, *, keep: str | None = None) -> _Known | None:
-        """The run of a record, of several the one to keep, else the one that holds most; the others are deleted."""
-        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in record.identity.items())
-        runs = self._client.search_runs([self._experiment], condition)
-        runs = sorted(runs, key=lambda run: (run.info.run_id != keep, -_epoch(run), run.info.run_id))
-        for double in runs[1:]:
-            self._client.delete_run(double.info.run_id)
-        if not runs:
-            return None
-        data, info = runs[0].data, runs[0].info
-        return _Known(
-            info.run_id,
-            _epoch(runs[0]),
-            info.status,
-            info.end_time,
-            int(data.tags.get(_SAMPLES_TAG, "0")),
-            dict(data.tags),
-            dict(data.params),
-        )
-
-    def _create(self, record: RunRecord) -> str:
-        run = self._client.create_run(
-            self._experiment,
-            start_time=round(1000 * (record.started or time.time())),
-            tags={**environment_tags(), **_tags_of(record), **record.identity},
-            run_name=record.name,
-        )
-        return str(run.info.run_id)
-
-    def _tags(self, known: _Known, record: RunRecord) -> None:
+    def set_tags(self, record: RunRecord) -> None:
+        """Set the tags that differ."""
         for key, value in _tags_of(record).items():
-            self._set_tag(known, key, value)
+            self._set_tag(key, value)
 
-    def _describe(self, known: _Known, record: RunRecord) -> None:
-        """Parameters and artifacts; both again where they changed, as far as MLflow lets them."""
+    def describe(self, record: RunRecord) -> None:
+        """Send parameters and artifacts, and again if they changed, as far as MLflow allows that."""
         params = {key: _cut(str(value), _MAX_PARAM) for key, value in record.params.items()}
         artifacts = [path for path in record.artifacts if path.is_file()]
         digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
         for path in artifacts:
             digest.update(path.read_bytes())
-        if known.tags.get(_DESCRIBED_TAG) == digest.hexdigest()[:16]:
+        if self.tags.get(_DESCRIBED_TAG) == digest.hexdigest()[:16]:
             return
-        new = [(key, value) for key, value in params.items() if key not in known.params]
-        for first in range(0, len(new), _MAX_PARAMS_A_BATCH):
-            batch = new[first : first + _MAX_PARAMS_A_BATCH]
-            self._client.log_batch(known.run_id, params=[self._entities.Param(*pair) for pair in batch])
-            known.params.update(batch)
+        new = [(key, value) for key, value in params.items() if key not in self.params]
+        for first in range(0, len(new), _MAX_PARAMS_PER_CALL):
+            batch = new[first : first + _MAX_PARAMS_PER_CALL]
+            self.client.log_batch(self.id, params=[self.entities.Param(*pair) for pair in batch])
+            self.params.update(batch)
         for key, value in params.items():
-            if known.params[key] != value or f"{_CHANGED_TAG}{key}" in known.tags:
-                self._set_tag(known, f"{_CHANGED_TAG}{key}", value)
+            if self.params[key] != value or f"{_CHANGED_TAG}{key}" in self.tags:
+                self._set_tag(f"{_CHANGED_TAG}{key}", value)
         for path in artifacts:
-            self._client.log_artifact(known.run_id, str(path))
-        self._set_tag(known, _DESCRIBED_TAG, digest.hexdigest()[:16])
+            self.client.log_artifact(self.id, str(path))
+        self._set_tag(_DESCRIBED_TAG, digest.hexdigest()[:16])
 
-    def _points(self, known: _Known, record: RunRecord) -> None:
+    def add_points(self, record: RunRecord) -> None:
+        """Send the epochs after the last one that MLflow has."""
         for point in record.points:
             epoch = float(point["epoch"])
-            if epoch <= known.epoch:
+            if epoch <= self.epoch:
                 continue
             stamp = round(1000 * point["time"])
             values = {key: point[key] for key in point if key not in ("time", "epoch", "step")}
             metrics = [
-                self._entities.Metric(key, float(value), stamp, round(epoch))
+                self.entities.Metric(key, float(value), stamp, round(epoch))
                 for key, value in values.items()
                 if isinstance(value, int | float) and not isinstance(value, bool)
-            ][:_MAX_METRICS_A_BATCH]
-            # `epoch` goes with the rest in one transaction: it says that they are there
-            metrics.append(self._entities.Metric("epoch", epoch, stamp, round(epoch)))
-            self._client.log_batch(known.run_id, metrics=metrics)
-            known.epoch = epoch
+            ][:_MAX_METRICS_PER_CALL]
+            # `epoch` goes in the same transaction: if it is there, the others are.
+            metrics.append(self.entities.Metric("epoch", epoch, stamp, round(epoch)))
+            self.client.log_batch(self.id, metrics=metrics)
+            self.epoch = epoch
 
-    def _samples(self, known: _Known, record: RunRecord) -> None:
-        """Samples of the machine; one delivered twice, by a driver that died in between, is the same to MLflow."""
+    def add_samples(self, record: RunRecord) -> None:
+        """Send the samples of the machine. MLflow keeps one of a sample that a killed driver had sent already."""
         samples = record.system
-        while known.num_samples < len(samples):
-            batch = 0
+        while self.num_samples < len(samples):
             metrics: list[Any] = []
-            for number in range(known.num_samples, len(samples)):
-                sample = samples[number]
-                if len(metrics) + len(sample) > _MAX_METRICS_A_BATCH:
+            num_sent = self.num_samples
+            while num_sent < len(samples):
+                sample = samples[num_sent]
+                if len(metrics) + len(sample) > _MAX_METRICS_PER_CALL:
                     break
                 stamp = round(1000 * sample["time"])
                 metrics += [
-                    self._entities.Metric(key, float(value), stamp, number)
+                    self.entities.Metric(key, float(value), stamp, num_sent)
                     for key, value in sample.items()
                     if key != "time"
                 ]
-                batch += 1
-            self._client.log_batch(known.run_id, metrics=metrics)
-            known.num_samples += batch
-            self._set_tag(known, _SAMPLES_TAG, str(known.num_samples))
+                num_sent += 1
+            self.client.log_batch(self.id, metrics=metrics)
+            self.num_samples = num_sent
+            self._set_tag(_SAMPLES_TAG, str(num_sent))
 
-    def _figures(self, known: _Known, record: RunRecord) -> None:
+    def add_figures(self, record: RunRecord) -> None:
+        """Send the figures of the report that are new or were written again."""
         for path in record.figures:
-            if (stamp := (path, path.stat().st_mtime_ns)) not in known.figures:
-                self._client.log_artifact(known.run_id, str(path), "report")
-                known.figures.add(stamp)
+            if (stamp := (path, path.stat().st_mtime_ns)) not in self.figures:
+                self.client.log_artifact(self.id, str(path), "report")
+                self.figures.add(stamp)
 
-    def _end(self, known: _Known, record: RunRecord) -> None:
-        """Status, and the time of the end: a pruned trial that went on ends a second time with the same status."""
+    def end(self, record: RunRecord) -> None:
+        """Set status and end. A pruned trial that went on ends a second time, with the same status."""
         ended = round(1000 * record.finished) if record.finished else None
         if record.status == "RUNNING":
-            if known.status != "RUNNING":
-                self._client.update_run(known.run_id, status="RUNNING")
-        elif record.status != known.status or (ended is not None and ended != known.ended):
+            if self.status != "RUNNING":
+                self.client.update_run(self.id, status="RUNNING")
+        elif record.status != self.status or (ended is not None and ended != self.ended):
             ended = ended or round(1000 * time.time())
-            self._client.set_terminated(known.run_id, record.status, end_time=ended)
-            known.ended = ended
-        known.status = record.status
+            self.client.set_terminated(self.id, record.status, end_time=ended)
+            self.ended = ended
+        self.status = record.status
 
-    def _set_tag(self, known: _Known, key: str, value: str) -> None:
+    def log_final(self, record: RunRecord) -> None:
+        """Log scores that have no epoch, and files, under the time at which the run ended. A repeat adds nothing."""
+        stamp = round(1000 * (record.finished or time.time()))
+        logged = self.client.get_run(self.id).data.metrics
+        metrics = [
+            self.entities.Metric(key, value, stamp, 0)
+            for key, value in record.scores.items()
+            if logged.get(key) != value
+        ]
+        if metrics:
+            self.client.log_batch(self.id, metrics=metrics)
+        for path in record.results:
+            self.client.log_artifact(self.id, str(path))
+
+    def _set_tag(self, key: str, value: str) -> None:
         value = _cut(value, _MAX_TAG)
-        if known.tags.get(key) != value:
-            self._client.set_tag(known.run_id, key, value)
-            known.tags[key] = value
+        if self.tags.get(key) != value:
+            self.client.set_tag(self.id, key, value)
+            self.tags[key] = value
 
 
-def identity_key(identity: Mapping[str, str]) -> Identity:
-    """A record's identity as the key of a dictionary."""
+def _key(identity: Mapping[str, str]) -> Identity:
     return tuple(sorted(identity.items()))
 
 
@@ -242,198 +447,12 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-_RETRY_S = 20.0
-_MAX_REASON = 200
-_STILL_REFUSED = Exception("said before")
-
-
-class _AwayError(Exception):
-    """MLflow does not answer; holds the fault that showed it."""
-
-
-def tracking_uri(config: TrackingConfig, output: Path) -> str:
-    """The URI in force for an output directory (docstring of the module)."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.parent / 'mlflow.db'}"
-
-
-class Tracker:
-    """Makes records true in MLflow. Raises for no fault of MLflow's, only for what kdecs refuses: it warns once."""
-
-    def __init__(self, config: TrackingConfig, output: Path) -> None:
-        self.config = config
-        self.uri = tracking_uri(config, output)
-        self._artifacts = output.parent / "mlartifacts"
-        self._client: Any = None
-        self._writer: RunWriter | None = None
-        self._experiment = ""
-        self._retry_at = 0.0
-        self._is_away = False
-        self._refused: dict[Identity, float] = {}  # -> when to try again
-
-    def sync(self, records: Iterable[RunRecord], *, now: bool = False, final: bool = False) -> bool:
-        """Deliver what MLflow lacks of each record; whether all of it is there now.
-
-        A record that MLflow refuses (its run was deleted there, say) holds up no other. After a failure it waits
-        before it tries again, unless `now`. `final`: look once more for doubles of every run.
-        """
-        if not now and time.monotonic() < self._retry_at:
-            return False
-        with self.answering() as answer:
-            self._connect()
-            refused: list[tuple[RunRecord, Exception]] = []
-            try:
-                for record in records:
-                    if fault := self._brought(record, now=now, final=final):
-                        refused.append((record, fault))
-            finally:
-                self._say_refused([item for item in refused if item[1] is not _STILL_REFUSED])
-            answer.append(not refused)
-        return bool(answer and answer[0])
-
-    def sync_family(
-        self, parent: RunRecord, children: list[RunRecord], *, now: bool = False, final: bool = False
-    ) -> bool:
-        """Deliver a run and those nested below it; whether all of it is there now."""
-        is_parent_there = self.sync([parent], now=now, final=final)
-        if not is_parent_there and (self._is_away or self.run_id(parent.identity) is None):
-            return False
-        for child in children:
-            child.parent = self.run_id(parent.identity)
-        return self.sync(children, now=now, final=final) and is_parent_there
-
-    def ensure(self, record: RunRecord) -> str:
-        """Make a record true and return its run's id; inside `answering`."""
-        self._connect()
-        self._sync(record, final=False)
-        run_id = self.run_id(record.identity)
-        assert run_id is not None
-        return run_id
-
-    def log_final(self, run_id: str, record: RunRecord) -> None:
-        """Log scores without an epoch, and files; inside `answering`."""
-        assert self._writer is not None
-        self._writer.log_final(run_id, record)
-
-    @property
-    def client(self) -> Any:
-        """MLflow's client; inside `answering`."""
-        return self._client
-
-    @property
-    def shown_uri(self) -> str:
-        """The URI in force, without its password."""
-        return without_password(self.uri)
-
-    def run_id(self, identity: Mapping[str, str]) -> str | None:
-        """The id of a run that a sync of this process has seen."""
-        return self._writer.run_id(identity) if self._writer else None
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[list[Any]]:
-        """Yield a list to fill; an MLflow that cannot be reached or used leaves it empty, with one warning."""
-        answer: list[Any] = []
-        try:
-            yield answer
-        except KdecsError:
-            raise
-        except Exception as fault:  # drivers and stores raise what they like: tracking ends no sweep
-            is_away = isinstance(fault, _AwayError) or not self._answers()
-            error = fault.args[0] if isinstance(fault, _AwayError) else fault
-            self._retry_at = time.monotonic() + _RETRY_S
-            if not self._is_away:
-                self._is_away = True
-                how = "does not answer" if is_away else "refuses"
-                _warn(
-                    f"warning: MLflow at {self.shown_uri} {how} ({self._reason(error)}); "
-                    "training goes on, metrics are kept in files and delivered once it does"
-                )
-        else:
-            if self._is_away:
-                self._is_away = False
-                _warn(f"MLflow at {self.shown_uri} answers again")
-
-    def _brought(self, record: RunRecord, *, now: bool, final: bool) -> Exception | None:
-        """What MLflow has against a record, None where it is there now. Raises where MLflow does not answer."""
-        key = identity_key(record.identity)
-        if not now and time.monotonic() < self._refused.get(key, 0.0):
-            return _STILL_REFUSED
-        try:
-            self._sync(record, final=final)
-        except (KdecsError, _AwayError):
-            raise
-        except Exception as error:
-            if not self._answers():
-                raise _AwayError(error) from error
-            is_told = key in self._refused
-            self._refused[key] = time.monotonic() + _RETRY_S
-            return _STILL_REFUSED if is_told else error
-        self._refused.pop(key, None)
-        return None
-
-    def _sync(self, record: RunRecord, *, final: bool) -> None:
-        """Every step of a record; the first fault is raised once the others were tried."""
-        assert self._writer is not None
-        self._writer.open(record, again=final)
-        first: Exception | None = None
-        for step in self._writer.steps(record):
-            try:
-                step()
-            except Exception as error:
-                if not self._answers():
-                    raise _AwayError(error) from error
-                first = first or error
-        if first is not None:
-            raise first
-
-    def _say_refused(self, refused: list[tuple[RunRecord, Exception]]) -> None:
-        if not refused:
-            return
-        record, fault = refused[0]
-        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-        _warn(
-            f"warning: MLflow at {self.shown_uri} refuses part of run {record.name!r}{more} "
-            f"({self._reason(fault)}); the rest is delivered"
-        )
-
-    def _answers(self) -> bool:
-        """Whether MLflow answers a simple question: what fails all the same fails by itself."""
-        if self._client is None:
-            return False
-        try:
-            self._client.get_experiment(self._experiment)
-        except Exception:
-            return False
-        return True
-
-    def _reason(self, error: Exception) -> str:
-        """One short line: redacted first, then cut."""
-        line = " ".join(redacted(str(error), self.uri).split())
-        return line[:_MAX_REASON] or type(error).__name__
-
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
-        mlflow = import_mlflow()
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        _probe_database(self.uri)
-        client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
-        experiment = client.get_experiment_by_name(self.config.experiment)
-        if experiment is None:
-            location = self._artifacts.as_uri() if self.uri.startswith("sqlite:") else None
-            self._experiment = client.create_experiment(self.config.experiment, artifact_location=location)
-        else:
-            self._experiment = experiment.experiment_id
-        self._writer = RunWriter(client, self._experiment, mlflow.entities)
-        self._client = client
-
-
 def _warn(line: str) -> None:
     print(f"kdecs: {line}", file=sys.stderr, flush=True)
 
 
 def _probe_database(uri: str) -> None:
-    """Raise at once where a database does not answer; MLflow would try for nearly two minutes."""
+    """Raise at once if a database does not answer; MLflow would try for nearly two minutes."""
     if urlsplit(uri).scheme in ("http", "https", "file", ""):
         return
     from sqlalchemy import create_engine
@@ -445,8 +464,13 @@ def _probe_database(uri: str) -> None:
         engine.dispose()
 
 
+def is_mlflow_installed() -> bool:
+    """Whether MLflow can be imported; it is not imported for this."""
+    return importlib.util.find_spec("mlflow") is not None
+
+
 def import_mlflow() -> Any:
-    """The package, told to give up soon, to send nothing home, and to keep its migrations' lines to itself."""
+    """Import MLflow with short timeouts, without telemetry and without its migration log."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,4 +1,4 @@
-"""Students in MLflow's registry: one version a selected student, aliases champion and challenger, its model card."""
+"""Register selected students in MLflow: one version per student, the aliases champion and challenger, a model card."""
 
 import json
 import os
@@ -32,30 +32,29 @@ def register_student(
     metric: str,
     card: str,
 ) -> str | None:
-    """Log a student to its run as a pyfunc model, register it, and give it its alias; the version.
+    """Log a student to its run as a pyfunc model, register it and give it its alias. Returns version and alias.
 
-    `champion` if it beats the current champion on the same validation corpus (or there is none), otherwise
-    `challenger`. None where MLflow does not answer. A student is registered once; `card` (Markdown) becomes the
-    version's description. The record's `scores` and `results` go to its run.
+    The alias is `champion` if there is no champion yet or the student beats it on the same validation corpus, otherwise
+    `challenger`. Returns None if MLflow does not answer. A student is registered once. `card` (Markdown) becomes the
+    version's description; the record's `scores` and `results` go to its run.
     """
-    name = tracker.config.registered_model
-    with tracker.answering() as answer:
+
+    def register() -> str:
+        name, client = tracker.config.registered_model, tracker.client
         run_id = tracker.ensure(record)
-        version = _registered_version(tracker, run_id) or _log_student(tracker, record, run_id, directory)
-        tracker.log_final(run_id, record)
+        versions = client.search_model_versions(f"name = '{name}'")
+        version = next((found.version for found in versions if found.run_id == run_id), None)
+        version = version or _log_student(tracker, record, run_id, directory)
+        tracker.log_final(record)
         tags = {"kdecs.valid": corpus_checksum, "kdecs.metric": metric, "kdecs.score": repr(score)}
         for key, value in tags.items():
-            tracker.client.set_model_version_tag(name, version, key, value)
-        tracker.client.update_model_version(name, version, description=card)
+            client.set_model_version_tag(name, version, key, value)
+        client.update_model_version(name, version, description=card)
         alias = "champion" if _beats_champion(tracker, version, tags, score) else "challenger"
-        tracker.client.set_registered_model_alias(name, alias, version)
-        answer.append(f"{name} version {version}, alias {alias}")
-    return str(answer[0]) if answer else None
+        client.set_registered_model_alias(name, alias, version)
+        return f"{name} version {version}, alias {alias}"
 
-
-def _registered_version(tracker: Tracker, run_id: str) -> str | None:
-    found = tracker.client.search_model_versions(f"name = '{tracker.config.registered_model}'")
-    return next((version.version for version in found if version.run_id == run_id), None)
+    return tracker.attempt(register)
 
 
 def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Path) -> str:
@@ -73,17 +72,18 @@ def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Pa
             pip_requirements=[f"kdecs=={__version__}"],
             registered_model_name=tracker.config.registered_model,
         )
-    ended = record.finished or time.time()  # start_run opened the run again
+    # `start_run` has opened the run again, so it must be ended again.
+    ended = record.finished or time.time()
     tracker.client.set_terminated(run_id, record.status, end_time=round(1000 * ended))
     return str(logged.registered_model_version)
 
 
 @contextmanager
 def mlflow_at(uri: str) -> Iterator[None]:
-    """MLflow's fluent functions at a URI; afterwards where they were.
+    """Point MLflow's fluent functions at a URI, and back to where they were afterwards.
 
-    Setting MLflow's URIs sets environment variables too. Were they left, the next sweep of this process, and what it
-    starts, would take them for the user's.
+    Setting MLflow's URIs sets environment variables too. If they stayed, the next sweep in this process, and every
+    child process, would take them for the user's.
     """
     mlflow = import_mlflow()
     before = {name: os.environ.get(name) for name in _URI_VARIABLES}
@@ -101,7 +101,7 @@ def mlflow_at(uri: str) -> Iterator[None]:
 
 
 def _beats_champion(tracker: Tracker, version: str, tags: Mapping[str, str], score: float) -> bool:
-    """A champion of another validation corpus or metric cannot be compared: it stays."""
+    """Whether a version becomes the champion. A champion of another corpus or metric is not comparable, so it stays."""
     name = tracker.config.registered_model
     current = tracker.client.get_registered_model(name).aliases.get("champion")
     if current is None or str(current) == str(version):

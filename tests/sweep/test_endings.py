@@ -11,7 +11,7 @@ from kdecs.sweep.config import Teacher
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection import read_selection, select_student
-from kdecs.sweep.tracking import Delivery
+from kdecs.tracking.mlflow import Tracker
 
 TRAINER = "fake_trainer:train"
 TWO_TRIALS = {"optimization.seed": {"grid": [0, 1]}, "teacher": {"grid": ["t5-tiny"]}}
@@ -46,20 +46,20 @@ def test_the_end_is_recorded_where_ray_dies(two_trials, uri, runs_of, in_process
     assert [run.info.status for run in children.values()] == ["FINISHED"]
 
 
-def test_what_mlflow_lacks_is_said_and_brought_by_the_same_command(
+def test_what_mlflow_lacks_is_reported_and_uploaded_by_the_same_command(
     two_trials, uri, runs_of, in_process, capfd
 ):
     with pytest.MonkeyPatch.context() as away:
-        away.setattr(Delivery, "deliver", lambda *arguments, **values: False)
+        away.setattr(Tracker, "sync", lambda *arguments, **values: False)
         run_sweep(two_trials, trainer=TRAINER, runner=in_process)
-    assert capfd.readouterr().out.count("the same command brings what is missing") == 1
+    assert capfd.readouterr().out.count("Run the same command again to upload the rest.") == 1
     run_sweep(two_trials, trainer=TRAINER, runner=in_process)
-    assert "brings what is missing" not in capfd.readouterr().out
+    assert "could not upload" not in capfd.readouterr().out
     _, [parent], children = runs_of(uri)
     assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"} and len(children) == 2
 
 
-def test_a_kill_before_the_report_and_the_last_delivery_is_made_good(
+def test_a_kill_before_the_report_and_the_last_upload_is_made_good(
     make_config, uri, runs_of, in_process, monkeypatch
 ):
     config = make_config(space=TWO_TRIALS, report=True)
