@@ -1,7 +1,18 @@
-"""A checksum of the manifest inside the manifest: what lists every file's sha256 can itself be checked.
+"""Artifact directories: how a stage claims its output, completes it with a manifest, and how a reader verifies it.
 
-`details.seal` is the sha256 of the manifest's canonical JSON without it. A directory is whole where the manifest is
-sealed and every file is as it says.
+Format of `manifest.json` (version 1), one JSON object:
+
+    kind            corpus-cache | base-model | teacher | soft-labels | student | mrc | sweep | report
+    format_version  1
+    kdecs_version   version of the writer
+    config_hash     hash of the resolved config (kdecs.config.config_hash)
+    inputs          {name: sha256 of the input's manifest or content}
+    files           [{path, bytes, sha256, rows (or null)}], paths relative with "/"
+    details         free facts of the kind (metrics, answer words, …), no absolute paths, no dates
+
+The manifest is written last, by temporary file, fsync and rename, so a directory without one is unfinished.
+A manifest of soft labels also carries its own checksum in `details.seal`: the sha256 of its canonical JSON without
+that key. Labels pass through many hands and files, and a changed count or lineage would otherwise go unnoticed.
 """
 
 import contextlib
@@ -23,6 +34,7 @@ from kdecs import __version__
 from kdecs.errors import ArtifactError
 
 MANIFEST_NAME = "manifest.json"
+CHECKSUM_KEY = "seal"  # in the details of a manifest that carries its own checksum
 FORMAT_VERSION = 1
 Kind = Literal["corpus-cache", "base-model", "teacher", "soft-labels", "student", "mrc", "sweep", "report"]
 _BLOCK_BYTES = 1 << 20
@@ -96,6 +108,15 @@ def _sha256_at(path: Path, inode: int, size: int, mtime_ns: int) -> str:
     return sha256_of_file(path)
 
 
+def fsync(path: Path) -> None:
+    """Make a file's content, or a directory's list of names, survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; on success fsync it and rename it to `path`.
@@ -108,11 +129,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(temporary)
         os.chmod(temporary, 0o666 & ~_current_umask())
         os.replace(temporary, path)
-        _fsync_directory(path.parent)
+        fsync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -148,6 +168,32 @@ def file_lock(path: Path, *, blocking: bool = True) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def build_manifest(
+    kind: Kind,
+    *,
+    config_hash: str,
+    inputs: Mapping[str, str],
+    files: Iterable[FileEntry],
+    details: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """The manifest of a finished directory as a reader will see it: sorted, details in plain JSON values."""
+    manifest = Manifest(
+        kind=kind,
+        format_version=FORMAT_VERSION,
+        kdecs_version=__version__,
+        config_hash=config_hash,
+        inputs=dict(sorted(inputs.items())),
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
+        details=json.loads(json.dumps(dict(details or {}))),
+    )
+    return with_checksum(manifest) if kind == "soft-labels" else manifest
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest, which completes the directory: every listed file must be durable before."""
+    write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
+
+
 def write_manifest(
     directory: Path,
     kind: Kind,
@@ -159,26 +205,34 @@ def write_manifest(
     details: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Checksum the named files (relative paths), fsync them, and write the manifest last."""
-    rows = rows or {}
     entries = []
-    for name in sorted(set(files)):
+    for name in set(files):
         path = _inside(directory, name)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(path)
         entries.append(
-            FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256_of_file(path), rows=rows.get(name))
+            FileEntry(
+                path=name, bytes=path.stat().st_size, sha256=sha256_of_file(path), rows=(rows or {}).get(name)
+            )
         )
-    manifest = Manifest(
-        kind=kind,
-        format_version=FORMAT_VERSION,
-        kdecs_version=__version__,
-        config_hash=config_hash,
-        inputs=dict(sorted(inputs.items())),
-        files=tuple(entries),
-        details=dict(details or {}),
-    )
-    write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    manifest = build_manifest(kind, config_hash=config_hash, inputs=inputs, files=entries, details=details)
+    save_manifest(directory, manifest)
     return manifest
+
+
+def with_checksum(manifest: Manifest) -> Manifest:
+    """The manifest with its own checksum among its details."""
+    return manifest.model_copy(update={"details": {**manifest.details, CHECKSUM_KEY: _checksum(manifest)}})
+
+
+def has_valid_checksum(manifest: Manifest) -> bool:
+    """True if the manifest carries its own checksum and agrees with it."""
+    return manifest.details.get(CHECKSUM_KEY) == _checksum(manifest)
+
+
+def _checksum(manifest: Manifest) -> str:
+    values = manifest.model_dump(mode="json")
+    values["details"].pop(CHECKSUM_KEY, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
@@ -226,14 +280,46 @@ def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
     return not any(_size_fault(directory, entry) for entry in manifest.files)
 
 
-def claim_directory(directory: Path, kind: Kind, config_hash: str) -> None:
-    """Make an output directory; raise ArtifactError where a finished artifact of other work stands there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / MANIFEST_NAME).exists() and not is_complete(directory, kind, config_hash):
+def claim(
+    directory: Path,
+    kind: Kind,
+    config_hash: str,
+    *,
+    can_repair: bool = False,
+    data_files: str | None = None,
+    is_begun_here: Callable[[], bool | None] = lambda: None,
+    remedy: str = "choose another output or remove the directory",
+) -> None:
+    """Make an output directory for this work. Raises ArtifactError, changing nothing, if it belongs to other work.
+
+    A finished artifact must be of this kind and config hash, and undamaged unless the caller `can_repair` it.
+    An unfinished one belongs to whoever its own records name: `is_begun_here` returns True for this work, False for
+    other work, None without a record. Files that match `data_files` then need an owner: without a manifest and
+    without a record they are refused, since nothing says what they are.
+    """
+    is_finished = (directory / MANIFEST_NAME).is_file()
+    if is_finished:
+        manifest = read_manifest(directory, kind)
+        if manifest.config_hash != config_hash:
+            raise ArtifactError(
+                f"{directory}: holds a finished {kind} directory of another config or of other inputs "
+                f"(hash {manifest.config_hash[:12]}…, this one is {config_hash[:12]}…); {remedy}"
+            )
+        faults = (fault for entry in manifest.files if (fault := _size_fault(directory, entry)))
+        if not can_repair and (fault := next(faults, None)):
+            raise ArtifactError(f"{directory}: holds a damaged {kind} directory ({fault}); {remedy}")
+    # Files before records: another worker may begin the same work now, and it writes its record first.
+    strays = (
+        sorted(path.name for path in directory.glob(data_files)) if data_files and not is_finished else []
+    )
+    is_ours = is_begun_here()
+    if is_ours is False:
+        raise ArtifactError(f"{directory}: holds unfinished {kind} of other work; {remedy}")
+    if strays and is_ours is None:
         raise ArtifactError(
-            f"{directory}: holds another {kind} (other config or inputs, or a damaged one); "
-            "choose another output or remove it"
+            f"{directory}: holds {strays[0]} but no record of the work that wrote it; {remedy}"
         )
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -243,8 +329,8 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{fault}; run the command that writes {directory} again")
 
 
-def check_whole(directory: Path, kind: Kind) -> Manifest:
-    """The manifest of a directory whose every byte was read and agrees; raises ArtifactError for the first fault."""
+def read_verified_manifest(directory: Path, kind: Kind) -> Manifest:
+    """The manifest of a directory after reading every byte of it. Raises ArtifactError for the first fault."""
     manifest = read_manifest(directory, kind)
     if faults := verify_artifact(directory):
         raise ArtifactError(f"{faults[0]}; run the command that writes {directory} again")
@@ -306,34 +392,7 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _fsync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-SEAL_KEY = "seal"
-
-
-def seal(manifest: Manifest) -> Manifest:
-    """The manifest with its seal."""
-    return manifest.model_copy(update={"details": {**manifest.details, SEAL_KEY: _digest(manifest)}})
-
-
-def is_sealed(manifest: Manifest) -> bool:
-    """Whether the manifest is what its writer sealed; false where it has no seal."""
-    return manifest.details.get(SEAL_KEY) == _digest(manifest)
-
-
-def _digest(manifest: Manifest) -> str:
-    values = manifest.model_dump(mode="json")
-    values["details"] = {key: value for key, value in values["details"].items() if key != SEAL_KEY}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

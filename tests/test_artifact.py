@@ -1,5 +1,6 @@
 """Artifact directories: damage of every kind is found, nothing half-written counts."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from kdecs.artifact import (
     MANIFEST_NAME,
     atomic_path,
+    claim,
     content_checksum,
     file_lock,
+    has_valid_checksum,
     is_complete,
     read_manifest,
     verify_artifact,
@@ -137,3 +140,49 @@ def test_lock_is_seen_by_a_second_holder(tmp_path: Path) -> None:
         assert (first, second) == (True, False)
     with file_lock(tmp_path / "lock", blocking=False) as again:
         assert again
+
+
+def test_claim_makes_the_directory_and_takes_its_own_finished_work(artifact: Path, tmp_path: Path) -> None:
+    claim(tmp_path / "new" / "output", "teacher", "c" * 64)
+    assert (tmp_path / "new" / "output").is_dir()
+    claim(artifact, "soft-labels", "c" * 64)
+
+
+def test_claim_refuses_other_work_and_damage(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"of another config or of other inputs .* choose another output"):
+        claim(artifact, "soft-labels", "e" * 64)
+    with pytest.raises(ArtifactError, match="holds a soft-labels, expected a teacher"):
+        claim(artifact, "teacher", "c" * 64)
+    (artifact / "a.bin").write_bytes(b"short")
+    with pytest.raises(ArtifactError, match=r"damaged soft-labels directory .*a\.bin: 5 bytes"):
+        claim(artifact, "soft-labels", "c" * 64)
+    claim(artifact, "soft-labels", "c" * 64, can_repair=True)
+
+
+@pytest.mark.parametrize(
+    ("is_ours", "files", "refusal"),
+    [
+        (None, [], None),
+        (None, ["shard-0"], "holds shard-0 but no record"),
+        (True, ["shard-0"], None),
+        (False, ["shard-0"], "unfinished teacher of other work"),
+        (False, [], "unfinished teacher of other work"),
+    ],
+)
+def test_claim_of_unfinished_work_goes_by_its_record(
+    tmp_path: Path, is_ours: bool | None, files: list[str], refusal: str | None
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    expectation = pytest.raises(ArtifactError, match=refusal) if refusal else contextlib.nullcontext()
+    with expectation:
+        claim(tmp_path, "teacher", "c" * 64, data_files="shard-*", is_begun_here=lambda: is_ours)
+
+
+def test_labels_carry_a_checksum_of_their_manifest(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    assert has_valid_checksum(manifest)
+    assert not has_valid_checksum(manifest.model_copy(update={"config_hash": "e" * 64}))
+    (artifact / "x").touch()
+    other = write_manifest(artifact, "report", config_hash="0", inputs={}, files=["x"])
+    assert other.details == {}

@@ -27,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kdecs.artifact import claim_directory, write_manifest
+from kdecs.artifact import claim, write_manifest
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import pairs_of
@@ -123,7 +123,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
     Half a minute of work: a stop saves nothing, the same command starts it anew.
     """
     work = config_hash(config)
-    claim_directory(config.output, "base-model", work)
+    claim(config.output, "base-model", work)
     seed_everything(config.seed)
     dialogues = training_dialogues(config.corpus)
     tokenizer = train_tokenizer(documents(dialogues, seed=config.seed), config)

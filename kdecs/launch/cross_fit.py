@@ -21,7 +21,7 @@ from kdecs.config import CONFIG_NAME, Config, config_hash, write_config
 from kdecs.errors import DependencyError, KdecsError, Stopped
 from kdecs.process import run_entry, say_skipped, stage_config
 from kdecs.soft_labels.derive.config import CrossFitConfig
-from kdecs.soft_labels.derive.write import check_directory
+from kdecs.soft_labels.derive.write import claim_output
 from kdecs.soft_labels.verify import whole_labels
 
 ROOT = Path(__file__).resolve().parent
@@ -94,7 +94,7 @@ def main() -> None:
     if whole_labels(config.output, config_hash(config), show_progress=True):
         say_skipped(f"soft labels {config.name}: complete at {config.output}, skipped")
         return
-    check_directory(config, config.output)
+    claim_output(config, config.output)
     stages = Stages(config)
     signal.signal(signal.SIGTERM, stages.stop)
     signal.signal(signal.SIGINT, stages.stop)

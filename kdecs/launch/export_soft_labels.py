@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from kdecs.artifact import read_manifest
+from kdecs.config import config_hash
 from kdecs.process import is_main_rank, run_entry, say_skipped, stage_config
-from kdecs.soft_labels.claims import refuse_early, tidy
+from kdecs.soft_labels.claims import check_teacher_corpus, claim_output, tidy
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
 from kdecs.soft_labels.scoring import Scorer
@@ -63,7 +65,9 @@ def main() -> None:
         tidy(config.output, lease_s=config.lease_s)
         say_skipped(f"soft labels {config.output.name}: complete at {config.output}, skipped")
         return
-    refuse_early(config)
+    # Refused here as well as in the export, which comes to it only after the teacher is loaded.
+    check_teacher_corpus(config, read_manifest(config.teacher, "teacher"))
+    claim_output(config.output, config_hash(config))
     # Torch takes seconds to import: not before it is known that there is work.
     from kdecs.process import StopSignal
     from kdecs.runtime import process_group, start_runtime, warn_of_emulation

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdecs.artifact import check_whole
+from kdecs.artifact import read_verified_manifest
 from kdecs.corpus.pairs import Pair, candidate_pairs
 from kdecs.corpus.schema import NEUTRAL, Dialogue
 from kdecs.evaluation.predictions import Prediction
@@ -44,7 +44,7 @@ class MrcBaseline:
         where its weights or tokenizer cannot be loaded.
         """
         directory = Path(directory).expanduser().absolute()
-        check_whole(directory, "mrc")
+        read_verified_manifest(directory, "mrc")
         reader, tokenizer, card = load_product(directory)
         return cls(reader, tokenizer, card, device=torch.device(device))
 

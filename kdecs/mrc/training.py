@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kdecs.artifact import claim_directory, is_complete
+from kdecs.artifact import claim, is_complete
 from kdecs.config import config_hash, write_config
 from kdecs.errors import ConfigError, Stopped, TrainingError
 from kdecs.evaluation.metrics import evaluate
@@ -64,7 +64,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
     if is_complete(config.output, "mrc", digest):
         print(f"{config.output}: MRC baseline complete, skipped", flush=True)
         return config.output
-    claim_directory(config.output, "mrc", digest)
+    claim(config.output, "mrc", digest)
     warn_of_emulation(runtime, config.precision, "precision")
     trainer = _Trainer(config, digest, runtime, stop or StopSignal())
     write_config(config, config.output)

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, atomic_path, content_checksum, read_manifest
-from kdecs.config import CONFIG_NAME, config_hash, write_config
+from kdecs.artifact import Kind, Manifest, atomic_path, claim, content_checksum
+from kdecs.config import CONFIG_NAME, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.format import WORK_DIRECTORY
@@ -265,34 +265,21 @@ KIND: Kind = "soft-labels"
 JOB_NAME = "job.json"
 
 
-def refuse_early(config: ExportConfig) -> None:
-    """What can be refused before a model is loaded: wrong output, teacher, corpus (ArtifactError)."""
-    check_output(config.output, config_hash(config))
-    check_teacher_corpus(config, read_manifest(config.teacher, "teacher"))
-
-
-def check_output(output: Path, work_hash: str) -> None:
+def claim_output(output: Path, work_hash: str) -> None:
     """Refuse a directory that holds other work, finished or not, or another kind (ArtifactError)."""
-    # Looked at once: other workers may begin the very same work at any moment.
-    job = _read_job(output / WORK_DIRECTORY / JOB_NAME)
-    if job is not None and job.get("config_hash") == work_hash:
-        return  # a manifest that says otherwise is a damaged one, and is written again
-    if (output / MANIFEST_NAME).is_file():
-        found = read_manifest(output, KIND).config_hash
-        if job is None and found == work_hash:
-            return  # finished here or elsewhere and copied without its working files
-        if found != work_hash:
-            raise ArtifactError(
-                f"{output}: holds soft labels of another config (hash {found[:12]}…, this one is "
-                f"{work_hash[:12]}…); remove the directory or choose another output"
-            )
-    if job is not None:
-        raise _other_work(output, ["config_hash"])
-    strangers = sorted(shard.name for shard in output.glob("shard-*.parquet"))
-    if strangers and _read_job(output / WORK_DIRECTORY / JOB_NAME) is None:
-        raise ArtifactError(
-            f"{output}: holds {strangers[0]} but no record of who wrote it; "
-            "remove the directory or choose another output"
+
+    def is_begun_here() -> bool | None:
+        job = _read_job(output / WORK_DIRECTORY / JOB_NAME)
+        return None if job is None else job.get("config_hash") == work_hash
+
+    if not is_begun_here():  # if so, a manifest that says otherwise is a damaged one, and is written again
+        claim(
+            output,
+            KIND,
+            work_hash,
+            can_repair=True,
+            data_files="shard-*.parquet",
+            is_begun_here=is_begun_here,
         )
 
 

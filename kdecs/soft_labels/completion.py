@@ -1,21 +1,10 @@
 """The last step of an export: every shard is read once more, then the manifest is written."""
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from kdecs import __version__
-from kdecs.artifact import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    read_manifest,
-    seal,
-    write_json,
-)
+from kdecs.artifact import FileEntry, Manifest, build_manifest, fsync, read_manifest, save_manifest
 from kdecs.config import input_checksums
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import ArtifactError
@@ -45,7 +34,7 @@ def complete_export(
     """
     output = config.output
     _require_all_pairs(output, plan, records)
-    manifest = seal(_manifest(config, work_hash, scorer, plan, records))
+    manifest = _manifest(config, work_hash, scorer, plan, records)
     if _found(output) == manifest:  # its writer has read every shard
         return manifest
     damaged = [
@@ -54,10 +43,9 @@ def complete_export(
     if damaged:
         return sorted(damaged)
     for index in records:  # a writer of before may have died between rename and the directory's own sync
-        with (output / shard_name(index)).open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(output / shard_name(index))
     try:
-        write_json(output / MANIFEST_NAME, manifest.model_dump(mode="json"))
+        save_manifest(output, manifest)
     except FileNotFoundError:  # another worker, who was quicker, took our temporary file for a dead one's
         if _found(output) != manifest:
             raise
@@ -77,16 +65,14 @@ def _require_all_pairs(output: Path, plan: Plan, records: Mapping[int, ShardReco
 def _manifest(
     config: ExportConfig, work_hash: str, scorer: Scorer, plan: Plan, records: Mapping[int, ShardRecord]
 ) -> Manifest:
-    return Manifest(
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        kdecs_version=__version__,
+    return build_manifest(
+        KIND,
         config_hash=work_hash,
-        inputs=dict(sorted(_inputs(config).items())),
-        files=tuple(
+        inputs=_inputs(config),
+        files=[
             FileEntry(path=shard_name(index), bytes=record.bytes, sha256=record.sha256, rows=record.rows)
-            for index, record in sorted(records.items())
-        ),
+            for index, record in records.items()
+        ],
         details=_details(config, scorer, plan, records),
     )
 
@@ -129,8 +115,7 @@ def _details(
     if config.top_k:
         details["top_k"] = config.top_k
         details["tokenizer_sha256"] = cast(TopScorer, scorer).tokenizer_sha256
-    # As a reader will see it: plain JSON values.
-    return json.loads(json.dumps(details))
+    return details
 
 
 def _agreement(records: Mapping[int, ShardRecord]) -> dict[str, dict[str, float]]:

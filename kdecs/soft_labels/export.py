@@ -22,8 +22,8 @@ from kdecs.soft_labels.claims import (
     KIND,
     Lease,
     Leases,
-    check_output,
     check_teacher_corpus,
+    claim_output,
     open_job,
     remove_litter,
 )
@@ -94,7 +94,7 @@ class ExportResult:
 
 
 def is_finished(config: ExportConfig, *, show_progress: bool = False) -> bool:
-    """Whether the output holds this very export, whole: kind, config hash, seal, sha256 of every shard; no torch."""
+    """True if the output holds this very export and every byte of it agrees with the manifest; needs no torch."""
     return whole_labels(config.output, config_hash(config), show_progress=show_progress) is not None
 
 
@@ -118,7 +118,7 @@ def export_shards(
     started = time.monotonic()
     company = company or Independent()
     work_hash = config_hash(config)
-    check_output(config.output, work_hash)
+    claim_output(config.output, work_hash)
     check_teacher_corpus(config, scorer.manifest)
     sources = open_sources(config.corpus)
     # Claimed before anything else is written: a plan of other work would replace that of whoever works here.

@@ -25,16 +25,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from kdecs.artifact import (
+    CHECKSUM_KEY,
     MANIFEST_NAME,
-    SEAL_KEY,
     FileEntry,
     Manifest,
     atomic_path,
     check_sizes,
-    check_whole,
     file_lock,
-    is_sealed,
+    has_valid_checksum,
     read_manifest,
+    read_verified_manifest,
     sha256_of_file,
     write_json,
 )
@@ -215,7 +215,7 @@ def build_joined(path: Path, directory: Path) -> JoinRecord:
     Call it under the file's lock. Raises ArtifactError for a damaged directory, LabelError for a pair that stands
     twice in one split or is not finite.
     """
-    manifest = check_whole(directory, "soft-labels")
+    manifest = read_verified_manifest(directory, "soft-labels")
     path.with_suffix(".json").unlink(missing_ok=True)
     for leftover in path.parent.glob(f".{path.stem}.*"):  # of a builder that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
@@ -395,9 +395,9 @@ class SoftLabels:
         that are not finite or stand twice.
         """
         manifest = read_manifest(directory, "soft-labels")
-        if SEAL_KEY in manifest.details and not is_sealed(manifest):
+        if CHECKSUM_KEY in manifest.details and not has_valid_checksum(manifest):
             raise ArtifactError(
-                f"{directory / MANIFEST_NAME}: not as its writer sealed it (changed or damaged); "
+                f"{directory / MANIFEST_NAME}: its own checksum does not match: it was changed or damaged; "
                 f"run the command that writes {directory} again"
             )
         check_sizes(directory, manifest)

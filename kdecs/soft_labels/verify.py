@@ -15,8 +15,8 @@ from kdecs.artifact import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
+    has_valid_checksum,
     is_complete,
-    is_sealed,
     read_manifest,
     verify_artifact,
 )
@@ -41,14 +41,14 @@ def content_faults(
 ) -> list[str]:
     """The first fault of each shard, one line each: page checksums, columns, answer words, rows, splits, values.
 
-    Before these the manifest itself is held against its seal; after them, where there is no fault, the rows of each
+    Before these the manifest is checked against its own checksum; after them, where there is no fault, the rows of each
     split against the manifest's `num_pairs`, and every pair against all others of its split: none may stand twice.
     Shards are decoded side by side; `on_rows` is told of rows one call at a time. Memory does not grow with the rows:
     16 bytes a pair are kept in a scratch file. Raises ArtifactError for a manifest without answer words.
     """
-    if not is_sealed(manifest):
+    if not has_valid_checksum(manifest):
         return [
-            f"{directory / MANIFEST_NAME}: not as its writer sealed it (changed or damaged); "
+            f"{directory / MANIFEST_NAME}: its own checksum is missing or does not match: it was changed or damaged; "
             f"run the command that writes {directory} again"
         ]
     words, top_k = answer_words_of(directory, manifest), top_k_of(directory, manifest)
@@ -128,7 +128,7 @@ def whole_labels(directory: Path, work_hash: str, *, show_progress: bool = False
         with tqdm(
             total=total, desc="check labels", unit="B", unit_scale=True, disable=disabled, delay=1
         ) as bar:
-            is_whole = is_sealed(manifest) and not verify_artifact(directory, on_bytes=bar.update)
+            is_whole = has_valid_checksum(manifest) and not verify_artifact(directory, on_bytes=bar.update)
     except ArtifactError:
         return None
     return manifest if is_whole else None

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from kdecs.artifact import MANIFEST_NAME, is_complete, read_manifest
+from kdecs.artifact import MANIFEST_NAME, claim, is_complete
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION
-from kdecs.errors import ArtifactError, Stopped, TrainingError
+from kdecs.errors import Stopped, TrainingError
 from kdecs.evaluation.predictions import write_predictions
 from kdecs.process import StopSignal
 from kdecs.runtime import (
@@ -261,12 +261,8 @@ def train_student(
         if runtime.is_main:
             print(f"{config.output}: student complete, skipped", flush=True)
         return config.output
-    if (config.output / MANIFEST_NAME).is_file() and read_manifest(config.output).config_hash != digest:
-        raise ArtifactError(
-            f"{config.output}: holds the student of another config; remove it or choose another output"
-        )
+    claim(config.output, "student", digest, can_repair=True)
     if runtime.is_main:
-        config.output.mkdir(parents=True, exist_ok=True)
         # A manifest of this very work with a damaged file: it must not stand over a half-trained student.
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)
     warn_of_emulation(runtime, config.precision, "precision")

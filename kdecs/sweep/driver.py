@@ -18,7 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json, write_manifest
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    claim,
+    file_lock,
+    is_complete,
+    write_json,
+    write_manifest,
+)
 from kdecs.config import CONFIG_NAME, input_checksums, write_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
 from kdecs.process import StopSignal
@@ -73,7 +80,13 @@ def run_sweep(
         search = Search(config)
         search.refuse_other_search()
         digest = search.digest()
-        _refuse_other_sweep(config.output, digest)
+        claim(
+            config.output,
+            "sweep",
+            digest,
+            can_repair=True,
+            remedy=f"choose another output, or remove its {MANIFEST_NAME} to go on from its trials",
+        )
         sweep = _Sweep(config, search)
         if is_complete(config.output, "sweep", digest) and not sweep.missing(search.stage()):
             print(f"sweep {config.name}: {config.output} complete, skipped", flush=True)
@@ -254,16 +267,6 @@ class _Sweep:
 
 def _is_trained(trial: Trial) -> bool:
     return is_complete(trial.directory, "student", trial.config_hash)
-
-
-def _refuse_other_sweep(output: Path, digest: str) -> None:
-    if not (output / MANIFEST_NAME).is_file():
-        return
-    if read_manifest(output, "sweep").config_hash != digest:
-        raise ArtifactError(
-            f"{output}: holds a finished sweep over other settings; choose another output, or remove "
-            f"its {MANIFEST_NAME} to go on from its trials"
-        )
 
 
 def _failure_message(

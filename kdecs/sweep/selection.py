@@ -35,10 +35,10 @@ from scipy import stats
 
 from kdecs.artifact import (
     MANIFEST_NAME,
-    check_whole,
     content_checksum,
     file_lock,
     read_manifest,
+    read_verified_manifest,
     write_json,
     write_text,
 )
@@ -123,7 +123,7 @@ def _kept_predictions(directory: Path, corpus: Corpus) -> dict[PairKey, Predicti
     """What the training kept beside the weights; None where it did not, or where an input is another one now."""
     from kdecs.student.product import VALIDATION_NAME
 
-    manifest = check_whole(directory, "student")
+    manifest = read_verified_manifest(directory, "student")
     if VALIDATION_NAME not in {entry.path for entry in manifest.files}:
         return None
     try:

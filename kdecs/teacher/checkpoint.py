@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from kdecs.artifact import write_json
+from kdecs.artifact import fsync, write_json
 from kdecs.errors import ArtifactError, TrainingError
 from kdecs.runtime import Runtime, any_rank
 from kdecs.teacher.config import TeacherConfig
@@ -219,7 +218,7 @@ def save_checkpoint(
     if runtime.is_main:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         for path in files:
-            _fsync(path)
+            fsync(path)
         steps = next((float(state["step"]) for state in base_optimizer(engine).state.values()), 0.0)
         holder = loss_scale_holder(engine)
         state = {
@@ -314,11 +313,3 @@ def _prune(root: Path, keep_last: int) -> None:
     for path in root.iterdir():
         if path.name not in names:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

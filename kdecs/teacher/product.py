@@ -29,8 +29,8 @@ from kdecs.artifact import (
     FileEntry,
     Manifest,
     atomic_path,
-    check_whole,
     read_manifest,
+    read_verified_manifest,
     sha256_of_file,
 )
 from kdecs.config import input_checksums, parse_config, read_yaml
@@ -161,7 +161,9 @@ def check_base(directory: Path, base: str) -> None:
     """Raise ArtifactError where the base model is not the one that the adapter was trained on."""
     expected = read_manifest(directory, "teacher").inputs["base"]
     if (Path(base) / MANIFEST_NAME).is_file():
-        check_whole(Path(base), "base-model")  # its manifest stands for it, so the files must agree with that
+        read_verified_manifest(
+            Path(base), "base-model"
+        )  # its manifest stands for it, so the files must agree with that
     if (found := input_checksums(base=base)["base"]) != expected:
         raise ArtifactError(
             f"{directory}: its adapter was trained on a base with checksum {expected[:12]}…, "

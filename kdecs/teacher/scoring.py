@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from kdecs.artifact import Manifest, check_whole
+from kdecs.artifact import Manifest, read_verified_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ConfigError
@@ -51,7 +51,7 @@ class TeacherScorer:
         Raises ArtifactError for a directory that is unfinished or whose base is another, ModelError where the
         weights do not load.
         """
-        manifest = check_whole(directory, "teacher")
+        manifest = read_verified_manifest(directory, "teacher")
         config = read_teacher_config(directory)
         family, network = load_trained(directory, config, dtype=dtype, device=runtime.device, base=base)
         use_tree = manifest.details["batching"] == "tree"  # as measured when it was trained

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kdecs.artifact import claim_directory, file_lock, write_manifest
+from kdecs.artifact import claim, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.metrics import utterance_scores
@@ -152,7 +152,7 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
     check_device(config, runtime.device)
     warn_of_emulation(runtime, config.zero.dtype, "zero.dtype")
     work = config_hash(config)
-    claim_directory(config.output, "teacher", work)
+    claim(config.output, "teacher", work)
     with _only_training(config.output, runtime):
         seed_everything(config.optimization.seed)
         family = make_family(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kdecs.artifact import atomic_path
+from kdecs.artifact import atomic_path, fsync
 from kdecs.errors import ArtifactError
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -115,12 +115,12 @@ def save_best(output: Path, epoch: int, write: Callable[[Path], object]) -> None
     try:
         write(temporary)
         for path in (*temporary.rglob("*"), temporary):
-            _fsync(path)
+            fsync(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     temporary.rename(folder)
-    _fsync(output)
+    fsync(output)
 
 
 def keep_best(output: Path, epoch: int) -> None:
@@ -147,17 +147,9 @@ def install_best(output: Path, epoch: int, names: Iterable[str], *, optional: It
             os.replace(source, target)
         elif name in needed and not target.exists():
             raise ArtifactError(f"{source}: missing, the checkpoint names it; remove {output} to train anew")
-    _fsync(output)
+    fsync(output)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folder(output: Path, epoch: int) -> Path:
     return output / f"best-{epoch}"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

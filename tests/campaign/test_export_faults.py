@@ -17,7 +17,7 @@ import pytest
 from export_campaign import SETTINGS, Record, assert_same, fork, rerun, run
 from fake_teacher import files_of, make_config
 
-from kdecs.artifact import is_sealed, read_manifest, verify_artifact
+from kdecs.artifact import has_valid_checksum, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, KdecsError
 from kdecs.soft_labels.export import is_finished
 from kdecs.soft_labels.format import read_record
@@ -59,9 +59,9 @@ def flip(path: Path, rng: random.Random) -> bytes:
 
 
 def is_noticed(output: Path) -> bool:
-    """Whether reading the manifest, its seal, or every listed file says that something is wrong."""
+    """Whether reading the manifest, its own checksum, or every listed file says that something is wrong."""
     try:
-        return not is_sealed(read_manifest(output, "soft-labels")) or bool(verify_artifact(output))
+        return not has_valid_checksum(read_manifest(output, "soft-labels")) or bool(verify_artifact(output))
     except ArtifactError:
         return True
 

@@ -157,7 +157,7 @@ def test_the_command_writes_a_file_that_evaluate_reads(trained, tmp_path, capsys
 def test_complete_work_is_skipped_and_other_work_refused(trained, make_config, runtime, capsys):
     train_mrc(make_config(), runtime)
     assert "complete, skipped" in capsys.readouterr().out
-    with pytest.raises(ArtifactError, match="holds another mrc"):
+    with pytest.raises(ArtifactError, match="holds a finished mrc directory of another config"):
         train_mrc(make_config(optimization={"epochs": 1}), runtime)
     with pytest.raises(ConfigError, match="found 2 ranks"):
         train_mrc(make_config("two"), replace(runtime, world_size=2))

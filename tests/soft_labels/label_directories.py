@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdecs.artifact import seal, write_json, write_manifest
+from kdecs.artifact import write_manifest
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
@@ -32,16 +32,15 @@ def make_labels(directory: Path, *tables: ShardTable, words: Sequence[str] = WOR
         rows[shard_name(index)] = len(table)
     num_pairs = Counter(split for table in tables for split in table.splits)
     details = {"answer_words": list(words), "lineage": {"teacher": directory.name}, "num_pairs": num_pairs}
-    write_sealed(directory, rows, details)
+    write_label_manifest(directory, rows, details)
     return directory
 
 
-def write_sealed(directory: Path, rows: Mapping[str, int], details: Mapping[str, Any]) -> None:
-    """The manifest of shards that are there, sealed."""
-    manifest = write_manifest(
+def write_label_manifest(directory: Path, rows: Mapping[str, int], details: Mapping[str, Any]) -> None:
+    """The manifest of shards that are there."""
+    write_manifest(
         directory, "soft-labels", config_hash="0", inputs={}, files=rows, rows=rows, details=details
     )
-    write_json(directory / "manifest.json", seal(manifest).model_dump(mode="json"))
 
 
 def sample_pairs(split: str = "train") -> list[Pair]:

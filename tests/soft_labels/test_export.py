@@ -135,12 +135,14 @@ def test_a_teacher_of_another_corpus_is_refused(teacher: Path, tmp_path: Path) -
 
 
 def test_a_directory_of_other_work_is_refused(finished: Path, teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"soft labels of another config .* choose another output"):
+    with pytest.raises(
+        ArtifactError, match=r"soft-labels directory of another config .* choose another output"
+    ):
         export(teacher, finished, num_shards=4)
     output = tmp_path / "unfinished"
     with pytest.raises(Stopped):
         export_shards(make_config(teacher, output), FakeScorer(teacher), worker(), StopAfter(3))
-    with pytest.raises(ArtifactError, match=r"unfinished soft labels of other work \(another config_hash\)"):
+    with pytest.raises(ArtifactError, match=r"unfinished soft-labels of other work"):
         export(teacher, output, num_shards=4)
     scorer = FakeScorer(teacher, lineage={"prompt_version": "2", "teacher": "fake"})
     with pytest.raises(ArtifactError, match=r"other work \(another lineage\)"):
@@ -148,7 +150,9 @@ def test_a_directory_of_other_work_is_refused(finished: Path, teacher: Path, tmp
     strange = tmp_path / "strange"
     strange.mkdir()
     shutil.copy(finished / "shard-00000.parquet", strange)
-    with pytest.raises(ArtifactError, match=r"holds shard-00000.parquet but no record of who wrote it"):
+    with pytest.raises(
+        ArtifactError, match=r"holds shard-00000.parquet but no record of the work that wrote it"
+    ):
         export(teacher, strange)
 
 

@@ -100,7 +100,7 @@ def test_a_damaged_copy_without_working_files_is_mended(
 
 def test_refusals_are_one_line(finished: Path, teacher: Path, tmp_path: Path) -> None:
     for changes, message in (
-        ({"num_shards": 3}, "holds soft labels of another config"),
+        ({"num_shards": 3}, "holds a finished soft-labels directory of another config"),
         ({"teacher": str(tmp_path), "output": str(tmp_path / "o")}, "no manifest.json"),
         ({"shards": 3}, "shards: unknown key; known here: allow_other_corpus"),
     ):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_teacher import FakeScorer, NeverStop, make_config, worker
 
-from kdecs.artifact import read_manifest, seal, write_manifest
+from kdecs.artifact import read_manifest, with_checksum, write_manifest
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError
@@ -245,7 +245,7 @@ def test_top_logits_that_are_not_there_are_refused(finished: Path, tmp_path: Pat
         ("4", "details.top_k: found '4'"),
     ):
         manifest = read_manifest(directory)
-        changed = seal(manifest.model_copy(update={"details": manifest.details | {"top_k": top_k}}))
+        changed = with_checksum(manifest.model_copy(update={"details": manifest.details | {"top_k": top_k}}))
         (directory / "manifest.json").write_text(changed.model_dump_json())
         with pytest.raises(ArtifactError, match=message):
             SoftLabels.open(directory, tmp_path / "cache")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from label_directories import WORDS, make_labels, make_table
 from typer.testing import CliRunner
 
-from kdecs.artifact import Manifest, read_manifest, seal, sha256_of_file, write_json
+from kdecs.artifact import Manifest, read_manifest, sha256_of_file, with_checksum, write_json
 from kdecs.cli import app
 from kdecs.errors import ArtifactError, KdecsError, LabelError
 from kdecs.soft_labels import labels as shard_rows
@@ -46,11 +46,11 @@ OUTSIDE = st.one_of(
 
 
 def alter_manifest(directory: Path, **changes: object) -> None:
-    """Change the one file's entry of a manifest, and seal it again as a forger can."""
+    """Change the one file's entry of a manifest, and its checksum with it, as a forger can."""
     path = directory / "manifest.json"
     values = json.loads(path.read_text())
     values["files"][0] |= changes
-    write_json(path, seal(Manifest.model_validate(values)).model_dump(mode="json"))
+    write_json(path, with_checksum(Manifest.model_validate(values)).model_dump(mode="json"))
 
 
 def relist(directory: Path, rows: int | None) -> None:
@@ -203,7 +203,10 @@ def test_a_manifest_s_details_are_checked(tmp_path: Path) -> None:
         manifest = read_manifest(directory)
         values = manifest.model_dump(mode="json")
         values["details"]["answer_words"] = words
-        write_json(directory / "manifest.json", seal(Manifest.model_validate(values)).model_dump(mode="json"))
+        write_json(
+            directory / "manifest.json",
+            with_checksum(Manifest.model_validate(values)).model_dump(mode="json"),
+        )
         with pytest.raises((ArtifactError, LabelError), match=r"answer.words"):
             SoftLabels.open(directory, tmp_path / "cache")
 

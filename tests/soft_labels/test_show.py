@@ -21,7 +21,7 @@ from label_directories import (
     make_table,
     sample_labels,
     sample_pairs,
-    write_sealed,
+    write_label_manifest,
 )
 from typer.testing import CliRunner
 
@@ -212,7 +212,7 @@ def test_scores_that_are_none_are_refused(tmp_path: Path) -> None:
     directory = make_labels(tmp_path / "labels", make_table(["d/1/1"]))
     for agreement in (7, {"valid": 7}, {"valid": {"macro_f1": 1}}, {"valid": dict.fromkeys(SCORES, "x")}):
         details = {"answer_words": list(WORDS), "num_pairs": {"train": 1}, "agreement": agreement}
-        write_sealed(directory, {"shard-00000.parquet": 1}, details)
+        write_label_manifest(directory, {"shard-00000.parquet": 1}, details)
         assert "details.agreement: expected scores by split" in str(show(directory).exception)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from label_directories import WORDS, make_labels, make_table, write_sealed
+from label_directories import WORDS, make_labels, make_table, write_label_manifest
 from typer.testing import CliRunner
 
 from kdecs.artifact import verify_artifact, write_manifest
@@ -65,7 +65,7 @@ def test_rows_and_words_are_held_against_the_manifest(tmp_path: Path) -> None:
         (directory / "shard-00000.parquet").write_bytes(encode_shard(make_table(["d/1/1"]), WORDS))
         details = {"answer_words": list(WORDS), "num_pairs": {"train": 1}}
         values = {"rows": {"shard-00000.parquet": 1}, "details": details} | changes
-        write_sealed(directory, **values)
+        write_label_manifest(directory, **values)
         result = CliRunner().invoke(app, ["verify", str(directory)])
         assert message in str(result.exception)
 
@@ -84,7 +84,7 @@ def test_rows_are_held_against_the_manifest_split_by_split(
     tables = [make_table(["d/1/1", "d/2/1"]), make_table(["e/1/1"], split="valid")]
     directory = make_labels(tmp_path / "labels", *tables)
     rows = {"shard-00000.parquet": 2, "shard-00001.parquet": 1}
-    write_sealed(directory, rows, {"answer_words": list(WORDS), "num_pairs": num_pairs})
+    write_label_manifest(directory, rows, {"answer_words": list(WORDS), "num_pairs": num_pairs})
     result = CliRunner().invoke(app, ["verify", str(directory)])
     assert isinstance(result.exception, KdecsError)
     assert message in str(result.exception)
@@ -103,7 +103,7 @@ def test_a_pair_that_stands_twice_in_a_split_is_a_fault(
     assert CliRunner().invoke(app, ["verify", str(both)]).exit_code == 0
 
 
-def test_a_changed_manifest_breaks_its_seal(tmp_path: Path) -> None:
+def test_a_changed_manifest_breaks_its_own_checksum(tmp_path: Path) -> None:
     directory = make_labels(tmp_path / "labels", make_table(["d/1/1"]))
     manifest = directory / "manifest.json"
     text = manifest.read_text()
@@ -111,6 +111,6 @@ def test_a_changed_manifest_breaks_its_seal(tmp_path: Path) -> None:
         assert old in text
         manifest.write_text(text.replace(old, new))
         result = CliRunner().invoke(app, ["verify", str(directory)])
-        assert "not as its writer sealed it" in str(result.exception)
+        assert "its own checksum is missing or does not match" in str(result.exception)
     manifest.write_text(text)
     assert CliRunner().invoke(app, ["verify", str(directory)]).exit_code == 0

@@ -247,7 +247,7 @@ def test_the_output_of_another_config_is_refused_finished_or_not(make_config, ru
     with pytest.raises(ArtifactError, match="unfinished training of another config"):
         train_student(other, runtime)
     train_student(config, runtime)
-    with pytest.raises(ArtifactError, match="student of another config"):
+    with pytest.raises(ArtifactError, match="finished student directory of another config"):
         train_student(other, runtime)
 
 

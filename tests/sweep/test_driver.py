@@ -144,7 +144,7 @@ def test_a_lost_trial_is_trained_again(make_config, in_process):
 def test_another_sweep_in_the_directory_is_refused(make_config, in_process):
     run_sweep(make_config(), trainer=TRAINER, runner=in_process)
     other = make_config(space={"teacher": {"grid": ["t5-tiny"]}})
-    with pytest.raises(ArtifactError, match="over other settings"):
+    with pytest.raises(ArtifactError, match="a finished sweep directory of another config"):
         run_sweep(other, trainer=TRAINER, runner=in_process)
 
 

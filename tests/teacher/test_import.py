@@ -21,7 +21,7 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ArtifactError, KdecsError
 from kdecs.runtime import Runtime
-from kdecs.soft_labels.claims import refuse_early
+from kdecs.soft_labels.claims import check_teacher_corpus
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.teacher.commands import app
 from kdecs.teacher.families import Family
@@ -91,7 +91,8 @@ def test_a_plain_adapter_is_a_teacher_that_the_export_accepts(
     manifest = read_manifest(output, "teacher")
     assert manifest.details["imported"] is True
     corpus = {split: bundled_sample(split) for split in ("train", "valid")}
-    refuse_early(ExportConfig(teacher=output, corpus=corpus, output=tmp_path / "labels"))
+    config = ExportConfig(teacher=output, corpus=corpus, output=tmp_path / "labels")
+    check_teacher_corpus(config, manifest)
     scorer = TeacherScorer.load(output, runtime=runtime, dtype="float32", micro_batch_tokens=2048)
     tokenizer = AutoTokenizer.from_pretrained(bases("causal"))
     short = [p for p in some_pairs if p.target <= 4][:12]
@@ -109,10 +110,11 @@ def test_an_adapter_of_another_corpus_needs_the_export_s_leave(
     result = run(adapter, bases("masked"), tmp_path / "teacher", "--other-corpus", family="masked")
     assert result.exit_code == 0, result.exception
     corpus = {split: bundled_sample(split) for split in ("train", "valid")}
+    manifest = read_manifest(tmp_path / "teacher", "teacher")
     config = ExportConfig(teacher=tmp_path / "teacher", corpus=corpus, output=tmp_path / "labels")
     with pytest.raises(ArtifactError, match="allow_other_corpus"):
-        refuse_early(config)
-    refuse_early(config.model_copy(update={"allow_other_corpus": True}))
+        check_teacher_corpus(config, manifest)
+    check_teacher_corpus(config.model_copy(update={"allow_other_corpus": True}), manifest)
 
 
 def test_a_window_that_only_the_longest_prompt_outgrows_means_pairs(

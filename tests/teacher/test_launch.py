@@ -403,7 +403,7 @@ def test_second_start_skips_and_another_config_is_refused(trained: tuple[dict, P
     other = run({**values, "emotions_shown": "fine"}, directory, [sys.executable])
     assert other.returncode == 1
     assert other.stderr.strip().splitlines()[-1].startswith("kdecs: error: ")
-    assert "holds another teacher" in other.stderr
+    assert "holds a finished teacher directory of another config" in other.stderr
     assert "Traceback" not in other.stderr
 
 

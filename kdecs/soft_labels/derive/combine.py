@@ -28,7 +28,7 @@ from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import LabelError
 from kdecs.soft_labels.corpora import batches_of, pairs_of_file
 from kdecs.soft_labels.derive.config import CombineConfig, CombineRule
-from kdecs.soft_labels.derive.write import begin_directory, check_directory, finish_directory, write_rows
+from kdecs.soft_labels.derive.write import begin_directory, claim_output, finish_directory, write_rows
 from kdecs.soft_labels.format import ShardTable
 from kdecs.soft_labels.inspect.calibration import require_cause_words
 from kdecs.soft_labels.labels import SoftLabels, iter_directory
@@ -45,7 +45,7 @@ def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
     work_hash = config_hash(config)
     if finished := whole_labels(config.output, work_hash, show_progress=True):
         return finished
-    check_directory(config, config.output)
+    claim_output(config, config.output)
     teachers = [SoftLabels.open(directory, cache_dir) for directory in config.labels]
     first = teachers[0]
     for other in teachers[1:]:

@@ -33,7 +33,7 @@ from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import CorpusError, LabelError
 from kdecs.soft_labels.corpora import batches_of, dialogues_of_file, pairs_of_file
 from kdecs.soft_labels.derive.config import ImportConfig
-from kdecs.soft_labels.derive.write import begin_directory, check_directory, finish_directory, write_rows
+from kdecs.soft_labels.derive.write import begin_directory, claim_output, finish_directory, write_rows
 from kdecs.soft_labels.format import SPLITS, ShardTable
 from kdecs.soft_labels.labels import SoftLabels, iter_directory
 from kdecs.soft_labels.verify import whole_labels
@@ -59,7 +59,7 @@ def import_labels(config: ImportConfig) -> Manifest:
     _refuse_own_table(config)
     if finished := whole_labels(config.output, work_hash, show_progress=True):
         return finished
-    check_directory(config, config.output)
+    claim_output(config, config.output)
     corpora = {split: path for split in SPLITS if (path := getattr(config, split)) is not None}
     with tempfile.TemporaryDirectory(prefix="kdecs-import-") as scratch:
         facts = _stage(config, Path(scratch) / "table")

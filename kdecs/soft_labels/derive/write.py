@@ -4,7 +4,6 @@ Rows come as a stream and go into shards of ROWS_A_SHARD rows by their number al
 same bytes. Temp, fsync and rename a file; the manifest last.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,56 +11,43 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kdecs import __version__
-from kdecs.artifact import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    FileEntry,
-    Kind,
-    Manifest,
-    claim_directory,
-    read_manifest,
-    seal,
-    sha256_of_file,
-    write_json,
-)
+from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, claim, write_manifest
 from kdecs.config import CONFIG_NAME, Config, config_hash, read_yaml, write_config
-from kdecs.errors import ArtifactError
 from kdecs.soft_labels.format import WORK_DIRECTORY, ShardTable, shard_file, shard_name
 
 KIND: Kind = "soft-labels"
 ROWS_A_SHARD = 1 << 20
 
 
-def check_directory(config: Config, output: Path) -> None:
+def claim_output(config: Config, output: Path) -> None:
     """Refuse an output that holds anything but this work, finished or not (ArtifactError).
 
     Damaged labels of this very work and an unfinished attempt of the same kind may be written over; other labels may
     not, finished ones, those of an export, or shards that nothing says the origin of.
     """
-    work_hash = config_hash(config)
-    if (output / MANIFEST_NAME).is_file() and read_manifest(output, KIND).config_hash != work_hash:
-        claim_directory(output, KIND, work_hash)
-    found = output / CONFIG_NAME
-    is_foreign = found.is_file() and read_yaml(found).keys() != type(config).model_fields.keys()
-    if is_foreign or (output / WORK_DIRECTORY).exists():
-        raise ArtifactError(
-            f"{output}: holds unfinished soft labels of other work; choose another output or remove it"
-        )
-    strangers = sorted(shard.name for shard in output.glob("shard-*.parquet"))
-    if strangers and not found.is_file():
-        raise ArtifactError(
-            f"{output}: holds {strangers[0]} but no {CONFIG_NAME} that says what wrote it; "
-            "choose another output or remove it"
-        )
+
+    def is_begun_here() -> bool | None:
+        if (output / WORK_DIRECTORY).exists():
+            return False  # an export's
+        found = output / CONFIG_NAME
+        return read_yaml(found).keys() == type(config).model_fields.keys() if found.is_file() else None
+
+    claim(
+        output,
+        KIND,
+        config_hash(config),
+        can_repair=True,
+        data_files="shard-*.parquet",
+        is_begun_here=is_begun_here,
+    )
 
 
 def begin_directory(config: Config, output: Path) -> str:
     """Make the output directory, unfinished, and put the config into it; returns the config hash.
 
-    What `check_directory` lets pass is written over: it took minutes at most. Raises ArtifactError as that does.
+    What `claim_output` lets pass is written over: it took minutes at most. Raises ArtifactError as that does.
     """
-    check_directory(config, output)
+    claim_output(config, output)
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     write_config(config, output)
     return config_hash(config)
@@ -98,32 +84,24 @@ def finish_directory(
     inputs: Mapping[str, str],
     details: Mapping[str, Any],
 ) -> Manifest:
-    """Remove shards of an earlier attempt that are no part of this one, and write the sealed manifest."""
+    """Remove shards of an earlier attempt that are no part of this one, and write the manifest."""
     for path in output.glob("shard-*.parquet"):
         if path.name not in rows:
             path.unlink()
-    entries = []
-    for name in sorted(rows):
-        path = output / name
-        checksum = sha256_of_file(path)
-        entries.append(FileEntry(path=name, bytes=path.stat().st_size, sha256=checksum, rows=rows[name]))
     own = {
         "answer_words": list(answer_words),
         "temperature": 1,
         "num_pairs": dict(sorted(by_split.items())),
     }
-    manifest = Manifest(
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        kdecs_version=__version__,
+    return write_manifest(
+        output,
+        KIND,
         config_hash=work_hash,
-        inputs=dict(sorted(inputs.items())),
-        files=tuple(entries),
-        details=json.loads(json.dumps(own | dict(details))),  # as a reader will see it
+        inputs=inputs,
+        files=rows,
+        rows=rows,
+        details=own | dict(details),
     )
-    manifest = seal(manifest)
-    write_json(output / MANIFEST_NAME, manifest.model_dump(mode="json"))
-    return manifest
 
 
 def rows_where(table: ShardTable, keep_n: Sequence[bool]) -> ShardTable:

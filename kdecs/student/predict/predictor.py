@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdecs.artifact import check_whole
+from kdecs.artifact import read_verified_manifest
 from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import Pair, Universe, candidate_pairs, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
@@ -177,7 +177,7 @@ class Student:
         where its weights or tokenizer cannot be loaded.
         """
         directory = Path(directory).expanduser().absolute()
-        check_whole(directory, "student")
+        read_verified_manifest(directory, "student")
         model, tokenizer, card = load_student(directory)
         return cls(model, tokenizer, card, device=torch.device(device), precision=precision)
 
