@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fake_teacher import FakeScorer, NeverStop, files_of, make_config, worker
+from fake_teacher import FakeScorer, files_of, make_config, worker
 from stand_in import run_command
 
 from kdecs.artifact import has_valid_checksum, read_manifest, verify_artifact
 from kdecs.corpus.reading import bundled_sample
+from kdecs.process import StopSignal
 from kdecs.soft_labels.export import export_shards
 
 Record = Callable[[str, dict[str, float | int | str]], None]
@@ -21,7 +22,7 @@ SETTINGS = {"corpus": CORPUS, "allow_other_corpus": True, "num_shards": 5, "leas
 def run(teacher: Path, output: Path, *, on_batch: Callable[[], None] | None = None) -> None:
     """The export, in this process, to its end."""
     scorer = FakeScorer(teacher, on_batch=on_batch)
-    export_shards(make_config(teacher, output, **SETTINGS), scorer, worker(), NeverStop(), poll_s=0.02)
+    export_shards(make_config(teacher, output, **SETTINGS), scorer, worker(), StopSignal(), poll_s=0.02)
 
 
 def rerun(teacher: Path, output: Path) -> None:

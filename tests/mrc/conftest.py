@@ -6,57 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from support import made_once, save_tiny_encoder
 
 from kdecs.config import parse_config
-from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.reading import bundled_sample
 from kdecs.mrc.config import MrcConfig
 from kdecs.runtime import Runtime
 
 torch.set_num_threads(1)
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-def word_piece_tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
-    """BERT's kind of tokenizer: [CLS] question [SEP] context [SEP], segments 0 and 1."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=900, special_tokens=SPECIALS, show_progress=False)
-    tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        mask_token="[MASK]",
-        model_max_length=256,
-    )
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer BERT of 32 hidden units, saved as a masked language model without an answer head."""
-    directory = tmp_path_factory.mktemp("base")
-    texts = [u.text for d in read_corpus(bundled_sample("train")).dialogues for u in d.utterances]
-    tokenizer = word_piece_tokenizer([*texts, "The target utterance is evidence span emotion relevant"] * 3)
-    torch.manual_seed(0)
-    transformers_logging.disable_progress_bar()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=256,
-    )
-    BertForMaskedLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    words = ["the", "target", "utterance", "is", "evidence", "span", "emotion", "relevant"]
+    return made_once(tmp_path_factory, "mrc-base", lambda path: save_tiny_encoder(path, "bert", words))
 
 
 @pytest.fixture(scope="session")

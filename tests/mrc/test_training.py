@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import Killed, StopAfter, assert_same_weights
 from transformers import AutoTokenizer
 
 from kdecs.artifact import read_manifest, verify_artifact
@@ -28,22 +29,9 @@ from kdecs.mrc.config import MrcConfig
 from kdecs.mrc.prediction import MrcBaseline
 from kdecs.mrc.questions import mrc_text, training_pairs
 from kdecs.mrc.training import train_mrc
-from kdecs.process import StopSignal
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "launch/configs/mrc").glob("*.yaml"))
-
-
-class StopAfter(StopSignal):
-    """Requests a stop once it has been looked at so many times."""
-
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
-
-    @property
-    def requested(self) -> bool:  # type: ignore[override]
-        self.looks -= 1
-        return self.looks < 0
 
 
 @pytest.fixture
@@ -63,8 +51,7 @@ def test_a_stopped_training_ends_with_the_same_weights(make_config, runtime, tra
             train_mrc(config, runtime, stop=StopAfter(looks))
     train_mrc(config, runtime)
     assert "resumed at step" in capsys.readouterr().out
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (config.output, trained))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_weights(config.output, trained)
     assert not (config.output / "checkpoint.pt").exists()
     assert verify_artifact(config.output) == []
 
@@ -73,9 +60,6 @@ def test_a_kill_before_a_checkpoint_leaves_the_best_model_that_the_checkpoint_na
     make_config, runtime, monkeypatch
 ):
     """Epoch 2 was the best until a kill; trained again, as on a GPU not bit for bit, it is not."""
-
-    class Killed(Exception):
-        pass
 
     def scores(*values: float) -> None:
         left = iter(values)

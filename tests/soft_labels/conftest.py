@@ -7,8 +7,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # worker processes import fake_teacher by name
 
-from fake_teacher import FakeScorer, NeverStop, make_config, make_teacher, worker
+from fake_teacher import FakeScorer, make_config, make_teacher, worker
 
+from kdecs.process import StopSignal
 from kdecs.soft_labels.export import export_shards
 
 
@@ -21,5 +22,5 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read-only: copy it before damaging it."""
     output = tmp_path_factory.mktemp("labels") / "labels"
-    export_shards(make_config(teacher, output), FakeScorer(teacher), worker(), NeverStop())
+    export_shards(make_config(teacher, output), FakeScorer(teacher), worker(), StopSignal())
     return output

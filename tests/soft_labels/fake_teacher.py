@@ -14,7 +14,7 @@ from kdecs.config import input_checksums
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.pairs import Pair
 from kdecs.corpus.reading import bundled_sample
-from kdecs.errors import Stopped
+from kdecs.process import StopSignal
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import export_shards
 
@@ -58,25 +58,6 @@ class FakeScorer:
         return *self.score(pairs), ids, np.sort(logits, axis=1)[:, ::-1]
 
 
-class NeverStop:
-    """No signal comes."""
-
-    def raise_if_requested(self, message: str) -> None:
-        del message
-
-
-@dataclass
-class StopAfter:
-    """A stop signal that arrives at the n-th look."""
-
-    looks: int
-
-    def raise_if_requested(self, message: str) -> None:
-        self.looks -= 1
-        if self.looks < 0:
-            raise Stopped(message)
-
-
 def worker(rank: int = 0, world_size: int = 1) -> SimpleNamespace:
     return SimpleNamespace(rank=rank, world_size=world_size, device=SimpleNamespace(type="cpu"))
 
@@ -109,7 +90,7 @@ def export_in_process(
     """What a worker process runs; `batch_s` makes it slow enough to be killed in the middle."""
     config = make_config(teacher, output, **(changes or {}))
     scorer = FakeScorer(teacher, on_batch=lambda: time.sleep(batch_s))
-    export_shards(config, scorer, worker(rank, world_size), NeverStop(), poll_s=0.02)
+    export_shards(config, scorer, worker(rank, world_size), StopSignal(), poll_s=0.02)
 
 
 def start_worker(*arguments: object) -> multiprocessing.Process:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cross_fit_configs import config_of
-from fake_teacher import FakeScorer, NeverStop, worker
+from fake_teacher import FakeScorer, worker
 from label_directories import WORDS, by_pair, sample_pairs
 
 from kdecs.artifact import content_checksum, read_manifest, write_manifest
@@ -17,6 +17,7 @@ from kdecs.corpus.pairs import Pair
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.splits import text_digest
 from kdecs.errors import ArtifactError, CorpusError
+from kdecs.process import StopSignal
 from kdecs.soft_labels.derive.config import CrossFitConfig, FoldExport
 from kdecs.soft_labels.derive.cross_fit import check_apart, fold_of_dialogues, merge_folds, write_folds
 from kdecs.soft_labels.export import export_shards
@@ -46,7 +47,7 @@ def make_fold(config: CrossFitConfig, fold: int) -> None:
     write_manifest(directory, "teacher", config_hash="0" * 64, inputs=inputs, files=["adapter.txt"])
     scorer = FoldScorer(directory)
     scorer.fold = fold
-    export_shards(config.export_config(fold), scorer, worker(), NeverStop())
+    export_shards(config.export_config(fold), scorer, worker(), StopSignal())
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_teacher import FakeScorer, NeverStop, StopAfter, files_of, make_config, worker
+from fake_teacher import FakeScorer, files_of, make_config, worker
+from support import StopAfter
 
 from kdecs.artifact import read_manifest, verify_artifact, write_manifest
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped
 from kdecs.evaluation.metrics import utterance_scores
+from kdecs.process import StopSignal
 from kdecs.soft_labels import format as shard_format
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
 from kdecs.soft_labels.format import read_shard
 
 
 def export(teacher: Path, output: Path, **changes: object) -> ExportResult:
-    return export_shards(make_config(teacher, output, **changes), FakeScorer(teacher), worker(), NeverStop())
+    return export_shards(make_config(teacher, output, **changes), FakeScorer(teacher), worker(), StopSignal())
 
 
 def test_what_is_exported(finished: Path, teacher: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_complete_export_is_left_alone(finished: Path, teacher: Path) -> None:
         raise AssertionError("scored again")
 
     result = export_shards(
-        make_config(teacher, finished), FakeScorer(teacher, on_batch=refuse), worker(), NeverStop()
+        make_config(teacher, finished), FakeScorer(teacher, on_batch=refuse), worker(), StopSignal()
     )
     assert result.num_new_pairs == 0
     assert result.manifest == read_manifest(finished)
@@ -87,7 +89,7 @@ def test_resume_redoes_missing_and_damaged_shards_alone(
         lines.extend([progress.line] if progress.line else [])
 
     scorer, result = FakeScorer(teacher), None
-    result = export_shards(make_config(teacher, output), scorer, worker(), NeverStop(), report=report)
+    result = export_shards(make_config(teacher, output), scorer, worker(), StopSignal(), report=report)
     redone = [line.split(":")[0] for line in lines if "pairs a second" in line]
     assert redone == ["shard-00001.parquet", "shard-00003.parquet"]
     assert 0 < result.num_new_pairs < sum(entry.rows or 0 for entry in result.manifest.files)
@@ -121,7 +123,7 @@ def test_a_label_that_is_not_finite_stops_with_its_pair(teacher: Path, tmp_path:
     output = tmp_path / "labels"
     with pytest.raises(LabelError, match=f"pair {pair.id}: logits .*nan.* not all finite"):
         export_shards(
-            make_config(teacher, output), FakeScorer(teacher, poison=pair.id), worker(), NeverStop()
+            make_config(teacher, output), FakeScorer(teacher, poison=pair.id), worker(), StopSignal()
         )
     assert not (output / "manifest.json").exists()
 
@@ -146,7 +148,7 @@ def test_a_directory_of_other_work_is_refused(finished: Path, teacher: Path, tmp
         export(teacher, output, num_shards=4)
     scorer = FakeScorer(teacher, lineage={"prompt_version": "2", "teacher": "fake"})
     with pytest.raises(ArtifactError, match=r"other work \(another lineage\)"):
-        export_shards(make_config(teacher, output), scorer, worker(), NeverStop())
+        export_shards(make_config(teacher, output), scorer, worker(), StopSignal())
     strange = tmp_path / "strange"
     strange.mkdir()
     shutil.copy(finished / "shard-00000.parquet", strange)
@@ -197,7 +199,7 @@ def test_progress_counts_to_the_end(teacher: Path, tmp_path: Path) -> None:
         make_config(teacher, tmp_path / "labels"),
         FakeScorer(teacher),
         worker(),
-        NeverStop(),
+        StopSignal(),
         report=seen.append,
     )
     done = np.array([progress.pairs_done for progress in seen])
@@ -250,7 +252,7 @@ def test_a_shard_damaged_while_others_are_labelled_is_found_before_the_manifest(
             flipped.append(500)
             _flip(output / "shard-00001.parquet", 500)
 
-    export_shards(make_config(teacher, output), FakeScorer(teacher, on_batch=damage), worker(), NeverStop())
+    export_shards(make_config(teacher, output), FakeScorer(teacher, on_batch=damage), worker(), StopSignal())
     assert len(list((output / "quarantine").iterdir())) == 1
     assert files_of(output) == files_of(finished)
 

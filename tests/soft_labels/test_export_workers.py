@@ -9,19 +9,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_teacher import FakeScorer, NeverStop, files_of, make_config, start_worker, worker
+from fake_teacher import FakeScorer, files_of, make_config, start_worker, worker
 from stand_in import run_command
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ArtifactError
+from kdecs.process import StopSignal
 from kdecs.soft_labels.claims import Leases, host_identity
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards
 from kdecs.soft_labels.format import read_record, write_record
 
 
 def export(teacher: Path, output: Path, **changes: object) -> ExportResult:
-    return export_shards(make_config(teacher, output, **changes), FakeScorer(teacher), worker(), NeverStop())
+    return export_shards(make_config(teacher, output, **changes), FakeScorer(teacher), worker(), StopSignal())
 
 
 def test_two_processes_give_the_bytes_of_one(finished: Path, teacher: Path, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_another_config_that_began_at_the_same_moment_takes_no_plan_away(
                 export(teacher, output, num_shards=3)
         refused.append(str(caught.value))
 
-    export_shards(make_config(teacher, output), FakeScorer(teacher, on_batch=intrude), worker(), NeverStop())
+    export_shards(make_config(teacher, output), FakeScorer(teacher, on_batch=intrude), worker(), StopSignal())
     assert refused
     assert files_of(output) == files_of(finished)
 
@@ -87,7 +88,7 @@ def test_a_plan_that_changes_underneath_loses_no_pair(finished: Path, teacher: P
     with pytest.raises(
         ArtifactError, match=r"shard-0000\d.parquet: \d+ pairs were labelled, its plan has \d+"
     ):
-        export_shards(config, FakeScorer(teacher, on_batch=swap), worker(), NeverStop())
+        export_shards(config, FakeScorer(teacher, on_batch=swap), worker(), StopSignal())
     assert not (output / "shard-00001.parquet").exists()
     export(teacher, output)
     assert files_of(output) == files_of(finished)
@@ -126,7 +127,7 @@ def test_the_shard_of_a_dead_worker_of_another_host_is_taken_over(
     elsewhere.release = lambda lease: None  # type: ignore[method-assign]
     elsewhere._held.clear()  # it died: nobody renews
     config = make_config(teacher, output, lease_s=1.0)
-    export_shards(config, FakeScorer(teacher), worker(), NeverStop(), poll_s=0.05)
+    export_shards(config, FakeScorer(teacher), worker(), StopSignal(), poll_s=0.05)
     assert time.monotonic() - started > 0.5
     assert files_of(output) == files_of(finished)
 
@@ -152,7 +153,7 @@ def test_a_worker_that_lost_its_lease_leaves_the_shard_to_the_other(
 
     config = make_config(teacher, output, lease_s=1.0)
     scorer = FakeScorer(teacher, on_batch=steal)
-    export_shards(config, scorer, worker(), NeverStop(), report=report, poll_s=0.05)
+    export_shards(config, scorer, worker(), StopSignal(), report=report, poll_s=0.05)
     assert lines_about("took it over") == [
         "shard-00001.parquet: another worker took it over, after a silence of this one"
     ]
@@ -179,7 +180,7 @@ def test_a_worker_suspended_in_its_last_chunk_leaves_a_finished_shard_alone(
             os.utime(lease, (then, then))
             lease.write_text(lease.read_text().replace(host_identity(), "elsewhere"))
             os.utime(lease, (then, then))
-            export_shards(config, NudgedScorer(teacher), other_device, NeverStop())
+            export_shards(config, NudgedScorer(teacher), other_device, StopSignal())
             finals.append((output / "shard-00000.parquet").read_bytes())
 
     seen: list[int] = []
@@ -188,7 +189,7 @@ def test_a_worker_suspended_in_its_last_chunk_leaves_a_finished_shard_alone(
         lines.extend([progress.line] if progress.line else [])
 
     result = export_shards(
-        config, FakeScorer(teacher, on_batch=suspend), worker(), NeverStop(), report=report, poll_s=0.05
+        config, FakeScorer(teacher, on_batch=suspend), worker(), StopSignal(), report=report, poll_s=0.05
     )
     assert any("another worker took it over" in line for line in lines)
     assert [(output / "shard-00000.parquet").read_bytes()] == finals
@@ -237,5 +238,5 @@ def _batches_of(teacher: Path, output: Path, **changes: object) -> list[int]:
     """One item for each batch of a quiet run."""
     batches: list[int] = []
     scorer = FakeScorer(teacher, on_batch=lambda: batches.append(1))
-    export_shards(make_config(teacher, output, **changes), scorer, worker(), NeverStop())
+    export_shards(make_config(teacher, output, **changes), scorer, worker(), StopSignal())
     return batches

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from fake_teacher import FakeScorer, NeverStop, make_config, worker
+from fake_teacher import FakeScorer, make_config, worker
 
+from kdecs.process import StopSignal
 from kdecs.soft_labels import export as pace
 from kdecs.soft_labels.export import Progress, export_shards, long_shard_warning
 
@@ -36,5 +37,5 @@ def test_an_export_warns_once_a_launch(
         lines.extend([progress.line] if progress.line else [])
 
     config = make_config(teacher, tmp_path / "labels", num_shards=2)
-    export_shards(config, FakeScorer(teacher), worker(rank, 2), NeverStop(), report=report)
+    export_shards(config, FakeScorer(teacher), worker(rank, 2), StopSignal(), report=report)
     assert sum(line.startswith("warning: at ") for line in lines) == (rank == 0)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_teacher import FakeScorer, NeverStop, make_config, worker
+from fake_teacher import FakeScorer, make_config, worker
 
 from kdecs.artifact import read_manifest, with_checksum, write_manifest
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError
+from kdecs.process import StopSignal
 from kdecs.soft_labels.export import export_shards
 from kdecs.soft_labels.format import ShardTable, encode_shard, read_shard
 from kdecs.soft_labels.labels import SoftLabels
@@ -210,7 +211,7 @@ def test_labels_are_mapped_and_not_copied(finished: Path, tmp_path: Path) -> Non
 def test_labels_of_a_part_cover_the_part_alone(teacher: Path, tmp_path: Path) -> None:
     corpus = {s: bundled_sample(s) for s in ("train", "valid")} | {"train_share": 0.4}
     config = make_config(teacher, tmp_path / "labels", corpus=corpus)
-    export_shards(config, FakeScorer(teacher), worker(), NeverStop())
+    export_shards(config, FakeScorer(teacher), worker(), StopSignal())
     labels = SoftLabels.open(tmp_path / "labels", tmp_path / "cache")
     labels.rows_of(pairs("valid"))
     with pytest.raises(LabelError, match="no soft label for the pair"):
@@ -220,7 +221,7 @@ def test_labels_of_a_part_cover_the_part_alone(teacher: Path, tmp_path: Path) ->
 def test_top_logits_are_joined_too(teacher: Path, tmp_path: Path) -> None:
     """Oracle: the shards, row by row; a combined directory has none."""
     config = make_config(teacher, tmp_path / "labels", top_k=3)
-    export_shards(config, FakeScorer(teacher), worker(), NeverStop())
+    export_shards(config, FakeScorer(teacher), worker(), StopSignal())
     expected = {}
     for path in (tmp_path / "labels").glob("shard-*.parquet"):
         t = read_shard(path, WORDS)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fake_teacher import FakeScorer, NeverStop, make_config, worker
+from fake_teacher import FakeScorer, make_config, worker
 from label_directories import (
     WORDS,
     make_labels,
@@ -29,6 +29,7 @@ from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import DependencyError, LabelError
 from kdecs.evaluation.metrics import utterance_scores
+from kdecs.process import StopSignal
 from kdecs.soft_labels.corpora import pairs_of_file
 from kdecs.soft_labels.export import export_shards
 from kdecs.soft_labels.format import read_shard
@@ -162,7 +163,7 @@ def test_alone_it_compares_with_the_corpora_that_were_labelled(
         shutil.copy(bundled_sample(split), path)
     output = tmp_path / "labels"
     config = make_config(teacher, output, corpus=paths)
-    export_shards(config, FakeScorer(teacher), worker(), NeverStop())
+    export_shards(config, FakeScorer(teacher), worker(), StopSignal())
     found = json.loads(show(output, "--json").stdout)
     assert found["gold"].keys() == {str(path) for path in paths.values()}
     agreement = {split: found["gold"][str(path)]["agreement"] for split, path in paths.items()}

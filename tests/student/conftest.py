@@ -7,22 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
-from transformers.utils import logging as transformers_logging
+from support import made_once, save_tiny_encoder
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from kdecs.artifact import write_manifest
 from kdecs.config import parse_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
+from kdecs.corpus.schema import NEUTRAL
 from kdecs.runtime import Runtime
 from kdecs.soft_labels.format import ShardTable, shard_name, write_shard
 from kdecs.student.config import StudentConfig
@@ -31,34 +24,6 @@ from kdecs.student.product import load_student
 from kdecs.student.training import train_student
 
 torch.set_num_threads(1)
-SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-
-
-def byte_level_tokenizer(lines: list[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """RoBERTa's kind of tokenizer in which every answer word is one token with its leading space."""
-    words = sorted({*CONNECTIVES, *COARSE_EMOTIONS, *FINE_EMOTIONS})
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*lines, *[" " + " ".join(words)] * 200], trainer)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token=AddedToken("<mask>", lstrip=True, special=True),
-        model_max_length=256,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -76,26 +41,7 @@ def corpus_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer RoBERTa of 32 hidden units."""
-    directory = tmp_path_factory.mktemp("base")
-    texts = [u.text for d in read_corpus(bundled_sample("train")).dialogues for u in d.utterances]
-    tokenizer = byte_level_tokenizer(texts, 900)
-    torch.manual_seed(0)
-    transformers_logging.disable_progress_bar()
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=258,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        type_vocab_size=1,
-    )
-    RobertaForMaskedLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return made_once(tmp_path_factory, "student-base", save_tiny_encoder)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
 """Every mode trains, resumes exactly, and predicts with the decision that its validation chose."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from support import StopAfter, weights
 from transformers import AutoTokenizer
 
 from kdecs.artifact import read_manifest, verify_artifact
@@ -17,7 +16,6 @@ from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ConfigError, CorpusError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
-from kdecs.process import StopSignal
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import load_training_data
 from kdecs.student.predict.predictor import Student
@@ -79,27 +77,6 @@ def make(make_config, labels, base, corpus_files):
     return made
 
 
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {**load_file(directory / "model/model.safetensors"), **load_file(directory / "heads.safetensors")}
-
-
-class StopAfter(StopSignal):
-    """A stop that is requested at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.looks = looks
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-    @requested.setter
-    def requested(self, value: bool) -> None:
-        del value
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_trains_resumes_exactly_and_predicts_as_it_was_validated(mode, make, runtime):
     whole = train_student(make(mode, "whole"), runtime)
@@ -112,8 +89,8 @@ def test_a_mode_trains_resumes_exactly_and_predicts_as_it_was_validated(mode, ma
     with pytest.raises(Stopped):
         train_student(config, runtime, stop=StopAfter(9))
     train_student(config, runtime)
-    for name, tensor in tensors(whole).items():
-        assert torch.equal(tensor, tensors(config.output)[name]), name
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(config.output)[name]), name
     for name in ("student.json", "valid-predictions.jsonl"):
         assert (whole / name).read_bytes() == (config.output / name).read_bytes(), name
 
@@ -204,8 +181,8 @@ def test_two_equal_teachers_train_the_student_of_one(make, runtime, labels):
     twice = {"mode": "kd", "labels": None, "teachers": [{"labels": str(labels)}] * 2}
     config = make("kd", "two", distillation=twice, optimization={"learning_rate": 1e-3, "epochs": 1})
     two = train_student(config, runtime)
-    for name, tensor in tensors(one).items():
-        torch.testing.assert_close(tensors(two)[name], tensor, atol=2e-4, rtol=1e-3)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, atol=2e-4, rtol=1e-3)
     assert len(read_manifest(two).details["teacher"]["teachers"]) == 2
     assert set(read_manifest(two).inputs) >= {"soft_labels", "soft_labels_1"}
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import Killed, StopAfter, assert_same_weights, kill
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.config import Optimization
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped, TrainingError
 from kdecs.evaluation.predictions import read_predictions
-from kdecs.process import StopSignal
 from kdecs.student import training
 from kdecs.student.losses import step_seed
 from kdecs.student.predict.predictor import Student
@@ -31,34 +31,10 @@ FILES = (
 )
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return {**load_file(directory / "model/model.safetensors"), **load_file(directory / "heads.safetensors")}
-
-
 def assert_same_student(left: Path, right: Path) -> None:
-    first, second = weights(left), weights(right)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    assert_same_weights(left, right)
     for name in ("student.json", "valid-predictions.jsonl"):
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
-
-
-class StopAfter(StopSignal):
-    """A stop that is requested at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.looks = looks
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-    @requested.setter
-    def requested(self, value: bool) -> None:
-        del value
 
 
 def test_kd_writes_a_complete_student_and_is_skipped_the_second_time(make_config, runtime, capsys):
@@ -104,12 +80,6 @@ def test_a_stopped_training_ends_with_the_weights_of_an_uninterrupted_one(make_c
 
 
 def test_a_kill_after_an_epoch_goes_on_from_its_checkpoint(make_config, runtime):
-    class Killed(Exception):
-        pass
-
-    def kill(metrics: dict[str, float]) -> None:
-        raise Killed
-
     whole = train_student(make_config("whole"), runtime)
     config = make_config("killed")
     with pytest.raises(Killed):
@@ -123,9 +93,6 @@ def test_a_kill_before_a_checkpoint_leaves_the_best_student_that_the_checkpoint_
     make_config, runtime, monkeypatch
 ):
     """Epoch 2 was the best until a kill; trained again, as on a GPU not bit for bit, it is not."""
-
-    class Killed(Exception):
-        pass
 
     saved: list[dict[str, torch.Tensor]] = []
     write, measure, checkpoint = training.save_student, training.epoch_metrics, training.save_checkpoint
@@ -164,9 +131,6 @@ def test_a_kill_before_a_checkpoint_leaves_the_best_student_that_the_checkpoint_
 def test_a_kill_while_the_best_student_moves_to_its_place_is_taken_up(
     make_config, runtime, monkeypatch, moved
 ):
-    class Killed(Exception):
-        pass
-
     whole = train_student(make_config("whole", optimization={"epochs": 1}), runtime)
     config = make_config("killed", optimization={"epochs": 1})
     counts, replace = iter(range(4)), os.replace
@@ -188,12 +152,6 @@ def test_a_kill_while_the_best_student_moves_to_its_place_is_taken_up(
 
 
 def test_a_best_epoch_of_an_earlier_version_goes_without_its_predictions(make_config, runtime):
-    class Killed(Exception):
-        pass
-
-    def kill(metrics: dict[str, float]) -> None:
-        raise Killed
-
     config = make_config(optimization={"epochs": 1})
     with pytest.raises(Killed):
         train_student(config, runtime, on_epoch=kill)
@@ -218,9 +176,6 @@ def test_a_line_that_was_seen_stays_as_it_is_when_a_kill_hits_the_end_of_an_epoc
     make_config, runtime, monkeypatch, place
 ):
     """Speed and time of a repeated epoch differ: two readings of one epoch would be two points in MLflow."""
-
-    class Killed(Exception):
-        pass
 
     def kill(*arguments: object) -> None:
         if place == "save_checkpoint" or arguments[1]:  # at a start there is no line to write yet
@@ -277,7 +232,7 @@ def test_a_step_that_is_not_finite_is_not_taken_nor_any_after_it(make_config, ru
     """On several ranks and on GPUs losses are looked at every 20 steps only."""
     config, calls = make_config(), []
     config.output.mkdir()
-    trainer = training.StudentTrainer(config, "0", runtime, None, StopSignal())
+    trainer = training.StudentTrainer(config, "0", runtime, None, StopAfter())
     trainer.check_steps = 20
     loss = training.step_loss
 

@@ -6,33 +6,19 @@ partitioned too.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+from support import StopAfter
 
 from kdecs.config import load_config
 from kdecs.errors import KdecsError
-from kdecs.process import StopSignal, run_entry
+from kdecs.process import run_entry
 from kdecs.runtime import process_group, start_runtime
 from kdecs.teacher import engine, training
 from kdecs.teacher import training as preparation
 from kdecs.teacher.config import TeacherConfig
-
-
-@dataclass
-class StopAfter(StopSignal):
-    """Requests a stop once so many steps were begun; the loop asks before each."""
-
-    steps: int | None = None
-    asked: int = 0
-
-    def __getattribute__(self, name: str) -> object:
-        if name != "requested":
-            return super().__getattribute__(name)
-        self.asked += 1
-        return self.steps is not None and self.asked > self.steps
 
 
 def settings_without_whole_parameters(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -62,7 +48,7 @@ def start_all(arguments: list[str]) -> None:
             path, _, steps = argument.partition("@")
             config = load_config(TeacherConfig, Path(path))
             try:
-                training.train_teacher(config, runtime, StopAfter(steps=int(steps) if steps else None))
+                training.train_teacher(config, runtime, StopAfter(int(steps) if steps else None))
             except KdecsError as error:
                 sys.stdout.write(f"RANK {runtime.rank} {type(error).__name__}: {error}\n")
                 sys.stdout.flush()

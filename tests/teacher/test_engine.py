@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from many_starts import StopAfter
-from safetensors.torch import load_file
+from support import StopAfter, weights
 from transformers import LlamaConfig
 
 from kdecs.corpus.pairs import Pair
@@ -26,11 +25,7 @@ from kdecs.teacher.training import train_teacher
 
 
 def train(config: TeacherConfig, runtime: Runtime, steps: int | None = None) -> None:
-    train_teacher(config, runtime, StopAfter(steps=steps))
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "adapter_model.safetensors")
+    train_teacher(config, runtime, StopAfter(steps))
 
 
 def points(config: TeacherConfig) -> list[dict[str, float]]:

@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support import ROOT, child_environment, free_port
 from transformers import AutoModelForCausalLM
 
 from kdecs.config import parse_config
@@ -33,15 +32,6 @@ from kdecs.teacher.families import Family, make_family
 from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
 from kdecs.teacher.scoring import TeacherScorer
 from kdecs.training.loop import learning_rate_at
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--no_local_rank"]
 LAUNCHER += ["--master_port", str(free_port())]
@@ -72,10 +62,6 @@ def write_values(values: dict, directory: Path) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-
-
 def run_script(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*launcher, *arguments],
@@ -84,7 +70,7 @@ def run_script(launcher: list[str], *arguments: str) -> subprocess.CompletedProc
         text=True,
         timeout=1200,
         check=False,
-        env=environment(),
+        env=child_environment(),
     )
 
 
@@ -461,7 +447,7 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_to_the_same_adapter(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env=environment(),
+        env=child_environment(),
     )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 400

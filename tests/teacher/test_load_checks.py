@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from many_starts import StopAfter
 from safetensors.torch import load_file, save_file
+from support import StopAfter
 from torch import nn
 from transformers import (
     BertConfig,

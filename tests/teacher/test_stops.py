@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from many_starts import StopAfter
 from safetensors.torch import load_file
+from support import StopAfter
 
 from kdecs.config import parse_config
 from kdecs.errors import ConfigError, Stopped, TrainingError
@@ -33,7 +33,7 @@ def test_a_stop_before_the_first_step_leaves_a_checkpoint_to_go_on_from(
     changes: dict[str, Any] = {"optimization__epochs": 1} | ({"lora": None} if full else {})
     config = make_config(**changes)
     with pytest.raises(Stopped, match=r"stopped at step 0 of \d+, checkpoint written"):
-        train_teacher(config, runtime, StopAfter(steps=0))
+        train_teacher(config, runtime, StopAfter(0))
     assert checkpoints(config) == ["step-0"]
     assert not (config.output / "checkpoints" / "step-0" / "product").exists()
     train_teacher(config, runtime, StopAfter())
@@ -105,7 +105,7 @@ def test_a_validation_loss_that_is_not_finite_stops_before_anything_is_saved(
     num_steps = int(kept.removeprefix("step-")) + 1  # the step before the validation
     monkeypatch.undo()
     with pytest.raises(Stopped, match=f"stopped at step {num_steps} of {2 * num_steps}"):
-        train_teacher(config, runtime, StopAfter(steps=1))
+        train_teacher(config, runtime, StopAfter(1))
 
 
 @pytest.mark.slow

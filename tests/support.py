@@ -1,0 +1,301 @@
+"""What tests of several folders share: stops and kills, damage, tiny networks and tokenizers, and child processes.
+
+Everything heavy (torch, transformers) is imported inside the function that needs it, so that a test module that wants
+a port or a damaged file does not pay for a network. Import it as `from support import ...`: pytest puts this folder on
+the path, and `child_environment` does the same for child processes.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kdecs.artifact import file_lock
+from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS
+from kdecs.process import StopSignal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+ANSWER_WORDS = sorted({*CONNECTIVES, *COARSE_EMOTIONS, *FINE_EMOTIONS})
+
+
+# --- Stops and kills ---------------------------------------------------------------------------------------------
+
+
+class StopAfter(StopSignal):
+    """A stop signal that arrives after its owner has looked at it `looks` times; without a number it never comes."""
+
+    def __init__(self, looks: int | None = None) -> None:
+        self.looks = looks
+        super().__init__()
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        if self.looks is None:
+            return False
+        self.looks -= 1
+        return self.looks < 0
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        if value:
+            self.looks = 0
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL inside one process: nothing in the code under test catches it."""
+
+
+def kill(*arguments: object, **keywords: object) -> None:
+    """Raise Killed, in the place of whatever function was to be called."""
+    raise Killed
+
+
+# --- Damage and comparison ---------------------------------------------------------------------------------------
+
+
+def flip_bit(path: Path, offset: int | None = None, bit: int = 0) -> bytes:
+    """Flip one bit of a file, of its middle byte unless told otherwise; returns the bytes as they were."""
+    before = path.read_bytes()
+    damaged = bytearray(before)
+    damaged[len(before) // 2 if offset is None else offset] ^= 1 << bit
+    path.write_bytes(damaged)
+    return before
+
+
+def weights(directory: Path) -> "dict[str, torch.Tensor]":
+    """All tensors of a product's safetensors files (adapter, model or heads), by name."""
+    from safetensors.torch import load_file
+
+    files = [load_file(path) for path in sorted(directory.rglob("*.safetensors"))]
+    found = {name: tensor for file in files for name, tensor in file.items()}
+    assert found and len(found) == sum(map(len, files)), f"{directory}: no weights, or one name in two files"
+    return found
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    """Two products hold the same tensors, bit for bit."""
+    import torch
+
+    first, second = weights(left), weights(right)
+    assert first.keys() == second.keys()
+    different = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
+    assert not different, f"{left} and {right} differ in {different}"
+
+
+# --- Tiny networks and tokenizers --------------------------------------------------------------------------------
+
+TINY: dict[str, dict[str, int]] = {
+    "llama": {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "t5": {"d_model": 48, "d_kv": 8, "d_ff": 96, "num_layers": 3, "num_heads": 6},
+    "encoder": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+}
+
+
+def tiny_config(kind: str, **changes: Any) -> "PretrainedConfig":
+    """The Transformers config of a tiny network: llama, t5, roberta, bert, mpnet, modernbert or xlm-roberta."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **{**TINY.get(kind, TINY["encoder"]), **changes})
+
+
+def _sample_lines(words: Iterable[str]) -> list[str]:
+    """The bundled training texts, and words so often that a small vocabulary holds each as one token."""
+    texts = [u.text for d in read_corpus(bundled_sample("train")).dialogues for u in d.utterances]
+    return [*texts, *[" " + " ".join(words)] * 300]
+
+
+def tiny_tokenizer(kind: str, words: Iterable[str] = ANSWER_WORDS) -> "PreTrainedTokenizerFast":
+    """A tokenizer of 900 tokens of an encoder's own sort, in which each of `words` is one token.
+
+    WordPiece for bert and mpnet, byte-level BPE for roberta and modernbert, Unigram for xlm-roberta.
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    words = list(words)
+    if kind in ("bert", "modernbert"):
+        special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+        mask = "[MASK]"
+    else:
+        special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        special |= {"cls_token": "<s>", "sep_token": "</s>"}
+        mask = "<mask>"
+    names = [*dict.fromkeys(special.values()), mask]
+    options: dict[str, Any] = {"vocab_size": 900, "special_tokens": names, "show_progress": False}
+    if kind in ("bert", "mpnet"):
+        tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk_token"]))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(**options)
+    elif kind in ("roberta", "modernbert"):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(**options, unk_token=special["unk_token"])
+    tokenizer.train_from_iterator(_sample_lines(words), trainer)
+    if kind == "xlm-roberta":  # the Unigram trainer drops rare words; a large vocabulary would hold them
+        import json
+
+        trained = json.loads(tokenizer.to_str())["model"]
+        pieces = [(piece, score) for piece, score in trained["vocab"] if piece.strip("▁") not in words]
+        pieces += [(f"▁{word}", -4.0) for word in words]
+        tokenizer.model = models.Unigram(pieces, unk_id=trained["unk_id"])
+    first, last = special["cls_token"], special["sep_token"]
+    if kind == "roberta":  # unlike a template it takes the leading space out of a token's offsets
+        ends = [(name, tokenizer.token_to_id(name)) for name in (last, first)]
+        tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
+    else:
+        second = "$B:1 {last}:1" if kind == "bert" else "{last} $B {last}"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}",
+            pair=f"{first} $A {last} {second.format(last=last)}",
+            special_tokens=[(name, tokenizer.token_to_id(name)) for name in (first, last)],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        mask_token=AddedToken(mask, lstrip=kind != "bert", special=True),
+        model_max_length=256,
+        **special,
+    )
+
+
+def save_tiny_encoder(directory: Path, kind: str = "roberta", words: Iterable[str] = ANSWER_WORDS) -> Path:
+    """Save a random masked language model with 256 positions, and its tokenizer, to a directory; always the same."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+    from transformers.utils import logging
+
+    tokenizer = tiny_tokenizer(kind, words)
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+    }
+    # RoBERTa's relatives count positions from the padding's id on.
+    positions = 256 + (0 if kind in ("bert", "modernbert") else tokenizer.pad_token_id + 1)
+    if kind == "modernbert":
+        ids |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
+    elif kind == "roberta":
+        ids["type_vocab_size"] = 1
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = tiny_config(kind, **ids, max_position_embeddings=positions)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that the first worker to ask for it makes and all workers of the run share. Read-only: copy it.
+
+    `name` is unique in the whole suite; `make` is given a path that does not exist yet.
+    """
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    directory = base / "shared" / name
+    with file_lock(directory.with_name(f"{name}.lock")):
+        done = directory.with_name(f"{name}.done")
+        if not done.exists():
+            make(directory)
+            done.touch()
+    return directory
+
+
+# --- Child processes ---------------------------------------------------------------------------------------------
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment of a child: this checkout and these tests on the path, on the CPU, one thread."""
+    paths = [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "KDECS_DEVICE": "cpu",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **changes,
+    }
+
+
+def run_python(
+    *arguments: object, timeout_s: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with arguments (a script, or -c, or -m) from the checkout's root; waits for its end."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=child_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def start_python(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Start this Python with arguments from the checkout's root, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=child_environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, timeout_s: float = 120, poll_s: float = 0.02
+) -> None:
+    """Wait until a condition holds; fails naming what was awaited."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain until {what}"
+        time.sleep(poll_s)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
