@@ -20,11 +20,11 @@ def examples_of(config: StudentConfig, tokenizer: Any, split: str) -> list[dict[
     from kdecs.corpus.answer_words import CONNECTIVES
     from kdecs.corpus.encoding import PairEncoder
     from kdecs.corpus.pairs import pairs_of
-    from kdecs.corpus.splits import read_split, training_dialogues
+    from kdecs.corpus.splits import read_split, training_split
 
     is_train = split == "train"
     dialogues = (
-        training_dialogues(config.corpus)
+        training_split(config.corpus)
         if is_train
         else read_split(config.corpus, config.corpus.valid).dialogues
     )

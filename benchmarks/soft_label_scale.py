@@ -25,7 +25,7 @@ from record import write_record
 from kdecs.artifact import Manifest, read_manifest, verify_artifact, write_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair, pairs_of
-from kdecs.corpus.splits import LinesSource
+from kdecs.corpus.reading import open_dialogues
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import export_shards
 from kdecs.soft_labels.labels import SoftLabels
@@ -121,7 +121,7 @@ def verify(work: Path) -> dict[str, float]:
 def read(work: Path) -> dict[str, float]:
     """Join, map, look the pairs of some dialogues up and compare them with the stub."""
     labels = SoftLabels.open(work / "labels", work / "cache")
-    for place, (_, dialogue) in enumerate(LinesSource(work / "train.jsonl").scan()):
+    for place, dialogue in enumerate(open_dialogues(work / "train.jsonl")):
         if place == CHECKED_DIALOGUES:
             break
         pairs = pairs_of(dialogue, "fold1+neutral")

@@ -38,10 +38,10 @@ from kdecs.artifact import (
     write_manifest,
 )
 from kdecs.corpus.encoding import EncodedPair, PairEncoder
-from kdecs.corpus.labels import map_corpus
 from kdecs.corpus.pairs import Pair, pairs_of
-from kdecs.corpus.reading import read_corpus
+from kdecs.corpus.reading import open_dialogues
 from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
+from kdecs.corpus.splits import Split
 from kdecs.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -165,13 +165,10 @@ def _build(
     key: str,
     emotion_table: Mapping[str, str] | None,
 ) -> None:
-    corpus = read_corpus(corpus_file)
-    if emotion_table is not None:
-        corpus = map_corpus(corpus, emotion_table)
-    emotions = ordered_emotions(u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion)
-    indexed = (
-        (index, pair) for index, d in enumerate(corpus.dialogues) for pair in pairs_of(d, "fold1+neutral")
-    )
+    # Two passes over a file that is read on demand: the first one checks it and finds the emotions.
+    dialogues = Split(open_dialogues(corpus_file), table=emotion_table)
+    emotions = ordered_emotions(u.emotion for d in dialogues for u in d.utterances if u.emotion)
+    indexed = ((index, pair) for index, d in enumerate(dialogues) for pair in pairs_of(d, "fold1+neutral"))
     num_pairs = num_truncated = 0
     with (
         atomic_path(directory / _FILE) as temporary,

@@ -84,13 +84,18 @@ def decode_json(data: bytes) -> Decoded:
 
 def decode_text(data: bytes) -> str:
     """UTF-8 text without its byte-order mark; raises NotJson for UTF-16 and for bytes that are not UTF-8."""
-    if data.startswith(_BOMS_UTF16) or b"\0" in data[:4]:
+    if is_other_encoding(data):
         raise NotJson(OTHER_ENCODING, "UTF-8; save the file as UTF-8")
     data = data.removeprefix(_BOM_UTF8)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise NotJson(f"the byte 0x{data[error.start]:02x} at offset {error.start}", "UTF-8 text") from None
+
+
+def is_other_encoding(data: bytes) -> bool:
+    """Whether bytes begin like UTF-16 or UTF-32 text or binary data."""
+    return data.startswith(_BOMS_UTF16) or b"\0" in data[:4]
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:

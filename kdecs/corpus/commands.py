@@ -130,9 +130,8 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Count dialogues, utterances, rows of fold 1, all pairs and emotions (the paper's Tables 1 and 2)."""
-    from kdecs.corpus.labels import map_corpus, read_table
-    from kdecs.corpus.reading import check_file
-    from kdecs.corpus.schema import FINE_TO_COARSE
+    from kdecs.corpus.reading import check_file, read_table
+    from kdecs.corpus.schema import FINE_TO_COARSE, map_corpus
     from kdecs.corpus.statistics import statistics_of
 
     if tokenizer and not plots:

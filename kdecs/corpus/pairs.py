@@ -111,18 +111,17 @@ def context_hash(dialogue: Dialogue, target: int) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-def training_subset(dialogues: Sequence[Dialogue], share: float, seed: int) -> list[Dialogue]:
-    """A share of the dialogues in their order, at least one, chosen by hash of seed and id.
+def training_subset(ids: Sequence[str], share: float, seed: int) -> list[int]:
+    """Positions of a share of the dialogue ids, ascending and at least one, chosen by the hash of seed and id.
 
     Nested: with one seed a smaller share is a subset of a larger one, whatever the order of the file.
     Raises ConfigError for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise ConfigError(f"share: found {share}, expected a number above 0 and up to 1")
-    keep = math.ceil(share * len(dialogues) - 1e-9)
-    ranked = sorted(dialogues, key=lambda d: hashlib.blake2b(f"{seed}\0{d.id}".encode()).digest())
-    kept = {d.id for d in ranked[:keep]}
-    return [d for d in dialogues if d.id in kept]
+    keep = math.ceil(share * len(ids) - 1e-9)
+    ranks = [hashlib.blake2b(f"{seed}\0{id}".encode()).digest() for id in ids]
+    return sorted(sorted(range(len(ids)), key=ranks.__getitem__)[:keep])
 
 
 def _pairs_of_target(dialogue: Dialogue, target: Utterance) -> list[Pair]:

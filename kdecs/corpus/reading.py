@@ -1,19 +1,33 @@
-"""Reading a corpus file: RECCON JSON or JSON lines (formats in kdecs.corpus.schema).
+"""Read corpus files: RECCON JSON or JSON lines (their format is described in `kdecs.corpus.schema`).
 
-`read_corpus` refuses a faulty file with one line, `find_faults` lists every fault, `iter_dialogues` streams.
+Every stage reads its corpus here, and each function suits one purpose:
+
+    read_corpus      all dialogues in memory: for evaluation, statistics and small files
+    open_dialogues   a sequence that reads JSON lines on demand: for labelling and training at any size
+    iter_dialogues   one pass over a file that may be unlabelled: for prediction
+    scan_file        every fault of a file: for `kdecs corpus verify`
+    parse_dialogue   one dialogue from a request or from a line of standard input
 """
 
 import logging
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kdecs.corpus.checking import OTHER_ENCODING, Checker, NotJson, decode_json, iter_lines, shorten
-from kdecs.corpus.labels import LabelSet, emotions_of
-from kdecs.corpus.schema import Corpus, Dialogue, Fault
+from kdecs.corpus.checking import (
+    OTHER_ENCODING,
+    Checker,
+    NotJson,
+    decode_json,
+    is_other_encoding,
+    iter_lines,
+    shorten,
+)
+from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS, Corpus, Dialogue, Fault, LabelSet, emotions_of
 from kdecs.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +35,17 @@ logger = logging.getLogger(__name__)
 DAILYDIALOG, IEMOCAP = "dailydialog", "iemocap"
 _IEMOCAP_ID = re.compile(r"Ses\d\d[FM]_")
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
+_CHANGED = "the file changed while it was in use: put it back and run the same command again"
+
+
+class Dialogues(Protocol):
+    """Dialogues by position: a tuple, or a file that is read on demand."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Dialogue]: ...
+
+    def __getitem__(self, position: int, /) -> Dialogue: ...
 
 
 def read_corpus(
@@ -31,11 +56,13 @@ def read_corpus(
     part: str | None = None,
     log: bool = True,
 ) -> Corpus:
-    """The dialogues of a file, label variants replaced and counted, pairs to the future warned of.
+    """Read a whole file into memory; label variants are replaced and counted.
 
-    Both are logged (`log_notes`) unless `log` is false, for callers that may yet refuse something else.
-    `labelled=False` accepts utterances without emotion and evidence. `label_set` narrows the known emotions.
-    `part` is the first word of the row ids; None finds it from the ids and the file's name (`corpus_part`).
+    Replaced variants and causes in the future are logged (`log_notes`) unless `log` is false, which suits callers
+    that may still refuse something else. `labelled=False` accepts utterances without emotion and evidence.
+    `label_set` narrows the known emotions. `part` is the first word of the row ids; None derives it from the
+    dialogue id and the file's name (`corpus_part`).
+
     Raises CorpusError, one line: the first fault and how many there are.
     """
     path = Path(path)
@@ -49,21 +76,68 @@ def read_corpus(
     return corpus
 
 
-def log_notes(corpus: Corpus) -> None:
-    """Log what reading a corpus changed or warns of: label variants with their counts, dropped pairs."""
-    for warning in corpus.warnings:
-        logger.warning("%s", warning)
-    if corpus.normalised:
-        logger.warning("%s: label variants replaced: %s", corpus.path, count_variants(corpus.normalised))
+def open_dialogues(path: Path) -> Dialogues:
+    """The labelled dialogues of a file: JSON lines are read on demand, RECCON JSON is loaded.
+
+    Raises CorpusError for RECCON JSON that has a fault; JSON lines are checked when they are iterated.
+    """
+    # A missing file goes to read_corpus, which reports it.
+    return LineDialogues(path) if path.is_file() and holds_lines(path) else read_corpus(path).dialogues
 
 
-def count_variants(normalised: Mapping[str, int]) -> str:
-    """The replaced label variants with their counts, by name."""
-    return ", ".join(f"{label} ({count})" for label, count in sorted(normalised.items()))
+class LineDialogues:
+    """The labelled dialogues of a JSON-lines file, each parsed when it is needed; memory holds 8 bytes for each.
+
+    Iterating checks the file as a whole (repeated ids, for instance), and the first complete pass logs its notes.
+    Access by position parses that line alone. Threads may share an instance.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._starts: array[int] | None = None
+        self._is_logged = False
+
+    def __iter__(self) -> Iterator[Dialogue]:
+        checker = Checker(str(self.path))
+        yield from _dialogues(self.path, checker, None, on_dialogue=lambda: _refuse(checker))
+        _refuse(checker)
+        if not self._is_logged:
+            self._is_logged = True
+            log_notes(Corpus(self.path, (), checker.normalised, tuple(checker.warnings)))
+
+    def __len__(self) -> int:
+        return len(self._line_starts())
+
+    def __getitem__(self, position: int, /) -> Dialogue:
+        starts = self._line_starts()
+        if position >= len(starts):
+            raise CorpusError(f"{self.path}: found {len(starts)} dialogues, expected more; {_CHANGED}")
+        with self.path.open("rb") as file:
+            file.seek(starts[position])
+            line = file.readline()
+        checker, dialogue = Checker(str(self.path)), None
+        for identifier, utterances in _raw_from_line(line, f"at byte {starts[position]}", checker):
+            part = corpus_part(self.path, identifier if isinstance(identifier, str) else "")
+            dialogue = checker.dialogue(identifier, utterances, part)
+        if checker.faults or dialogue is None:
+            raise CorpusError(f"{checker.faults[0]}; {_CHANGED}")
+        return dialogue
+
+    def _line_starts(self) -> "array[int]":
+        """The byte at which each line that is not blank begins: a scan for line ends, without parsing."""
+        if self._starts is None:
+            starts, place = array("q"), 0
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.strip():
+                        starts.append(place)
+                    place += len(line)
+            self._starts = starts
+        return self._starts
 
 
 def iter_dialogues(path: Path | str, *, labelled: bool = True, part: str | None = None) -> Iterator[Dialogue]:
-    """The dialogues one by one: JSON lines are streamed, RECCON JSON is loaded whole.
+    """Yield the dialogues one by one: JSON lines are streamed, RECCON JSON is loaded as a whole.
 
     Raises CorpusError at the first dialogue that has a fault.
     """
@@ -74,7 +148,7 @@ def iter_dialogues(path: Path | str, *, labelled: bool = True, part: str | None 
 
 
 def find_faults(path: Path | str, *, labelled: bool = True, label_set: LabelSet = "any") -> list[Fault]:
-    """Every fault of a file in its order; an empty list where it passes. A missing file is one fault."""
+    """Every fault of a file in its order; an empty list if the file is valid. A missing file is one fault."""
     return scan_file(path, lambda dialogue: None, labelled=labelled, label_set=label_set).faults
 
 
@@ -86,7 +160,7 @@ def scan_file(
     label_set: LabelSet = "any",
     part: str | None = None,
 ) -> Checker:
-    """Hand each sound dialogue over and note every fault of the others; keeps no dialogue itself."""
+    """Pass each valid dialogue to `on_dialogue` and collect every fault of the others; no dialogue is kept."""
     path = Path(path)
     checker = Checker(str(path), labelled=labelled, emotions=emotions_of(label_set))
     for dialogue in _dialogues(path, checker, part):
@@ -95,31 +169,113 @@ def scan_file(
 
 
 def check_file(path: Path | str, *, label_set: LabelSet = "any") -> tuple[Corpus, list[Fault]]:
-    """The sound dialogues of a file and every fault of the others: for counting what a faulty file holds."""
+    """The valid dialogues of a file and every fault of the others, so that a faulty file can be counted, too."""
     dialogues: list[Dialogue] = []
     checker = scan_file(path, dialogues.append, label_set=label_set)
     return Corpus(Path(path), tuple(dialogues), checker.normalised, tuple(checker.warnings)), checker.faults
 
 
+def parse_dialogue(row: Any, place: str, *, default_id: str | None = None) -> Dialogue:
+    """Parse one dialogue from JSON text or bytes, or from the decoded object; `id` and `turn` are optional.
+
+    Raises CorpusError, one line, which names `place` and the first fault.
+    """
+    checker = Checker(place, labelled=False)
+    decoded = None
+    if isinstance(row, str | bytes):
+        try:
+            decoded = decode_json(row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row)
+        except NotJson as error:
+            raise CorpusError(f"{place}: not JSON: found {error.found}, expected one dialogue") from None
+        row = decoded.value
+    if not isinstance(row, dict) or not isinstance(row.get("utterances"), list):
+        raise CorpusError(f"{place}: found {shorten(row)}, expected an object with a list `utterances`")
+    checker.note_repeated(row, dialogue=None)
+    utterances = [
+        {"turn": turn, **utterance} if isinstance(utterance, dict) and "turn" not in utterance else utterance
+        for turn, utterance in enumerate(row["utterances"], start=1)
+    ]
+    dialogue = checker.dialogue(row.get("id", default_id or place), utterances, "dailydialog")
+    if decoded is not None:
+        checker.note_unlocated_repeats(decoded)
+    if checker.faults or dialogue is None:
+        raise CorpusError(str(checker.faults[0]) if checker.faults else f"{place}: no dialogue")
+    return dialogue
+
+
+def read_table(path: Path | str) -> dict[str, str]:
+    """FINE_TO_COARSE, overridden by the entries of a file that holds a JSON object {label: label}.
+
+    Raises CorpusError, one line, if the file is not such an object or names an unknown label.
+    """
+    path = Path(path)
+    try:
+        decoded = decode_json(path.read_bytes())
+    except OSError as error:
+        raise CorpusError(f"{path}: {error.strerror or error}, expected a table of labels") from None
+    except NotJson as error:
+        raise CorpusError(f"{path}: found {error.found}, expected {error.expected}") from None
+    if not isinstance(decoded.value, dict) or decoded.repeated:
+        raise CorpusError(
+            f"{path}: found {shorten(decoded.value)}, expected an object {{label: label}}, each once"
+        )
+    for label, coarse in decoded.value.items():
+        for name in (label, coarse):
+            if not isinstance(name, str) or name not in KNOWN_EMOTIONS:
+                known = ", ".join(sorted(KNOWN_EMOTIONS))
+                raise CorpusError(
+                    f"{path}: the entry {shorten(label)}: found {shorten(name)}, expected one of {known}"
+                )
+    return {**FINE_TO_COARSE, **decoded.value}
+
+
+def log_notes(corpus: Corpus) -> None:
+    """Log what reading changed (label variants with their counts) and what it warns about (dropped pairs)."""
+    for warning in corpus.warnings:
+        logger.warning("%s", warning)
+    if corpus.normalised:
+        logger.warning("%s: label variants replaced: %s", corpus.path, count_variants(corpus.normalised))
+
+
+def count_variants(normalised: Mapping[str, int]) -> str:
+    """The replaced label variants with their counts, sorted by name."""
+    return ", ".join(f"{label} ({count})" for label, count in sorted(normalised.items()))
+
+
 def corpus_part(path: Path, dialogue_id: str) -> str:
-    """The part of RECCON that a dialogue is of: "iemocap" by its id (Ses01F_…) or the file's name."""
+    """The part of RECCON that a dialogue belongs to: "iemocap" by its id (Ses01F_…) or the file's name."""
     if _IEMOCAP_ID.match(dialogue_id) or IEMOCAP in path.name.lower():
         return IEMOCAP
     return DAILYDIALOG
 
 
 def bundled_sample(split: str) -> Path:
-    """The path of a bundled sample file: train, valid, test or unlabelled. Raises CorpusError if unknown."""
+    """The path of a bundled sample file: train, valid, test or unlabelled. Raises CorpusError for another name."""
     path = Path(str(resources.files("kdecs.corpus") / "sample" / f"{split}.json"))
     if not path.is_file():
         raise CorpusError(f"no bundled sample {split!r}, expected train, valid, test or unlabelled")
     return path
 
 
+def holds_lines(path: Path) -> bool:
+    """Whether a file is JSON lines: by its suffix, or because its first line is a complete dialogue."""
+    if path.suffix.lower() in _LINES_SUFFIXES:
+        return True
+    for _, line in iter_lines(path):
+        if not line.rstrip().endswith(b"}") or b'"utterances"' not in line:
+            return False
+        try:
+            value = decode_json(line).value
+        except NotJson:
+            return False
+        return isinstance(value, dict) and isinstance(value.get("id"), str) and "utterances" in value
+    return False
+
+
 def _dialogues(
     path: Path, checker: Checker, part: str | None, on_dialogue: Callable[[], None] | None = None
 ) -> Iterator[Dialogue]:
-    """Sound dialogues; faults go to the checker. `on_dialogue` is called after each one, sound or not."""
+    """Yield the valid dialogues; faults go to the checker. `on_dialogue` is called after each one, valid or not."""
     num_seen = 0
     if "\0" in str(path):
         checker.fault("a path with a NUL character", "a corpus file")
@@ -151,7 +307,7 @@ def _raw_dialogues(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
     if not isinstance(decoded.value, dict):
         checker.fault(shorten(decoded.value), "an object {dialogue id: [[utterance, …]]}")
         return
-    # Where an id stands twice both dialogues are checked; the checker notes the second one.
+    # Both dialogues of a repeated id are checked; the checker reports the second one.
     items = getattr(decoded.value, "pairs", None) or list(decoded.value.items())
     for identifier, nested in items:
         if isinstance(nested, list) and len(nested) == 1 and isinstance(nested[0], list):
@@ -167,40 +323,30 @@ def _raw_dialogues(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
 
 def _raw_from_lines(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
     for number, line in iter_lines(path):
-        place = f"line {number}"
-        try:
-            decoded = decode_json(line)
-        except NotJson as error:
-            is_other_encoding = number == 1 and error.found == OTHER_ENCODING
-            checker.fault(error.found, error.expected, dialogue=None if is_other_encoding else place)
-            if is_other_encoding:
-                return  # all other lines would be faults too
-            continue
-        value = decoded.value
-        if not isinstance(value, dict) or "id" not in value or "utterances" not in value:
-            checker.fault(shorten(value), 'an object {"id": …, "utterances": […]}', dialogue=place)
-            continue
-        checker.note_repeated(value, dialogue=place)
-        yield value["id"], value["utterances"]
-        checker.note_unlocated_repeats(decoded, dialogue=place)
+        if number == 1 and is_other_encoding(line):
+            checker.fault(OTHER_ENCODING, "UTF-8; save the file as UTF-8")
+            return  # every other line would be a fault, too
+        yield from _raw_from_line(line, f"line {number}", checker)
 
 
-def holds_lines(path: Path) -> bool:
-    """Whether a file is JSON lines: by its name, or by a first line that is a whole dialogue."""
-    if path.suffix.lower() in _LINES_SUFFIXES:
-        return True
-    for _, line in iter_lines(path):
-        if not line.rstrip().endswith(b"}") or b'"utterances"' not in line:
-            return False
-        try:
-            value = decode_json(line).value
-        except NotJson:
-            return False
-        return isinstance(value, dict) and isinstance(value.get("id"), str) and "utterances" in value
-    return False
+def _raw_from_line(line: bytes, place: str, checker: Checker) -> Iterator[tuple[Any, Any]]:
+    """The id and the utterances of one line; nothing after a fault. A generator, since repeats are noted after use."""
+    try:
+        decoded = decode_json(line)
+    except NotJson as error:
+        checker.fault(error.found, error.expected, dialogue=place)
+        return
+    value = decoded.value
+    if not isinstance(value, dict) or "id" not in value or "utterances" not in value:
+        checker.fault(shorten(value), 'an object {"id": …, "utterances": […]}', dialogue=place)
+        return
+    checker.note_repeated(value, dialogue=place)
+    yield value["id"], value["utterances"]
+    checker.note_unlocated_repeats(decoded, dialogue=place)
 
 
 def _refuse(checker: Checker) -> None:
+    """Raise at the first fault, without a count: the rest of the file has not been read yet."""
     if checker.faults:
         raise CorpusError(str(checker.faults[0]))
 
@@ -209,31 +355,3 @@ def _first_fault(faults: list[Fault], path: Path) -> str:
     if len(faults) == 1:
         return str(faults[0])
     return f"{faults[0]} (the first of {len(faults)} faults; kdecs corpus verify {path} lists all)"
-
-
-def parse_dialogue(row: Any, place: str, *, default_id: str | None = None) -> Dialogue:
-    """A dialogue from a JSON text (or its bytes) or from its object; `id` and `turn` may be left out.
-
-    Raises CorpusError, one line, naming the place and the first fault.
-    """
-    checker = Checker(place, labelled=False)
-    decoded = None
-    if isinstance(row, str | bytes):
-        try:
-            decoded = decode_json(row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row)
-        except NotJson as error:
-            raise CorpusError(f"{place}: not JSON: found {error.found}, expected one dialogue") from None
-        row = decoded.value
-    if not isinstance(row, dict) or not isinstance(row.get("utterances"), list):
-        raise CorpusError(f"{place}: found {shorten(row)}, expected an object with a list `utterances`")
-    checker.note_repeated(row, dialogue=None)
-    utterances = [
-        {"turn": turn, **utterance} if isinstance(utterance, dict) and "turn" not in utterance else utterance
-        for turn, utterance in enumerate(row["utterances"], start=1)
-    ]
-    dialogue = checker.dialogue(row.get("id", default_id or place), utterances, "dailydialog")
-    if decoded is not None:
-        checker.note_unlocated_repeats(decoded)
-    if checker.faults or dialogue is None:
-        raise CorpusError(str(checker.faults[0]) if checker.faults else f"{place}: no dialogue")
-    return dialogue

@@ -13,8 +13,10 @@ Source of the schema: RECCON (Poria et al. 2021). The fine labels are those of T
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 NEUTRAL = "neutral"
 _NAME_CHARACTERS = 100
@@ -61,7 +63,7 @@ EMOTION_VARIANTS: dict[str, str] = {
 
 # A coarse label for each fine one. The grouping follows GoEmotions' map to Ekman's six (Demszky et al.
 # 2020), but for sympathy, which in these dialogues answers bad news; "others" has no kin, so it is neutral.
-# labels.read_table lays a user's entries over it.
+# reading.read_table lays a user's entries over it.
 FINE_TO_COARSE: dict[str, str] = {
     "sadness": "sadness",
     "worry": "fear",
@@ -80,6 +82,17 @@ FINE_TO_COARSE: dict[str, str] = {
     "praise": "happiness",
     "others": NEUTRAL,
 }
+
+LabelSet = Literal["any", "coarse", "fine"]
+
+
+def emotions_of(label_set: LabelSet) -> frozenset[str]:
+    """The labels that a set knows; "any" holds all, "coarse" RECCON's, "fine" the 16 of FG-RECCON."""
+    if label_set == "coarse":
+        return frozenset(COARSE_EMOTIONS + ADDITIONAL_EMOTIONS)
+    if label_set == "fine":
+        return frozenset(FINE_EMOTIONS)
+    return KNOWN_EMOTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +134,22 @@ class Corpus:
     dialogues: tuple[Dialogue, ...]
     normalised: Counter[str]
     warnings: tuple[str, ...]
+
+
+def map_emotion(emotion: str | None, table: Mapping[str, str] = FINE_TO_COARSE) -> str | None:
+    """A label through a table; labels that the table does not name (excited, fear, …) stay."""
+    return None if emotion is None else table.get(emotion, emotion)
+
+
+def map_dialogue(dialogue: Dialogue, table: Mapping[str, str] = FINE_TO_COARSE) -> Dialogue:
+    """The dialogue with every emotion taken through the table; texts, evidence and pair hashes stay."""
+    utterances = tuple(replace(u, emotion=map_emotion(u.emotion, table)) for u in dialogue.utterances)
+    return replace(dialogue, utterances=utterances)
+
+
+def map_corpus(corpus: Corpus, table: Mapping[str, str] = FINE_TO_COARSE) -> Corpus:
+    """The corpus with every emotion taken through the table (fine → coarse by default)."""
+    return replace(corpus, dialogues=tuple(map_dialogue(d, table) for d in corpus.dialogues))
 
 
 @dataclass(frozen=True, slots=True)

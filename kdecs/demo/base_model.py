@@ -33,7 +33,7 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.prompts import student_prompt, teacher_prompt
 from kdecs.corpus.schema import KNOWN_EMOTIONS, Dialogue
-from kdecs.corpus.splits import training_dialogues
+from kdecs.corpus.splits import training_split
 from kdecs.demo.config import BaseModelConfig
 from kdecs.errors import TrainingError
 from kdecs.process import StopSignal
@@ -125,7 +125,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
     work = config_hash(config)
     claim(config.output, "base-model", work)
     seed_everything(config.seed)
-    dialogues = training_dialogues(config.corpus)
+    dialogues = list(training_split(config.corpus))
     tokenizer = train_tokenizer(documents(dialogues, seed=config.seed), config)
     model = _new_model(config, tokenizer).to(runtime.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)

@@ -184,7 +184,7 @@ def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]",
 
 def _emotion_table(coarse: bool, table: Path | None) -> dict[str, str]:
     """The table that `--coarse` and `--table` ask for; empty where labels are compared as they are."""
-    from kdecs.corpus.labels import read_table
+    from kdecs.corpus.reading import read_table
     from kdecs.corpus.schema import FINE_TO_COARSE
 
     if table:

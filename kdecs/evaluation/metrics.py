@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdecs.corpus.labels import map_corpus
 from kdecs.corpus.pairs import Universe
-from kdecs.corpus.schema import Corpus
+from kdecs.corpus.schema import Corpus, map_corpus
 from kdecs.evaluation.baselines import ALL_NEGATIVE, MAJORITY_EMOTION, RULES, majority_emotion
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.evaluation.rows import (

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.schema import Corpus
-from kdecs.corpus.splits import read_split, training_dialogues
+from kdecs.corpus.splits import read_split, training_split
 from kdecs.errors import CorpusError, ModelError
 from kdecs.mrc.config import MrcConfig
 from kdecs.student.batches import Ints
@@ -249,7 +249,7 @@ def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
 
 def training_pairs(config: MrcConfig) -> list[Pair]:
     """The fold1 pairs of the training dialogues: every cause, and `negative_share` of the others."""
-    pairs = [pair for d in training_dialogues(config.corpus) for pair in pairs_of(d, "fold1")]
+    pairs = [pair for d in training_split(config.corpus) for pair in pairs_of(d, "fold1")]
     draw_P = np.random.default_rng(config.corpus.train_share_seed).random(len(pairs))
     return [
         pair

@@ -10,9 +10,7 @@ from typing import Any
 from kdecs.artifact import Manifest, content_checksum
 from kdecs.config import CONFIG_NAME
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
-from kdecs.corpus.reading import holds_lines, iter_dialogues
-from kdecs.corpus.schema import Dialogue
-from kdecs.corpus.splits import LinesSource
+from kdecs.corpus.reading import iter_dialogues
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.format import SPLITS
 
@@ -52,20 +50,9 @@ def _has_checksum(path: Path, expected: str | None) -> bool:
 PAIRS_A_BATCH = 8192
 
 
-def dialogues_of_file(path: Path) -> Iterator[Dialogue]:
-    """The dialogues of a labelled corpus file in its order. Raises CorpusError at the first fault.
-
-    Of JSON lines nothing is kept, their ids neither: that one stands twice is for the caller to find.
-    """
-    if path.is_file() and holds_lines(path):
-        yield from (dialogue for _, dialogue in LinesSource(path).scan())
-    else:
-        yield from iter_dialogues(path)
-
-
 def pairs_of_file(path: Path, universe: Universe) -> Iterator[Pair]:
-    """The pairs of a labelled corpus file, as `dialogues_of_file`."""
-    for dialogue in dialogues_of_file(path):
+    """The pairs of a labelled corpus file in its order. Raises CorpusError at the first fault."""
+    for dialogue in iter_dialogues(path):
         yield from pairs_of(dialogue, universe)
 
 

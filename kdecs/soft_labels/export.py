@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kdecs.artifact import Manifest, read_manifest, sha256_of_file
 from kdecs.config import config_hash
-from kdecs.corpus.splits import Source, open_sources
+from kdecs.corpus.splits import Split, open_splits
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.claims import (
     KIND,
@@ -120,12 +120,12 @@ def export_shards(
     work_hash = config_hash(config)
     claim_output(config.output, work_hash)
     check_teacher_corpus(config, scorer.manifest)
-    sources = open_sources(config.corpus)
+    splits = open_splits(config.corpus)
     # Claimed before anything else is written: a plan of other work would replace that of whoever works here.
     open_job(config, work_hash, lineage=scorer.lineage, answer_words=scorer.answer_words)
     leases = Leases(config.output / WORK_DIRECTORY / "leases", lease_s=config.lease_s)
     kind = PlanKind(work_hash, config.num_shards, batching_of(scorer.manifest))
-    plan = _plan(config.output, kind, sources, leases, stop, poll_s)
+    plan = _plan(config.output, kind, splits, leases, stop, poll_s)
     export = _Export(config, plan, leases, scorer, worker, stop, report)
     first_look = export.take_stock()
     manifest: Manifest | None = None
@@ -146,7 +146,7 @@ def export_shards(
 def _plan(
     output: Path,
     kind: PlanKind,
-    sources: Mapping[str, Source],
+    splits: Mapping[str, Split],
     leases: Leases,
     stop: Stop,
     poll_s: float,
@@ -154,11 +154,11 @@ def _plan(
     """The plan on disk, made by one worker while the others wait."""
     directory = output / WORK_DIRECTORY / PLAN_DIRECTORY
     while True:
-        if plan := open_plan(directory, kind, sources):
+        if plan := open_plan(directory, kind, splits):
             return plan
         with leases.holding("plan") as lease:
             if lease:
-                return open_plan(directory, kind, sources) or make_plan(directory, kind, sources)
+                return open_plan(directory, kind, splits) or make_plan(directory, kind, splits)
         stop.raise_if_requested(f"{output}: stopped before its shards were planned")
         time.sleep(poll_s)
 

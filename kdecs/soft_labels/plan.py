@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdecs.artifact import Manifest, sha256_of_file
 from kdecs.corpus.pairs import EXPORT_UNIVERSE, Pair, pairs_of
+from kdecs.corpus.reading import Dialogues
 from kdecs.corpus.schema import Dialogue
-from kdecs.corpus.splits import Source
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.format import SPLITS, read_checked, write_checked
 
@@ -38,8 +38,7 @@ ENTRY = np.dtype(
     [
         ("split", "<u4"),
         ("num_pairs", "<u4"),
-        ("offset", "<u8"),
-        ("length", "<u8"),
+        ("position", "<u8"),  # in the split
         ("cost", "<u8"),
         ("key", "<u8", 2),  # blake2b of split and dialogue id, 16 bytes
     ]
@@ -86,10 +85,10 @@ class PlannedDialogue:
 class Plan:
     """A plan on disk and the corpus it is of."""
 
-    def __init__(self, directory: Path, record: PlanRecord, sources: Mapping[str, Source]) -> None:
+    def __init__(self, directory: Path, record: PlanRecord, splits: Mapping[str, Dialogues]) -> None:
         self.record = record
         self._entries = directory / ENTRIES_NAME
-        self._sources = sources
+        self._splits = splits
 
     @property
     def num_shards(self) -> int:
@@ -111,7 +110,7 @@ class Plan:
         """The dialogues of a shard in order, each read when it is asked for. Raises CorpusError for a changed file."""
         for entry in self.entries(shard):
             split = SPLITS[entry["split"]]
-            dialogue = self._sources[split].read((int(entry["offset"]), int(entry["length"])))
+            dialogue = self._splits[split][int(entry["position"])]
             pairs = pairs_of(dialogue, EXPORT_UNIVERSE)
             if len(pairs) != entry["num_pairs"] or _key(split, dialogue) != tuple(entry["key"].tolist()):
                 raise CorpusError(
@@ -139,7 +138,7 @@ def batching_of(teacher: Manifest) -> Batching:
     return "pairs" if teacher.details.get("batching") == "pairs" else "tree"
 
 
-def open_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) -> Plan | None:
+def open_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> Plan | None:
     """The plan that lies in a directory, or None where there is none of this kind or it is damaged."""
     try:
         record = PlanRecord.model_validate(read_checked(directory / PLAN_NAME))
@@ -148,10 +147,10 @@ def open_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) ->
         return None
     if not whole or PlanKind(record.work_hash, len(record.pairs), record.batching) != kind:
         return None
-    return Plan(directory, record, sources)
+    return Plan(directory, record, splits)
 
 
-def make_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) -> Plan:
+def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> Plan:
     """Plan every dialogue into exactly one shard, shards of like cost, and put the plan in place by rename.
 
     A dialogue without pairs is left out; with fewer dialogues than shards some shards are empty.
@@ -160,18 +159,18 @@ def make_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) ->
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".tmp", dir=directory.parent))
     try:
-        record = _write_plan(temporary, kind, sources)
+        record = _write_plan(temporary, kind, splits)
         if directory.exists():
             shutil.rmtree(directory, ignore_errors=True)
         try:
             temporary.rename(directory)
         except OSError:
-            if (found := open_plan(directory, kind, sources)) is None:
+            if (found := open_plan(directory, kind, splits)) is None:
                 raise
             return found  # another worker was quicker
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Plan(directory, record, sources)
+    return Plan(directory, record, splits)
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -210,21 +209,21 @@ _COSTS: dict[Batching, Callable[[Sequence[Pair]], int]] = {
 }
 
 
-def _write_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) -> PlanRecord:
+def _write_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> PlanRecord:
     num_shards = kind.num_shards
     unsorted, shards_file = directory / "unsorted.bin", directory / "shards.bin"
     counts, pairs = np.zeros(num_shards, np.int64), np.zeros(num_shards, np.int64)
     loads = [(0, index) for index in range(num_shards)]
     by_split = np.zeros(len(SPLITS), np.int64)
     with unsorted.open("wb") as entries_file, shards_file.open("wb") as assigned_file:
-        for block in _blocks(sources, _COSTS[kind.batching]):
+        for block in _blocks(splits, _COSTS[kind.batching]):
             assigned = _assign(block["cost"], loads)
             entries_file.write(block.tobytes())
             assigned_file.write(assigned.tobytes())
             np.add.at(counts, assigned, 1)
             np.add.at(pairs, assigned, block["num_pairs"].astype(np.int64))
             np.add.at(by_split, block["split"], block["num_pairs"].astype(np.int64))
-    _refuse_twins(unsorted, sources)
+    _refuse_twins(unsorted, splits)
     starts = np.concatenate([[0], np.cumsum(counts)])
     _sort_by_shard(unsorted, shards_file, directory / ENTRIES_NAME, starts)
     unsorted.unlink()
@@ -238,23 +237,25 @@ def _write_plan(directory: Path, kind: PlanKind, sources: Mapping[str, Source]) 
         pairs=tuple(pairs.tolist()),
         costs=tuple(costs[index] for index in range(num_shards)),
         pairs_by_split={
-            split: int(count) for split, count in zip(SPLITS, by_split, strict=True) if split in sources
+            split: int(count) for split, count in zip(SPLITS, by_split, strict=True) if split in splits
         },
     )
     write_checked(directory / PLAN_NAME, record.model_dump(mode="json"))
     return record
 
 
-def _blocks(sources: Mapping[str, Source], cost_of: Callable[[Sequence[Pair]], int]) -> Iterator[np.ndarray]:
+def _blocks(
+    splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pair]], int]
+) -> Iterator[np.ndarray]:
     """The ENTRYs of all dialogues with pairs, by split and place, a block at a time."""
-    held: list[tuple[int, int, int, int, int, tuple[int, int]]] = []
+    held: list[tuple[int, int, int, int, tuple[int, int]]] = []
     for number, split in enumerate(SPLITS):
-        if split not in sources:
+        if split not in splits:
             continue
-        for (offset, length), dialogue in sources[split].scan():
+        for position, dialogue in enumerate(splits[split]):
             if pairs := pairs_of(dialogue, EXPORT_UNIVERSE):
                 key = _key(split, dialogue)
-                held.append((number, len(pairs), offset, length, cost_of(pairs), key))
+                held.append((number, len(pairs), position, cost_of(pairs), key))
             if len(held) == BLOCK_DIALOGUES:
                 yield np.array(held, dtype=ENTRY)
                 held = []
@@ -289,7 +290,7 @@ def _sort_by_shard(unsorted: Path, shards_file: Path, target: Path, starts: np.n
         os.fsync(file.fileno())
 
 
-def _refuse_twins(entries: Path, sources: Mapping[str, Source]) -> None:
+def _refuse_twins(entries: Path, splits: Mapping[str, Dialogues]) -> None:
     """Raise CorpusError where a dialogue id stands twice in one split; keys are compared a bucket at a time."""
     total = entries.stat().st_size // ENTRY.itemsize
     num_buckets = 1 + total // _KEYS_AT_ONCE
@@ -304,16 +305,16 @@ def _refuse_twins(entries: Path, sources: Mapping[str, Source]) -> None:
         keys = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
         twins = np.flatnonzero((keys[1:] == keys[:-1]).all(axis=1))
         if len(twins):
-            _name_twin(entries, keys[twins[0]], sources)
+            _name_twin(entries, keys[twins[0]], splits)
 
 
-def _name_twin(entries: Path, key: np.ndarray, sources: Mapping[str, Source]) -> None:
+def _name_twin(entries: Path, key: np.ndarray, splits: Mapping[str, Dialogues]) -> None:
     total = entries.stat().st_size // ENTRY.itemsize
     for first in range(0, total, BLOCK_DIALOGUES):
         block = _read_entries(entries, first, BLOCK_DIALOGUES)
         for item in block[(block["key"] == key).all(axis=1)]:
             split = SPLITS[item["split"]]
-            dialogue = sources[split].read((int(item["offset"]), int(item["length"])))
+            dialogue = splits[split][int(item["position"])]
             raise CorpusError(
                 f"dialogue {dialogue.id}: stands twice in the split {split}, ids must be unique"
             )

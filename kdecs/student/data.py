@@ -1,5 +1,6 @@
 """What a student trains on: the cached prompts of train and valid, the teacher's logits, the rows in use."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import training_subset
 from kdecs.corpus.prompts import PromptVariant
 from kdecs.corpus.schema import FINE_TO_COARSE, NEUTRAL, Corpus
-from kdecs.corpus.splits import emotion_table, read_split, training_dialogues
+from kdecs.corpus.splits import emotion_table, read_split, training_split
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.labels import SoftLabels
 from kdecs.student.batches import Floats, Ints, PairWeights, Targets, cached_batch, gold_targets
@@ -214,14 +215,14 @@ def training_rows(config: StudentConfig, train: CorpusCache) -> tuple[Ints, npt.
     distillation, corpus = config.distillation, config.corpus
     is_gold = np.ones(len(train), dtype=bool)
     if corpus.train_share < 1 or corpus.drop_cross_split or distillation.hard_share < 1:
-        dialogues = read_split(corpus, corpus.train).dialogues
-        index = {dialogue.id: number for number, dialogue in enumerate(dialogues)}
-        chosen = training_dialogues(corpus)
-        labelled = training_subset(chosen, distillation.hard_share, corpus.train_share_seed)
-        in_use, is_gold = (
-            np.isin(train.column("dialogue"), [index[dialogue.id] for dialogue in some])
-            for some in (chosen, labelled)
-        )
+        split = training_split(corpus)
+        places = np.array(split.places)
+        labelled: Sequence[int] = range(len(places))
+        if distillation.hard_share < 1:
+            ids = [dialogue.id for dialogue in split]
+            labelled = training_subset(ids, distillation.hard_share, corpus.train_share_seed)
+        in_use = np.isin(train.column("dialogue"), places)
+        is_gold = np.isin(train.column("dialogue"), places[labelled])
         if distillation.mode != "kd" or distillation.outside_share == "drop":
             in_use = is_gold
         rows = rows[in_use]

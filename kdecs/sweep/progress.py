@@ -20,7 +20,7 @@ from rich.text import Text
 
 from kdecs.artifact import is_complete
 from kdecs.corpus.pairs import pairs_of
-from kdecs.corpus.splits import CorpusConfig, training_dialogues
+from kdecs.corpus.splits import CorpusConfig, training_split
 from kdecs.errors import ConfigError, KdecsError
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
@@ -222,7 +222,7 @@ def _operations(trial: Trial) -> float:
 def _training_tokens(corpus: str, longest: int) -> float:
     """Tokens of an epoch, from the characters of every pair's prompt; 0 where the corpus cannot be read yet."""
     try:
-        dialogues = training_dialogues(CorpusConfig.model_validate_json(corpus))
+        dialogues = training_split(CorpusConfig.model_validate_json(corpus))
     except KdecsError:
         return 0.0
     total = 0.0

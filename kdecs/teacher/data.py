@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from kdecs.corpus.pairs import Pair, pairs_of
-from kdecs.corpus.splits import read_split, training_dialogues
+from kdecs.corpus.splits import read_split, training_split
 from kdecs.errors import CorpusError
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
@@ -225,7 +225,7 @@ def prepare_data(
     """Read the corpus, encode the prompts, plan every step of every epoch."""
     corpus = config.corpus
     train_pairs = [
-        pair for dialogue in training_dialogues(corpus) for pair in pairs_of(dialogue, config.train_pairs)
+        pair for dialogue in training_split(corpus) for pair in pairs_of(dialogue, config.train_pairs)
     ]
     valid_pairs = [
         p for dialogue in read_split(corpus, corpus.valid).dialogues for p in pairs_of(dialogue, "fold1")

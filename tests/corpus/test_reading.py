@@ -3,9 +3,8 @@ import json
 
 import pytest
 
-from kdecs.corpus.labels import map_corpus, read_table
-from kdecs.corpus.reading import bundled_sample, find_faults, iter_dialogues, read_corpus
-from kdecs.corpus.schema import FINE_EMOTIONS, FINE_TO_COARSE, KNOWN_EMOTIONS, Evidence
+from kdecs.corpus.reading import bundled_sample, find_faults, iter_dialogues, read_corpus, read_table
+from kdecs.corpus.schema import FINE_EMOTIONS, FINE_TO_COARSE, KNOWN_EMOTIONS, Evidence, map_corpus
 from kdecs.errors import CorpusError
 
 EVIDENCE, SPAN = "expanded emotion cause evidence", "expanded emotion cause span"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from kdecs.config import ConfigError, parse_config
-from kdecs.corpus.reading import bundled_sample
+from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS
-from kdecs.corpus.splits import CorpusConfig, read_split, training_dialogues
+from kdecs.corpus.splits import CorpusConfig, find_duplicates, read_split, training_split
 
 
 def config(**values: object) -> CorpusConfig:
@@ -22,12 +22,28 @@ def test_share_is_of_what_is_left_after_dropping(tmp_path: Path) -> None:
     twin = next(iter(valid))
     path = tmp_path / "train.json"
     path.write_text(json.dumps({**train, "twin": valid[twin]}))
-    kept = training_dialogues(config(train=str(path)))
+    kept = training_split(config(train=str(path)))
     assert "twin" in {dialogue.id for dialogue in kept}
-    dropped = training_dialogues(config(train=str(path), drop_cross_split=True))
+    dropped = training_split(config(train=str(path), drop_cross_split=True))
     assert {d.id for d in kept} - {d.id for d in dropped} == {"twin"}
-    half = training_dialogues(config(train=str(path), drop_cross_split=True, train_share=0.5))
+    half = training_split(config(train=str(path), drop_cross_split=True, train_share=0.5))
     assert len(half) == len(train) // 2
+
+
+def test_training_dialogues_of_another_split_are_left_out(write, valid_document, caplog) -> None:
+    """The texts decide, white space apart; speakers and labels do not."""
+    train = write(valid_document, "train.json")
+    other = {"te_9": valid_document["tr_2"]}
+    other["te_9"][0][0]["utterance"] = "Hello   ."
+    other["te_9"][0][0]["expanded emotion cause span"] = ["news", "Hello"]
+    test = write(other, "test.json")
+    assert [str(found) for found in find_duplicates(read_corpus(train), [read_corpus(test)])] == [
+        f"{train}, dialogue tr_2: the same text as te_9 in {test}"
+    ]
+    files = {"train": str(train), "test": str(test)}
+    assert len(training_split(config(**files))) == 2
+    assert [dialogue.id for dialogue in training_split(config(**files, drop_cross_split=True))] == ["tr_1"]
+    assert f"{train}: dropped 1 dialogues" in caplog.text
 
 
 def test_coarse_emotions_by_the_built_in_table_and_by_an_own_one(tmp_path: Path) -> None:
@@ -47,7 +63,7 @@ def test_coarse_emotions_by_the_built_in_table_and_by_an_own_one(tmp_path: Path)
         for a, b in zip(x.utterances, y.utterances, strict=True)
     ]
     assert {b for a, b in pairs if a == "gratitude"} == {"surprise"}
-    assert {d.emotion for x in training_dialogues(own) for d in x.utterances} <= set(COARSE_EMOTIONS)
+    assert {d.emotion for x in training_split(own) for d in x.utterances} <= set(COARSE_EMOTIONS)
 
 
 def test_table_without_mapping_is_refused() -> None:

@@ -3,7 +3,7 @@ import builtins
 import pytest
 
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.corpus.splits import DuplicateFinder, find_duplicates, read_training_corpus
+from kdecs.corpus.splits import DuplicateFinder
 from kdecs.corpus.statistics import (
     cause_distances,
     display_names,
@@ -70,19 +70,6 @@ def test_a_tokenizer_that_is_not_there_is_one_clear_line(tmp_path):
 def test_files_of_one_name_stay_apart(tmp_path):
     paths = [tmp_path / "a" / "train.json", tmp_path / "b" / "train.json", tmp_path / "test.json"]
     assert display_names(paths) == [str(paths[0]), str(paths[1]), "test"]
-
-
-def test_training_dialogues_of_another_split_are_left_out(write, valid_document):
-    train = write(valid_document, "train.json")
-    other = {"te_9": valid_document["tr_2"]}
-    other["te_9"][0][0]["utterance"] = "Hello   ."
-    other["te_9"][0][0]["expanded emotion cause span"] = ["news", "Hello"]
-    test = write(other, "test.json")
-    corpus = read_training_corpus(train, [test])
-    assert [dialogue.id for dialogue in corpus.dialogues] == ["tr_1"]
-    assert corpus.warnings[-1].endswith("the same text as te_9 in " + str(test) + "; dropped")
-    assert len(read_training_corpus(train, []).dialogues) == 2
-    assert [d.dialogue for d in find_duplicates(read_corpus(train), [read_corpus(test)])] == ["tr_2"]
 
 
 def test_the_sample_splits_share_no_text():

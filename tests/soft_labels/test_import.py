@@ -184,13 +184,13 @@ def test_an_id_of_two_splits_needs_the_column(rows: Rows, tmp_path: Path) -> Non
 
 
 def test_a_dialogue_that_stands_twice_is_refused(rows: Rows, tmp_path: Path) -> None:
-    """In JSON lines, of which nothing is kept; its pairs would stand twice in the labels."""
+    """Its pairs would stand twice in the labels."""
     value = json.loads(bundled_sample("train").read_text(encoding="utf-8"))
     lines = [json.dumps({"id": name, "utterances": nested[0]}) for name, nested in value.items()]
     corpus = tmp_path / "train.jsonl"
     corpus.write_text("\n".join([*lines, lines[3]]))
     result = run(write(tmp_path / "t.jsonl", rows), tmp_path / "labels", corpus=str(corpus))
-    assert f"dialogue {list(value)[3]}: stands twice, ids must be unique" in str(result.exception)
+    assert f"dialogue {list(value)[3]}, field id: found a second dialogue of this id" in str(result.exception)
 
 
 def test_probabilities_of_zero_are_refused(rows: Rows, tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from transformers import AutoTokenizer
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.config import parse_config
-from kdecs.corpus.labels import map_corpus
 from kdecs.corpus.reading import read_corpus
-from kdecs.corpus.schema import Dialogue, Utterance
+from kdecs.corpus.schema import Dialogue, Utterance, map_corpus
 from kdecs.errors import ConfigError, CorpusError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions

@@ -25,10 +25,9 @@ from tqdm import tqdm
 from kdecs.artifact import Manifest, atomic_path, content_checksum, read_manifest
 from kdecs.config import input_checksums
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
-from kdecs.corpus.reading import holds_lines
-from kdecs.corpus.splits import open_sources, text_digest
+from kdecs.corpus.reading import holds_lines, iter_dialogues
+from kdecs.corpus.splits import text_digest, training_split
 from kdecs.errors import ArtifactError, CorpusError
-from kdecs.soft_labels.corpora import dialogues_of_file
 from kdecs.soft_labels.derive.combine import combined_rows
 from kdecs.soft_labels.derive.config import CrossFitConfig
 from kdecs.soft_labels.derive.write import begin_directory, finish_directory, rows_where, write_rows
@@ -42,7 +41,7 @@ def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:
     Raises CorpusError for a faulty corpus, an id that stands twice, or fewer texts than folds.
     """
     digests: dict[str, bytes] = {}
-    for _, dialogue in open_sources(config.corpus)["train"].scan():
+    for dialogue in training_split(config.corpus):
         if dialogue.id in digests:
             raise CorpusError(
                 f"{config.corpus.train}: dialogue {dialogue.id} stands twice, ids must be unique"
@@ -75,9 +74,9 @@ def write_folds(config: CrossFitConfig) -> dict[int, int]:
 
 def check_apart(train: Path, held_out: Path) -> int:
     """The dialogues of a held-out file; raises ArtifactError where one stands, by id or text, in the training file."""
-    held = {dialogue.id: text_digest(dialogue) for dialogue in dialogues_of_file(held_out)}
+    held = {dialogue.id: text_digest(dialogue) for dialogue in iter_dialogues(held_out)}
     texts = set(held.values())
-    for dialogue in dialogues_of_file(train):
+    for dialogue in iter_dialogues(train):
         if dialogue.id in held or text_digest(dialogue) in texts:
             raise ArtifactError(
                 f"{train}: the dialogue {dialogue.id} is also held out in {held_out}; "

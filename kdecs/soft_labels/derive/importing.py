@@ -30,8 +30,9 @@ from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.checking import is_unicode, shorten
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
+from kdecs.corpus.reading import iter_dialogues
 from kdecs.errors import CorpusError, LabelError
-from kdecs.soft_labels.corpora import batches_of, dialogues_of_file, pairs_of_file
+from kdecs.soft_labels.corpora import batches_of, pairs_of_file
 from kdecs.soft_labels.derive.config import ImportConfig
 from kdecs.soft_labels.derive.write import begin_directory, claim_output, finish_directory, write_rows
 from kdecs.soft_labels.format import SPLITS, ShardTable
@@ -294,7 +295,7 @@ def _refuse_shared_ids(corpora: Mapping[str, Path], table: Path) -> None:
     """An id of two splits would get one row for both. Raises LabelError naming it."""
     place_of: dict[str, str] = {}
     for split, path in corpora.items() if len(corpora) > 1 else ():
-        for dialogue in dialogues_of_file(path):
+        for dialogue in iter_dialogues(path):
             first = place_of.setdefault(dialogue.id, split)
             if first != split:
                 raise LabelError(

@@ -8,7 +8,7 @@ import torch
 
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.corpus.splits import read_split, training_dialogues
+from kdecs.corpus.splits import read_split, training_split
 from kdecs.errors import ConfigError
 from kdecs.hardware import GPUS, Gpu, find_gpu, gpu_of_device
 from kdecs.teacher.config import LoraConfig, TeacherConfig
@@ -286,7 +286,7 @@ def dry_run(config: TeacherConfig, *, world_size: int) -> Candidate:
     base = config.model.base
     architecture = resolve_architecture(base)
     check_family(architecture.config, base, config.model.family)
-    counted = count_prompts(training_dialogues(config.corpus), config, show_progress=True)
+    counted = count_prompts(training_split(config.corpus), config, show_progress=True)
     if not (
         counted.are_estimated and config.model.family == "masked"
     ):  # whose tokenizer may set a lower limit

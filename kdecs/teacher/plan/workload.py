@@ -1,7 +1,7 @@
 """The prompts that a plan counts: with the teacher's own tokenizer where it is on this machine, else estimated."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
@@ -193,7 +193,7 @@ class CountedPrompts:
 
 
 def count_prompts(
-    dialogues: Sequence[Dialogue],
+    dialogues: Iterable[Dialogue],
     config: TeacherConfig,
     *,
     max_dialogues: int | None = None,
