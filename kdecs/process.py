@@ -1,12 +1,15 @@
-"""What every entry script shares: arguments, one-line errors, exit codes. No torch."""
+"""The process of a stage: its arguments, launcher, exit code, stop signal and children. No torch."""
 
 import argparse
 import atexit
+import contextlib
+import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,7 +36,7 @@ def launched_rank() -> tuple[int, int, int]:
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for the job, for what is said before torch is imported."""
+    """True if this process prints for the whole job; usable before torch is imported."""
     return launched_rank()[0] == 0
 
 
@@ -60,26 +63,22 @@ def stage_config(
 
 
 def say_skipped(line: str) -> None:
-    """Say once a job, on rank 0, that there is nothing to do."""
+    """Print on rank 0 alone that there is nothing to do."""
     if is_main_rank():
         print(line, flush=True)
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run an entry: refusals become one line on stderr and their exit code, faults of ours a traceback."""
-    leave(exit_code_of(main))
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with a code; a rank of several without the interpreter's tear-down.
-
-    PyTorch's DistributedDataParallel keeps its process group, and so gloo's threads, for good. One that lets go of a
-    tensor while the interpreter is torn down aborts the process ("terminate called without an active exception"), and
-    a launcher would take a training that is complete for one that failed.
-    """
+    """Run an entry and end the process: one line on stderr for a refusal, a traceback only for a bug of ours."""
+    code = exit_code_of(main)
     if launched_rank()[2] == 1:
         sys.exit(code)
-    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, as multiprocessing does at a child's end
+    # A rank of several skips the interpreter's tear-down. DistributedDataParallel never lets go of its process group,
+    # so gloo's threads are still alive then; one that frees a tensor during the tear-down aborts the process
+    # ("terminate called without an active exception"), and the launcher takes a finished training for a failed one.
+    # The two calls below are what `sys.exit` would have done first, and what multiprocessing does in its children:
+    # join the threads that are not daemons, run the exit handlers. Python has no public name for either.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -87,7 +86,7 @@ def leave(code: int) -> NoReturn:
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run `main` and return its exit code, 0 if it returned; prints one line for what a user can act on."""
+    """Run `main` and return its exit code, 0 if it returned; print one line for an error that a user can act on."""
     try:
         main()
     except KdecsError as error:
@@ -106,7 +105,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         _print_line(line)
         return EXIT_REFUSED
     except KeyboardInterrupt:
-        _print_line("interrupted; the same command goes on from what is complete")
+        _print_line("interrupted; run the same command again to go on from what is complete")
         return EXIT_STOPPED
     return 0
 
@@ -117,24 +116,117 @@ def _print_line(message: str) -> None:
 
 @dataclass
 class StopSignal:
-    """Set by SIGTERM or SIGINT; training loops look at it between steps."""
+    """Set by SIGTERM or SIGINT; loops look at it between steps and save their state."""
 
     requested: bool = False
     _previous: dict[int, Any] = field(default_factory=dict)
 
     def install(self) -> None:
-        """Catch SIGTERM and SIGINT; a second SIGINT has its usual effect, more SIGTERMs have none."""
+        """Catch SIGTERM and SIGINT. A second SIGINT has its usual effect; further SIGTERMs have none."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
 
     def raise_if_requested(self, message: str) -> None:
-        """Raise Stopped where no state has to be saved first."""
+        """Raise Stopped once a stop was requested; for places with no state to save first."""
         if self.requested:
             raise Stopped(message)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A launcher passes on the SIGTERM that its ranks got themselves: repeats must not end a checkpoint.
+        # A launcher repeats the SIGTERM that its ranks have received already; a repeat must not cut a checkpoint short.
         del frame
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
+
+
+def module_command(launcher: Sequence[str], module: str) -> list[str]:
+    """The command by which a launcher starts a module; without a launcher, one process of this Python.
+
+    `python`, `torchrun` and wrappers that end in one of them take `-m`, the deepspeed launcher `--module`.
+    """
+    if not launcher:
+        return [sys.executable, "-m", module]
+    parts = [sys.executable if part == "python" else part for part in launcher]
+    is_deepspeed = any(Path(part).name == "deepspeed" for part in parts)
+    return [*parts, "--module" if is_deepspeed else "-m", module]
+
+
+_KILL_AFTER_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)  # opened here: a child between fork and exec must not wait for the loader's lock
+
+
+def run_child(
+    command: Sequence[str],
+    stop: StopSignal,
+    *,
+    log: Path | None = None,
+    on_stop: Callable[[], object] | None = None,
+    on_poll: Callable[[], object] = lambda: None,
+    poll_s: float = 0.5,
+) -> int:
+    """Run a command to its end in a session of its own, and return its exit code.
+
+    Its output is appended to `log` if there is one. Once `stop` is requested, SIGTERM goes to the child's whole
+    process group, since the deepspeed launcher does not pass the signal on to its ranks. If this process dies, Linux
+    sends the child SIGTERM. On an exception, such as a second Ctrl-C, the group is ended first.
+
+    A child that ends by other means, such as a file, passes `on_stop`, which asks it to. Such a child watches its
+    parent itself, and is waited for as long as it takes. `on_poll` is called about every `poll_s` seconds.
+    """
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if hasattr(_libc, "prctl"):
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the kernel was asked
+            os._exit(EXIT_STOPPED)
+
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("ab")) if log is not None else None
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=True,
+            preexec_fn=None if on_stop else die_with_parent,
+        )
+    is_asked = False
+    try:
+        while True:
+            if stop.requested and not is_asked:
+                is_asked = True
+                if on_stop is not None:
+                    on_stop()
+                else:
+                    _signal_group(child, signal.SIGTERM)
+            on_poll()
+            try:
+                return child.wait(poll_s)
+            except subprocess.TimeoutExpired:
+                continue
+    except BaseException:
+        if on_stop is not None:
+            on_stop()
+            child.terminate()
+            child.wait()
+        else:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                _signal_group(child, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(_KILL_AFTER_S)
+        raise
+
+
+def _signal_group(child: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.killpg(child.pid, number)
+
+
+def last_line(log: Path) -> str:
+    """The last line of a child's log without the prefix of our errors, for the message that says it failed."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("kdecs: error: ") if lines else "it printed nothing"

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from typing import Any
 
 from kdecs.artifact import file_lock, write_json
 from kdecs.errors import DeviceError, TrainingError
-from kdecs.process import StopSignal, run_entry
+from kdecs.process import StopSignal, last_line, run_child, run_entry
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, flat_keys
 from kdecs.sweep.space import trials_directory
@@ -57,11 +56,19 @@ def run_with_ray(plan: "Plan", stop: StopSignal, follow: Follow) -> None:
             print("waiting for the trials of an earlier start to save their state and end", flush=True)
     while True:
         epochs = _epochs_trained(output)
-        code = _run_once([*_COMMAND, str(plan_path)], log, plan.run.stop_file, stop, follow)
+        # The Ray process is asked by the stop file: a SIGTERM to its group would end Ray's servers under the trials.
+        code = run_child(
+            [*_COMMAND, str(plan_path)],
+            stop,
+            log=log,
+            on_stop=plan.run.stop_file.touch,
+            on_poll=follow,
+            poll_s=_POLL_S,
+        )
         if code == 0:
             return
         if code != OUT_OF_MEMORY:
-            raise TrainingError(f"Ray ended with exit code {code}: {_last_line(log)}; see {log}")
+            raise TrainingError(f"Ray ended with exit code {code}: {last_line(log)}; see {log}")
         if _epochs_trained(output) == epochs:
             raise TrainingError(
                 "Ray killed trials for want of memory before any ended an epoch; lower max_concurrent_trials "
@@ -74,45 +81,8 @@ def run_with_ray(plan: "Plan", stop: StopSignal, follow: Follow) -> None:
         )
 
 
-def _run_once(command: list[str], log: Path, stop_file: Path, stop: StopSignal, follow: Follow) -> int:
-    """One Ray process from its start to its end; its exit code."""
-    with log.open("ab") as log_file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None:
-                if stop.requested:
-                    stop_file.touch()
-                follow()
-                _wait(process, _POLL_S)
-        except BaseException:
-            stop_file.touch()
-            process.terminate()
-            raise
-        finally:
-            code = process.wait()
-    return code
-
-
 def _epochs_trained(output: Path) -> int:
     return sum(len(read_points(path)) for path in trials_directory(output).glob(f"*/{METRICS_NAME}"))
-
-
-def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> None:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("kdecs: error: ") if lines else "it printed nothing"
 
 
 RAY_LOCK_NAME = ".ray-lock"

@@ -1,26 +1,22 @@
 """`launch/cross_fit.py`: one command trains, exports and merges; signals reach the stage that runs."""
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from cross_fit_configs import config_of
 from label_directories import sample_pairs
 
 from kdecs.config import load_config, parse_config
 from kdecs.corpus.reading import bundled_sample
-from kdecs.errors import Stopped
 from kdecs.soft_labels.derive.config import CrossFitConfig
-from kdecs.soft_labels.derive.cross_fit import fold_of_dialogues, write_folds
+from kdecs.soft_labels.derive.cross_fit import fold_of_dialogues
 from kdecs.soft_labels.labels import SoftLabels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,31 +49,6 @@ def start() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=60)
-
-
-def test_a_signal_before_there_is_a_child_reaches_the_child(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGTERM comes after the last look at it, while the stage's process is being started."""
-    script = runpy.run_path(str(ROOT / "kdecs" / "launch" / "cross_fit.py"))
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    config = config_of(tmp_path / "labels", launcher=sleep)
-    stages = script["Stages"](config)
-    start, children = subprocess.Popen, []
-
-    def start_late(*arguments: Any, **keywords: Any) -> subprocess.Popen[bytes]:
-        children.append(start(*arguments, **keywords))
-        stages.stop(signal.SIGTERM, None)
-        return children[0]
-
-    monkeypatch.setattr(subprocess, "Popen", start_late)
-    teacher = config.teacher_config(0)
-    write_folds(config)
-    started = time.monotonic()
-    with pytest.raises(Stopped, match="run the same command again"):
-        stages.run("teacher", "train_teacher.py", teacher, teacher.output, "teacher")
-    assert time.monotonic() - started < 30
-    assert children[0].poll() == -signal.SIGTERM
 
 
 @pytest.mark.slow

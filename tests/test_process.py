@@ -1,0 +1,161 @@
+"""How an entry ends its process, and how it runs and ends its children."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kdecs import process
+from kdecs.process import StopSignal, last_line, module_command, run_child
+
+SCRIPT = """
+import atexit, os, sys, threading, time
+from kdecs.process import run_entry
+from kdecs.errors import ConfigError
+
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()  # as gloo's threads do in a process that is torn down
+
+held = Aborts()
+
+def main():
+    atexit.register(lambda: print("exit functions"))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    if "refuse" in sys.argv:
+        raise ConfigError("no such key")
+
+run_entry(main)
+"""
+
+
+@pytest.mark.parametrize(("argument", "code"), [("run", 0), ("refuse", 1)])
+def test_a_rank_of_several_ends_with_its_code_without_a_tear_down(argument, code):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, argument],
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split("\n")) == (code, ["thread", "exit functions", ""])
+
+
+# Prints "ready"; on SIGTERM it takes a moment, as a checkpoint does, and says so.
+SAVES = """
+import signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+IGNORES = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def wait_for(condition, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_ready(log: Path) -> bool:
+    return log.exists() and "ready" in log.read_text()
+
+
+def test_a_childs_code_and_output_are_kept(tmp_path):
+    log = tmp_path / "logs" / "stage.log"
+    program = "import sys; print('one'); print(); sys.exit('kdecs: error: no such teacher')"
+    assert run_child([sys.executable, "-c", program], StopSignal(), log=log) == 1
+    assert log.read_text().splitlines()[0] == "one"
+    assert last_line(log) == "no such teacher"
+    log.write_text("")
+    assert last_line(log) == "it printed nothing"
+
+
+def test_a_stop_reaches_the_childs_children_too(tmp_path):
+    """The child starts another process, as a launcher does, which alone saves."""
+    stop, log = StopSignal(), tmp_path / "log"
+    launcher = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {SAVES!r}]))"
+    program = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {launcher}"
+
+    def look() -> None:
+        stop.requested = is_ready(log)
+
+    assert run_child([sys.executable, "-c", program], stop, log=log, on_poll=look, poll_s=0.05) == 143
+    assert last_line(log) == "saved"
+
+
+def test_a_stop_that_came_before_the_child_reaches_it():
+    stop = StopSignal(requested=True)
+    started = time.monotonic()
+    assert run_child([sys.executable, "-c", "import time; time.sleep(60)"], stop) == -signal.SIGTERM
+    assert time.monotonic() - started < 20
+
+
+def test_a_child_with_its_own_way_to_stop_gets_no_signal(tmp_path):
+    stop, stop_file = StopSignal(requested=True), tmp_path / "stop"
+    program = f"import os, time\nwhile not os.path.exists({str(stop_file)!r}): time.sleep(0.02)"
+    assert run_child([sys.executable, "-c", program], stop, on_stop=stop_file.touch) == 0
+
+
+def test_an_exception_ends_a_child_that_does_not_listen(tmp_path, monkeypatch):
+    """A second Ctrl-C while the first one's stop is waited for: nothing may go on behind it."""
+    monkeypatch.setattr(process, "_KILL_AFTER_S", 0.3)
+    log, seen = tmp_path / "log", []
+
+    def interrupt() -> None:
+        if is_ready(log):
+            seen.extend(psutil.Process().children())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child([sys.executable, "-c", IGNORES], StopSignal(), log=log, on_poll=interrupt, poll_s=0.05)
+    assert seen and not any(child.is_running() for child in seen)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+def test_a_child_saves_when_its_parent_is_killed(tmp_path):
+    log = tmp_path / "log"
+    program = (
+        "import sys; from pathlib import Path; from kdecs.process import StopSignal, run_child\n"
+        f"run_child([sys.executable, '-c', {SAVES!r}], StopSignal(), log=Path({str(log)!r}))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        wait_for(lambda: is_ready(log))
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: last_line(log) == "saved")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command"),
+    [
+        ([], [sys.executable, "-m", "kdecs.x"]),
+        (["python"], [sys.executable, "-m", "kdecs.x"]),
+        (["torchrun", "--nproc_per_node", "2"], ["torchrun", "--nproc_per_node", "2", "-m", "kdecs.x"]),
+        (
+            ["/opt/bin/deepspeed", "--no_local_rank"],
+            ["/opt/bin/deepspeed", "--no_local_rank", "--module", "kdecs.x"],
+        ),
+        (["srun", "python"], ["srun", sys.executable, "-m", "kdecs.x"]),
+    ],
+)
+def test_each_launcher_is_told_of_a_module_in_its_own_way(launcher, command):
+    assert module_command(launcher, "kdecs.x") == command
