@@ -205,18 +205,15 @@ def _encoded_rows(
 ) -> Iterator[dict[str, Any]]:
     emotion_index = {label: index for index, label in enumerate(emotions)}
     for chunk in _chunks(indexed, _ENCODED_AT_ONCE):
-        hashes: dict[tuple[int, int], str] = {}
         for (dialogue, pair), encoded in zip(chunk, encoder.encode([pair for _, pair in chunk]), strict=True):
-            target = (dialogue, pair.target)
-            if target not in hashes:
-                hashes[target] = pair.hash
-            yield _row(dialogue, pair, encoded, emotion_index) | {"pair_hash": hashes[target]}
+            yield _row(dialogue, pair, encoded, emotion_index)
 
 
 def _row(dialogue: int, pair: Pair, encoded: EncodedPair, emotion_index: dict[str, int]) -> dict[str, Any]:
     assert pair.emotion is not None  # fold1+neutral holds labelled targets only
     return {
         "pair_id": pair.id,
+        "pair_hash": pair.hash,
         "dialogue": dialogue,
         "target": pair.target,
         "candidate": pair.candidate,

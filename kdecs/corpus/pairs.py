@@ -33,8 +33,8 @@ class Pair:
 
     @property
     def hash(self) -> str:
-        """32 hex characters over the target's context (`context_hash`)."""
-        return context_hash(self.dialogue, self.target)
+        """32 hex characters over the target's context (`Dialogue.context_hashes`)."""
+        return self.dialogue.context_hashes[self.target - 1]
 
     @property
     def emotion(self) -> str | None:
@@ -95,20 +95,6 @@ def count_rows(pairs: Iterable[Pair]) -> tuple[int, int]:
         else:
             negative += 1
     return positive, negative
-
-
-def context_hash(dialogue: Dialogue, target: int) -> str:
-    """32 hex characters: blake2b (16 bytes) over speakers and texts of u_1 … u_target.
-
-    Each string is preceded by its length in bytes (8 bytes, little-endian), so that no two contexts share a
-    stream. Emotions and the dialogue's id are left out.
-    """
-    parts: list[bytes] = []
-    for utterance in dialogue.utterances[:target]:
-        for text in (utterance.speaker, utterance.text):
-            data = text.encode("utf-8")
-            parts += (len(data).to_bytes(8, "little"), data)
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def training_subset(ids: Sequence[str], share: float, seed: int) -> list[int]:

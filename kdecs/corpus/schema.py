@@ -12,9 +12,11 @@ File formats (read by kdecs.corpus.reading):
 Source of the schema: RECCON (Poria et al. 2021). The fine labels are those of Table 3 of Chen et al. 2024.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -117,13 +119,30 @@ class Utterance:
     evidence: tuple[Evidence, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dialogue:
     """Utterances in order (`utterances[turn - 1]`); `part` is the first word of RECCON's row ids."""
 
     id: str
     utterances: tuple[Utterance, ...]
     part: str = "dailydialog"
+
+    @cached_property
+    def context_hashes(self) -> tuple[str, ...]:
+        """For each turn i, 32 hex characters: blake2b (16 bytes) over speakers and texts of u_1 … u_i.
+
+        Each string is preceded by its length in bytes (8 bytes, little-endian), so that no two contexts share a
+        stream. Emotions and the dialogue's id are left out.
+        """
+        # One pass for all turns, and once per dialogue: each of its pairs is found by one of these.
+        digest, hashes = hashlib.blake2b(digest_size=16), []
+        for utterance in self.utterances:
+            for text in (utterance.speaker, utterance.text):
+                data = text.encode("utf-8")
+                digest.update(len(data).to_bytes(8, "little"))
+                digest.update(data)
+            hashes.append(digest.copy().hexdigest())
+        return tuple(hashes)
 
 
 @dataclass(frozen=True)

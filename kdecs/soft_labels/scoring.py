@@ -165,7 +165,7 @@ class ShardScoring:
         self._count(chunk, logits_nA)
         return ShardTable(
             pair_ids=[pair.id for pair in pairs],
-            pair_hashes=_hashes(pairs),
+            pair_hashes=[pair.hash for pair in pairs],
             splits=[planned.split for planned in chunk for _ in planned.pairs],
             logits=logits_nA,
             log_rest_mass=log_rest_mass_n,
@@ -193,19 +193,6 @@ class ShardScoring:
                 true_negative=int((~gold & ~says).sum()),
             )
             self.agreement[planned.split] = self.agreement.get(planned.split, Agreement()) + counts
-
-
-def _hashes(pairs: Sequence[Pair]) -> list[str]:
-    """The hash of each pair; that of a target is computed once, not once a candidate."""
-    hashes: list[str] = []
-    previous: Pair | None = None
-    for pair in pairs:
-        if previous and previous.dialogue is pair.dialogue and previous.target == pair.target:
-            hashes.append(hashes[-1])
-        else:
-            hashes.append(pair.hash)
-        previous = pair
-    return hashes
 
 
 def _check_finite(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdecs.corpus.pairs import candidate_pairs, context_hash, count_rows, pairs_of, training_subset
+from kdecs.corpus.pairs import candidate_pairs, count_rows, pairs_of, training_subset
 from kdecs.corpus.reading import bundled_sample, find_faults, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ConfigError
@@ -95,12 +95,12 @@ def test_candidates_of_an_unlabelled_dialogue():
 
 def test_the_hash_covers_context_alone():
     dialogue = dialogue_of("a", "b", "c")
-    assert len(context_hash(dialogue, 2)) == 32
-    assert context_hash(dialogue, 2) == context_hash(dialogue_of("a", "b", "x"), 2)
-    assert context_hash(dialogue, 2) == context_hash(dialogue_of("a", "b", emotion="anger"), 2)
-    assert context_hash(dialogue, 2) != context_hash(dialogue_of("a", "x"), 2)
-    assert context_hash(dialogue, 2) != context_hash(dialogue_of("a", "b", speakers="AA"), 2)
-    assert context_hash(dialogue, 3) != context_hash(dialogue, 2)
+    assert len(dialogue.context_hashes[1]) == 32
+    assert dialogue.context_hashes[1] == dialogue_of("a", "b", "x").context_hashes[1]
+    assert dialogue.context_hashes[1] == dialogue_of("a", "b", emotion="anger").context_hashes[1]
+    assert dialogue.context_hashes[1] != dialogue_of("a", "x").context_hashes[1]
+    assert dialogue.context_hashes[1] != dialogue_of("a", "b", speakers="AA").context_hashes[1]
+    assert dialogue.context_hashes[2] != dialogue.context_hashes[1]
 
 
 def test_the_hash_frames_its_strings():
@@ -112,13 +112,13 @@ def test_the_hash_frames_its_strings():
     ]
     contexts.append(Dialogue("d", (Utterance(1, "AB", "c", None, None),)))
     contexts.append(Dialogue("d", (Utterance(1, "A", "Bc", None, None),)))
-    hashes = [context_hash(dialogue, len(dialogue.utterances)) for dialogue in contexts]
+    hashes = [dialogue.context_hashes[-1] for dialogue in contexts]
     assert len(set(hashes)) == len(hashes)
 
 
 def test_the_hash_is_stable_across_releases():
     # Soft labels on disk are joined by it: a change of this value orphans all of them.
-    assert context_hash(dialogue_of("Hello .", "Hi !"), 2) == "17d2cd0ba455ae8f3ca76b0b5d1bb6c8"
+    assert dialogue_of("Hello .", "Hi !").context_hashes[1] == "17d2cd0ba455ae8f3ca76b0b5d1bb6c8"
 
 
 def test_training_subsets_are_nested_and_seeded():
