@@ -114,14 +114,18 @@ class CorpusCache:
     def _list_lengths(self, name: str) -> npt.NDArray[np.int32]:
         return _joined([np.diff(offsets) for offsets, _ in self._lists[name]])
 
-    def identities(self, rows: Iterable[int]) -> tuple[list[str], list[str]]:
-        """Pair ids and pair hashes of the rows."""
-        ids, hashes = [], []
-        for row in rows:
-            batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-            local = int(row - self._starts[batch])
-            ids.append(self._batches[batch].column("pair_id")[local].as_py())
-            hashes.append(self._batches[batch].column("pair_hash")[local].as_py())
+    def identities(self, rows: npt.ArrayLike) -> tuple[list[str], list[str]]:
+        """Pair ids and pair hashes of rows: some 170 bytes each in memory, so ask for a million at most."""
+        rows = np.asarray(rows, dtype=np.int64)
+        batch_of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        ids: list[str] = []
+        hashes: list[str] = []
+        for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(batch_of_row)) + 1):
+            if len(some):
+                batch = int(batch_of_row[some[0]])
+                local = pa.array(rows[some] - self._starts[batch])
+                ids += self._batches[batch].column("pair_id").take(local).to_pylist()
+                hashes += self._batches[batch].column("pair_hash").take(local).to_pylist()
         return ids, hashes
 
 

@@ -117,9 +117,10 @@ def training_split(config: CorpusConfig) -> Split:
             ids.append(dialogue.id)
     if len(kept) < num_all:
         logger.warning(
-            "%s: dropped %d dialogues, since their text is part of another split",
+            "%s: dropped %d of %d dialogues, since their text is part of another split",
             config.train,
             num_all - len(kept),
+            num_all,
         )
     if not kept:
         raise CorpusError(

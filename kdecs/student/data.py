@@ -21,6 +21,7 @@ from kdecs.student.config import StudentConfig
 from kdecs.student.model import Batch
 from kdecs.student.priors import TrainingCounts, count_training
 
+_JOINED_AT_ONCE = 1 << 18
 Weighting = Literal["uniform", "correct", "confidence"]
 
 
@@ -245,12 +246,15 @@ def _joined_labels(
 ) -> tuple[tuple[SoftLabels, ...], Ints]:
     used = config.distillation.used_teachers
     teacher_rows = np.full((len(used), len(train)), -1, dtype=np.int64)
-    identities = train.identities(rows) if used else None
     opened = []
-    for number, teacher in enumerate(used):
+    for teacher in used:
         labels = SoftLabels.open(teacher.labels, config.cache)
         labels.require_answer_words(CONNECTIVES)
-        assert identities is not None
-        teacher_rows[number, rows] = labels.rows_of(identities, split="train")
         opened.append(labels)
+    # Some at a time: the ids and hashes of ten million pairs would take 1.6 GiB.
+    for start in range(0, len(rows), _JOINED_AT_ONCE) if used else ():
+        some = rows[start : start + _JOINED_AT_ONCE]
+        identities = train.identities(some)
+        for number, labels in enumerate(opened):
+            teacher_rows[number, some] = labels.rows_of(identities, split="train")
     return tuple(opened), teacher_rows

@@ -43,7 +43,7 @@ def test_training_dialogues_of_another_split_are_left_out(write, valid_document,
     files = {"train": str(train), "test": str(test)}
     assert len(training_split(config(**files))) == 2
     assert [dialogue.id for dialogue in training_split(config(**files, drop_cross_split=True))] == ["tr_1"]
-    assert f"{train}: dropped 1 dialogues" in caplog.text
+    assert f"{train}: dropped 1 of 2 dialogues" in caplog.text
 
 
 def test_coarse_emotions_by_the_built_in_table_and_by_an_own_one(tmp_path: Path) -> None:
