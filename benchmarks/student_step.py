@@ -41,10 +41,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingA
 from kdecs.config import config_hash, parse_config
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
-from kdecs.student.batches import epoch_batches
 from kdecs.student.config import StudentConfig
-from kdecs.student.losses import loss_parts, step_loss
-from kdecs.student.training import StudentTrainer
+from kdecs.student.losses import step_loss
+from kdecs.student.training import StudentTask, prepare
+from kdecs.training.loop import EpochLoop, epoch_batches
 
 BATCH_PAIRS = 16
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
@@ -54,11 +54,12 @@ TARGETS = {"minilm": 3.5, "base": 2.5}
 
 @dataclass(frozen=True)
 class Job:
-    """The same work for both sides: a base, batches of rows of a corpus cache, our trainer over them."""
+    """The same work for both sides: a base, batches of rows of a corpus cache, our training over them."""
 
     base: Path
     batches: list[np.ndarray]
-    trainer: StudentTrainer
+    task: StudentTask
+    loop: EpochLoop
 
     @property
     def rows(self) -> np.ndarray:
@@ -66,7 +67,7 @@ class Job:
         return np.concatenate(self.batches)
 
 
-def prepare(
+def make_job(
     directory: Path, shape: Shape, num_steps: int, max_tokens: int, *, is_compiled: bool = False
 ) -> tuple[Job, str]:
     """A trainer over the corpus, and `num_steps` of its first epoch's batches, evenly spaced by length."""
@@ -88,23 +89,23 @@ def prepare(
     config = parse_config(StudentConfig, values, source="benchmark")
     config.output.mkdir()
     runtime = Runtime(0, 0, 1, torch.device("cpu"))
-    trainer = StudentTrainer(config, config_hash(config), runtime, None, StopSignal())
-    lengths = trainer.data.train.num_tokens
+    task, loop = prepare(config, config_hash(config), runtime, StopSignal())
+    lengths = task.data.train.num_tokens
     batches = epoch_batches(
-        lengths, trainer.data.rows, batch_size=BATCH_PAIRS, bucket_batches=50, seed=0, epoch=0
+        lengths, task.data.rows, batch_size=BATCH_PAIRS, bucket_batches=50, seed=0, epoch=0
     )
     batches = sorted((rows for rows in batches if len(rows) == BATCH_PAIRS), key=lambda r: lengths[r].max())
     chosen = (np.arange(num_steps) + 0.5) * len(batches) / num_steps
-    return Job(base, [batches[int(place)] for place in chosen], trainer), corpus
+    return Job(base, [batches[int(place)] for place in chosen], task, loop), corpus
 
 
 def our_side(job: Job) -> Callable[[], float]:
     """Train on the batches as an epoch draws them."""
 
     def train() -> float:
-        job.trainer.network.train()
+        job.task.model.train()
         for rows in job.batches:
-            job.trainer.step(rows)
+            job.loop.step(rows)
         return float(len(job.rows))
 
     return train
@@ -114,7 +115,7 @@ class MaskedWords(torch.utils.data.Dataset):
     """The same prompts as a Trainer takes them: token ids, and the answer words' ids at the two masks."""
 
     def __init__(self, job: Job) -> None:
-        cache, model = job.trainer.data.train, job.trainer.model
+        cache, model = job.task.data.train, job.task.model
         self.items = []
         for row in job.rows:
             ids = cache.list_at("token_ids", int(row)).astype(np.int64)
@@ -182,7 +183,7 @@ def textbrewer_side(job: Job, directory: Path) -> Callable[[], float]:
 
     model = AutoModelForMaskedLM.from_pretrained(job.base)
     pad_id = AutoTokenizer.from_pretrained(job.base).pad_token_id
-    connectives = job.trainer.model.connective_ids
+    connectives = job.task.model.connective_ids
     data = MaskedWords(job)
 
     class Lookup(torch.nn.Module):
@@ -223,13 +224,12 @@ def textbrewer_side(job: Job, directory: Path) -> Callable[[], float]:
 @torch.no_grad()
 def largest_difference(job: Job) -> float:
     """Our loss of a batch against the whole model's logits and a loop over pairs, without dropout."""
-    trainer = job.trainer
-    model = trainer.model.eval()
+    task = job.task
+    model = task.model.eval()
     rows = job.rows[:BATCH_PAIRS]
-    batch, targets = trainer.data.batch(rows, np.ones(len(rows), dtype=np.float32))
-    parts = loss_parts(model(batch), targets, trainer.config.distillation, count=len(rows), world_size=1)
-    ours = step_loss(parts, trainer.config.distillation)
-    cache, losses = trainer.data.train, []
+    batch, targets = task.data.batch(rows, np.ones(len(rows), dtype=np.float32))
+    ours, _ = step_loss(model(batch), targets, task.config.distillation, count=len(rows), world_size=1)
+    cache, losses = task.data.train, []
     for row in rows:
         ids = torch.from_numpy(cache.list_at("token_ids", int(row)).astype(np.int64))[None]
         output = model.language_model(input_ids=ids, output_hidden_states=True)
@@ -262,8 +262,8 @@ def measure_compiled(shape_name: str, num_steps: int, rounds: int, max_tokens: i
     """Our step with a compiled encoder against our step without."""
     shape = SHAPES[shape_name]
     with tempfile.TemporaryDirectory() as scratch:
-        eager, corpus = prepare(Path(scratch, "eager"), shape, num_steps, max_tokens)
-        compiled, _ = prepare(Path(scratch, "compiled"), shape, num_steps, max_tokens, is_compiled=True)
+        eager, corpus = make_job(Path(scratch, "eager"), shape, num_steps, max_tokens)
+        compiled, _ = make_job(Path(scratch, "compiled"), shape, num_steps, max_tokens, is_compiled=True)
         began = time.perf_counter()
         our_side(compiled)()
         first = time.perf_counter() - began
@@ -299,7 +299,7 @@ def measure(
     shape = SHAPES[shape_name]
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        job, corpus = prepare(directory, shape, num_steps, max_tokens)
+        job, corpus = make_job(directory, shape, num_steps, max_tokens)
         difference = largest_difference(job)
         if difference > 1e-5:
             raise SystemExit(f"{shape_name}: the losses differ by {difference}, expected at most 1e-5")
@@ -332,7 +332,7 @@ def measure(
                     "trainer_pairs_at_once": at_once,
                     "max_prompt_tokens": max_tokens,
                     "threads": torch.get_num_threads(),
-                    "mean_tokens": float(job.trainer.data.train.num_tokens[job.rows].mean()),
+                    "mean_tokens": float(job.task.data.train.num_tokens[job.rows].mean()),
                     "largest_loss_difference": difference,
                 },
             )

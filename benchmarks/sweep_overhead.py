@@ -188,9 +188,9 @@ def _keep(barrier: Any) -> None:
 def _data_memory(work: str) -> tuple[float, int]:
     import psutil
 
-    from kdecs.student.batches import epoch_batches, rank_share
     from kdecs.student.data import load_training_data
     from kdecs.student.model import load_tokenizer
+    from kdecs.training.loop import epoch_batches, rank_share
 
     values = student_values(Path(work), 1) | {
         "output": f"{work}/memory/student",

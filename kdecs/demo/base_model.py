@@ -38,6 +38,7 @@ from kdecs.demo.config import BaseModelConfig
 from kdecs.errors import TrainingError
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, seed_everything
+from kdecs.training.loop import GuardedSteps
 
 NUM_SENTINELS = 10
 _REPEATS = 2000  # makes each answer word frequent enough that its merges are learned first
@@ -120,7 +121,9 @@ _MASK_SHARE = 0.4  # many masks a sequence: a small model leaves the unigram pla
 def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal) -> Path:
     """Train tokenizer and model, write a Transformers directory of kind base-model, and return its path.
 
-    Half a minute of work: a stop saves nothing, the same command starts it anew.
+    This takes half a minute, so a stop saves nothing: the same command starts again from the beginning. Raises
+    Stopped after a requested stop, TrainingError if a loss or gradient is not finite, ArtifactError if the output
+    holds other work.
     """
     work = config_hash(config)
     claim(config.output, "base-model", work)
@@ -129,26 +132,24 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
     tokenizer = train_tokenizer(documents(dialogues, seed=config.seed), config)
     model = _new_model(config, tokenizer).to(runtime.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    steps = GuardedSteps(model, optimizer, max_grad_norm=1.0, runtime=runtime)
     batches = _batches(dialogues, tokenizer, config)
-    progress = tqdm(range(config.max_steps), desc=f"base model {config.name}", unit="step")
     mean_loss = float("nan")
-    for step in progress:
-        stop.raise_if_requested(f"base model {config.name}: stopped; run the same command again")
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 20) * (1 - step / config.max_steps)
-        inputs = {name: value.to(runtime.device) for name, value in next(batches).items()}
-        loss = _loss(model, inputs, config.architecture)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0 or step == config.max_steps - 1:
-            mean_loss = float(loss.detach())
-            if not np.isfinite(mean_loss):
-                raise TrainingError(
-                    f"base model {config.name}: loss {mean_loss} at step {step}; lower learning_rate"
-                )
-            progress.set_postfix(loss=f"{mean_loss:.3f}")
+    with tqdm(range(config.max_steps), desc=f"base model {config.name}", unit="step") as bar:
+        for step in bar:
+            stop.raise_if_requested(f"base model {config.name}: stopped; run the same command again")
+            inputs = {name: value.to(runtime.device) for name, value in next(batches).items()}
+            loss = _loss(model, inputs, config.architecture)
+            warmup, decay = min(1.0, (step + 1) / 20), 1 - step / config.max_steps
+            steps.take(loss, config.learning_rate * warmup * decay)
+            if step % 20 == 0 or step == config.max_steps - 1:
+                mean_loss = float(loss.detach())
+                if not steps.all_finite():
+                    raise TrainingError(
+                        f"base model {config.name}: a loss or gradient is not finite near step {step}; "
+                        "lower learning_rate"
+                    )
+                bar.set_postfix(loss=f"{mean_loss:.3f}")
     return _save(config, model, tokenizer, mean_loss, work)
 
 

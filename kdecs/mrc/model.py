@@ -29,7 +29,8 @@ from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
 from kdecs.student.decision import best_spans
 from kdecs.student.model import load_tokenizer, on_device
-from kdecs.student.product import METRICS_NAME, MODEL_FOLDER
+from kdecs.student.product import MODEL_FOLDER
+from kdecs.tracking.record import METRICS_NAME
 
 _PAD_MULTIPLE = 8
 

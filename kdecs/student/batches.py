@@ -42,22 +42,6 @@ class Targets(NamedTuple):
         return Targets(*(None if tensor is None else on_device(tensor, device) for tensor in self))
 
 
-def epoch_batches(
-    num_tokens_P: Ints, rows: Ints, *, batch_size: int, bucket_batches: int, seed: int, epoch: int
-) -> list[Ints]:
-    """Every row once, in batches of like length: shuffled, cut in buckets, sorted within, batches shuffled."""
-    generator = np.random.default_rng([seed, epoch])
-    shuffled = generator.permutation(rows)
-    batches: list[Ints] = []
-    bucket_size = batch_size * bucket_batches
-    for start in range(0, len(shuffled), bucket_size):
-        bucket = shuffled[start : start + bucket_size]
-        bucket = bucket[np.argsort(num_tokens_P[bucket], kind="stable")]
-        batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
-    order = generator.permutation(len(batches))
-    return [batches[index] for index in order]
-
-
 def batches_of_tokens(num_tokens_P: Ints, rows: Ints, max_tokens: int) -> list[Ints]:
     """Rows by length in batches of at most `max_tokens` padded tokens (a longer prompt stands alone)."""
     ordered = rows[np.argsort(num_tokens_P[rows], kind="stable")]
@@ -69,17 +53,6 @@ def batches_of_tokens(num_tokens_P: Ints, rows: Ints, max_tokens: int) -> list[I
             batches.append(ordered[start:end])
             start = end
     return batches
-
-
-def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, npt.NDArray[np.float32]]:
-    """A rank's rows of a global batch and their weights; padded with weight 0 to the largest share."""
-    share = rows[rank::world_size]
-    missing = -(-len(rows) // world_size) - len(share)
-    weights = np.ones(len(share) + missing, dtype=np.float32)
-    if missing:
-        share = np.concatenate([share, rows[:missing]])
-        weights[-missing:] = 0
-    return share, weights
 
 
 def cached_batch(cache: "CorpusCache", rows: Ints, pad_id: int) -> Batch:

@@ -1,6 +1,5 @@
 """One step's loss from logits, gold and config, and the optimizer with its schedule."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdecs.config import Optimization
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.student.batches import Targets
 from kdecs.student.config import Distillation
-from kdecs.student.model import StudentModel, StudentOutput
+from kdecs.student.model import StudentOutput
 
 UNKNOWN = -1
 
@@ -125,12 +123,12 @@ def total_loss(parts: LossParts, *, alpha: float, temperature: float, cause_weig
     return torch.stack(terms).sum()
 
 
-def loss_parts(
+def step_loss(
     output: StudentOutput, targets: Targets, distillation: Distillation, *, count: int, world_size: int
-) -> LossParts:
-    """The batch means of Eq. 10-12 and of the hard loss on causes, for this rank's share of `count` pairs.
+) -> tuple[Tensor, LossParts]:
+    """Eq. 13 for this rank's share of a batch of `count` pairs, and its parts.
 
-    Which parts there are follows from the outputs and the targets: the mode's.
+    Which parts there are follows from the mode's outputs and targets.
     """
 
     def mean(values_B: Tensor, more_B: Tensor) -> Tensor:
@@ -152,49 +150,11 @@ def loss_parts(
         cause = mean(classifier_loss(output.classifier_B2, targets.is_cause_B), gold_B)
     elif output.connective_BA is not None and (soft is None or distillation.hard_weight > 0):
         cause = mean(connective_loss(output.connective_BA, targets.is_cause_B), gold_B)
-    return LossParts(emotion, span, soft, cause)
-
-
-def step_loss(parts: LossParts, distillation: Distillation) -> Tensor:
-    """The loss of a step (Eq. 13) under a config."""
-    return total_loss(
+    parts = LossParts(emotion, span, soft, cause)
+    loss = total_loss(
         parts,
         alpha=distillation.alpha,
         temperature=distillation.temperature,
-        cause_weight=1.0 if parts.distillation is None else distillation.hard_weight,
+        cause_weight=1.0 if soft is None else distillation.hard_weight,
     )
-
-
-def adamw(
-    model: StudentModel, optimization: Optimization, *, head_rate_factor: float = 1.0
-) -> torch.optim.AdamW:
-    """AdamW; biases, layer norms and priors are not decayed. Groups carry `rate_factor`: 1, or that of the heads."""
-    in_heads = {id(p) for head in model.heads.values() for p in head.parameters()}
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups.setdefault((id(parameter) in in_heads, parameter.ndim >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": optimization.weight_decay if is_decayed else 0.0,
-                "rate_factor": head_rate_factor if is_head else 1.0,
-            }
-            for (is_head, is_decayed), parameters in groups.items()
-        ],
-        lr=optimization.learning_rate,
-        fused=True,
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step, times each group's factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_factor"]
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout on a rank: a resume needs no random states, and no two ranks share a mask."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return loss, parts

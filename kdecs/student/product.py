@@ -12,7 +12,6 @@ Nothing here is unpickled. The validation predictions are those that the best ep
 earlier version of kdecs has none.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -38,11 +37,11 @@ from kdecs.student.model import (
     student_answer_ids,
 )
 from kdecs.student.priors import PRIOR_NAMES
+from kdecs.tracking.record import METRICS_NAME
 
 MODEL_FOLDER = "model"
 HEADS_NAME = "heads.safetensors"
 CARD_NAME = "student.json"
-METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "valid-predictions.jsonl"
 STUDENT_NAMES = (MODEL_FOLDER, HEADS_NAME, CARD_NAME)
 """What `save_student` writes."""
@@ -170,13 +169,6 @@ def finish_student(
 def _num_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def write_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    """Replace `metrics.jsonl` by the epochs so far."""
-    lines = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history)
-    with atomic_path(directory / METRICS_NAME) as temporary:
-        temporary.write_text(lines, encoding="utf-8")
 
 
 def _read_card(path: Path) -> StudentCard:

@@ -16,7 +16,6 @@ import contextlib
 import importlib
 import json
 import os
-import pickle
 import platform
 import shutil
 import socket
@@ -32,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json, write_text
+from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
@@ -372,6 +371,8 @@ def _run(attempt: _Attempt, report: OnEpoch) -> TrialStatus:
     with training_lock(run.store, digest, lambda: run.is_stopping) as held:
         if not held or run.is_stopping:
             return attempt.status
+        from kdecs.training.checkpoint import restore_metrics  # torch takes seconds to import
+
         restore_metrics(directory, digest)
         points = read_points(directory / METRICS_NAME)
         is_done = is_complete(directory, "student", digest)
@@ -393,28 +394,6 @@ def _run(attempt: _Attempt, report: OnEpoch) -> TrialStatus:
         if status.status == "complete":
             add_student(run.store, digest, directory)
         return status
-
-
-def restore_metrics(directory: Path, digest: str) -> None:
-    """Write the epochs that the checkpoint holds and a kill kept out of `metrics.jsonl`.
-
-    A checkpoint that cannot be read, or of another config, is left to the training, which says so.
-    """
-    import torch
-
-    from kdecs.training.checkpoint import CHECKPOINT_NAME
-
-    path = directory / CHECKPOINT_NAME
-    if not path.is_file():
-        return
-    try:  # mapped: the tensors are not read
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found, history = state["config_hash"], state["progress"]["history"]
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
-        return
-    if found == digest and len(history) > len(read_points(directory / METRICS_NAME)):
-        lines = "".join(json.dumps(point, allow_nan=False) + "\n" for point in history)
-        write_text(directory / METRICS_NAME, lines)
 
 
 def _take(attempt: _Attempt, digest: str) -> bool:

@@ -1,8 +1,331 @@
-"""The learning rate as a pure function of the step: a resume needs no scheduler state."""
+"""The one training loop: epochs of steps with exact resume, used by students, the MRC baseline and base models.
 
+A stage hands in a `Task` (how to compute the loss of a batch, how to validate, which files to save) and a `Plan` (what
+to train on and for how long). The loop owns the rest: the order of batches, learning rates, the optimizer step, ranks,
+stops, the best epoch, checkpoints and the lines of `metrics.jsonl`.
+
+Batches, learning rates and dropout are pure functions of the config's seed and the step. A resume therefore needs no
+random states and no scheduler, and a training that was stopped ends with the weights of one that was not.
+"""
+
+import hashlib
 import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
 
 from kdecs.config import Optimization
+from kdecs.errors import Stopped, TrainingError
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime, any_rank, gather_objects
+from kdecs.training.checkpoint import (
+    TrainState,
+    keep_best,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+    write_metrics,
+)
+
+Ints = npt.NDArray[np.integer[Any]]
+Floats = npt.NDArray[np.float32]
+Metrics = dict[str, float]
+
+_CHECK_STEPS = (
+    20  # between two looks at a flag on the device, or at the other ranks: each look waits for both
+)
+_LINE_EVERY_S = 60.0
+
+
+class Task(Protocol):
+    """What a stage adds to the loop."""
+
+    model: torch.nn.Module
+    """What is trained and checkpointed (without a wrapper for several ranks)."""
+    optimizer: torch.optim.Optimizer
+    """Its parameter groups may carry `rate_factor`, a multiple of the plan's learning rate."""
+    criterion: str
+    """The metric that the best epoch is chosen by (the higher, the better)."""
+    no_sums: Tensor
+    """Zeros of the shape of the sums that `loss` returns, float64."""
+
+    def loss(self, rows_B: Ints, weights_B: Floats, count: int) -> tuple[Tensor, Tensor]:
+        """Run this rank's share of a global batch of `count` rows forward.
+
+        Returns the loss to differentiate, and this rank's part of the sums over the epoch's rows. A row of weight 0
+        only pads the share.
+        """
+        ...
+
+    def validate(self, state: TrainState) -> Metrics:
+        """The metrics of the epoch that just ended, with `state.sums` summed over all ranks. Called on rank 0."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the product's files for the epoch that `validate` just saw. Called on rank 0."""
+        ...
+
+    def line(self, metrics: Metrics) -> str:
+        """What the terminal shows of an epoch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop trains on, how, and where it keeps its state."""
+
+    output: Path
+    config_hash: str
+    rows: Ints
+    """Indices of the rows to train on, into `num_tokens`."""
+    num_tokens: Ints
+    """Length of each row: batches hold rows of similar length."""
+    batch_size: int
+    """Rows per step, over all ranks."""
+    bucket_batches: int
+    optimization: Optimization
+    patience_epochs: int | None = None
+    unit: str = "pair"
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps per epoch."""
+        return math.ceil(len(self.rows) / self.batch_size)
+
+
+class EpochLoop:
+    """One training: its task, plan and state on this rank."""
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        runtime: Runtime,
+        stop: StopSignal,
+        on_epoch: Callable[[Metrics], None] | None = None,
+    ) -> None:
+        """Load the checkpoint if there is one. Raises ArtifactError if it is damaged or of another config."""
+        self.task, self.plan, self.runtime, self.stop, self.on_epoch = task, plan, runtime, stop, on_epoch
+        state = load_checkpoint(plan.output, plan.config_hash, task.model, task.optimizer, runtime.device)
+        self.state = state or TrainState(sums=task.no_sums)
+        # A checkpoint holds the sums of all ranks: rank 0 goes on from them, the others from zero.
+        self.state.sums = (self.state.sums if runtime.is_main else task.no_sums).to(runtime.device)
+        self.steps = GuardedSteps(task.model, task.optimizer, plan.optimization.max_grad_norm, runtime)
+
+    @property
+    def is_resumed(self) -> bool:
+        """True if the state comes from a checkpoint."""
+        return self.state.step > 0
+
+    def run(self, what: str) -> Metrics:
+        """Train the epochs that are left and return the metrics of the best one. Collective.
+
+        `what` describes the data in the first line on the terminal. Raises Stopped after a requested stop was saved,
+        TrainingError if a loss or gradient is not finite.
+        """
+        plan, state = self.plan, self.state
+        epochs = plan.optimization.epochs
+        if self.runtime.is_main:
+            keep_best(plan.output, state.best_epoch)
+            write_metrics(plan.output, state.history)  # a kill may have left the last line unwritten
+            resumed = f", resumed at step {state.step}" if self.is_resumed else ""
+            print(
+                f"{plan.output}: training on {what}, {plan.epoch_steps} steps an epoch, {epochs} epochs{resumed}",
+                flush=True,
+            )
+        while state.epoch < epochs and not self._is_patience_over():
+            self._train_epoch()
+            self._end_epoch()
+            if state.epoch < epochs and any_rank(self.stop.requested, self.runtime):
+                self._save_and_stop()
+        return state.history[state.best_epoch - 1]
+
+    def _is_patience_over(self) -> bool:
+        patience = self.plan.patience_epochs
+        return patience is not None and self.state.epoch - self.state.best_epoch >= patience
+
+    def _train_epoch(self) -> None:
+        plan, state, runtime = self.plan, self.state, self.runtime
+        batches = epoch_batches(
+            plan.num_tokens,
+            plan.rows,
+            batch_size=plan.batch_size,
+            bucket_batches=plan.bucket_batches,
+            seed=plan.optimization.seed,
+            epoch=state.epoch,
+        )
+        self.task.model.train()
+        began = last_line = time.monotonic()
+        name = f"epoch {state.epoch + 1}/{plan.optimization.epochs}"
+        with tqdm(
+            total=len(plan.rows),
+            initial=sum(len(rows) for rows in batches[: state.batch]),
+            desc=name,
+            unit=plan.unit,
+            disable=None if runtime.is_main else True,
+            leave=False,
+        ) as bar:
+            while state.batch < len(batches):
+                rows = batches[state.batch]
+                self.step(rows)
+                state.batch += 1
+                state.step += 1
+                bar.update(len(rows))
+                if state.batch % self.steps.check_every == 0:
+                    self._refuse_not_finite()
+                    if any_rank(self.stop.requested, runtime):
+                        state.seconds += time.monotonic() - began
+                        self._save_and_stop()
+                if bar.disable and runtime.is_main and time.monotonic() - last_line > _LINE_EVERY_S:
+                    # A log file has no bar: without a line per minute a slow epoch would look like a hang.
+                    last_line = time.monotonic()
+                    print(f"{name}: step {state.batch} of {len(batches)}", flush=True)
+        self._refuse_not_finite()
+        state.seconds += time.monotonic() - began
+
+    def step(self, rows: Ints) -> None:
+        """One optimizer step on a global batch: forward and backward of this rank's share."""
+        plan, runtime, state = self.plan, self.runtime, self.state
+        share, weights = rank_share(rows, runtime.rank, runtime.world_size)
+        torch.manual_seed(step_seed(plan.optimization.seed, state.step, runtime.rank))
+        total_steps = plan.epoch_steps * plan.optimization.epochs
+        loss, sums = self.task.loss(share, weights, len(rows))
+        self.steps.take(loss, learning_rate_at(state.step, total_steps, plan.optimization))
+        state.sums += sums
+
+    def _refuse_not_finite(self) -> None:
+        """Raise TrainingError on every rank once a loss or gradient was not finite; such a state is never saved."""
+        if not self.steps.all_finite():
+            raise TrainingError(
+                f"{self.plan.output}: a loss or gradient is not finite near step {self.state.step}; lower "
+                "optimization.learning_rate (the last epoch's checkpoint is sound)"
+            )
+
+    def _end_epoch(self) -> None:
+        """Validate on rank 0, keep the best model, write the checkpoint, then the epoch's line.
+
+        Each write can be the last one before a kill, so their order matters.
+        """
+        task, plan, state, runtime = self.task, self.plan, self.state, self.runtime
+        state.sums = _summed_over_ranks(state.sums, runtime)
+        metrics: Metrics = {}
+        if runtime.is_main:
+            metrics = task.validate(state)
+        metrics = gather_objects(metrics, runtime)[0]
+        if metrics[task.criterion] > state.best_macro_f1:
+            # The folder before the checkpoint that names it: a checkpoint never names files that are not there. Until
+            # the checkpoint is written the folder of the previous best epoch stays, too.
+            if runtime.is_main:
+                save_best(plan.output, state.epoch + 1, task.save)
+            state.best_epoch, state.best_macro_f1 = state.epoch + 1, metrics[task.criterion]
+        state.history.append(metrics)
+        state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
+        state.sums = torch.zeros_like(state.sums)
+        if not runtime.is_main:
+            return
+        # The checkpoint before the line: an epoch whose line a reader has seen is never trained and timed again, which
+        # would give one epoch two lines that differ.
+        save_checkpoint(plan.output, plan.config_hash, state, task.model, task.optimizer)
+        # Only now does no checkpoint name the older folders.
+        keep_best(plan.output, state.best_epoch)
+        write_metrics(plan.output, state.history)
+        tqdm.write(task.line(metrics), file=sys.stdout)
+        sys.stdout.flush()
+        if self.on_epoch:
+            self.on_epoch(metrics)
+
+    def _save_and_stop(self) -> None:
+        plan, state = self.plan, self.state
+        state.sums = _summed_over_ranks(state.sums, self.runtime)
+        if self.runtime.is_main:
+            save_checkpoint(plan.output, plan.config_hash, state, self.task.model, self.task.optimizer)
+        any_rank(False, self.runtime)  # a launcher ends all ranks once one has left: wait for the checkpoint
+        raise Stopped(
+            f"{plan.output}: stopped at step {state.step}, state saved; run the same command again to go on"
+        )
+
+
+class GuardedSteps:
+    """Optimizer steps that change nothing from the first loss or gradient on that is not finite.
+
+    Reading a flag from the device after every step would make the host wait for the device. Instead fused AdamW reads
+    the flag itself (`found_inf`, which torch has for loss scaling), and the host asks for it only now and then. An
+    optimizer that is not fused has no such flag and spoils its weights, but they are checked before they are saved.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        runtime: Runtime,
+    ) -> None:
+        self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
+        self.runtime = runtime
+        self.is_finite = torch.ones((), dtype=torch.bool, device=runtime.device)
+        self.check_every = _CHECK_STEPS if runtime.world_size > 1 or runtime.device.type == "cuda" else 1
+
+    def take(self, loss: Tensor, learning_rate: float) -> None:
+        """Differentiate the loss, clip the gradients and take one step at a learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("rate_factor", 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        with torch.no_grad():
+            self.is_finite &= torch.isfinite(norm) & torch.isfinite(loss)
+            if self.optimizer.defaults.get("fused"):
+                setattr(self.optimizer, "found_inf", (~self.is_finite).float())  # noqa: B010
+            self.optimizer.step()
+
+    def all_finite(self) -> bool:
+        """True if every loss and gradient so far was finite on every rank. Collective; waits for the device."""
+        return not any_rank(not bool(self.is_finite), self.runtime)
+
+
+def epoch_batches(
+    num_tokens_P: Ints, rows: Ints, *, batch_size: int, bucket_batches: int, seed: int, epoch: int
+) -> list[Ints]:
+    """Every row once, in batches of similar length: the same on any number of ranks.
+
+    The rows are shuffled and cut into buckets of `bucket_batches` batches; each bucket is sorted by length and cut
+    into batches, and the batches are shuffled.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    shuffled = generator.permutation(rows)
+    batches: list[Ints] = []
+    bucket_size = batch_size * bucket_batches
+    for start in range(0, len(shuffled), bucket_size):
+        bucket = shuffled[start : start + bucket_size]
+        bucket = bucket[np.argsort(num_tokens_P[bucket], kind="stable")]
+        batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
+    order = generator.permutation(len(batches))
+    return [batches[index] for index in order]
+
+
+def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, Floats]:
+    """This rank's rows of a global batch and their weights.
+
+    Every rank gets as many rows as the largest share, so that all ranks reach the collectives: shorter shares are
+    padded with rows of weight 0.
+    """
+    share = rows[rank::world_size]
+    missing = -(-len(rows) // world_size) - len(share)
+    weights = np.ones(len(share) + missing, dtype=np.float32)
+    if missing:
+        share = np.concatenate([share, rows[:missing]])
+        weights[-missing:] = 0
+    return share, weights
 
 
 def learning_rate_at(step: int, total_steps: int, optimization: Optimization) -> float:
@@ -11,3 +334,47 @@ def learning_rate_at(step: int, total_steps: int, optimization: Optimization) ->
     if step < warmup:
         return optimization.learning_rate * (step + 1) / warmup
     return optimization.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the dropout masks of one step on one rank; no two ranks share a mask."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def adamw(
+    model: torch.nn.Module,
+    optimization: Optimization,
+    *,
+    heads: Iterable[torch.nn.Module] = (),
+    head_rate_factor: float = 1.0,
+) -> torch.optim.AdamW:
+    """Fused AdamW. Vectors and scalars (biases, layer norms, priors) are not decayed.
+
+    The parameters of `heads` have a learning rate of their own, as a multiple (`rate_factor`) of the others'.
+    """
+    in_heads = {id(p) for head in heads for p in head.parameters()}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in in_heads, parameter.ndim >= 2), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": optimization.weight_decay if is_decayed else 0.0,
+                "rate_factor": head_rate_factor if is_head else 1.0,
+            }
+            for (is_head, is_decayed), parameters in groups.items()
+        ],
+        lr=optimization.learning_rate,
+        fused=True,
+    )
+
+
+def _summed_over_ranks(sums: Tensor, runtime: Runtime) -> Tensor:
+    if runtime.world_size == 1:
+        return sums
+    total = sums.clone()
+    dist.all_reduce(total)
+    return total

@@ -11,6 +11,7 @@ from support import made_once, save_tiny_encoder
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.mrc.config import MrcConfig
+from kdecs.mrc.training import train_mrc
 from kdecs.runtime import Runtime
 
 torch.set_num_threads(1)
@@ -35,18 +36,22 @@ def corpus_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
+@pytest.fixture(scope="session")
+def values(base: Path, corpus_files: dict[str, Path]) -> dict[str, object]:
+    """A baseline's config over the tiny base, without its output."""
+    return {
+        "corpus": {name: str(path) for name, path in corpus_files.items()},
+        "model": {"base": str(base), "max_tokens": 256},
+        "optimization": {"learning_rate": 3e-3, "epochs": 2},
+    }
+
+
 @pytest.fixture
-def make_config(tmp_path: Path, base: Path, corpus_files: dict[str, Path]) -> Callable[..., MrcConfig]:
-    """A baseline's config over the tiny base; keywords replace whole groups."""
+def make_config(tmp_path: Path, values: dict[str, object]) -> Callable[..., MrcConfig]:
+    """A config of that baseline; keywords replace whole groups."""
 
     def make(output: str = "mrc", **groups: object) -> MrcConfig:
-        values: dict[str, object] = {
-            "output": str(tmp_path / output),
-            "corpus": {name: str(path) for name, path in corpus_files.items()},
-            "model": {"base": str(base), "max_tokens": 256},
-            "optimization": {"learning_rate": 3e-3, "epochs": 2},
-        }
-        return parse_config(MrcConfig, {**values, **groups}, source="test")
+        return parse_config(MrcConfig, {**values, "output": str(tmp_path / output), **groups}, source="test")
 
     return make
 
@@ -55,3 +60,11 @@ def make_config(tmp_path: Path, base: Path, corpus_files: dict[str, Path]) -> Ca
 def runtime() -> Runtime:
     """One rank on the CPU."""
     return Runtime(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]) -> Path:
+    """The directory of a baseline trained once, for tests that only read it."""
+    output = tmp_path_factory.mktemp("mrc") / "trained"
+    config = parse_config(MrcConfig, {**values, "output": str(output)}, source="test")
+    return train_mrc(config, Runtime(0, 0, 1, torch.device("cpu")))

@@ -10,89 +10,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from support import Killed, StopAfter, assert_same_weights
+from support import StopAfter, assert_same_weights
 from transformers import AutoTokenizer
 
 from kdecs.artifact import read_manifest, verify_artifact
-from kdecs.config import load_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import NEUTRAL
 from kdecs.errors import ArtifactError, ConfigError, CorpusError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
-from kdecs.mrc import training
 from kdecs.mrc.commands import predict_mrc
-from kdecs.mrc.config import MrcConfig
 from kdecs.mrc.prediction import MrcBaseline
 from kdecs.mrc.questions import mrc_text, training_pairs
 from kdecs.mrc.training import train_mrc
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "launch/configs/mrc").glob("*.yaml"))
-
-
-@pytest.fixture
-def trained(make_config, runtime):
-    return train_mrc(make_config(), runtime)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_committed_config_parses(path):
-    assert load_config(MrcConfig, path).name == f"mrc-{path.stem}"
 
 
 def test_a_stopped_training_ends_with_the_same_weights(make_config, runtime, trained, capsys):
     config = make_config("resumed")
-    for looks in (2, 9):  # in the first epoch, then in the second
-        with pytest.raises(Stopped, match="run the same command again"):
-            train_mrc(config, runtime, stop=StopAfter(looks))
+    with pytest.raises(Stopped, match="run the same command again"):
+        train_mrc(config, runtime, stop=StopAfter(9))  # in the second epoch
     train_mrc(config, runtime)
     assert "resumed at step" in capsys.readouterr().out
     assert_same_weights(config.output, trained)
-    assert not (config.output / "checkpoint.pt").exists()
-    assert verify_artifact(config.output) == []
-
-
-def test_a_kill_before_a_checkpoint_leaves_the_best_model_that_the_checkpoint_names(
-    make_config, runtime, monkeypatch
-):
-    """Epoch 2 was the best until a kill; trained again, as on a GPU not bit for bit, it is not."""
-
-    def scores(*values: float) -> None:
-        left = iter(values)
-        found = dict.fromkeys(("positive_f1", "negative_f1", "exact_match", "utterance_positive_f1"), 0.0)
-        monkeypatch.setattr(
-            training._Trainer, "_validate", lambda self: ({**found, "macro_f1": next(left)}, 0.5)
-        )
-
-    def kill(directory, digest, progress, *rest) -> None:
-        if progress.epoch == 2:
-            raise Killed
-        checkpoint(directory, digest, progress, *rest)
-
-    saved, write, checkpoint = [], training.save_reader, training.save_checkpoint
-
-    def note(directory, reader, *rest) -> None:
-        saved.append({name: tensor.clone() for name, tensor in reader.state_dict().items()})
-        write(directory, reader, *rest)
-
-    config = make_config()
-    monkeypatch.setattr(training, "save_reader", note)
-    scores(1.0, 2.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", kill)
-        with pytest.raises(Killed):
-            train_mrc(config, runtime)
-    scores(0.5)
-    train_mrc(config, runtime)
-    assert len(saved) == 2 and read_manifest(config.output).details["valid"]["epoch"] == 1
-    found = load_file(config.output / "model" / "model.safetensors")
-    assert all(torch.equal(tensor, saved[0][name]) for name, tensor in found.items())
     names = {path.name for path in config.output.iterdir()}
     assert names == {"model", "mrc.json", "config.json", "metrics.jsonl", "manifest.json"}
+    assert verify_artifact(config.output) == []
 
 
 def test_predictions_of_validation_score_as_training_said(trained, corpus_files):
@@ -139,10 +84,11 @@ def test_the_command_writes_a_file_that_evaluate_reads(trained, tmp_path, capsys
 
 
 def test_complete_work_is_skipped_and_other_work_refused(trained, make_config, runtime, capsys):
-    train_mrc(make_config(), runtime)
+    config = make_config().model_copy(update={"output": trained})
+    train_mrc(config, runtime)
     assert "complete, skipped" in capsys.readouterr().out
     with pytest.raises(ArtifactError, match="holds a finished mrc directory of another config"):
-        train_mrc(make_config(optimization={"epochs": 1}), runtime)
+        train_mrc(make_config(optimization={"epochs": 1}).model_copy(update={"output": trained}), runtime)
     with pytest.raises(ConfigError, match="found 2 ranks"):
         train_mrc(make_config("two"), replace(runtime, world_size=2))
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -116,15 +117,23 @@ def runtime() -> Runtime:
     return Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A complete training: its config and what `on_epoch` was given."""
+
+    config: StudentConfig
+    epochs: list[dict[str, float]]
+
+
 @pytest.fixture(scope="session")
-def directory(
+def trained(
     tmp_path_factory: pytest.TempPathFactory,
     base: Path,
     corpus_files: dict[str, Path],
     labels: Path,
     node_cache: Path,
-) -> Path:
-    """A trained student's directory, for tests that only read it."""
+) -> Trained:
+    """A student trained once, for tests that only read it."""
     values = {
         "output": str(tmp_path_factory.mktemp("student") / "trained"),
         "cache": str(node_cache),
@@ -133,8 +142,15 @@ def directory(
         "distillation": {"mode": "kd", "labels": str(labels)},
         "optimization": {"learning_rate": 3e-3, "epochs": 3},
     }
-    runtime = Runtime(0, 0, 1, torch.device("cpu"))
-    return train_student(parse_config(StudentConfig, values, source="test"), runtime)
+    config, epochs = parse_config(StudentConfig, values, source="test"), []
+    train_student(config, Runtime(0, 0, 1, torch.device("cpu")), on_epoch=epochs.append)
+    return Trained(config, epochs)
+
+
+@pytest.fixture(scope="session")
+def directory(trained: Trained) -> Path:
+    """The directory of the trained student."""
+    return trained.config.output
 
 
 @pytest.fixture

@@ -1,37 +1,15 @@
-"""Batches: every row once, like lengths, the same for the same seed; shares of ranks; padding."""
+"""Batches of prompts: a budget of tokens, padding, transfers."""
 
 import numpy as np
 import pytest
 import torch
 
-from kdecs.student.batches import batches_of_tokens, epoch_batches, padded_batch, rank_share
+from kdecs.student.batches import batches_of_tokens, padded_batch
 from kdecs.student.model import on_device
 
 
 def lengths(num_rows: int = 500) -> np.ndarray:
     return np.random.default_rng(0).integers(20, 400, size=num_rows)
-
-
-def test_an_epoch_holds_every_row_once_in_batches_of_like_length():
-    rows = np.arange(3, 500)
-    num_tokens = lengths()
-    batches = epoch_batches(num_tokens, rows, batch_size=16, bucket_batches=10, seed=1, epoch=0)
-    assert sorted(np.concatenate(batches)) == rows.tolist()
-    assert sorted(map(len, batches))[1:] == [16] * (len(batches) - 1)
-    padded = sum(len(batch) * num_tokens[batch].max() for batch in batches)
-    assert padded < 1.25 * num_tokens[rows].sum()
-
-
-def test_batches_depend_on_seed_and_epoch_alone():
-    def batches(seed: int, epoch: int) -> list[list[int]]:
-        made = epoch_batches(
-            lengths(), np.arange(500), batch_size=16, bucket_batches=5, seed=seed, epoch=epoch
-        )
-        return [batch.tolist() for batch in made]
-
-    assert batches(0, 3) == batches(0, 3)
-    assert batches(0, 3) != batches(0, 4)
-    assert batches(0, 3) != batches(1, 3)
 
 
 def test_evaluation_batches_keep_their_token_budget():
@@ -41,17 +19,6 @@ def test_evaluation_batches_keep_their_token_budget():
     assert all(len(b) == 1 or len(b) * num_tokens[b].max() <= 2000 for b in batches)
     assert batches_of_tokens(num_tokens, np.arange(0), 2000) == []
     assert [len(b) for b in batches_of_tokens(num_tokens, np.arange(3), 8)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 16])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_shares_of_ranks_cover_the_batch_once_and_are_of_one_size(num_rows: int, world_size: int):
-    rows = np.arange(100, 100 + num_rows)
-    shares = [rank_share(rows, rank, world_size) for rank in range(world_size)]
-    counted = np.concatenate([share[weights > 0] for share, weights in shares])
-    assert sorted(counted) == rows.tolist()
-    assert len({len(share) for share, _ in shares}) == 1
-    assert all(len(share) == len(weights) for share, weights in shares)
 
 
 def test_padding():

@@ -13,10 +13,9 @@ from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.process import StopSignal
 from kdecs.soft_labels.labels import SoftLabels
-from kdecs.student.batches import epoch_batches
 from kdecs.student.model import PointerSpanHead
-from kdecs.student.training import StudentTrainer
-from kdecs.training.loop import learning_rate_at
+from kdecs.student.training import prepare
+from kdecs.training.loop import epoch_batches, learning_rate_at
 
 STEPS = 8
 
@@ -24,7 +23,7 @@ STEPS = 8
 class PlainLoop:
     """The student as one would write it: prompts tokenised per batch, the whole head, a loop over pairs."""
 
-    def __init__(self, config, trainer) -> None:
+    def __init__(self, config, task) -> None:
         torch.manual_seed(7)
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.base)
@@ -32,14 +31,14 @@ class PlainLoop:
             config.model.base, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ).train()
         self.head = PointerSpanHead(self.model.config.hidden_size)
-        self.head.load_state_dict(trainer.model.span_head.state_dict())
+        self.head.load_state_dict(task.model.span_head.state_dict())
         self.encoder = PairEncoder(self.tokenizer, config.model.max_prompt_tokens)
         self.pairs = [
             pair
             for dialogue in read_corpus(config.corpus.train).dialogues
             for pair in pairs_of(dialogue, "fold1+neutral")
         ]
-        self.emotions = trainer.data.emotions
+        self.emotions = task.data.emotions
         self.soft = SoftLabels.open(config.distillation.labels, config.cache)
         parameters = [*self.model.parameters(), *self.head.parameters()]
         self.parameters = parameters
@@ -94,25 +93,25 @@ def test_training_equals_the_plain_loop(make_config, runtime, plain_base):
         model={"base": str(plain_base), "span_head": "pointer", "max_prompt_tokens": 256},
         optimization={"learning_rate": 1e-3, "weight_decay": 0.01, "epochs": 2},
     )
-    trainer = StudentTrainer(config, config_hash(config), runtime, None, StopSignal())
-    plain = PlainLoop(config, trainer)
+    task, loop = prepare(config, config_hash(config), runtime, StopSignal())
+    plain = PlainLoop(config, task)
     batches = epoch_batches(
-        trainer.data.train.num_tokens,
-        trainer.data.rows,
+        task.data.train.num_tokens,
+        task.data.rows,
         batch_size=config.batches.global_batch_pairs,
         bucket_batches=config.batches.bucket_batches,
         seed=0,
         epoch=0,
     )
-    trainer.network.train()
-    total = trainer.epoch_steps * config.optimization.epochs
+    task.model.train()
+    total = loop.plan.epoch_steps * config.optimization.epochs
     for step, rows in enumerate((batches * 2)[:STEPS]):
-        before = trainer.progress.sums[0].item()
-        trainer.step(rows)
-        trainer.progress.step += 1
-        ours = (trainer.progress.sums[0].item() - before) / len(rows)
+        before = loop.state.sums[0].item()
+        loop.step(rows)
+        loop.state.step += 1
+        ours = (loop.state.sums[0].item() - before) / len(rows)
         theirs = plain.step(rows, learning_rate_at(step, total, config.optimization))
         assert ours == pytest.approx(theirs, abs=1e-5)
-    ours_by_name = dict(trainer.model.language_model.named_parameters())
+    ours_by_name = dict(task.model.language_model.named_parameters())
     for name, parameter in plain.model.named_parameters():
         torch.testing.assert_close(ours_by_name[name], parameter, atol=2e-4, rtol=1e-3)

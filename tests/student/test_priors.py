@@ -19,7 +19,7 @@ from kdecs.student.model import (
 )
 from kdecs.student.priors import NUM_DISTANCES, Priors, TrainingCounts, begin_at_counts, count_training
 from kdecs.student.product import load_student
-from kdecs.student.training import begin_at_training, prepare, train_student
+from kdecs.student.training import StudentTask, train_student
 
 COUNTS = TrainingCounts(
     emotions_E=np.array([8, 1, 1]),
@@ -101,8 +101,8 @@ def test_an_untrained_student_ranks_pairs_by_distance_as_training_does(make_conf
         distillation={"mode": "joint"},
     )
     runtime = Runtime(0, 0, 1, torch.device("cpu"))
-    prepared = prepare(config, runtime)
-    begin_at_training(prepared.model, prepared.data, runtime.device)
+    prepared = StudentTask(config, runtime)
+    prepared.begin_at_training_counts()
     rows = prepared.data.rows
     batch, targets = prepared.data.batch(rows, np.ones(len(rows), dtype=np.float32))
     with torch.no_grad():
@@ -128,7 +128,7 @@ OUTPUTS = [
 def test_a_mode_has_no_prior_that_it_does_not_use(make_config, base, outputs):
     """Ranks that train together wait for the gradient of every parameter."""
     config = make_config(model={"base": str(base), "span_head": "pointer"}, distillation={"mode": "joint"})
-    data = prepare(config, Runtime(0, 0, 1, torch.device("cpu"))).data
+    data = StudentTask(config, Runtime(0, 0, 1, torch.device("cpu"))).data
     answers = student_answer_ids(load_tokenizer(str(base)), data.emotions)
     model = StudentModel(
         load_language_model(base), answers, span_head="pointer", max_prompt_tokens=256, outputs=outputs
