@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from kdecs.sweep.driver import run_sweep
     from kdecs.sweep.report.page import write_report
-    from kdecs.sweep.selection import print_selection, select_student
+    from kdecs.sweep.selection.choose import print_selection, select_student
 
     stop = StopSignal()
     stop.install()

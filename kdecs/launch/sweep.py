@@ -42,9 +42,9 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(SweepConfig, arguments.space, arguments.overrides)
     if arguments.dry_run:
-        from kdecs.sweep.progress import print_plan
+        from kdecs.sweep.progress import print_dry_run
 
-        print_plan(config)
+        print_dry_run(config)
         return
     from kdecs.process import StopSignal
     from kdecs.sweep.driver import run_sweep

@@ -156,6 +156,11 @@ class SweepConfig(Config):
     report: Annotated[bool, Unhashed()] = Field(default=True, description="write the report at the end")
     tracking: Annotated[TrackingConfig, Unhashed()] = TrackingConfig()
 
+    @property
+    def student_store(self) -> Path:
+        """Where finished students are found by their hash."""
+        return self.store or self.output.parent / "students"
+
     @field_validator("space", mode="before")
     @classmethod
     def _dotted_keys(cls, space: Any) -> Any:

@@ -1,4 +1,9 @@
-"""What a sweep would do: its trials, which are complete or to be had, what the rest will take, what is missing."""
+"""What a sweep's user sees: progress while trials train, and the dry run with its estimate of hours.
+
+SweepProgress    a live table on a terminal, one line per trial that ended in a log
+print_dry_run    trials and their states, the estimated time for the rest, teachers whose labels are missing
+estimate_left    that time, from trials that were measured, else from arithmetic
+"""
 
 import json
 import math
@@ -18,26 +23,31 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kdecs.artifact import is_complete
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.splits import CorpusConfig, training_split
 from kdecs.errors import ConfigError, KdecsError
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial, missing_teachers
-from kdecs.sweep.status import TrialResult, trial_result
+from kdecs.sweep.status import TrialResult, is_trained, read_note, trial_result
 from kdecs.sweep.teachers import build_commands
-from kdecs.sweep.trial import find_student, read_status
+from kdecs.sweep.trial import find_student
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 _MOVING = ("running", "stopped")
 _ENDED = ("complete", "pruned", "failed")
 _BAR_WIDTH = 12
 _NUM_BEST = 5
+_CHARACTERS_PER_TOKEN = 4.0
+_GPU_TFLOPS = 40.0  # what a data-centre GPU sustains in such a training, not its peak
+_CORE_TFLOPS = 0.03
+# Of bases by name: a name on a hub says nothing of its size, and a dry run downloads nothing.
+_PARAMETERS = {"roberta-base": 0.125e9, "roberta-large": 0.355e9, "bert-base-uncased": 0.11e9}
+_USUAL_PARAMETERS = 0.125e9
 
 
 class SweepProgress:
-    """Shows trials that run, the best so far and the time left; use as a context manager."""
+    """Shows the trials that run, the best so far and the time left. Use it as a context manager."""
 
     def __init__(
         self, config: SweepConfig, num_trials: int, already_done: int, *, console: Console | None = None
@@ -74,7 +84,7 @@ class SweepProgress:
             self._live.update(self.table(results), refresh=True)
 
     def skip(self, results: list[TrialResult]) -> None:
-        """Count these as printed: they had ended before this start."""
+        """Do not print these: they had ended before this start. A failed trial is tried, and printed, again."""
         self._printed.update(result.id for result in results if result.status in ("complete", "pruned"))
         self._epochs_before = _epochs_done(results)
 
@@ -118,10 +128,10 @@ class SweepProgress:
         return ", ".join(parts)
 
     def seconds_left(self, results: list[TrialResult]) -> float | None:
-        """What the epochs that are left take at this start's rate; None before its first epoch, or at the end."""
+        """The time for the epochs that are left, at this start's rate. None before its first epoch, and at the end."""
         done = _epochs_done(results) - (self._epochs_before or 0)
         known = [result for result in results if result.status not in _ENDED]
-        unknown = max(0, self._num_trials - len(results))  # of a search's second stage
+        unknown = max(0, self._num_trials - len(results))  # trials of a search that are not chosen yet
         mean_epochs = sum(result.epochs for result in results) / max(1, len(results))
         left = sum(result.epochs - result.epoch for result in known) + unknown * mean_epochs
         if done <= 0 or left <= 0:
@@ -147,7 +157,7 @@ class SweepProgress:
 
 
 def _epochs_done(results: list[TrialResult]) -> int:
-    """Epochs that were trained here; a student from the store cost nothing."""
+    """Epochs that were trained in this sweep; a student from the store cost nothing."""
     return sum(result.epoch for result in results if not result.reused_from)
 
 
@@ -171,99 +181,23 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-_CHARACTERS_A_TOKEN = 4.0
-_GPU_TFLOPS = 40.0  # what a data-centre GPU keeps up in such a training, not its peak
-_CORE_TFLOPS = 0.03
-_PARAMETERS = {"roberta-base": 0.125e9, "roberta-large": 0.355e9, "bert-base-uncased": 0.11e9}
-_USUAL_PARAMETERS = 0.125e9
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Hours of one trial after another, and where the figure comes from."""
-
-    seconds: float
-    source: str
-
-
-def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[Trial]) -> Estimate:
-    """What the trials in `left` take, summed. `trials` are all of the sweep: complete ones are the measure."""
-    measured = [rate for trial in trials if (rate := _seconds_an_epoch(config, trial)) is not None]
-    if measured:
-        mean = sum(measured) / len(measured)
-        seconds = sum(mean * trial.config.optimization.epochs for trial in left)
-        return Estimate(seconds, f"measured: {len(measured)} trials, {mean:.1f} s an epoch")
-    tflops = config.effective_tflops or (
-        _GPU_TFLOPS * config.gpus_per_trial if config.gpus_per_trial else _CORE_TFLOPS * config.cpus_per_trial
-    )
-    seconds = sum(_operations(trial) for trial in left) / (tflops * 1e12)
-    return Estimate(seconds, f"arithmetic: {tflops:g} TFLOP/s a trial (set effective_tflops), all epochs")
-
-
-def _seconds_an_epoch(config: SweepConfig, trial: Trial) -> float | None:
-    store = config.store or config.output.parent / "students"
-    places = [trial.directory if is_complete(trial.directory, "student", trial.config_hash) else None]
-    places.append(find_student(store, trial.config_hash) if trial.config_hash else None)
-    for place in places:
-        status = read_status(place) if place else None
-        points = read_points(place / METRICS_NAME) if place else []
-        if status and status.seconds and points:
-            return status.seconds / len(points)
-    return None
-
-
-def _operations(trial: Trial) -> float:
-    config = trial.config
-    tokens = _training_tokens(config.corpus.model_dump_json(), config.model.max_prompt_tokens)
-    return 6 * _parameters(config.model.base) * tokens * config.optimization.epochs
-
-
-@cache
-def _training_tokens(corpus: str, longest: int) -> float:
-    """Tokens of an epoch, from the characters of every pair's prompt; 0 where the corpus cannot be read yet."""
-    try:
-        dialogues = training_split(CorpusConfig.model_validate_json(corpus))
-    except KdecsError:
-        return 0.0
-    total = 0.0
-    for dialogue in dialogues:
-        lengths = [len(utterance.text) for utterance in dialogue.utterances]
-        for pair in pairs_of(dialogue, "fold1+neutral"):
-            characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + 120
-            total += min(characters / _CHARACTERS_A_TOKEN, longest)
-    return total
-
-
-@cache
-def _parameters(base: str) -> float:
-    """Parameters of a base by its config or weights, or by name."""
-    folder = Path(base)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    if weights:
-        config = folder / "config.json"
-        dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.is_file() else None
-        return weights / (2 if dtype in ("bfloat16", "float16") else 4)
-    return _PARAMETERS.get(folder.name, _USUAL_PARAMETERS)
-
-
-def print_plan(config: SweepConfig) -> None:
-    """Print every trial with its state, then the hours left by estimate and the teachers that are missing."""
+def print_dry_run(config: SweepConfig) -> None:
+    """Print every trial with its state, the estimated hours for the rest, and the teachers whose labels are missing."""
+    missing = missing_teachers(config)
     search = Search(config, planned=True)
-    if not missing_teachers(config):
+    if not missing:
         search.refuse_other_search()
     table = Table("trial", "id", "state", "epochs", "macro F1", "time", title=f"sweep {config.name}")
-    known, left, reused = search.trials(), [], 0
+    known, left, num_stored = search.trials(), [], 0
     for trial, stage in known.values():
-        done = bool(trial.config_hash) and is_complete(trial.directory, "student", trial.config_hash)
-        result = trial_result(trial, complete=done, living=True, stage=stage)
+        result = trial_result(trial, is_live=True, stage=stage)  # a driver may run beside this
         state = result.status
         if not trial.config_hash:
             state = "no labels"
-        elif not done and config.reuse_students and _is_stored(config, trial):
-            state, reused = "in the store", reused + 1
-        elif not done and not (stage == "search" and state == "pruned"):
             left.append(trial)
-        if not trial.config_hash:
+        elif state != "complete" and config.reuse_students and _is_stored(config, trial):
+            state, num_stored = "in the store", num_stored + 1
+        elif state != "complete" and not (stage == "search" and state == "pruned"):
             left.append(trial)
         table.add_row(
             trial.label,
@@ -276,18 +210,26 @@ def print_plan(config: SweepConfig) -> None:
     console = Console(highlight=False)
     console.print(table)
     number = search.num_trials()
-    done_count = len(known) - len(left) - reused
-    line = f"{number} trials, {done_count} complete, {number - done_count - reused} to train"
-    console.print(line + (f", {reused} in the store" if reused else ""), soft_wrap=True)
+    num_done = len(known) - len(left) - num_stored
+    line = f"{number} trials, {num_done} complete, {number - num_done - num_stored} to train"
+    console.print(line + (f", {num_stored} in the store" if num_stored else ""), soft_wrap=True)
     if number > len(known):
         console.print(
             f"{number - len(known)} of them become known during the search ({config.search.method})",
             soft_wrap=True,
         )
-    example = search.example()
-    measure = [example] if example else [trial for trial, _ in known.values()]
-    _print_hours(console, config, measure, left, number - len(known))
-    _print_missing(console, config)
+    trials = [trial for trial, _ in known.values()] or [search.example]
+    _print_hours(console, config, trials, left, number - len(known))
+    for name in missing:
+        labels = config.teachers[name].labels
+        try:
+            commands = build_commands(config, name)
+        except ConfigError:
+            console.print(f"teacher {name}: no soft labels at {labels}; export them first", soft_wrap=True)
+            continue
+        console.print(f"teacher {name}: no soft labels at {labels}; --build runs", soft_wrap=True)
+        for _, arguments in commands:
+            console.print(f"  {shlex.join(arguments)}", soft_wrap=True, style="dim")
 
 
 def _print_hours(
@@ -298,34 +240,84 @@ def _print_hours(
     estimate = estimate_left(config, trials, left or trials)
     mean = estimate.seconds / max(1, len(left or trials))
     seconds = mean * (len(left) + num_unknown)
-    at_a_time = config.max_concurrent_trials or _at_a_time_here(config)
+    at_a_time = config.max_concurrent_trials
+    if at_a_time is None and not config.gpus_per_trial and not config.ray_address:
+        # Without GPUs and a cluster, this machine's cores decide.
+        at_a_time = max(1, math.floor(len(os.sched_getaffinity(0)) / config.cpus_per_trial))
     unit = "GPU" if config.gpus_per_trial else "CPU"
     hours = seconds / 3600 * (config.gpus_per_trial or config.cpus_per_trial)
     when = f"about {duration(seconds / at_a_time)} with {at_a_time} at a time, " if at_a_time else ""
     console.print(f"{when}{hours:.1f} {unit} hours ({estimate.source})", soft_wrap=True)
 
 
-def _at_a_time_here(config: SweepConfig) -> int | None:
-    """Trials at a time on this machine's cores; None where GPUs or a cluster decide."""
-    if config.gpus_per_trial or config.ray_address:
-        return None
-    return max(1, math.floor(len(os.sched_getaffinity(0)) / config.cpus_per_trial))
-
-
 def _is_stored(config: SweepConfig, trial: Trial) -> bool:
     if read_points(trial.directory / METRICS_NAME):  # it goes on with its own epochs
         return False
-    return find_student(config.store or config.output.parent / "students", trial.config_hash) is not None
+    return find_student(config.student_store, trial.config_hash) is not None
 
 
-def _print_missing(console: Console, config: SweepConfig) -> None:
-    for name in missing_teachers(config):
-        labels = config.teachers[name].labels
-        try:
-            commands = build_commands(config, name)
-        except ConfigError:
-            console.print(f"teacher {name}: no soft labels at {labels}; export them first", soft_wrap=True)
-            continue
-        console.print(f"teacher {name}: no soft labels at {labels}; --build runs", soft_wrap=True)
-        for _, arguments in commands:
-            console.print(f"  {shlex.join(arguments)}", soft_wrap=True, style="dim")
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds for one trial after another, and where the figure comes from."""
+
+    seconds: float
+    source: str
+
+
+def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[Trial]) -> Estimate:
+    """The time for the trials in `left`, summed. Complete ones among `trials`, all of the sweep, are the measure."""
+    measured = [rate for trial in trials if (rate := _seconds_per_epoch(config, trial)) is not None]
+    if measured:
+        mean = sum(measured) / len(measured)
+        seconds = sum(mean * trial.config.optimization.epochs for trial in left)
+        return Estimate(seconds, f"measured: {len(measured)} trials, {mean:.1f} s per epoch")
+    tflops = config.effective_tflops or (
+        _GPU_TFLOPS * config.gpus_per_trial if config.gpus_per_trial else _CORE_TFLOPS * config.cpus_per_trial
+    )
+    seconds = sum(_operations(trial) for trial in left) / (tflops * 1e12)
+    return Estimate(seconds, f"arithmetic: {tflops:g} TFLOP/s per trial (set effective_tflops), all epochs")
+
+
+def _seconds_per_epoch(config: SweepConfig, trial: Trial) -> float | None:
+    places = [trial.directory if is_trained(trial) else None]
+    places.append(find_student(config.student_store, trial.config_hash) if trial.config_hash else None)
+    for place in places:
+        note = read_note(place) if place else None
+        points = read_points(place / METRICS_NAME) if place else []
+        if note and note.seconds and points:
+            return note.seconds / len(points)
+    return None
+
+
+def _operations(trial: Trial) -> float:
+    config = trial.config
+    tokens = _training_tokens(config.corpus.model_dump_json(), config.model.max_prompt_tokens)
+    return 6 * _parameters(config.model.base) * tokens * config.optimization.epochs
+
+
+@cache
+def _training_tokens(corpus: str, longest: int) -> float:
+    """Tokens of an epoch, from the characters of every pair's prompt; 0 if the corpus cannot be read yet."""
+    try:
+        dialogues = training_split(CorpusConfig.model_validate_json(corpus))
+    except KdecsError:
+        return 0.0
+    total = 0.0
+    for dialogue in dialogues:
+        lengths = [len(utterance.text) for utterance in dialogue.utterances]
+        for pair in pairs_of(dialogue, "fold1+neutral"):
+            characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + 120
+            total += min(characters / _CHARACTERS_PER_TOKEN, longest)
+    return total
+
+
+@cache
+def _parameters(base: str) -> float:
+    """Parameters of a base by the size of its weights, or by its name."""
+    folder = Path(base)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    if weights:
+        config = folder / "config.json"
+        dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.is_file() else None
+        return weights / (2 if dtype in ("bfloat16", "float16") else 4)
+    return _PARAMETERS.get(folder.name, _USUAL_PARAMETERS)

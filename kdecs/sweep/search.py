@@ -3,76 +3,59 @@
     SWEEP/suggestions.jsonl   points that TPE asked for, in order: {"point": {dotted key: value}, "points_of": digest}
     SWEEP/search.json         {"survivors": [settings], "search_of": digest}, once the first stage is over
 
-The digests stand for the space (without the seeds, which may be extended), the student and the teachers, that of
+The digests stand for the space (without the seeds, which may be extended), the student and the teachers, and that of
 search.json for the search too: what was found for other settings is refused.
 
-Seeds are no competitors of one another: the first stage holds one seed, so that settings are compared, and the means of
-the second are over the same seeds for every survivor.
+Seeds do not compete with one another. The first stage trains one seed, so that settings are compared; the second trains
+the same seeds for every survivor, so that their means are comparable.
 """
 
 import hashlib
 import itertools
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kdecs.artifact import content_checksum, write_json, write_text
-from kdecs.errors import ArtifactError, ConfigError
+from kdecs.config import write_config
+from kdecs.errors import ArtifactError, ConfigError, DependencyError
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TpeSearch
-from kdecs.sweep.space import (
-    SEED_KEY,
-    Trial,
-    check_names,
-    enumerate_trials,
-    make_trial,
-    points,
-    seeds_of,
-    sweep_hash,
-    tried_teachers,
-    unique_trials,
-)
-from kdecs.sweep.status import TrialResult
+from kdecs.sweep.space import SEED_KEY, Point, Space, Trial, readable, sweep_hash
+from kdecs.sweep.status import TrialResult, best_point, read_note
+from kdecs.tracking.record import METRICS_NAME, read_points
 
 SUGGESTIONS_NAME = "suggestions.jsonl"
 SEARCH_NAME = "search.json"
 _MAX_CORNERS = 1000
+_MAX_REPEATS = 30  # points that TPE may repeat before the space counts as exhausted
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Trials that run together. `num_suggestions`: how many TPE asks for in all; 0 where the trials are known."""
+    """Trials that run together: all of a grid, the search's first seed, or the survivors' seeds.
+
+    `num_suggestions` says how many trials TPE asks for in all; it is 0 if the trials are known.
+    """
 
     name: str
     trials: list[Trial]
-    grace_epochs: int | None = None
-    reduction_factor: float = 3.0
     num_suggestions: int = 0
 
 
 class Search:
-    """The stages of a sweep and how far it is; its files are the truth."""
+    """The stages of a sweep and how far it is. Its files are the truth; its trials are made once."""
 
     def __init__(self, config: SweepConfig, *, planned: bool = False) -> None:
         self.config = config
-        self.planned = planned
-        self._grid: list[Trial] | None = None
-        self._made: dict[
-            str, list[Trial]
-        ] = {}  # a driver asks every second; hashing every config takes longer
-        if isinstance(config.search, GridSearch):
-            self._grid = enumerate_trials(config, planned=planned)
-        else:
-            seeds_of(config)
-            check_names(config, planned=planned)
-
-    @property
-    def survivors(self) -> list[dict[str, Any]] | None:
-        """The settings that get all seeds, None while the first stage is not over."""
-        if not (self.config.output / SEARCH_NAME).is_file():
-            return None
-        found: list[dict[str, Any]] = self._state()["survivors"]
-        return found
+        self.space = Space(config, planned=planned)
+        self._seeds = () if isinstance(config.search, GridSearch) else self.space.seeds()
+        # The driver asks every second, and hashing every trial's config takes longer than that.
+        self._made: dict[str, list[Trial]] = {}
+        self._grid = self.space.trials() if isinstance(config.search, GridSearch) else None
 
     def stage(self) -> Stage:
         """The stage that the sweep is in."""
@@ -80,23 +63,49 @@ class Search:
             return Stage("grid", self._grid)
         survivors = self.survivors
         if survivors is None:
-            return self._first()
-        seeds = seeds_of(self.config)
-        seeded = [{**point, SEED_KEY: seed} for point in map(point_of, survivors) for seed in seeds]
-        return Stage("seeds", self._trials_at(seeded))
+            return self._first_stage()
+        # A student without a teacher has the teacher None in its settings and none in its point.
+        points = [
+            {key: value for key, value in settings.items() if value is not None} for settings in survivors
+        ]
+        return Stage(
+            "seeds", self._trials_at([{**point, SEED_KEY: seed} for point in points for seed in self._seeds])
+        )
 
     def trials(self) -> dict[str, tuple[Trial, str]]:
         """Every trial known so far and the last stage that it belongs to, by id."""
         stage = self.stage()
         found = {}
         if stage.name == "seeds":
-            found = {trial.id: (trial, "search") for trial in self._first().trials}
+            found = {trial.id: (trial, "search") for trial in self._first_stage().trials}
         return {**found, **{trial.id: (trial, stage.name) for trial in stage.trials}}
 
-    def choose_survivors(self, results: list[TrialResult]) -> None:
-        """End the first stage: keep the best settings by their best epoch, whole trials before stopped ones.
+    def num_trials(self) -> int:
+        """How many trials the sweep will have, as far as is known: a search's stages may share some."""
+        stage = self.stage()
+        if isinstance(self.config.search, GridSearch) or stage.name == "seeds":
+            return len(self.trials())
+        further = len(self._seeds) - (self.search_seed in self._seeds)
+        first = stage.num_suggestions or len(stage.trials)
+        return first + min(self.config.search.survivors, first) * further
 
-        Raises ConfigError where no trial has a score.
+    @property
+    def search_seed(self) -> int:
+        """The seed of the first stage."""
+        assert not isinstance(self.config.search, GridSearch)
+        seed = self.config.search.search_seed
+        return seed if seed is not None else self._seeds[0]
+
+    @property
+    def survivors(self) -> list[dict[str, Any]] | None:
+        """The settings that get all seeds, None while the first stage is not over."""
+        state = self._state()
+        return None if state is None else list(state["survivors"])
+
+    def choose_survivors(self, results: list[TrialResult]) -> None:
+        """End the first stage: keep the best settings by their best epoch, complete trials before pruned ones.
+
+        Raises ConfigError if no trial has a score.
         """
         assert not isinstance(self.config.search, GridSearch)
         scored = [result for result in results if result.has_score]
@@ -104,30 +113,91 @@ class Search:
             raise ConfigError(f"{self.config.output}: no trial of the search has a score; see their logs")
         scored.sort(key=lambda result: (result.status != "complete", -result.score, result.label))
         kept = [result.settings for result in scored[: self.config.search.survivors]]
-        state = {"survivors": kept, "search_of": search_digest(self.config)}
-        write_json(self.config.output / SEARCH_NAME, state)
+        write_json(self.config.output / SEARCH_NAME, {"survivors": kept, "search_of": self.search_digest})
 
     def refuse_other_search(self) -> None:
-        """Raise ArtifactError where the directory holds suggestions or survivors of other settings.
+        """Raise ArtifactError if the directory holds suggestions or survivors of other settings.
 
         The labels of the teachers that the space needs must be there.
         """
         if self._grid is not None:
             return
         output = self.config.output
-        of = {line.get("points_of") for line in _suggestion_lines(output)}
-        if of - {points_digest(self.config)}:
-            raise _other_search(output / SUGGESTIONS_NAME, "points")
-        path = output / SEARCH_NAME
-        if path.is_file() and self._state().get("search_of") != search_digest(self.config):
-            raise _other_search(path, "survivors")
+        other = (
+            "of a search over other settings (space, constraints, student or search); choose another output, or remove "
+            "the file to search anew"
+        )
+        if {line.get("points_of") for line in _suggestion_lines(output)} - {self.points_digest}:
+            raise ArtifactError(f"{output / SUGGESTIONS_NAME}: holds points {other}")
+        state = self._state()
+        if state is not None and state.get("search_of") != self.search_digest:
+            raise ArtifactError(f"{output / SEARCH_NAME}: holds survivors {other}")
 
-    def example(self) -> Trial | None:
-        """A trial of the search before any is known; None where one is."""
-        return None if self._grid is not None or self.stage().trials else example_trial(self.config)
+    def digest(self) -> str:
+        """Hex sha256 of the sweep's work, known before anything is trained."""
+        if self._grid is not None:
+            return sweep_hash(self._grid)
+        seeds = {"seeds": list(self._seeds), "search": self.search_digest}
+        return hashlib.sha256(json.dumps(seeds, sort_keys=True).encode()).hexdigest()
 
-    def _state(self) -> dict[str, Any]:
+    @cached_property
+    def points_digest(self) -> str:
+        """Hex sha256 of what a point stands for: space without seeds, variants, constraints, student, teachers."""
+        teachers = self.config.teachers
+        space = self.config.model_dump(mode="json", include={"space", "constraints", "variants"})
+        space["space"].pop(SEED_KEY, None)
+        parts = {
+            **space,
+            "base": self.example.config_hash,
+            "labels": {name: content_checksum(teachers[name].labels) for name in self.space.teachers},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def search_digest(self) -> str:
+        """Hex sha256 of what survivors were chosen by: the points and the search."""
+        parts = {"points": self.points_digest, "search": self.config.search.model_dump(mode="json")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def example(self) -> Trial:
+        """A trial for what all trials of a search share, before any is known.
+
+        The first one at the ends of the space's ranges that no constraint refuses.
+        """
+        space = self.config.space
+        ends = {key: dimension.values for key, dimension in space.items() if key != SEED_KEY}
+        corners = (dict(zip(ends, values, strict=True)) for values in itertools.product(*ends.values()))
+        for corner in itertools.islice(corners, _MAX_CORNERS):
+            if trial := self.space.trial_at({**corner, SEED_KEY: self.search_seed}):
+                return trial
+        # What the constraints leave lies in the middle of the ranges: take the first corner, without constraints.
+        free = Space(self.config.model_copy(update={"constraints": ()}), planned=True)
+        first = {key: values[0] for key, values in ends.items()}
+        trial = free.trial_at({**first, SEED_KEY: self.search_seed})
+        assert trial is not None
+        return trial
+
+    def _first_stage(self) -> Stage:
+        config = self.config
+        if isinstance(config.search, TpeSearch):
+            suggested = read_suggestions(config.output)
+            return Stage("search", self._trials_at(suggested) if suggested else [], config.search.num_trials)
+        one_seed = {**config.space, SEED_KEY: Dimension(grid=(self.search_seed,))}
+        searched = Space(config.model_copy(update={"space": one_seed}), planned=True)
+        return Stage("search", self._trials_at(searched.points()))
+
+    def _trials_at(self, points: Sequence[Point]) -> list[Trial]:
+        key = json.dumps(points)
+        if key not in self._made:
+            self._made[key] = self.space.trials_at(points)
+        return self._made[key]
+
+    def _state(self) -> dict[str, Any] | None:
+        """What search.json holds, None before the first stage is over."""
         path = self.config.output / SEARCH_NAME
+        if not path.is_file():
+            return None
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             found["survivors"]
@@ -135,93 +205,133 @@ class Search:
             raise ArtifactError(f"{path}: not a search's state ({error}); remove the file") from None
         return found
 
-    def digest(self) -> str:
-        """Hex sha256 of the sweep's work, known before anything is trained."""
-        if self._grid is not None:
-            return sweep_hash(self._grid)
-        seeds = {"seeds": list(seeds_of(self.config)), "search": search_digest(self.config)}
-        return hashlib.sha256(json.dumps(seeds, sort_keys=True).encode()).hexdigest()
 
-    def num_trials(self) -> int:
-        """How many trials the sweep will have, as far as is known: a search's stages may share some."""
-        stage = self.stage()
-        if self._grid is not None or stage.name == "seeds":
-            return len(self.trials())
-        assert not isinstance(self.config.search, GridSearch)
-        seeds = seeds_of(self.config)
-        further = len(seeds) - (_search_seed(self.config) in seeds)
-        first = stage.num_suggestions or len(stage.trials)
-        return first + min(self.config.search.survivors, first) * further
+class TpeSuggester:
+    """Suggests trials of a search by Optuna's tree-structured Parzen estimator; maximises `metric` on validation.
 
-    def _first(self) -> Stage:
-        config = self.config
-        assert not isinstance(config.search, GridSearch)
-        if isinstance(config.search, TpeSearch):
-            suggested = read_suggestions(config.output)
-            trials = self._trials_at(suggested) if suggested else []
-            number = config.search.num_trials
-        else:
-            one_seed = {**config.space, SEED_KEY: Dimension(grid=(_search_seed(config),))}
-            searched = config.model_copy(update={"space": one_seed})
-            trials, number = self._trials_at(points(searched)), 0
-        return Stage("search", trials, config.search.grace_epochs, config.search.reduction_factor, number)
+    A suggested point is in `suggestions.jsonl` before it is trained, and what a trial reached is in its own files. So a
+    search that was killed goes on with what it knew, without any state of Optuna or Ray.
 
-    def _trials_at(self, found: list[dict[str, Any]]) -> list[Trial]:
-        key = json.dumps(found)
-        if key not in self._made:
-            self._made[key] = unique_trials(self.config, found, planned=self.planned)
-        return self._made[key]
+    Ray's OptunaSearch cannot stand in. Its `evaluated_rewards` need a value for every point, so a search that is
+    partly finished cannot be replayed; it reports a trial's last epoch, not its best; and it neither skips points that
+    repeat or break a constraint nor writes a point down before it is trained.
+    """
 
+    def __init__(self, search: Search, metric: str) -> None:
+        config = search.config
+        assert isinstance(config.search, TpeSearch)
+        self._optuna = _import_optuna()
+        self._search, self._metric = search, metric
+        self._num_trials = config.search.num_trials
+        sampler = self._optuna.samplers.TPESampler(
+            seed=config.search.sample_seed, n_startup_trials=config.search.startup_trials
+        )
+        self._study = self._optuna.create_study(direction="maximize", sampler=sampler)
+        self._dimensions = {key: dimension for key, dimension in config.space.items() if key != SEED_KEY}
+        self._distributions = {
+            key: _distribution(self._optuna, dimension) for key, dimension in self._dimensions.items()
+        }
+        self._asked: dict[str, tuple[Any, Trial]] = {}
+        self._known: set[str] = set()
+        self._unfinished: list[Trial] = []
+        self._points = read_suggestions(config.output)
+        for point in self._points:
+            self._replay(point)
 
-def point_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The point of the space that settings stand for (a student without a teacher has none in its point)."""
-    return {key: value for key, value in settings.items() if value is not None}
+    def suggest(self, key: str) -> Trial | None:
+        """The next trial: one that an earlier start left unfinished, or a new point. None at the end of the search.
 
-
-def search_point(config: SweepConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """A point of the first stage: the values that were suggested, with its one seed."""
-    return {**values, SEED_KEY: _search_seed(config)}
-
-
-def points_digest(config: SweepConfig) -> str:
-    """Hex sha256 of what a suggested point stands for: space (no seeds), variants, constraints, student, teachers."""
-    space = config.model_dump(mode="json", include={"space", "constraints", "variants"})
-    space["space"].pop(SEED_KEY, None)
-    parts = {
-        **space,
-        "base": example_trial(config).config_hash,
-        "labels": {name: content_checksum(config.teachers[name].labels) for name in tried_teachers(config)},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def search_digest(config: SweepConfig) -> str:
-    """Hex sha256 of what survivors were chosen by: the points and the search."""
-    parts = {"points": points_digest(config), "search": config.search.model_dump(mode="json")}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def example_trial(config: SweepConfig) -> Trial:
-    """The first trial at the ends of the space's ranges that no constraint refuses, for what all trials share."""
-    ends = {key: dimension.values for key, dimension in config.space.items() if key != SEED_KEY}
-    corners = (dict(zip(ends, values, strict=True)) for values in itertools.product(*ends.values()))
-    for corner in itertools.islice(corners, _MAX_CORNERS):
-        if trial := make_trial(config, search_point(config, corner)):
+        The result is reported under the same `key` later.
+        """
+        if self._unfinished:
+            unfinished = self._unfinished.pop(0)
+            self._asked[key] = (self._study.ask(self._distributions), unfinished)
+            return unfinished
+        if len(self._known) >= self._num_trials:
+            return None
+        for _ in range(_MAX_REPEATS):
+            asked = self._study.ask(self._distributions)
+            point = {name: self._value(name, value) for name, value in asked.params.items()}
+            point[SEED_KEY] = self._search.search_seed
+            trial = self._search.space.trial_at(point)
+            if trial is None or trial.id in self._known:
+                self._tell(asked, trial)
+                continue
+            trial.directory.mkdir(parents=True, exist_ok=True)
+            write_config(trial.config, trial.directory)
+            self._points.append(point)
+            write_suggestions(self._search.config.output, self._points, self._search.points_digest)
+            self._known.add(trial.id)
+            self._asked[key] = (asked, trial)
             return trial
-    free = config.model_copy(update={"constraints": ()})  # what they leave lies amid the ranges
-    trial = make_trial(free, search_point(config, {key: values[0] for key, values in ends.items()}))
-    assert trial is not None
-    return trial
+        return None
+
+    def complete(self, key: str) -> None:
+        """Tell Optuna what the files of the trial that was suggested for `key` say it has reached."""
+        self._tell(*self._asked.pop(key))
+
+    def _replay(self, point: Point) -> None:
+        """Give Optuna a point of an earlier start: with its value, or as the next one if it has none yet."""
+        trial = self._search.space.trial_at(point)
+        if trial is None or trial.id in self._known:
+            return
+        self._known.add(trial.id)
+        params = {
+            key: dimension.values.index(point[key]) if dimension.kind in ("grid", "choice") else point[key]
+            for key, dimension in self._dimensions.items()
+        }
+        note = read_note(trial.directory)
+        best = best_point(read_points(trial.directory / METRICS_NAME), self._metric)
+        if note and note.status in ("complete", "pruned", "failed") and best:
+            self._study.add_trial(
+                self._optuna.trial.create_trial(
+                    params=params, distributions=self._distributions, value=best[self._metric]
+                )
+            )
+        elif not note or note.status != "failed":
+            self._study.enqueue_trial(params)
+            self._unfinished.append(trial)
+
+    def _value(self, key: str, suggested: Any) -> Any:
+        dimension = self._dimensions[key]
+        return dimension.values[suggested] if dimension.kind in ("grid", "choice") else readable(suggested)
+
+    def _tell(self, asked: Any, trial: Trial | None) -> None:
+        """The value of a trial's best epoch so far; a point without one counts as failed."""
+        best = best_point(read_points(trial.directory / METRICS_NAME), self._metric) if trial else None
+        if best:
+            self._study.tell(asked, best[self._metric])
+        else:
+            self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
 
 
-def read_suggestions(sweep: Path) -> list[dict[str, Any]]:
+def _distribution(optuna: Any, dimension: Dimension) -> Any:
+    if dimension.kind in ("grid", "choice"):  # by index: values may be lists, which Optuna does not take
+        return optuna.distributions.CategoricalDistribution(range(len(dimension.values)))
+    low, high = dimension.values
+    return optuna.distributions.FloatDistribution(low, high, log=dimension.kind == "loguniform")
+
+
+def _import_optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise DependencyError(
+            f"Optuna is not installed ({error}), which search.method tpe needs; "
+            "install it with: pip install 'kdecs[search]'"
+        ) from None
+    optuna.logging.set_verbosity(logging.WARNING)
+    return optuna
+
+
+def read_suggestions(sweep: Path) -> list[Point]:
     """The points suggested so far, in order."""
     return [line["point"] for line in _suggestion_lines(sweep)]
 
 
-def write_suggestions(sweep: Path, found: list[dict[str, Any]], digest: str) -> None:
+def write_suggestions(sweep: Path, points: list[Point], digest: str) -> None:
     """Replace the suggestions, which stand for the work of `digest`."""
-    lines = [json.dumps({"point": point, "points_of": digest}) + "\n" for point in found]
+    lines = [json.dumps({"point": point, "points_of": digest}) + "\n" for point in points]
     write_text(sweep / SUGGESTIONS_NAME, "".join(lines))
 
 
@@ -235,15 +345,3 @@ def _suggestion_lines(sweep: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a search's suggestions ({error}); remove the file") from None
     return lines
-
-
-def _other_search(path: Path, what: str) -> ArtifactError:
-    return ArtifactError(
-        f"{path}: holds {what} of a search over other settings (space, constraints, student or search); choose another "
-        "output, or remove the file to search anew"
-    )
-
-
-def _search_seed(config: SweepConfig) -> int:
-    assert not isinstance(config.search, GridSearch)
-    return config.search.search_seed if config.search.search_seed is not None else seeds_of(config)[0]

@@ -1,7 +1,9 @@
 """From a search space to its trials: one student config each, named by its hash and by what people read.
 
-A trial's id is the first 12 hex digits of its student's config hash, so the same settings are the same
-trial in every sweep, on every machine, and are trained once.
+A trial's id is the first 12 hex digits of its student's config hash, so the same settings are the same trial in every
+sweep, on every machine, and are trained once.
+
+The driver makes a Space once and hands its trials on; the end of the module holds the constraints' little language.
 """
 
 import ast
@@ -26,6 +28,303 @@ from kdecs.errors import ConfigError
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TwoStageSearch
 
+TEACHER_KEY = "teacher"
+VARIANT_KEY = "variant"
+SEED_KEY = "optimization.seed"
+ALPHA_KEY = "distillation.alpha"
+TEMPERATURE_KEY = "distillation.temperature"
+SHARE_KEY = "distillation.hard_share"
+MODE_KEY = "distillation.mode"
+_LABELS_KEY, _TEACHERS_KEY = "distillation.labels", "distillation.teachers"
+_TRIAL_ID_DIGITS = 12
+_DIGITS = 4  # of drawn numbers: enough to search, short enough to read
+
+Point = dict[str, Any]
+"""A value for each key of the space: dotted keys of the student's config, and the words teacher and variant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One student of a sweep. `settings` are its values in the space without the seed: they are what is compared.
+
+    `config_hash` is empty if labels are missing, so that nothing can be trained yet.
+    """
+
+    id: str
+    label: str
+    config: StudentConfig
+    config_hash: str
+    teacher: str | None
+    settings: dict[str, Any]
+    seed: int
+
+    @property
+    def setting_label(self) -> str:
+        """The label without the seed."""
+        return self.label.rpartition(" s")[0]
+
+    @property
+    def directory(self) -> Path:
+        """Where the trial writes its student, log, metrics and notes."""
+        return self.config.output
+
+
+class Space:
+    """The trials of a sweep's config. `planned`: labels may be missing; their trials have no hash yet.
+
+    Raises ConfigError for an unknown teacher or variant, ArtifactError for unfinished labels unless `planned`.
+    """
+
+    def __init__(self, config: SweepConfig, *, planned: bool = False) -> None:
+        self.config = config
+        self.teachers = _tried_teachers(config)
+        for key, known in ((TEACHER_KEY, config.teachers), (VARIANT_KEY, config.variants)):
+            for name in config.space[key].values if key in config.space else ():
+                if not all(part in known for part in _members(name, known)):
+                    names = ", ".join(known) or "none"
+                    raise ConfigError(f"space.{key}: found {name!r}, expected a key of {key}s ({names})")
+        if TEACHER_KEY not in config.space and len(config.teachers) > 1:
+            names = ", ".join(config.teachers)
+            raise ConfigError(
+                f"teachers: {len(config.teachers)} given ({names}) but space has no key teacher; "
+                "add teacher: {grid: [...]} or keep one"
+            )
+        missing = missing_teachers(config) if planned else []
+        for name in self.teachers:
+            if name not in missing:
+                read_manifest(config.teachers[name].labels, "soft-labels")
+
+    def trials(self) -> list[Trial]:
+        """Every trial of the grids and draws, in the grid's order, equal settings once."""
+        return self.trials_at(self.points())
+
+    def points(self) -> list[Point]:
+        """The grids' product for each draw of the other keys; seeds share a draw, so that they can be compared."""
+        space = self.config.space
+        grids = {key: dimension.values for key, dimension in space.items() if not dimension.is_drawn}
+        found = []
+        for draw in self._draws():
+            for values in itertools.product(*grids.values()):
+                point = {**draw, **dict(zip(grids, values, strict=True))}
+                found.append({key: point[key] for key in space})
+        return found
+
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that a setting is trained with. Raises ConfigError if they are drawn."""
+        dimension = self.config.space.get(SEED_KEY)
+        if dimension is None:
+            return (int(self.config.student.get("optimization", {}).get("seed", 0)),)
+        if dimension.is_drawn:
+            raise ConfigError(f"space.{SEED_KEY}: found {dimension.kind}, expected a grid of seeds")
+        return dimension.values
+
+    def trials_at(self, points: Sequence[Point]) -> list[Trial]:
+        """The trials at these points, equal settings once, without those that a constraint refuses.
+
+        Where two settings would have the same label, digits of their hash are added. Raises ConfigError for a value out
+        of range, an unknown key, or constraints that leave nothing.
+        """
+        trials: dict[str, Trial] = {}
+        for point in points:
+            if trial := self.trial_at(point):
+                trials.setdefault(trial.id, trial)
+        if not trials:
+            raise ConfigError("constraints: they leave no trial of the space")
+        settings_of: dict[str, set[str]] = {}
+        for trial in trials.values():
+            settings_of.setdefault(trial.setting_label, set()).add(settings_key(trial.settings))
+        found = []
+        for trial in trials.values():
+            if len(settings_of[trial.setting_label]) > 1:
+                digits = hashlib.sha256(settings_key(trial.settings).encode()).hexdigest()[:4]
+                label = f"{trial.setting_label} #{digits} s{trial.seed}"
+                config = trial.config.model_copy(update={"name": _ascii_name(label)})
+                trial = replace(trial, label=label, config=config)
+            found.append(trial)
+        return found
+
+    def trial_at(self, point: Point) -> Trial | None:
+        """The trial at a point, None if a constraint refuses it.
+
+        What a variant sets is not varied for it. A student that is not distilled has neither teacher nor temperature.
+        """
+        config = self.config
+        values = copy.deepcopy(config.student)
+        variant = config.variants.get(str(point.get(VARIANT_KEY)), {})
+        settings = {key: value for key, value in point.items() if key not in variant}
+        for key, value in {**settings, **variant}.items():
+            if key not in (TEACHER_KEY, VARIANT_KEY):
+                set_dotted(values, key, value)
+        distillation = values.setdefault("distillation", {})
+        is_distilled = not isinstance(distillation, dict) or distillation.get("mode", "kd") == "kd"
+        teacher = None
+        if not is_distilled:
+            settings.pop(TEMPERATURE_KEY, None)
+            settings.pop(TEACHER_KEY, None)
+            distillation.pop("temperature", None)
+        elif config.teachers:
+            teacher = str(settings.get(TEACHER_KEY, next(iter(config.teachers))))
+            labels = [str(config.teachers[name].labels) for name in _members(teacher, config.teachers)]
+            if len(labels) == 1:
+                set_dotted(values, _LABELS_KEY, labels[0])
+            else:
+                set_dotted(values, _TEACHERS_KEY, [{"labels": path} for path in labels])
+        values.setdefault("cache", str(config.output / "cache"))
+        values.setdefault("threads", max(1, math.floor(config.cpus_per_trial)))
+        # The directory is named by the config's hash, which does not depend on it.
+        values["output"] = str(trials_directory(config.output) / "unnamed")
+        words = {TEACHER_KEY: teacher, VARIANT_KEY: settings.get(VARIANT_KEY)}
+        try:
+            student = parse_config(StudentConfig, values, source=f"student of sweep {config.name}")
+        except ConfigError:
+            # What a constraint keeps out need not be a valid config.
+            if self._is_refused({**values, **words}):
+                return None
+            raise
+        resolved = student.model_dump(mode="json")
+        if student.distillation.mode != "kd":
+            resolved["distillation"]["temperature"] = None
+        if not all(holds(text, {**resolved, **words}) for text in config.constraints):
+            return None
+        settings.pop(TEACHER_KEY, None)
+        settings.pop(SEED_KEY, None)
+        return self._named_trial(student, teacher, {TEACHER_KEY: teacher, **settings})
+
+    def _is_refused(self, values: Mapping[str, Any]) -> bool:
+        """Whether a constraint refuses plain values; one that they do not fit refuses nothing."""
+        for text in self.config.constraints:
+            with contextlib.suppress(ConfigError):
+                if not holds(text, values):
+                    return True
+        return False
+
+    def _named_trial(self, student: StudentConfig, teacher: str | None, settings: dict[str, Any]) -> Trial:
+        label = _label(student, teacher, settings)
+        if any(not (item.labels / MANIFEST_NAME).is_file() for item in student.distillation.used_teachers):
+            named = f"{label} {settings_key(settings)}"
+            digest, identity = "", "planned-" + hashlib.sha256(named.encode()).hexdigest()[:_TRIAL_ID_DIGITS]
+        else:
+            digest = config_hash(student)
+            identity = digest[:_TRIAL_ID_DIGITS]
+        update = {"output": trials_directory(self.config.output) / identity, "name": _ascii_name(label)}
+        return Trial(
+            id=identity,
+            label=label,
+            config=student.model_copy(update=update),
+            config_hash=digest,
+            teacher=teacher,
+            settings=settings,
+            seed=student.optimization.seed,
+        )
+
+    def _draws(self) -> Iterator[Point]:
+        drawn = {key: dimension for key, dimension in self.config.space.items() if dimension.is_drawn}
+        search = self.config.search
+        if not drawn or not isinstance(search, GridSearch | TwoStageSearch):
+            yield {}
+            return
+        generator = np.random.default_rng(search.sample_seed)
+        for _ in range(search.num_samples):
+            yield {key: drawn_value(dimension, generator) for key, dimension in drawn.items()}
+
+
+def enumerate_trials(config: SweepConfig, *, planned: bool = False) -> list[Trial]:
+    """Every trial of a sweep's grids and draws (Space.trials)."""
+    return Space(config, planned=planned).trials()
+
+
+def trials_directory(sweep: Path) -> Path:
+    """The folder of a sweep that holds one directory per trial."""
+    return sweep / "trials"
+
+
+def missing_teachers(config: SweepConfig) -> list[str]:
+    """Names of the teachers that the space needs and whose labels are not finished."""
+    return [
+        name
+        for name in _tried_teachers(config)
+        if not (config.teachers[name].labels / MANIFEST_NAME).is_file()
+    ]
+
+
+def _tried_teachers(config: SweepConfig) -> tuple[str, ...]:
+    """Names of the teachers that the space needs, once each; others that the config knows are not looked at."""
+    tried = config.space[TEACHER_KEY].values if TEACHER_KEY in config.space else tuple(config.teachers)
+    members = [part for name in tried for part in _members(name, config.teachers)]
+    return tuple(dict.fromkeys(name for name in members if name in config.teachers))
+
+
+def _members(name: Any, known: Container[str]) -> list[str]:
+    """The teachers of a value such as `llama-7b+t5-large`, whose distributions a student mixes."""
+    return [name] if name in known else str(name).split("+")
+
+
+def drawn_value(dimension: Dimension, generator: np.random.Generator) -> Any:
+    """One draw of a dimension; a number of a range keeps four digits."""
+    if dimension.kind in ("grid", "choice"):
+        return dimension.values[int(generator.integers(len(dimension.values)))]
+    low, high = dimension.values
+    if dimension.kind == "loguniform":
+        return readable(math.exp(generator.uniform(math.log(low), math.log(high))))
+    return readable(generator.uniform(low, high))
+
+
+def readable(value: float) -> float:
+    """A number with as many digits as are worth reading."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def sweep_hash(trials: list[Trial]) -> str:
+    """Hex sha256 that stands for a sweep's work: the set of its trials' config hashes."""
+    return hashlib.sha256("\n".join(sorted(trial.config_hash for trial in trials)).encode()).hexdigest()
+
+
+def with_absolute_paths(config: SweepConfig, trials: list[Trial]) -> SweepConfig:
+    """The config with the student's paths as its trials resolved them, so that it can be read from any directory."""
+    resolved = trials[0].config.model_dump(mode="json")
+    return config.model_copy(update={"student": _resolved(config.student, resolved)})
+
+
+def _resolved(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        other = by.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found[key] = _resolved(value, other)
+        else:
+            is_path = isinstance(value, str) and isinstance(other, str) and Path(other).is_absolute()
+            found[key] = other if is_path else value
+    return found
+
+
+def settings_key(settings: dict[str, Any]) -> str:
+    """A text that is equal for equal settings, whatever the order of their keys."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]) -> str:
+    """Such as `llama-7b α0.6 τ2 s3`; a joint student has neither teacher nor τ."""
+    distillation = student.distillation
+    parts = [str(settings[VARIANT_KEY])] if VARIANT_KEY in settings else []
+    if teacher:
+        parts.append(teacher)
+    elif not parts or MODE_KEY in settings:
+        parts.append(distillation.mode)
+    parts.append(f"α{distillation.alpha:g}")
+    if distillation.mode == "kd":
+        parts.append(f"τ{distillation.temperature:g}")
+    for key, value in settings.items():
+        if key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{key.rpartition('.')[2]}={shown}")
+    return " ".join([*parts, f"s{student.optimization.seed}"])
+
+
+def _ascii_name(label: str) -> str:
+    text = label.replace("α", "a").replace("τ", "t").replace(" ", "-")
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("-._")
+
+
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -45,9 +344,11 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def holds(constraint: str, values: Mapping[str, Any]) -> bool:
-    """Whether a constraint holds for the nested config `values` with `teacher` and `variant` beside its keys.
+    """Whether a constraint holds for the nested config `values`, which have `teacher` and `variant` beside its keys.
 
-    Raises ConfigError for an expression that does not parse, or that the values do not fit.
+    A constraint is a Python expression of dotted keys, values, arithmetic and comparisons. It is walked here, not
+    evaluated: a config must not run code, and the error can name the key that is missing.
+    Raises ConfigError for an expression that does not parse or that the values do not fit.
     """
     try:
         parsed = ast.parse(constraint.strip(), mode="eval").body
@@ -114,308 +415,3 @@ def _lookup(key: str, values: Mapping[str, Any]) -> Any:
             return None
         found = found[part]
     return found
-
-
-TEACHER_KEY = "teacher"
-VARIANT_KEY = "variant"
-SEED_KEY = "optimization.seed"
-ALPHA_KEY = "distillation.alpha"
-TEMPERATURE_KEY = "distillation.temperature"
-SHARE_KEY = "distillation.hard_share"
-MODE_KEY = "distillation.mode"
-_LABELS_KEY, _TEACHERS_KEY = "distillation.labels", "distillation.teachers"
-_TRIAL_ID_DIGITS = 12
-_DIGITS = 4  # of drawn numbers: enough to search, short enough to read
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One student of a sweep. `settings` are its values in the space without the seed: what is compared.
-
-    `config_hash` is empty where labels are missing, so that nothing can be trained yet.
-    """
-
-    id: str
-    label: str
-    config: StudentConfig
-    config_hash: str
-    teacher: str | None
-    settings: dict[str, Any]
-    seed: int
-
-    @property
-    def setting_label(self) -> str:
-        """The label without the seed."""
-        return self.label.rpartition(" s")[0]
-
-    @property
-    def directory(self) -> Path:
-        """Where the trial writes: its student, log, metrics and status."""
-        return self.config.output
-
-
-def trials_directory(sweep: Path) -> Path:
-    """The folder of a sweep that holds one directory a trial."""
-    return sweep / "trials"
-
-
-def enumerate_trials(config: SweepConfig, *, planned: bool = False) -> list[Trial]:
-    """Every trial of a sweep's grids and draws, in the grid's order, equal settings once.
-
-    `planned`: teachers may be missing; their trials have no hash yet.
-    Raises ConfigError (unknown teacher, variant or key, value out of range, no trial is left) and ArtifactError
-    (labels unfinished).
-    """
-    return unique_trials(config, points(config), planned=planned)
-
-
-def unique_trials(
-    config: SweepConfig, found: Sequence[dict[str, Any]], *, planned: bool = False
-) -> list[Trial]:
-    """The trials of points of the space, equal settings once, without those that a constraint refuses."""
-    check_names(config, planned=planned)
-    trials: dict[str, Trial] = {}
-    for point in found:
-        trial = make_trial(config, point)
-        if trial is not None:
-            trials.setdefault(trial.id, trial)
-    if not trials:
-        raise ConfigError("constraints: they leave no trial of the space")
-    return _told_apart(list(trials.values()))
-
-
-def _told_apart(trials: list[Trial]) -> list[Trial]:
-    """The trials under labels of their own: where settings would be called the same, digits of them are added."""
-    called: dict[str, set[str]] = {}
-    for trial in trials:
-        called.setdefault(trial.setting_label, set()).add(settings_key(trial.settings))
-    found = []
-    for trial in trials:
-        if len(called[trial.setting_label]) > 1:
-            digits = hashlib.sha256(settings_key(trial.settings).encode()).hexdigest()[:4]
-            label = f"{trial.setting_label} #{digits} s{trial.seed}"
-            config = trial.config.model_copy(update={"name": _ascii_name(label)})
-            trial = replace(trial, label=label, config=config)
-        found.append(trial)
-    return found
-
-
-def points(config: SweepConfig) -> list[dict[str, Any]]:
-    """The grids' product for each draw of the other keys; seeds share a draw, so that they can be compared."""
-    grids = {key: dimension.values for key, dimension in config.space.items() if not dimension.is_drawn}
-    found = []
-    for draw in _draws(config):
-        for values in itertools.product(*grids.values()):
-            point = {**draw, **dict(zip(grids, values, strict=True))}
-            found.append({key: point[key] for key in config.space})
-    return found
-
-
-def seeds_of(config: SweepConfig) -> tuple[int, ...]:
-    """The seeds that a setting is trained with. Raises ConfigError where they are drawn."""
-    dimension = config.space.get(SEED_KEY)
-    if dimension is None:
-        return (int(config.student.get("optimization", {}).get("seed", 0)),)
-    if dimension.is_drawn:
-        raise ConfigError(f"space.{SEED_KEY}: found {dimension.kind}, expected a grid of seeds")
-    return dimension.values
-
-
-def drawn_value(dimension: Dimension, generator: np.random.Generator) -> Any:
-    """One draw of a dimension; numbers of a range keep four digits."""
-    if dimension.kind in ("grid", "choice"):
-        return dimension.values[int(generator.integers(len(dimension.values)))]
-    low, high = dimension.values
-    if dimension.kind == "loguniform":
-        return readable(math.exp(generator.uniform(math.log(low), math.log(high))))
-    return readable(generator.uniform(low, high))
-
-
-def readable(value: float) -> float:
-    """A number with as many digits as are worth reading."""
-    return float(f"{value:.{_DIGITS}g}")
-
-
-def sweep_hash(trials: list[Trial]) -> str:
-    """Hex sha256 that stands for a sweep's work: the set of its trials' config hashes."""
-    return hashlib.sha256("\n".join(sorted(trial.config_hash for trial in trials)).encode()).hexdigest()
-
-
-def missing_teachers(config: SweepConfig) -> list[str]:
-    """Names of the teachers that the space needs and whose labels are not finished."""
-    return [
-        name
-        for name in tried_teachers(config)
-        if not (config.teachers[name].labels / MANIFEST_NAME).is_file()
-    ]
-
-
-def with_absolute_paths(config: SweepConfig, trials: list[Trial]) -> SweepConfig:
-    """The config with the student's paths as its trials resolved them, to be read from any directory."""
-    resolved = trials[0].config.model_dump(mode="json")
-    return config.model_copy(update={"student": _resolved(config.student, resolved)})
-
-
-def _resolved(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        other = by.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            found[key] = _resolved(value, other)
-        else:
-            is_path = isinstance(value, str) and isinstance(other, str) and Path(other).is_absolute()
-            found[key] = other if is_path else value
-    return found
-
-
-def check_names(config: SweepConfig, *, planned: bool) -> None:
-    """Raise ConfigError for an unknown teacher or variant, ArtifactError for unfinished labels unless planned."""
-    for key, known in ((TEACHER_KEY, config.teachers), (VARIANT_KEY, config.variants)):
-        for name in config.space[key].values if key in config.space else ():
-            if not all(part in known for part in _members(name, known)):
-                names = ", ".join(known) or "none"
-                raise ConfigError(f"space.{key}: found {name!r}, expected a key of {key}s ({names})")
-    if TEACHER_KEY not in config.space and len(config.teachers) > 1:
-        names = ", ".join(config.teachers)
-        raise ConfigError(
-            f"teachers: {len(config.teachers)} given ({names}) but space has no key teacher; "
-            "add teacher: {grid: [...]} or keep one"
-        )
-    for name in tried_teachers(config):
-        if not planned or name not in missing_teachers(config):
-            read_manifest(config.teachers[name].labels, "soft-labels")
-
-
-def tried_teachers(config: SweepConfig) -> tuple[str, ...]:
-    """Names of the teachers that the space needs, once each; others that a config knows are not looked at."""
-    tried = config.space[TEACHER_KEY].values if TEACHER_KEY in config.space else tuple(config.teachers)
-    members = [part for name in tried for part in _members(name, config.teachers)]
-    return tuple(dict.fromkeys(name for name in members if name in config.teachers))
-
-
-def _members(name: Any, known: Container[str]) -> list[str]:
-    """The teachers of a value such as `llama-7b+t5-large`, whose distributions a student mixes."""
-    return [name] if name in known else str(name).split("+")
-
-
-def _draws(config: SweepConfig) -> Iterator[dict[str, Any]]:
-    drawn = {key: dimension for key, dimension in config.space.items() if dimension.is_drawn}
-    if not drawn or not isinstance(config.search, GridSearch | TwoStageSearch):
-        yield {}
-        return
-    generator = np.random.default_rng(config.search.sample_seed)
-    for _ in range(config.search.num_samples):
-        yield {key: drawn_value(dimension, generator) for key, dimension in drawn.items()}
-
-
-def make_trial(config: SweepConfig, point: dict[str, Any]) -> Trial | None:
-    """The trial at a point of the space; None where a constraint refuses it.
-
-    What a variant sets is not varied for it; a student that is not distilled has neither teacher nor temperature.
-    """
-    values = copy.deepcopy(config.student)
-    variant = config.variants.get(str(point.get(VARIANT_KEY)), {})
-    settings = {key: value for key, value in point.items() if key not in variant}
-    for key, value in {**settings, **variant}.items():
-        if key not in (TEACHER_KEY, VARIANT_KEY):
-            set_dotted(values, key, value)
-    distillation = values.setdefault("distillation", {})
-    is_distilled = not isinstance(distillation, dict) or distillation.get("mode", "kd") == "kd"
-    if not is_distilled:
-        settings = {
-            key: value for key, value in settings.items() if key not in (TEMPERATURE_KEY, TEACHER_KEY)
-        }
-        distillation.pop("temperature", None)
-    teacher = None
-    if is_distilled and config.teachers:
-        teacher = str(settings.get(TEACHER_KEY, next(iter(config.teachers))))
-    if teacher:
-        labels = [str(config.teachers[name].labels) for name in _members(teacher, config.teachers)]
-        if len(labels) == 1:
-            set_dotted(values, _LABELS_KEY, labels[0])
-        else:
-            set_dotted(values, _TEACHERS_KEY, [{"labels": path} for path in labels])
-    values.setdefault("cache", str(config.output / "cache"))
-    values.setdefault("threads", max(1, math.floor(config.cpus_per_trial)))
-    values["output"] = str(trials_directory(config.output) / "unnamed")
-    words = {TEACHER_KEY: teacher, VARIANT_KEY: settings.get(VARIANT_KEY)}
-    try:
-        student = parse_config(StudentConfig, values, source=f"student of sweep {config.name}")
-    except ConfigError:
-        if _is_refused(config, {**values, **words}):  # what constraints keep out needs to be no valid config
-            return None
-        raise
-    if not all(holds(text, {**_resolved_values(student), **words}) for text in config.constraints):
-        return None
-    settings = {
-        TEACHER_KEY: teacher,
-        **{k: v for k, v in settings.items() if k not in (SEED_KEY, TEACHER_KEY)},
-    }
-    return _named_trial(config, student, teacher, settings)
-
-
-def _resolved_values(student: StudentConfig) -> dict[str, Any]:
-    """The student's whole config, as constraints see it: one that is not distilled has no temperature."""
-    values = student.model_dump(mode="json")
-    if student.distillation.mode != "kd":
-        values["distillation"]["temperature"] = None
-    return values
-
-
-def _is_refused(config: SweepConfig, values: dict[str, Any]) -> bool:
-    """Whether a constraint refuses plain values; one that does not understand them refuses nothing."""
-    for text in config.constraints:
-        with contextlib.suppress(ConfigError):
-            if not holds(text, values):
-                return True
-    return False
-
-
-def _named_trial(
-    config: SweepConfig, student: StudentConfig, teacher: str | None, settings: dict[str, Any]
-) -> Trial:
-    label = _label(student, teacher, settings)
-    if any(not (item.labels / MANIFEST_NAME).is_file() for item in student.distillation.used_teachers):
-        named = f"{label} {settings_key(settings)}"
-        digest, identity = "", "planned-" + hashlib.sha256(named.encode()).hexdigest()[:_TRIAL_ID_DIGITS]
-    else:
-        digest = config_hash(student)
-        identity = digest[:_TRIAL_ID_DIGITS]
-    update = {"output": trials_directory(config.output) / identity, "name": _ascii_name(label)}
-    return Trial(
-        id=identity,
-        label=label,
-        config=student.model_copy(update=update),
-        config_hash=digest,
-        teacher=teacher,
-        settings=settings,
-        seed=student.optimization.seed,
-    )
-
-
-def settings_key(settings: dict[str, Any]) -> str:
-    """A text that is equal for equal settings, whatever the order of their keys."""
-    return json.dumps(settings, sort_keys=True)
-
-
-def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]) -> str:
-    """Such as `llama-7b α0.6 τ2 s3`; a joint student has neither teacher nor τ."""
-    distillation = student.distillation
-    parts = [str(settings[VARIANT_KEY])] if VARIANT_KEY in settings else []
-    if teacher:
-        parts.append(teacher)
-    elif not parts or MODE_KEY in settings:
-        parts.append(distillation.mode)
-    parts.append(f"α{distillation.alpha:g}")
-    if distillation.mode == "kd":
-        parts.append(f"τ{distillation.temperature:g}")
-    for key, value in settings.items():
-        if key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(f"{key.rpartition('.')[2]}={shown}")
-    return " ".join([*parts, f"s{student.optimization.seed}"])
-
-
-def _ascii_name(label: str) -> str:
-    text = label.replace("α", "a").replace("τ", "t").replace(" ", "-")
-    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("-._")

@@ -1,54 +1,109 @@
-"""What a sweep's trials have reached, read from their directories: the driver, selection and report use this."""
+"""Where a sweep's trials stand, read from their directories. The driver, the trials, progress, selection and report
+all ask here, so that they agree.
+
+    SWEEP/trials/ID/trial.json   the last note of the process that trains the trial (TrialNote)
+    SWEEP/trials.json            every trial of the sweep as the driver last saw it (TrialResult)
+
+Three facts decide a trial's status: the last note, whether the student's files are complete, and whether a process may
+still be training. `trial_status` holds the one table.
+"""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdecs.artifact import read_manifest, write_json
+from kdecs.artifact import is_complete, read_manifest, write_json
 from kdecs.corpus.schema import Corpus
-from kdecs.corpus.splits import CorpusConfig, read_split
 from kdecs.errors import ArtifactError
 from kdecs.evaluation.baselines import MAJORITY_EMOTION, trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import Trial, settings_key, trials_directory
-from kdecs.sweep.trial import DIED, LOG_NAME, read_status
 from kdecs.tracking.record import METRICS_NAME, read_points
 
-_EMOTION_KEY = "emotion_accuracy"
-
-
-def trivial_scores(corpus: Corpus) -> dict[str, dict[str, float]]:
-    """Scores (fold1, protocol reccon, percent) by rule.
-
-    A rule about causes has no emotion accuracy, and the majority emotion has nothing else.
-    """
-    found = {}
-    for name, predictions in trivial_predictions(corpus, "fold1").items():
-        values = evaluate(corpus, predictions).values
-        is_emotion = name == MAJORITY_EMOTION
-        found[name] = {key: value for key, value in values.items() if (key == _EMOTION_KEY) == is_emotion}
-    return found
-
-
-def trivial_scores_on_validation(config: CorpusConfig) -> dict[str, dict[str, float]]:
-    """The same on the validation split that a config names."""
-    return trivial_scores(read_split(config, config.valid))
-
-
+NOTE_NAME = "trial.json"
+LOG_NAME = "log.txt"
 TRIALS_NAME = "trials.json"
 BASELINES_NAME = "baselines.json"
 SELECTION_METRIC = "macro_f1"
+DIED = "the process died without an error message (killed or out of memory)"
+
+# fmt: off
+_STATUS_BY_NOTE = {
+    #            complete student         incomplete student
+    # note       live        dead         live       dead process
+    None:       ("complete", "complete", "waiting", "waiting"),
+    "running":  ("running",  "complete", "running", "failed"),
+    "complete": ("complete", "complete", "waiting", "waiting"),
+    "failed":   ("complete", "complete", "failed",  "failed"),
+    "stopped":  ("complete", "complete", "stopped", "stopped"),
+    "pruned":   ("complete", "complete", "pruned",  "pruned"),
+}
+# fmt: on
+
+
+def trial_status(note: str | None, *, is_complete: bool, is_live: bool) -> str:
+    """A trial's status: waiting, running, complete, failed, stopped, or pruned by the search for its metrics.
+
+    `note` is the status that its process wrote last, None before the first; `is_complete` says whether all files of the
+    student are there; `is_live` says whether a process may still be training it.
+
+    A complete student whose process is live and has noted no end yet still counts as running, because what the process
+    writes last belongs to the trial. A note `complete` without the files means that they were removed since.
+    """
+    return _STATUS_BY_NOTE[note][2 * (not is_complete) + (not is_live)]
+
+
+@dataclass
+class TrialNote:
+    """What `trial.json` holds: the status as its process saw it last. Times in unix seconds.
+
+    `seconds` and `attempts` are summed over attempts. `stalled` counts the attempts in a row that finished no epoch, so
+    that a trial on unreliable machines goes on as long as it advances. `run` names the driver's start.
+    """
+
+    status: str = "running"
+    started: float = 0.0
+    finished: float | None = None
+    seconds: float = 0.0
+    attempts: int = 0
+    stalled: int = 0
+    epoch: float | None = None
+    error: str | None = None
+    run: str | None = None
+    reused_from: str | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the trial is complete and nothing of it will change any more."""
+        return self.status == "complete" and self.finished is not None
+
+    def write(self, directory: Path) -> None:
+        """Replace the trial's `trial.json`."""
+        write_json(directory / NOTE_NAME, asdict(self))
+
+
+def read_note(directory: Path) -> TrialNote | None:
+    """The last note of a trial, None if it never started. Raises ArtifactError for a damaged file."""
+    path = directory / NOTE_NAME
+    try:
+        note = TrialNote(**json.loads(path.read_text(encoding="utf-8")))
+        _STATUS_BY_NOTE[note.status]
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path}: not a trial's status ({error}); remove the file") from None
+    return note
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """A trial and where it stands; `metrics` are those of its best epoch on validation, in percent.
+    """A trial and where it stands. `metrics` are those of its best epoch on validation, in percent.
 
     `directory` and `log` are relative to the sweep's directory. `stage` is grid, search (one seed, may be pruned) or
-    seeds (a survivor's); `reused_from` names the directory of another sweep that trained it. `epoch` of `epochs` is
-    done; `metric` is what students of this task are chosen by.
+    seeds (of a survivor). `reused_from` names the directory of another sweep that trained it. `epoch` of `epochs` is
+    done. `metric` is what students of this task are chosen by.
     """
 
     id: str
@@ -75,7 +130,7 @@ class TrialResult:
 
     @property
     def score(self) -> float:
-        """What trials are ranked by, on validation. KeyError where no epoch has ended."""
+        """What trials are ranked by, on validation. Raises KeyError if no epoch has ended."""
         return self.metrics[self.metric]
 
     @property
@@ -85,17 +140,17 @@ class TrialResult:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is complete and its files say so to the end: nothing of it will change any more."""
+        """Whether it is complete and its end is noted: nothing of it will change any more."""
         return self.status == "complete" and self.finished is not None
 
     @property
     def is_compared(self) -> bool:
-        """Whether it counts in the comparison of settings: a whole student, and no mere search's."""
+        """Whether it counts when settings are compared: a complete student that is not only of the search."""
         return self.status == "complete" and self.stage != "search"
 
 
 def selection_metric(config: StudentConfig) -> str:
-    """What students are chosen by on validation: macro F1 with spans, or of utterances where there are none."""
+    """What students are chosen by on validation: macro F1 with spans, or of utterances if the task has no spans."""
     return "utterance_macro_f1" if config.task == "ecpe" else SELECTION_METRIC
 
 
@@ -105,23 +160,18 @@ def best_point(points: list[dict[str, Any]], metric: str = SELECTION_METRIC) -> 
     return max(scored, key=lambda point: point[metric]) if scored else None
 
 
-def trial_result(trial: Trial, *, complete: bool, living: bool, stage: str = "grid") -> TrialResult:
-    """Read a trial's files. `living`: a process may be training it, so that `running` is believed.
+def is_trained(trial: Trial) -> bool:
+    """Whether the trial's student is complete."""
+    return is_complete(trial.directory, "student", trial.config_hash)
 
-    A student whose files are all there (`complete`) is so called once its process has noted its end, too: what that
-    writes last belongs to it.
-    """
-    status = read_status(trial.directory)
-    found = status.status if status else "waiting"
-    error = status.error if status else None
-    if complete and living and found == "running":
-        pass
-    elif complete:
-        found, error = "complete", None
-    elif found == "complete":  # its files were removed since
-        found = "waiting"
-    elif found == "running" and not living:
-        found, error = "failed", DIED
+
+def trial_result(trial: Trial, *, is_live: bool, stage: str = "grid") -> TrialResult:
+    """Read a trial's files. `is_live`: a process may be training it, so that a note `running` is believed."""
+    note = read_note(trial.directory)
+    status = trial_status(note.status if note else None, is_complete=is_trained(trial), is_live=is_live)
+    error = note.error if note and status != "complete" else None
+    if note and note.status == "running" and status == "failed":
+        error = DIED
     points = read_points(trial.directory / METRICS_NAME)
     metric = selection_metric(trial.config)
     point = best_point(points, metric)
@@ -140,16 +190,16 @@ def trial_result(trial: Trial, *, complete: bool, living: bool, stage: str = "gr
         config_hash=trial.config_hash,
         directory=trial.directory.relative_to(sweep).as_posix(),
         log=(trial.directory / LOG_NAME).relative_to(sweep).as_posix(),
-        status=found,
-        attempts=status.attempts if status else 0,
-        seconds=status.seconds if status else 0.0,
-        started=status.started if status else None,
-        finished=status.finished if status else None,
+        status=status,
+        attempts=note.attempts if note else 0,
+        seconds=note.seconds if note else 0.0,
+        started=note.started if note else None,
+        finished=note.finished if note else None,
         best_epoch=int(point["epoch"]) if point else None,
         metrics=metrics,
         error=error,
         stage=stage,
-        reused_from=status.reused_from if status else None,
+        reused_from=note.reused_from if note else None,
         epoch=int(points[-1]["epoch"]) if points else 0,
         epochs=trial.config.optimization.epochs,
         metric=metric,
@@ -162,7 +212,7 @@ def write_results(sweep: Path, results: list[TrialResult]) -> None:
 
 
 def read_results(sweep: Path) -> list[TrialResult]:
-    """The trials of a finished sweep. Raises ArtifactError where it is unfinished or damaged."""
+    """The trials of a finished sweep. Raises ArtifactError if the sweep is unfinished or damaged."""
     read_manifest(sweep, "sweep")
     path = sweep / TRIALS_NAME
     try:
@@ -175,7 +225,7 @@ def read_results(sweep: Path) -> list[TrialResult]:
 
 
 def by_settings(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
-    """Compared trials that differ by their seed alone, under a key of their settings."""
+    """The compared trials by their settings: those of one group differ in the seed alone."""
     groups: dict[str, list[TrialResult]] = {}
     for result in (result for result in results if result.is_compared):
         groups.setdefault(settings_key(result.settings), []).append(result)
@@ -183,5 +233,20 @@ def by_settings(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
 
 
 def trial_directory(sweep: Path, result: TrialResult) -> Path:
-    """The directory of a trial, whatever place the sweep was moved to."""
+    """The directory of a trial, wherever the sweep was moved to."""
     return trials_directory(sweep) / result.id
+
+
+def rule_scores(corpus: Corpus) -> dict[str, dict[str, float]]:
+    """All scores (fold1, protocol reccon, percent) of each trivial rule; `baseline_scores` has those of utterances.
+
+    A rule about causes has no emotion accuracy, and the majority emotion has nothing else.
+    """
+    found = {}
+    for name, predictions in trivial_predictions(corpus, "fold1").items():
+        values = evaluate(corpus, predictions).values
+        is_emotion = name == MAJORITY_EMOTION
+        found[name] = {
+            key: value for key, value in values.items() if (key == "emotion_accuracy") == is_emotion
+        }
+    return found

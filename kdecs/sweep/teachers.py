@@ -13,24 +13,22 @@ from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.process import StopSignal, last_line, module_command, run_child
 from kdecs.sweep.config import StageCommand, SweepConfig, Teacher
-from kdecs.sweep.space import missing_teachers
 
 
-def refuse_missing(config: SweepConfig) -> None:
-    """Raise ArtifactError naming every teacher whose labels are missing and how to get them."""
-    names = missing_teachers(config)
+def refuse_missing(config: SweepConfig, names: list[str]) -> None:
+    """Raise ArtifactError that names the teachers whose labels are missing, and how to get them."""
     first = config.teachers[names[0]]
     how = "--build trains and exports them" if _is_buildable(first) else "train and export them first"
     listed = ", ".join(f"{name} ({config.teachers[name].labels})" for name in names)
     raise ArtifactError(f"soft labels of {len(names)} teachers are not there yet: {listed}; {how}")
 
 
-def build_teachers(config: SweepConfig, stop: StopSignal) -> None:
-    """Train and export every missing teacher, one after the other.
+def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> None:
+    """Train and export the missing teachers, one after the other.
 
-    Raises ConfigError where a teacher says nothing of how, ArtifactError where a script failed, and Stopped.
+    Raises ConfigError if a teacher has no export, ArtifactError if a stage failed, and Stopped.
     """
-    for name in missing_teachers(config):
+    for name in names:
         for stage, arguments in build_commands(config, name):
             log = config.output / "build" / f"{name}-{stage}.log"
             print(f"sweep {config.name}: {stage} of teacher {name}, log: {log}", flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,18 +15,24 @@ from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.space import trials_directory
 from kdecs.sweep.trial import run_trial
-from kdecs.tracking.record import TrackingConfig
+from kdecs.tracking.mlflow import Tracker
 
-TRAINER = "fake_trainer:train"
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for fake_trainer
 
 
 @pytest.fixture(autouse=True)
 def _trainer_is_importable(monkeypatch):
-    here = str(Path(__file__).parent)
-    root = str(Path(__file__).parents[2])
-    monkeypatch.syspath_prepend(here)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, root, os.environ.get("PYTHONPATH", "")]))
+    path = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _mlflow_where_it_matters(request, monkeypatch):
+    """Tests that do not look at MLflow, by its URI, do not wait for it."""
+    if "uri" not in request.fixturenames:
+        monkeypatch.setattr(Tracker, "sync", lambda *arguments, **values: True)
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +46,10 @@ def mlflow_template(tmp_path_factory):
 
 
 @pytest.fixture
-def runs(tmp_path, mlflow_template):
-    """A folder for sweeps with an MLflow database beside them."""
+def runs(tmp_path):
+    """A folder for sweeps."""
     folder = tmp_path / "runs"
     folder.mkdir()
-    shutil.copy(mlflow_template, folder / "mlflow.db")
     return folder
 
 
@@ -93,24 +99,21 @@ def make_config(runs):
 
 
 @pytest.fixture
-def uri(runs):
+def uri(runs, mlflow_template):
+    """The URI of a database beside the sweeps, which is where they are tracked by default."""
+    shutil.copy(mlflow_template, runs / "mlflow.db")
     return f"sqlite:///{runs / 'mlflow.db'}"
 
 
-@pytest.fixture
-def tracking(uri):
-    return TrackingConfig(uri=uri)
-
-
-def run_in_process(plan, stop, follow):
+def run_in_process(stage, stop, follow):
     """A runner without Ray: one trial after the other, with its retries; a fault of one leaves the others."""
-    for identity in plan.trials:
-        for _ in range(plan.run.max_failures + 1):
+    for identity in stage.trials:
+        for _ in range(stage.run.max_failures + 1):
             follow()
             if stop.requested:
-                plan.run.stop_file.touch()
+                stage.run.stop_file.touch()
             try:
-                run_trial(trials_directory(plan.config.output) / identity, plan.run, lambda metrics: None)
+                run_trial(trials_directory(stage.sweep) / identity, stage.run, lambda metrics: None)
                 break
             except Exception as error:
                 print(f"{identity}: {error}")
@@ -161,13 +164,17 @@ def asked():
 @pytest.fixture
 def finish(make_config, in_process, monkeypatch):
     """A function that runs a sweep with the fake trainer; its students predict by the distance rule."""
+    from fake_trainer import train
+
     from kdecs.student.predict.predictor import Student
     from kdecs.sweep.driver import run_sweep
 
     RuleStudent.asked.clear()
     monkeypatch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
-    monkeypatch.setattr("kdecs.sweep.selection.register_student", lambda *a, **k: "kdecs-student version 1")
-    return lambda **changes: run_sweep(make_config(**changes), trainer=TRAINER, runner=in_process)
+    monkeypatch.setattr(
+        "kdecs.sweep.selection.choose.register_student", lambda *a, **k: "kdecs-student version 1"
+    )
+    return lambda **changes: run_sweep(make_config(**changes), trainer=train, runner=in_process)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from fake_trainer import train
+
 from kdecs.config import load_config
 from kdecs.process import StopSignal, run_entry
 from kdecs.sweep.config import SweepConfig
@@ -12,7 +14,7 @@ from kdecs.sweep.driver import run_sweep
 def main():
     stop = StopSignal()
     stop.install()
-    run_sweep(load_config(SweepConfig, Path(sys.argv[1])), trainer="fake_trainer:train", stop=stop)
+    run_sweep(load_config(SweepConfig, Path(sys.argv[1])), trainer=train, stop=stop)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.predictions import write_predictions
 from kdecs.student.config import StudentConfig
 from kdecs.student.predict.predictor import Student
-from kdecs.sweep.selection import select_student
+from kdecs.sweep.selection.choose import select_student
 from kdecs.sweep.status import read_results, trial_directory
 
 KEPT = "valid-predictions.jsonl"
@@ -79,7 +79,7 @@ def keep_predictions(sweep):
 def test_kept_predictions_give_what_predicting_anew_gives(sweep, asked):
     record = select_student(sweep)
     assert asked == ["valid"] * 4 + ["test"]
-    assert record["runner_up"]["tests"]["macro_f1"]["difference"] != 0
+    assert record.runner_up.tests["macro_f1"].difference != 0
     (sweep / "selection.json").unlink()
     for path in (sweep / "valid-predictions").iterdir():
         path.unlink()
@@ -88,7 +88,7 @@ def test_kept_predictions_give_what_predicting_anew_gives(sweep, asked):
     kept = select_student(sweep)
     assert asked == ["test"], "no student predicted validation again"
     assert not list((sweep / "valid-predictions").iterdir())
-    assert {**kept, "test_opened_at": None} == {**record, "test_opened_at": None}
+    assert kept == record.model_copy(update={"test_opened_at": kept.test_opened_at})
 
 
 def test_predictions_for_other_inputs_are_made_anew(sweep, asked):

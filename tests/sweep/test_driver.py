@@ -1,24 +1,27 @@
+"""A sweep by its driver: what it trains, skips, tracks and refuses, with a fake trainer and without Ray."""
+
 import json
 import os
 import shutil
 import sys
 from collections import Counter
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from fake_trainer import train
 from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.process import StopSignal
+from kdecs.sweep import driver
 from kdecs.sweep.config import Dimension
-from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.selection import rank_settings
+from kdecs.sweep.driver import run_sweep, run_with_ray
+from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.space import enumerate_trials, sweep_hash
 from kdecs.sweep.status import read_results
 from kdecs.sweep.teachers import build_commands
-
-TRAINER = "fake_trainer:train"
+from kdecs.sweep.trial import OUT_OF_MEMORY, StageRun, TrialRun
 
 
 def logs_of(config):
@@ -27,7 +30,7 @@ def logs_of(config):
 
 def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process, capfd):
     config = make_config()
-    output = run_sweep(config, trainer=TRAINER, runner=in_process)
+    output = run_sweep(config, trainer=train, runner=in_process)
     trials = enumerate_trials(config)
     assert is_complete(output, "sweep", sweep_hash(trials))
     assert verify_artifact(output) == []
@@ -71,10 +74,10 @@ def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process
 
 def test_second_start_skips_and_makes_no_run(make_config, uri, runs_of, in_process, capfd):
     config = make_config()
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     before = {t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in enumerate_trials(config)}
     capfd.readouterr()
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     assert "complete, skipped" in capfd.readouterr().out
     assert before == {
         t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in enumerate_trials(config)
@@ -87,7 +90,7 @@ def test_one_failing_trial_leaves_the_others(make_config, uri, runs_of, in_proce
     config = make_config(space={"optimization.seed": {"grid": [0, 1, 2]}, "teacher": {"grid": ["t5-tiny"]}})
     monkeypatch.setenv("FAKE_TRAINER", '{"refuse": [1], "raise": [2]}')
     with pytest.raises(TrainingError, match="2 of 3 trials failed") as caught:
-        run_sweep(config, trainer=TRAINER, runner=in_process)
+        run_sweep(config, trainer=train, runner=in_process)
     message = str(caught.value)
     assert "\n" not in message
     assert "t5-tiny α0.6 τ2 s1" in message and "the loss is not finite at step 3" in message
@@ -101,7 +104,7 @@ def test_one_failing_trial_leaves_the_others(make_config, uri, runs_of, in_proce
     assert sorted(run.info.status for run in children.values()) == ["FAILED", "FAILED", "FINISHED"]
 
     monkeypatch.delenv("FAKE_TRAINER")
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     client, parents, children = runs_of(uri)
     assert {run.info.status for run in [*parents, *children.values()]} == {"FINISHED"}
     resumed = children[enumerate_trials(config)[2].id]
@@ -113,39 +116,39 @@ def test_stop_ends_the_sweep_and_the_same_command_goes_on(make_config, uri, runs
     config = make_config()
     stop = StopSignal()
 
-    def stopping(plan, stop, follow):
-        in_process(replace(plan, trials=plan.trials[:3]), stop, follow)
+    def stopping(stage, stop, follow):
+        in_process(stage.model_copy(update={"trials": stage.trials[:3]}), stop, follow)
         stop.requested = True
-        in_process(replace(plan, trials=plan.trials[3:]), stop, follow)
+        in_process(stage.model_copy(update={"trials": stage.trials[3:]}), stop, follow)
 
     with pytest.raises(Stopped, match="3 of 8 trials complete; run the same command again"):
-        run_sweep(config, trainer=TRAINER, runner=stopping, stop=stop)
+        run_sweep(config, trainer=train, runner=stopping, stop=stop)
     assert runs_of(uri)[1][0].info.status == "KILLED"
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     _, parents, children = runs_of(uri)
     assert parents[0].info.status == "FINISHED" and len(children) == 8
 
 
 def test_a_lost_trial_is_trained_again(make_config, in_process):
     config = make_config()
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     lost = enumerate_trials(config)[2]
     (lost.directory / "weights.bin").unlink()
     seen = []
 
-    def runner(plan, stop, follow):
-        seen.extend(plan.trials)
-        in_process(plan, stop, follow)
+    def runner(stage, stop, follow):
+        seen.extend(stage.trials)
+        in_process(stage, stop, follow)
 
-    run_sweep(config, trainer=TRAINER, runner=runner)
+    run_sweep(config, trainer=train, runner=runner)
     assert seen == [lost.id]
 
 
 def test_another_sweep_in_the_directory_is_refused(make_config, in_process):
-    run_sweep(make_config(), trainer=TRAINER, runner=in_process)
+    run_sweep(make_config(), trainer=train, runner=in_process)
     other = make_config(space={"teacher": {"grid": ["t5-tiny"]}})
     with pytest.raises(ArtifactError, match="a finished sweep directory of another config"):
-        run_sweep(other, trainer=TRAINER, runner=in_process)
+        run_sweep(other, trainer=train, runner=in_process)
 
 
 def test_second_driver_is_refused(make_config, in_process):
@@ -153,10 +156,10 @@ def test_second_driver_is_refused(make_config, in_process):
 
     def runner(*arguments):
         with pytest.raises(ArtifactError, match="another driver"):
-            run_sweep(config, trainer=TRAINER, runner=in_process)
+            run_sweep(config, trainer=train, runner=in_process)
         in_process(*arguments)
 
-    run_sweep(config, trainer=TRAINER, runner=runner)
+    run_sweep(config, trainer=train, runner=runner)
 
 
 def test_mlflow_away_costs_no_metric(make_config, runs, uri, runs_of, in_process, capfd):
@@ -164,24 +167,24 @@ def test_mlflow_away_costs_no_metric(make_config, runs, uri, runs_of, in_process
     database, aside = runs / "mlflow.db", runs / "aside.db"
     os.rename(database, aside)
     database.mkdir()  # SQLite cannot open a directory
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     printed = capfd.readouterr()
     assert printed.err.count("does not answer") == 1
     assert read_results(config.output)
     database.rmdir()
     os.rename(aside, database)
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     client, parents, children = runs_of(uri)
     assert len(parents) == 1 and len(children) == 8
     for run in children.values():
         assert [m.step for m in client.get_metric_history(run.info.run_id, "macro_f1")] == [1, 2, 3]
 
 
-def test_no_credential_is_written_anywhere(make_config, runs, in_process, monkeypatch, capfd):
+def test_no_credential_is_written_anywhere(make_config, runs, uri, in_process, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:topsecret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "topsecret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
-    run_sweep(make_config(), trainer=TRAINER, runner=in_process)
+    run_sweep(make_config(), trainer=train, runner=in_process)
     printed = capfd.readouterr()
     assert "topsecret" not in printed.out + printed.err
     assert "http://…@127.0.0.1:9" in printed.out
@@ -192,13 +195,13 @@ def test_no_credential_is_written_anywhere(make_config, runs, in_process, monkey
 
 def test_finished_students_are_taken_from_other_sweeps(make_config, uri, in_process, capfd):
     first = make_config()
-    run_sweep(first, trainer=TRAINER, runner=in_process)
+    run_sweep(first, trainer=train, runner=in_process)
     wider = {**first.space, "optimization.seed": Dimension(grid=(0, 1, 2))}
     second = first.model_copy(
         update={"name": "second", "output": first.output.parent / "second", "space": wider}
     )
     capfd.readouterr()
-    run_sweep(second, trainer=TRAINER, runner=in_process)
+    run_sweep(second, trainer=train, runner=in_process)
     printed = capfd.readouterr().out
     assert printed.count("taken from") == 8
     results = read_results(second.output)
@@ -220,16 +223,16 @@ def test_finished_students_are_taken_from_other_sweeps(make_config, uri, in_proc
 
 def test_students_are_trained_again_on_request_or_when_the_other_sweep_is_gone(make_config, in_process):
     first = make_config()
-    run_sweep(first, trainer=TRAINER, runner=in_process)
+    run_sweep(first, trainer=train, runner=in_process)
     asked = first.model_copy(update={"output": first.output.parent / "asked", "reuse_students": False})
-    run_sweep(asked, trainer=TRAINER, runner=in_process)
+    run_sweep(asked, trainer=train, runner=in_process)
     assert not any(r.reused_from for r in read_results(asked.output))
     shutil.rmtree(first.output)
     third = first.model_copy(update={"output": first.output.parent / "third"})
-    run_sweep(third, trainer=TRAINER, runner=in_process)
+    run_sweep(third, trainer=train, runner=in_process)
     assert not any(r.reused_from for r in read_results(third.output)), "links that lead nowhere are ignored"
     fourth = first.model_copy(update={"output": first.output.parent / "fourth"})
-    run_sweep(fourth, trainer=TRAINER, runner=in_process)
+    run_sweep(fourth, trainer=train, runner=in_process)
     assert all(r.reused_from for r in read_results(fourth.output)), "and replaced by who trains next"
 
 
@@ -246,14 +249,14 @@ def test_missing_teachers_are_built_by_their_scripts(
         "write_manifest(folder, 'soft-labels', config_hash='0' * 64, inputs={}, files=[])\n"
     )
     with pytest.raises(ArtifactError, match=r"soft labels of 1 teachers are not there yet: later .*--build"):
-        run_sweep(config, trainer=TRAINER, runner=in_process)
+        run_sweep(config, trainer=train, runner=in_process)
     [(stage, command)] = build_commands(config, "later")
     assert stage == "export" and command[1:3] == ["-m", "kdecs.launch.export_soft_labels"]
     assert command[-4:] == ["--set", f"output={labels}", "--set", "num_shards=2"]
     monkeypatch.setattr(
         "kdecs.sweep.teachers.build_commands", lambda *a: [(stage, [sys.executable, str(script)])]
     )
-    run_sweep(config, trainer=TRAINER, runner=in_process, build=True)
+    run_sweep(config, trainer=train, runner=in_process, build=True)
     assert "export of teacher later, log:" in capfd.readouterr().out
     assert "export.py" in (config.output / "build" / "later-export.log").read_text()
     script.write_text("import sys\nsys.exit('kdecs: error: no such teacher')\n")
@@ -261,7 +264,7 @@ def test_missing_teachers_are_built_by_their_scripts(
     with pytest.raises(
         ArtifactError, match="export of teacher later failed with exit code 1: no such teacher"
     ):
-        run_sweep(config, trainer=TRAINER, runner=in_process, build=True)
+        run_sweep(config, trainer=train, runner=in_process, build=True)
 
 
 def test_search_gives_all_seeds_to_the_survivors_alone(make_config, in_process, capfd):
@@ -271,7 +274,7 @@ def test_search_gives_all_seeds_to_the_survivors_alone(make_config, in_process, 
         "optimization.seed": {"grid": [0, 1, 2]},
     }
     config = make_config(space=space, search={"method": "two-stage", "survivors": 2})
-    output = run_sweep(config, trainer=TRAINER, runner=in_process)
+    output = run_sweep(config, trainer=train, runner=in_process)
     assert "search over 6 trials is done, 2 settings go on with all seeds" in capfd.readouterr().out
     results = read_results(output)
     assert len(results) == 6 + 2 * 2, "the search's seed serves both stages"
@@ -279,7 +282,7 @@ def test_search_gives_all_seeds_to_the_survivors_alone(make_config, in_process, 
     assert [s.label for s in ranked] == ["llama-tiny α0.6 τ2", "llama-tiny α0.3 τ2"]
     assert [s.num_seeds for s in ranked] == [3, 3]
     capfd.readouterr()
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     assert "complete, skipped" in capfd.readouterr().out
 
 
@@ -291,6 +294,74 @@ def test_a_failure_in_the_search_is_listed_and_ends_nothing(make_config, in_proc
     }
     monkeypatch.setenv("FAKE_TRAINER", '{"refuse_alpha": 0.3}')
     config = make_config(space=space, search={"method": "two-stage", "survivors": 1})
-    results = read_results(run_sweep(config, trainer=TRAINER, runner=in_process))
+    results = read_results(run_sweep(config, trainer=train, runner=in_process))
     assert sorted(r.status for r in results) == ["complete", "complete", "failed"]
     assert "in the search t5-tiny α0.3 τ2 s1 failed" in capfd.readouterr().out
+
+
+# How the driver takes the end of its Ray process. A script stands in for it; no Ray is started.
+
+RAY_SCRIPT = """
+import json, pathlib, sys
+stage = pathlib.Path(sys.argv[-1])
+starts = stage.with_name("starts")
+number = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (number + 1))
+code, epochs = json.loads(stage.with_name("script.json").read_text())[number]
+with (stage.parent / "trials" / "a" / "metrics.jsonl").open("a") as metrics:
+    for epoch in range(epochs):
+        metrics.write(json.dumps({"epoch": epoch, "time": 0}) + chr(10))
+print("the last line")
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def run_script(make_config, tmp_path, monkeypatch):
+    """A function of the exit code and epochs of each start: runs a stage, returns how often Ray was started."""
+    config = make_config()
+    (config.output / "trials" / "a").mkdir(parents=True)
+    script = tmp_path / "script.py"
+    script.write_text(RAY_SCRIPT)
+    monkeypatch.setattr(driver, "_RAY_COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(driver, "_POLL_S", 0.05)
+    run = TrialRun(stop_file=config.output / ".stop-1-2", store=tmp_path / "students")
+    stage = StageRun(sweep=config.output, run=run, trials=("a",), driver=os.getpid())
+
+    def run_stage(*ends):
+        (config.output / "script.json").write_text(json.dumps(ends))
+        try:
+            run_with_ray(stage, StopSignal(), lambda: None)
+        finally:
+            starts.append(len((config.output / "starts").read_text()))
+
+    starts = []
+    return run_stage, starts
+
+
+def test_a_sweep_out_of_memory_goes_on_while_trials_get_further(run_script, capsys):
+    run, starts = run_script
+    run((OUT_OF_MEMORY, 2), (OUT_OF_MEMORY, 1), (0, 0))
+    assert starts == [3]
+    assert capsys.readouterr().out.count("go on from their checkpoints") == 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([(OUT_OF_MEMORY, 1), (OUT_OF_MEMORY, 0)], "lower max_concurrent_trials"),
+        ([(1, 3)], "exit code 1: the last line"),
+    ],
+)
+def test_ray_that_gets_nowhere_or_fails_ends_in_one_line(run_script, ends, message):
+    run, starts = run_script
+    with pytest.raises(TrainingError, match=message) as caught:
+        run(*ends)
+    assert starts == [len(ends)] and "\n" not in str(caught.value)
+
+
+def test_a_stage_is_read_as_it_was_written(tmp_path):
+    run = TrialRun(stop_file=Path("/x/.stop"), store=Path("/x/students"), trainer=train, max_failures=3)
+    stage = StageRun(sweep=Path("/x"), run=run, trials=("a",), settled=("b",), driver=1234)
+    stage.write(tmp_path / "stage.json")
+    assert StageRun.read(tmp_path / "stage.json") == stage

@@ -4,16 +4,17 @@ import json
 import shutil
 
 import pytest
+from fake_trainer import train
 
 from kdecs.errors import ArtifactError, TrainingError
 from kdecs.sweep.commands import write_report_of
 from kdecs.sweep.config import Teacher
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.report.page import write_report
-from kdecs.sweep.selection import read_selection, select_student
+from kdecs.sweep.selection.choose import select_student
+from kdecs.sweep.selection.record import read_selection
 from kdecs.tracking.mlflow import Tracker
 
-TRAINER = "fake_trainer:train"
 TWO_TRIALS = {"optimization.seed": {"grid": [0, 1]}, "teacher": {"grid": ["t5-tiny"]}}
 
 
@@ -26,19 +27,17 @@ def two_trials(make_config):
 def test_a_teacher_that_is_not_tried_need_not_be_there(two_trials, runs, in_process):
     absent = Teacher(labels=runs / "absent")
     config = two_trials.model_copy(update={"teachers": {**two_trials.teachers, "absent": absent}})
-    manifest = json.loads(
-        (run_sweep(config, trainer=TRAINER, runner=in_process) / "manifest.json").read_text()
-    )
+    manifest = json.loads((run_sweep(config, trainer=train, runner=in_process) / "manifest.json").read_text())
     assert {name for name in manifest["inputs"] if name.startswith("labels")} == {"labels.t5-tiny"}
 
 
 def test_the_end_is_recorded_where_ray_dies(two_trials, uri, runs_of, in_process):
-    def runner(plan, stop, follow):
-        in_process(type(plan)(**{**plan.__dict__, "trials": plan.trials[:1]}), stop, follow)
+    def runner(stage, stop, follow):
+        in_process(stage.model_copy(update={"trials": stage.trials[:1]}), stop, follow)
         raise TrainingError("Ray ended with exit code 1")
 
     with pytest.raises(TrainingError, match="Ray ended"):
-        run_sweep(two_trials, trainer=TRAINER, runner=runner)
+        run_sweep(two_trials, trainer=train, runner=runner)
     trials = json.loads((two_trials.output / "trials.json").read_text())
     assert [trial["status"] for trial in trials] == ["complete", "waiting"]
     _, [parent], children = runs_of(uri)
@@ -51,9 +50,9 @@ def test_what_mlflow_lacks_is_reported_and_uploaded_by_the_same_command(
 ):
     with pytest.MonkeyPatch.context() as away:
         away.setattr(Tracker, "sync", lambda *arguments, **values: False)
-        run_sweep(two_trials, trainer=TRAINER, runner=in_process)
+        run_sweep(two_trials, trainer=train, runner=in_process)
     assert capfd.readouterr().out.count("Run the same command again to upload the rest.") == 1
-    run_sweep(two_trials, trainer=TRAINER, runner=in_process)
+    run_sweep(two_trials, trainer=train, runner=in_process)
     assert "could not upload" not in capfd.readouterr().out
     _, [parent], children = runs_of(uri)
     assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"} and len(children) == 2
@@ -70,15 +69,15 @@ def test_a_kill_before_the_report_and_the_last_upload_is_made_good(
     with monkeypatch.context() as kill:
         kill.setattr("kdecs.sweep.driver.write_report_of", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_sweep(config, trainer=TRAINER, runner=in_process)
+            run_sweep(config, trainer=train, runner=in_process)
     assert (config.output / "manifest.json").exists() and not (config.output / "report").exists()
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     assert (config.output / "report" / "manifest.json").exists()
     client, [parent], _ = runs_of(uri)
     figures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "report")}
     assert "report/leaderboard.png" in figures
     written = (config.output / "report" / "manifest.json").stat().st_mtime_ns
-    run_sweep(config, trainer=TRAINER, runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     assert (config.output / "report" / "manifest.json").stat().st_mtime_ns == written, (
         "there is nothing left to do"
     )
@@ -91,7 +90,7 @@ def test_a_selection_of_an_earlier_state_does_not_stop_the_report(make_config, f
     (sweep / "manifest.json").unlink()
     shutil.rmtree(sweep / "report", ignore_errors=True)
     wider = {**TWO_TRIALS, "optimization.seed": {"grid": [0, 1, 2]}}
-    run_sweep(make_config(space=wider, report=True), trainer=TRAINER, runner=in_process)
+    run_sweep(make_config(space=wider, report=True), trainer=train, runner=in_process)
     page = (sweep / "report" / "index.html").read_text()
     assert "Opened for an earlier state of this sweep" in page and "Not opened yet" not in page
     assert read_selection(sweep) is None
@@ -125,7 +124,7 @@ def test_settings_with_one_label_are_kept_apart(finish):
     rows = (sweep / "report" / "leaderboard.csv").read_text().splitlines()
     assert len({row.partition(",")[2] for row in rows[1:3]}) == 2
     record = select_student(sweep)
-    assert len(record["settings"]) == 2 and record["runner_up"] is not None
+    assert len(record.settings) == 2 and record.runner_up is not None
 
 
 def test_a_report_of_a_sweep_whose_trials_failed(finish, monkeypatch):

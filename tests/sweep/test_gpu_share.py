@@ -9,7 +9,7 @@ pytestmark = pytest.mark.gpu
 
 PROGRAM = """
 import torch
-from kdecs.sweep.ray_trials import limit_gpu_memory
+from kdecs.sweep.ray import limit_gpu_memory
 limit_gpu_memory(0.25)
 total = torch.cuda.get_device_properties(0).total_memory
 block = torch.empty(int(0.2 * total), dtype=torch.uint8, device="cuda")

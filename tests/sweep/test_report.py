@@ -10,7 +10,8 @@ from kdecs.artifact import verify_artifact
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.report.study_figures import pooled_sd
 from kdecs.sweep.report.tables import _escaped
-from kdecs.sweep.selection import rank_settings, select_student
+from kdecs.sweep.selection.choose import select_student
+from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.status import read_results
 
 
@@ -29,7 +30,7 @@ def test_report_has_its_figures_and_scores(finished):
         assert (finished / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'src="{name}.png"' in page and f'href="{name}.csv"' in page
     assert not (finished / "report" / "share.png").exists()
-    assert f"{record['test']['macro_f1']:.2f}" in page
+    assert f"{record.test['macro_f1']:.2f}" in page
     assert "j &gt;= i-1" in page and "majority emotion" in page
     assert "0.00 points above the best trivial rule, j &gt;= i-1" in page
     assert "http://" not in page and "https://" not in page
@@ -112,7 +113,7 @@ def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels
         space={"variant": {"grid": ["given"]}, "optimization.seed": {"grid": [0, 1]}},
     )
     record = select_student(sweep)
-    assert "emotion_accuracy" not in record["test"]
+    assert "emotion_accuracy" not in record.test
     page = write_report(sweep).read_text()
     cards = re.findall(r'class="card"><b>([^<]*)</b><span>([^<]*)<', page)
     assert "Emo Acc" not in [title for _, title in cards] and len(cards) == 5

@@ -1,5 +1,4 @@
 import json
-import math
 
 import pytest
 
@@ -9,23 +8,10 @@ from kdecs.errors import ArtifactError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.report.model_card import model_card
-from kdecs.sweep.selection import (
-    COMPARED,
-    _of_this_student,
-    mean_interval,
-    print_selection,
-    rank_settings,
-    select_student,
-)
+from kdecs.sweep.selection.choose import COMPARED, print_selection, scores_of_student, select_student
+from kdecs.sweep.selection.model_card import model_card
+from kdecs.sweep.selection.record import SelectionRecord, rank_settings
 from kdecs.sweep.status import read_results
-
-
-def test_interval_is_student_t():
-    mean, sd, (low, high) = mean_interval([1.0, 2.0, 3.0])
-    assert (mean, sd) == (2.0, 1.0)
-    assert high - mean == pytest.approx(mean - low) == pytest.approx(4.302652729911275 / math.sqrt(3))
-    assert mean_interval([5.0]) == (5.0, None, None)
 
 
 def test_settings_are_ranked_by_mean_over_seeds(finished):
@@ -42,23 +28,21 @@ def test_settings_are_ranked_by_mean_over_seeds(finished):
 
 def test_winner_is_scored_on_test_once(finished, asked):
     record = select_student(finished)
-    assert record["winner"]["label"] == "llama-tiny α0.6 τ2 s1"
+    assert record.winner.label == "llama-tiny α0.6 τ2 s1"
     corpus = read_corpus(bundled_sample("test"))
     rule = trivial_predictions(corpus, "fold1")["j >= i-1"]
-    assert record["test"] == json.loads(json.dumps(evaluate(corpus, rule).as_dict()))
-    assert record["test_baselines"]["j >= i-1"]["macro_f1"] == record["test"]["macro_f1"]
-    assert "macro_f1" not in record["test_baselines"]["majority emotion"]
+    assert record.test == json.loads(json.dumps(evaluate(corpus, rule).as_dict()))
+    assert record.test_baselines["j >= i-1"]["macro_f1"] == record.test["macro_f1"]
+    assert "macro_f1" not in record.test_baselines["majority emotion"]
     assert (finished / "test-predictions.jsonl").is_file()
-    assert record["registered"] == "kdecs-student version 1"
-    test = record["runner_up"]["tests"]["macro_f1"]
-    assert record["runner_up"]["label"] == "llama-tiny α0.3 τ2"
-    assert (test["difference"], test["low"], test["high"], test["p"]) == (0.0, 0.0, 0.0, 1.0), (
-        "equal predictions"
-    )
-    low, high = record["test_intervals"]["macro_f1"]
-    assert low < record["test"]["macro_f1"] < high
+    assert record.registered == "kdecs-student version 1"
+    test = record.runner_up.tests["macro_f1"]
+    assert record.runner_up.label == "llama-tiny α0.3 τ2"
+    assert (test.difference, test.low, test.high, test.p) == (0.0, 0.0, 0.0, 1.0), "equal predictions"
+    low, high = record.test_intervals["macro_f1"]
+    assert low < record.test["macro_f1"] < high
     card = (finished / "model-card.md").read_text()
-    assert f"| macro F1 | {record['test']['macro_f1']:.2f} | {low:.2f} to {high:.2f} |" in card
+    assert f"| macro F1 | {record.test['macro_f1']:.2f} | {low:.2f} to {high:.2f} |" in card
     assert all(part in card for part in ("train.json", "llama-tiny", "## Limits", "runner-up"))
     assert str(finished) not in card
     assert "It was tested on test.json alone" in card and "English" not in card, (
@@ -70,12 +54,13 @@ def test_winner_is_scored_on_test_once(finished, asked):
 
 def test_emotions_that_were_given_are_no_score(finished, capsys):
     record = select_student(finished)
-    config = load_config(StudentConfig, finished / record["winner"]["directory"] / "config.json")
+    config = load_config(StudentConfig, finished / record.winner.directory / "config.json")
     given = config.model_copy(update={"model": config.model.model_copy(update={"given_emotions": "fine"})})
-    assert _of_this_student(record["test"], config) == record["test"]
-    record["test"] = _of_this_student(record["test"], given)
-    assert record["test"].keys() >= {"macro_f1", "exact_match", "baselines"}
-    assert not [key for key in record["test"] if key.startswith(("emotion_accuracy", "strict_"))]
+    assert scores_of_student(record.test, config) == record.test
+    scores = scores_of_student(record.test, given)
+    assert scores.keys() >= {"macro_f1", "exact_match", "baselines"}
+    assert not [key for key in scores if key.startswith(("emotion_accuracy", "strict_"))]
+    record = record.model_copy(update={"test": scores})
     print_selection(finished, record)
     assert "emotion accuracy" not in capsys.readouterr().out
     card = model_card(finished, record, given)
@@ -94,11 +79,34 @@ def test_emotions_that_were_given_are_not_compared(finish, make_labels, runs):
         space={"variant": {"grid": names}, "optimization.seed": {"grid": [0, 1]}},
     )
     record = select_student(sweep)
-    tests = {row["variant"]: row["tests"].keys() for row in record["variants"]}
+    tests = {row.variant: row.tests.keys() for row in record.variants}
     assert tests["joint"] == {*COMPARED}, "both predict them"
     assert tests["given fine"] == {*COMPARED} - {"emotion_accuracy"}
-    assert "given fine" in record["runner_up"]["label"] + record["runner_up"]["against"]
-    assert record["runner_up"]["tests"].keys() == tests["given fine"]
+    assert "given fine" in record.runner_up.label + record.runner_up.against
+    assert record.runner_up.tests.keys() == tests["given fine"]
+
+
+def test_a_record_is_read_and_written_byte_for_byte(finished):
+    select_student(finished)
+    text = (finished / "selection.json").read_text()
+    record = SelectionRecord.model_validate_json(text)
+    assert json.dumps(record.as_json(), indent=2, sort_keys=True) + "\n" == text
+    assert list(json.loads(text)) == sorted(SelectionRecord.model_fields)
+
+
+def test_a_record_of_an_earlier_version_gets_its_comparisons(finished):
+    record = select_student(finished)
+    earlier = {key: value for key, value in record.as_json().items() if key not in ("runner_up", "variants")}
+    (finished / "selection.json").write_text(json.dumps({**earlier, "registered": None}))
+    assert select_student(finished) == record
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"test": null}'])
+def test_a_damaged_record_is_refused_in_one_line(finished, text):
+    (finished / "selection.json").write_text(text)
+    with pytest.raises(ArtifactError, match="the test split may have been opened") as caught:
+        select_student(finished)
+    assert "\n" not in str(caught.value)
 
 
 def test_test_opened_for_another_state_is_refused(finished):

@@ -2,13 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_trainer import train
 
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, Teacher
 from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.progress import print_plan
+from kdecs.sweep.progress import print_dry_run
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import drawn_value, enumerate_trials, sweep_hash, with_absolute_paths
 
@@ -322,17 +323,17 @@ def test_dotted_keys_can_be_set():
 
 def test_plan_says_what_is_there(make_config, in_process, capsys):
     config = make_config()
-    print_plan(config)
+    print_dry_run(config)
     printed = capsys.readouterr().out
     assert "8 trials, 0 complete, 8 to train" in printed and "CPU hours (arithmetic" in printed
-    run_sweep(config, trainer="fake_trainer:train", runner=in_process)
+    run_sweep(config, trainer=train, runner=in_process)
     wider = make_config(
         name="wider",
         output=str(config.output.parent / "wider"),
         space={"teacher": {"grid": ["llama-tiny"]}, "optimization.seed": {"grid": [0, 1, 2]}},
     )
     capsys.readouterr()
-    print_plan(wider)
+    print_dry_run(wider)
     printed = capsys.readouterr().out
     assert "3 trials, 0 complete, 1 to train, 2 in the store" in printed
     assert "CPU hours (measured: 2 trials" in printed
@@ -342,11 +343,11 @@ def test_plan_of_a_new_search_estimates_from_one_trial(make_config, capsys):
     space = {"distillation.alpha": {"uniform": [0.1, 0.9]}, "teacher": {"grid": ["t5-tiny"]}}
     search = {"method": "tpe", "num_trials": 400, "survivors": 1}
     config = make_config(space=space, search=search, effective_tflops=1e-6)
-    print_plan(config)
+    print_dry_run(config)
     printed = capsys.readouterr().out
     assert "400 trials, 0 complete, 400 to train" in printed and "400 of them become known" in printed
     hours = float(printed.partition(" CPU hours")[0].split()[-1])
-    print_plan(make_config(space={**space, "distillation.alpha": {"grid": [0.1]}}, effective_tflops=1e-6))
+    print_dry_run(make_config(space={**space, "distillation.alpha": {"grid": [0.1]}}, effective_tflops=1e-6))
     one = float(capsys.readouterr().out.partition(" CPU hours")[0].split()[-1])
     assert hours == pytest.approx(400 * one, rel=0.01) and one > 0
 
@@ -363,10 +364,10 @@ def test_plan_names_missing_teachers_and_how_to_get_them(make_config, make_label
     }
     space = {"teacher": {"grid": ["ready", "bare", "built"]}}
     config = make_config(teachers=teachers, space=space, student=student)
-    print_plan(config)
+    print_dry_run(config)
     printed = " ".join(capsys.readouterr().out.split())
     assert "3 trials, 0 complete, 3 to train" in printed and printed.count("no labels") == 2
     assert f"teacher bare: no soft labels at {runs / 'none'}; export them first" in printed
     assert f"--set output={runs / 'labels-7b'}" in printed
     with pytest.raises(ArtifactError, match="soft labels of 2 teachers are not there yet: bare"):
-        run_sweep(config, trainer="fake_trainer:train")
+        run_sweep(config, trainer=train)

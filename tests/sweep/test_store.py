@@ -4,18 +4,19 @@ import json
 import threading
 
 import pytest
+from fake_trainer import train
 
 from kdecs.artifact import MANIFEST_NAME, verify_artifact
 from kdecs.config import load_config, write_config
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.status import read_note
 from kdecs.sweep.trial import (
     TrialRun,
     add_student,
     find_student,
     load,
     read_samples,
-    read_status,
     run_trial,
     sampled_load,
     take_student,
@@ -31,7 +32,7 @@ def trial(make_config):
     trial.directory.mkdir(parents=True)
     write_config(trial.config, trial.directory)
     run = TrialRun(
-        trainer="fake_trainer:train",
+        trainer=train,
         stop_file=config.output / ".stop",
         store=config.output.parent / "students",
     )
@@ -76,8 +77,6 @@ def test_two_sweeps_train_one_student_once(trial, tmp_path, monkeypatch):
         with training_lock(run.store, first.config_hash, lambda: False):
             held.set()
             # what run_trial does under the lock, here without its redirection of the process' output
-            from fake_trainer import train
-
             from kdecs.process import StopSignal
 
             train(first.config, lambda metrics: None, StopSignal())
@@ -103,13 +102,13 @@ def test_waiting_for_another_sweep_ends_with_a_stop(trial):
 def test_attempts_without_progress_are_counted_and_end(trial, monkeypatch):
     trial, run = trial
     monkeypatch.setenv("FAKE_TRAINER", '{"raise_early": true}')
-    run = TrialRun(**{**run.__dict__, "max_failures": 2})
+    run = run.model_copy(update={"max_failures": 2})
     for attempt in (1, 2):
         with pytest.raises(RuntimeError):
             run_trial(trial.directory, run, lambda metrics: None)
-        assert read_status(trial.directory).stalled == attempt
+        assert read_note(trial.directory).stalled == attempt
     assert run_trial(trial.directory, run, lambda metrics: None).status == "failed"
-    again = TrialRun(**{**run.__dict__, "stop_file": run.stop_file.with_name(".stop-next")})
+    again = run.model_copy(update={"stop_file": run.stop_file.with_name(".stop-next")})
     monkeypatch.delenv("FAKE_TRAINER")
     status = run_trial(trial.directory, again, lambda metrics: None)
     assert (status.status, status.attempts, status.error) == ("complete", 4, None), (
@@ -122,7 +121,7 @@ def test_earlier_epochs_are_reported_again(trial, monkeypatch):
     monkeypatch.setenv("FAKE_TRAINER", '{"raise": [0]}')
     seen = []
     with pytest.raises(RuntimeError):
-        run_trial(trial.directory, TrialRun(**{**run.__dict__, "max_failures": 1}), seen.append)
+        run_trial(trial.directory, run.model_copy(update={"max_failures": 1}), seen.append)
     monkeypatch.delenv("FAKE_TRAINER")
     run_trial(trial.directory, run, seen.append)
     assert [point["epoch"] for point in seen] == [1, 1, 2], "the last epoch is nothing to stop at"
@@ -132,7 +131,7 @@ def test_a_trial_that_the_scheduler_stops_is_pruned_wherever_it_was(trial, monke
     trial, run = trial
     monkeypatch.setenv("FAKE_TRAINER", '{"raise": [0]}')
     with pytest.raises(RuntimeError):
-        run_trial(trial.directory, TrialRun(**{**run.__dict__, "max_failures": 1}), lambda metrics: None)
+        run_trial(trial.directory, run.model_copy(update={"max_failures": 1}), lambda metrics: None)
     monkeypatch.delenv("FAKE_TRAINER")
 
     def stop_it(metrics):
@@ -141,8 +140,8 @@ def test_a_trial_that_the_scheduler_stops_is_pruned_wherever_it_was(trial, monke
     for _ in range(2):  # by an epoch of an earlier attempt, then once more
         with pytest.raises(SystemExit):
             run_trial(trial.directory, run, stop_it)
-        assert read_status(trial.directory).status == "pruned"
-    keeping = TrialRun(**{**run.__dict__, "keep_pruned": True})
+        assert read_note(trial.directory).status == "pruned"
+    keeping = run.model_copy(update={"is_search": True})
     assert run_trial(trial.directory, keeping, lambda metrics: None).status == "pruned"
     assert run_trial(trial.directory, run, lambda metrics: None).status == "complete", "a survivor trains on"
 

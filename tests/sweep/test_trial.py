@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from fake_trainer import train
 
 from kdecs.artifact import file_lock, is_complete
 from kdecs.config import load_config, write_config
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import enumerate_trials
-from kdecs.sweep.status import trial_result
-from kdecs.sweep.trial import TrialRun, read_status, run_trial, settle
+from kdecs.sweep.status import read_note, trial_result
+from kdecs.sweep.trial import TrialRun, run_trial, settle
 from kdecs.tracking.record import read_points
 
 
@@ -29,7 +30,7 @@ def make_run(trial):
 
     def make(**changes):
         values = {
-            "trainer": "fake_trainer:train",
+            "trainer": train,
             "stop_file": sweep / ".stop",
             "store": sweep.parent / "students",
             **changes,
@@ -58,10 +59,10 @@ def become_running(directory):
 def test_a_student_is_complete_once_its_status_says_so(trial, make_run):
     run_trial(trial.directory, make_run(), lambda metrics: None)
     become_running(trial.directory)
-    living = trial_result(trial, complete=True, living=True)
+    living = trial_result(trial, is_live=True)
     assert (living.status, living.is_settled) == ("running", False), "its process has not noted its end yet"
     settle(trial.directory)
-    settled = trial_result(trial, complete=True, living=True)
+    settled = trial_result(trial, is_live=True)
     assert settled.is_settled
     assert settled.finished == (trial.directory / "manifest.json").stat().st_mtime
 
@@ -71,7 +72,7 @@ def test_a_trial_that_a_process_holds_is_not_settled(trial, make_run):
     become_running(trial.directory)
     with file_lock(trial.directory / ".lock"):
         settle(trial.directory)
-    assert read_status(trial.directory).status == "running"
+    assert read_note(trial.directory).status == "running"
 
 
 def test_a_trial_with_epochs_of_its_own_takes_no_other_student(trial, make_run, tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_a_refusal_before_the_training_is_a_status(trial, make_run, tmp_path):
     corpus.unlink()
     status = run_trial(trial.directory, make_run(max_failures=5), lambda metrics: None)
     assert (status.status, status.attempts) == ("failed", 1)
-    assert str(corpus) in status.error and read_status(trial.directory) == status
+    assert str(corpus) in status.error and read_note(trial.directory) == status
 
 
 def test_any_fault_before_the_training_is_counted(trial, make_run, monkeypatch):
@@ -133,7 +134,7 @@ def test_any_fault_before_the_training_is_counted(trial, make_run, monkeypatch):
     for attempt in (1, 2):
         with pytest.raises(ValueError, match="of ours"):
             run_trial(trial.directory, make_run(max_failures=2), lambda metrics: None)
-        assert read_status(trial.directory).attempts == attempt
+        assert read_note(trial.directory).attempts == attempt
     status = run_trial(trial.directory, make_run(max_failures=2), lambda metrics: None)
     assert (status.status, status.error) == ("failed", "ValueError: a fault of ours")
 
@@ -160,5 +161,5 @@ def test_deaths_between_checkpoint_and_line_count_as_progress(trial, make_run, m
     for _ in range(3):
         with pytest.raises(RuntimeError):
             run_trial(trial.directory, run, lambda metrics: None)
-        assert read_status(trial.directory).stalled == 1
+        assert read_note(trial.directory).stalled == 1
     assert run_trial(trial.directory, run, lambda metrics: None).status == "complete"

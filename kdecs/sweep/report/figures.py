@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from kdecs.artifact import write_text
-from kdecs.sweep.selection import SettingScore
+from kdecs.sweep.selection.record import SettingScore
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY
 
 mpl.use("Agg")

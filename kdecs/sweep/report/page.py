@@ -27,7 +27,14 @@ from kdecs.sweep.report.figures import (
 )
 from kdecs.sweep.report.study_figures import share_figure, spread_figure, teacher_figure, time_figure
 from kdecs.sweep.report.tables import COLUMNS, ablation_rows, latex_table, setting_means, write_ablation_csv
-from kdecs.sweep.selection import SettingScore, is_selection_outdated, rank_settings, read_selection
+from kdecs.sweep.selection.model_card import verdict
+from kdecs.sweep.selection.record import (
+    SelectionRecord,
+    SettingScore,
+    is_selection_outdated,
+    rank_settings,
+    read_selection,
+)
 from kdecs.sweep.space import TEACHER_KEY
 from kdecs.sweep.status import BASELINES_NAME, TrialResult, read_results, trial_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
@@ -83,10 +90,10 @@ def write_report(sweep: Path) -> Path:
     return folder / PAGE_NAME
 
 
-def _complete(sweep: Path, folder: Path, files: list[str], selection: dict[str, Any] | None) -> None:
+def _complete(sweep: Path, folder: Path, files: list[str], selection: SelectionRecord | None) -> None:
     sweep_digest = read_manifest(sweep, "sweep").config_hash
     digest = hashlib.sha256(sweep_digest.encode())
-    digest.update(json.dumps(selection, sort_keys=True).encode())
+    digest.update(json.dumps(selection and selection.as_json(), sort_keys=True).encode())
     write_manifest(
         folder,
         "report",
@@ -200,21 +207,18 @@ def _rule_rows(baselines: Mapping[str, Mapping[str, float]]) -> list[dict[str, A
     ]
 
 
-def _verdict(selection: Mapping[str, Any]) -> str:
-    """How the winner stands to the best trivial rule, said plainly."""
-    metric = selection["metric"]
-    rules = {name: v[metric] for name, v in selection["test_baselines"].items() if metric in v}
-    name = max(rules, key=lambda rule: rules[rule])
-    difference = selection["test"][metric] - rules[name]
+def _verdict(selection: SelectionRecord) -> str:
+    """How the winner compares with the best trivial rule, in plain words."""
+    difference, name = verdict(selection)
     side = "above" if difference >= 0 else "below"
-    return f"In macro F1 it stands {abs(difference):.2f} points {side} the best trivial rule, {name}."
+    return f"Its macro F1 is {abs(difference):.2f} points {side} the best trivial rule, {name}."
 
 
-def _test_rows(selection: Mapping[str, Any]) -> list[dict[str, Any]]:
-    test = selection["test"]
+def _test_rows(selection: SelectionRecord) -> list[dict[str, Any]]:
+    test = selection.test or {}
     winner = {
-        "label": selection["winner"]["label"],
+        "label": selection.winner.label,
         "means": {key: test.get(key) for key, _ in COLUMNS},  # emotions that were given have no score
-        "intervals": selection.get("test_intervals", {}),
+        "intervals": selection.test_intervals,
     }
-    return [winner, *_rule_rows(selection["test_baselines"])]
+    return [winner, *_rule_rows(selection.test_baselines)]

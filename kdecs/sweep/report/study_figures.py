@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from kdecs.sweep.report.figures import ACCENT, COLOURS, INK, MUTED, RULE, STYLE, Figure, save, write_csv
-from kdecs.sweep.selection import SettingScore
+from kdecs.sweep.selection.record import SettingScore
 from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
 from kdecs.sweep.status import TrialResult
 

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kdecs.artifact import write_text
-from kdecs.sweep.selection import SettingScore
+from kdecs.sweep.selection.record import SelectionRecord, SettingScore
 from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
 from kdecs.sweep.status import TrialResult
 
@@ -49,7 +48,7 @@ def ablation_rows(
     ranked: Sequence[SettingScore],
     results: Sequence[TrialResult],
     order: Sequence[str],
-    selection: Mapping[str, Any] | None,
+    selection: SelectionRecord | None,
 ) -> list[AblationRow]:
     """A row a variant, in the config's order; none where variants are compared by share, or there is just one."""
     best: dict[str, SettingScore] = {}
@@ -60,7 +59,7 @@ def ablation_rows(
     if len(names) < 2:
         return []
     by_id = {result.id: result for result in results}
-    tests = {row["variant"]: row["tests"] for row in (selection or {}).get("variants", [])}
+    tests = {row.variant: row.tests for row in selection.variants} if selection else {}
     reference = best[names[0]]
     rows = []
     for name in names:
@@ -75,7 +74,7 @@ def ablation_rows(
                 means=setting_means(group),
                 sd=setting.sd,
                 difference=None if is_first else setting.mean - reference.mean,
-                dialogues_p=test["p"] if test else None,
+                dialogues_p=test.p if test else None,
                 seeds_p=None if is_first else _paired_by_seed(group, [by_id[i] for i in reference.trials]),
             )
         )

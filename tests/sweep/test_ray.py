@@ -1,27 +1,19 @@
-"""What a sweep gives its trials' processes, and how its plan crosses to Ray's process. No Ray is started."""
+"""The Ray process: what it gives its trials' processes, when it begins and waits. No Ray is started."""
 
 import os
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from kdecs.artifact import file_lock
+from kdecs.config import write_config
 from kdecs.errors import DeviceError
-from kdecs.sweep import ray as ray_trials
-from kdecs.sweep.ray import (
-    RAY_LOCK_NAME,
-    Plan,
-    limit_gpu_memory,
-    most_epochs,
-    ray_storage,
-    train_with_ray,
-    worker_environment,
-)
-from kdecs.sweep.trial import TrialRun
+from kdecs.sweep import ray as sweep_ray
+from kdecs.sweep.ray import limit_gpu_memory, most_epochs, ray_storage, train_stage, worker_environment
+from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, StageRun, TrialRun
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, "1"), (1, "1"), (3.5, "3")])
@@ -84,13 +76,6 @@ def test_a_gpu_that_torch_does_not_see_is_refused(monkeypatch):
         limit_gpu_memory(0.5)
 
 
-def test_a_plan_is_read_as_it_was_written(make_config, tmp_path):
-    run = TrialRun("fake_trainer:train", Path("/x/.stop"), Path("/x/students"), max_failures=3)
-    plan = Plan(make_config(), run, ["a"], ["b"], 1, 3.0, 0, "macro_f1", 1234)
-    plan.write(tmp_path / "plan.json")
-    assert Plan.read(tmp_path / "plan.json") == plan
-
-
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, None), (1, None)])
 def test_a_trial_without_a_gpu_does_not_see_the_hosts(make_config, gpus, device):
     assert worker_environment(make_config(gpus_per_trial=gpus)).get("KDECS_DEVICE") == device
@@ -110,63 +95,75 @@ def test_no_trial_is_stopped_for_having_come_to_its_end(make_config, changes, ex
 
 
 @pytest.fixture
-def plan(make_config):
-    """A plan of this process' parent, so that this process is no orphan."""
+def stage(make_config):
+    """A stage of this process' parent, so that this process is no orphan."""
     config = make_config()
     config.output.mkdir(parents=True)
-    run = TrialRun("fake_trainer:train", config.output / ".stop-1-2", config.output.parent / "students")
-    return Plan(config, run, [], [], None, 3.0, 0, "macro_f1", os.getppid())
+    write_config(config, config.output)
+    run = TrialRun(stop_file=config.output / ".stop-1-2", store=config.student_store)
+    return StageRun(sweep=config.output, run=run, trials=(), driver=os.getppid())
 
 
 @pytest.fixture
-def ray_starts(monkeypatch):
-    """What would be started by Ray: the storage of each start."""
-    started = []
-    monkeypatch.setattr(ray_trials, "_start_ray", lambda *arguments: None)
-    monkeypatch.setattr(ray_trials, "_fit", lambda plan, storage: started.append(storage))
-    return started
+def starts(monkeypatch):
+    """The storage of each start of Ray, which is not started."""
+    found = []
+    monkeypatch.setattr(sweep_ray, "_start_ray", lambda *arguments: None)
+    monkeypatch.setattr(sweep_ray, "_fit", lambda stage, config: found.append(ray_storage(stage)))
+    return found
 
 
-def test_a_start_waits_for_the_trials_of_an_earlier_one(plan, ray_starts, monkeypatch):
-    monkeypatch.setattr(ray_trials, "_LOCK_POLL_S", 0.05)
-    killed = plan.config.output / ".ray.stop-0-1"
+def test_a_start_waits_for_the_trials_of_an_earlier_one(stage, starts, monkeypatch):
+    monkeypatch.setattr(sweep_ray, "_LOCK_POLL_S", 0.05)
+    killed = stage.sweep / ".ray.stop-0-1"
     killed.mkdir()
-    with file_lock(plan.config.output / RAY_LOCK_NAME):
-        thread = threading.Thread(target=train_with_ray, args=(plan,))
+    with file_lock(stage.sweep / RAY_LOCK_NAME):
+        thread = threading.Thread(target=train_stage, args=(stage,))
         thread.start()
         time.sleep(0.3)
-        assert ray_starts == []
+        assert starts == []
     thread.join()
-    assert ray_starts == [ray_storage(plan)] and not killed.exists()
+    assert starts == [ray_storage(stage)] and not killed.exists()
 
 
-def test_an_orphan_begins_nothing(plan, ray_starts, monkeypatch):
-    train_with_ray(Plan(**{**plan.__dict__, "driver": 1 << 22}))
-    assert ray_starts == []
-    monkeypatch.setattr(
-        os, "getppid", iter([plan.driver, 1]).__next__
-    )  # the driver is killed while Ray starts
-    train_with_ray(plan)
-    assert ray_starts == []
+def test_an_orphan_begins_nothing(stage, starts, monkeypatch):
+    train_stage(stage.model_copy(update={"driver": 1 << 22}))
+    assert starts == []
+    # the driver is killed while Ray starts
+    monkeypatch.setattr(os, "getppid", iter([stage.driver, 1]).__next__)
+    train_stage(stage)
+    assert starts == []
 
 
-def test_a_stopped_start_does_not_wait(plan, ray_starts):
-    plan.run.stop_file.touch()
-    with file_lock(plan.config.output / RAY_LOCK_NAME):
-        train_with_ray(plan)
-    assert ray_starts == []
+def test_a_stopped_start_does_not_wait(stage, starts):
+    stage.run.stop_file.touch()
+    with file_lock(stage.sweep / RAY_LOCK_NAME):
+        train_stage(stage)
+    assert starts == []
 
 
-def test_nothing_is_suggested_while_a_sweep_stops(make_config):
+@pytest.mark.parametrize("is_memory", [True, False])
+def test_only_a_worker_killed_for_its_memory_ends_with_its_exit_code(stage, starts, monkeypatch, is_memory):
+    from ray.exceptions import OutOfMemoryError
+
+    def fail(*arguments):
+        cause = OutOfMemoryError("1 worker was killed") if is_memory else ValueError("something else")
+        raise RuntimeError("Caught unexpected exception") from cause
+
+    monkeypatch.setattr(sweep_ray, "_fit", fail)
+    with pytest.raises(SystemExit if is_memory else RuntimeError) as caught:
+        train_stage(stage)
+    assert not is_memory or caught.value.code == OUT_OF_MEMORY
+
+
+def test_nothing_is_suggested_while_a_sweep_stops(make_config, stage):
     pytest.importorskip("optuna")
-    from kdecs.sweep.search import read_suggestions
-    from kdecs.sweep.tpe import TpeSearcher
+    from kdecs.sweep.ray import _TpeSearcher
+    from kdecs.sweep.search import Search, TpeSuggester, read_suggestions
 
     config = make_config(search={"method": "tpe", "num_trials": 2})
-    stop_file = config.output / ".stop"
-    searcher = TpeSearcher(config, "macro_f1", stop_file)
-    stop_file.parent.mkdir(exist_ok=True)
-    stop_file.touch()
+    searcher = _TpeSearcher(TpeSuggester(Search(config), "macro_f1"), stage)
+    stage.run.stop_file.touch()
     assert searcher.suggest("a") is None and read_suggestions(config.output) == []
-    stop_file.unlink()
+    stage.run.stop_file.unlink()
     assert searcher.suggest("a")["trial"] and len(read_suggestions(config.output)) == 1

@@ -77,7 +77,7 @@ def test_killed_trials_resume_and_failing_ones_are_listed(make_config, uri, runs
     out, err = process.communicate(timeout=600)
     assert process.returncode == 1, (out, err)
     assert err.count("\n") == 1 and err.startswith("kdecs: error: 2 of 4 trials failed")
-    assert "the process died without a word" in err and "the loss is not finite" in err
+    assert "the process died without an error message" in err and "the loss is not finite" in err
     trials = json.loads((config.output / "trials.json").read_text())
     found = [(t["status"], t["attempts"]) for t in trials]
     assert found == [("complete", 4), ("complete", 2), ("failed", 1), ("failed", 2)]

@@ -1,0 +1,330 @@
+"""Selection: settings are ranked on validation, the best seed of the best setting is scored on test, once.
+
+SWEEP/selection.json           the record of it (SelectionRecord)
+SWEEP/valid-predictions/       predictions that settings were compared by, if their trainings kept none
+SWEEP/test-predictions.jsonl   what was scored on test
+SWEEP/model-card.md            what the registry says about the winner
+"""
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    content_checksum,
+    file_lock,
+    read_manifest,
+    read_verified_manifest,
+    write_json,
+    write_text,
+)
+from kdecs.config import CONFIG_NAME, config_hash, load_config
+from kdecs.corpus.schema import Corpus
+from kdecs.corpus.splits import read_split
+from kdecs.errors import ArtifactError, ConfigError
+from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.predictions import PairKey, Prediction, read_predictions, write_predictions
+from kdecs.evaluation.significance import Comparison, bootstrap_intervals, compare_systems
+from kdecs.student.config import StudentConfig
+from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.selection.model_card import CARD_NAME, model_card
+from kdecs.sweep.selection.record import (
+    SELECTION_NAME,
+    SelectionRecord,
+    SettingComparison,
+    SettingScore,
+    VariantComparison,
+    Winner,
+    is_selection_outdated,
+    load_selection,
+    rank_settings,
+)
+from kdecs.sweep.space import VARIANT_KEY, Trial
+from kdecs.sweep.status import TrialResult, read_results, rule_scores, trial_directory
+from kdecs.sweep.tracking import sweep_record, trial_record
+from kdecs.tracking.mlflow import Tracker
+from kdecs.tracking.registry import register_student
+
+TEST_PREDICTIONS_NAME = "test-predictions.jsonl"
+VALID_PREDICTIONS_FOLDER = "valid-predictions"
+_EMOTIONS, _STRICT = "emotion_accuracy", "strict_"
+COMPARED = ("macro_f1", "positive_f1", "negative_f1", "exact_match", _EMOTIONS, "utterance_macro_f1")
+
+
+def select_student(sweep: Path) -> SelectionRecord:
+    """Choose on validation, score the winner on test once, register it. Returns the record; a second call reads it.
+
+    Raises ArtifactError if the sweep is unfinished, or if the test split was opened for an earlier state of it, and
+    ConfigError if the config names no test split.
+    """
+    results = read_results(sweep)
+    with file_lock(sweep / ".selection-lock"):
+        record = load_selection(sweep)
+        if record is None:
+            ranked = rank_settings(results)
+            chosen = choose_winner(results, ranked)
+            record = SelectionRecord(
+                sweep=read_manifest(sweep, "sweep").config_hash,
+                metric=chosen.metric,
+                universe="fold1",
+                protocol="reccon",
+                settings=ranked,
+                winner=Winner(
+                    id=chosen.id,
+                    label=chosen.label,
+                    seed=chosen.seed,
+                    directory=chosen.directory,
+                    valid=chosen.metrics,
+                ),
+                test_opened_at=None,
+                test=None,
+                registered=None,
+            )
+        elif is_selection_outdated(sweep):
+            raise ArtifactError(
+                f"{sweep / SELECTION_NAME}: the test split was opened on {record.test_opened_at} for another state of "
+                "this sweep; remove the file only if you want to look at test a second time"
+            )
+        winner = next(result for result in results if result.id == record.winner.id)
+        if "runner_up" not in record.model_fields_set:
+            record = record.model_copy(update=_comparisons(sweep, results))
+        if record.test is None:
+            config = load_config(StudentConfig, trial_directory(sweep, winner) / CONFIG_NAME)
+            if config.corpus.test is None:
+                path = trial_directory(sweep, winner) / CONFIG_NAME
+                raise ConfigError(f"{path}: corpus.test is missing, and selection scores the winner on it")
+            # That test is opened goes to disk before it is read: a kill in between must not hide that it was.
+            opened = record.test_opened_at or datetime.now(UTC).isoformat(timespec="seconds")
+            record = record.model_copy(update={"test_opened_at": opened})
+            write_json(sweep / SELECTION_NAME, record.as_json())
+            record = record.model_copy(update=_test_scores(sweep, winner, config))
+            write_json(sweep / SELECTION_NAME, record.as_json())
+        if record.registered is None:
+            registered = _register(sweep, results, winner, record)
+            record = record.model_copy(update={"registered": registered})
+            write_json(sweep / SELECTION_NAME, record.as_json())
+    return record
+
+
+def choose_winner(results: list[TrialResult], ranked: list[SettingScore]) -> TrialResult:
+    """The best seed, on validation, of the best setting; the lowest seed among equals."""
+    group = [result for result in results if result.id in ranked[0].trials]
+    return min(group, key=lambda result: (-result.score, result.seed))
+
+
+def _comparisons(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
+    """Paired tests on validation: the first setting against the second, and variants against the first variant."""
+    ranked = rank_settings(results)
+    by_id = {result.id: result for result in results}
+    groups = {setting.key: [by_id[identity] for identity in setting.trials] for setting in ranked}
+
+    def tests(first: SettingScore, second: SettingScore) -> dict[str, Comparison]:
+        return compare_settings(sweep, groups[first.key], groups[second.key])
+
+    runner_up = None
+    if len(ranked) > 1:
+        first, second = ranked[0], ranked[1]
+        runner_up = SettingComparison(label=second.label, against=first.label, tests=tests(first, second))
+    best: dict[str, SettingScore] = {}
+    for setting in ranked:
+        if VARIANT_KEY in setting.settings:
+            best.setdefault(str(setting.settings[VARIANT_KEY]), setting)
+    names = [name for name in load_config(SweepConfig, sweep / CONFIG_NAME).variants if name in best]
+    variants = [
+        VariantComparison(
+            variant=name,
+            label=best[name].label,
+            against=best[names[0]].label,
+            tests=tests(best[name], best[names[0]]),
+        )
+        for name in names[1:]
+    ]
+    return {"runner_up": runner_up, "variants": variants}
+
+
+def compare_settings(
+    sweep: Path, first: Sequence[TrialResult], second: Sequence[TrialResult]
+) -> dict[str, Comparison]:
+    """By score: first minus second in points, its 95% bootstrap interval and the paired permutation p.
+
+    If one of the two was given the emotions, their accuracy is left out: it would be that of the gold.
+    """
+    seeds = {result.seed for result in first} & {result.seed for result in second}
+    configs = [
+        load_config(StudentConfig, trial_directory(sweep, group[0]) / CONFIG_NAME)
+        for group in (first, second)
+    ]
+    corpus = read_split(configs[0].corpus, configs[0].corpus.valid)
+    are_given = any(config.model.given_emotions != "none" for config in configs)
+    keys = [key for key in COMPARED if not (are_given and key == _EMOTIONS)]
+
+    def sums(group: Sequence[TrialResult]) -> NDArray[np.float64]:
+        """(D, K) contributions of the students' predictions, summed over seeds (kdecs.evaluation.rows)."""
+        scores = [
+            evaluate(corpus, validation_predictions(sweep, result, corpus))
+            for result in group
+            if result.seed in seeds
+        ]
+        return np.sum([score.sums_by_dialogue for score in scores], axis=0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns of degenerate samples, which equal systems are
+        return compare_systems(sums(first), sums(second), keys=keys)
+
+
+def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> dict[PairKey, Prediction]:
+    """A student's predictions for the validation pairs, from a file of the sweep or the trial if there is one.
+
+    Raises ArtifactError for a student that is damaged.
+    """
+    from kdecs.runtime import start_runtime
+    from kdecs.student.predict.predictor import Student
+
+    directory = trial_directory(sweep, result)
+    path = sweep / VALID_PREDICTIONS_FOLDER / f"{result.id}-{content_checksum(directory)[:8]}.jsonl"
+    if not path.is_file():
+        if (kept := _kept_predictions(directory, corpus)) is not None:
+            return kept
+        student = Student.from_pretrained(directory, device=start_runtime().device)
+        path.parent.mkdir(exist_ok=True)
+        write_predictions(path, student.predict_pairs(corpus).values())
+    return read_predictions(path, corpus)
+
+
+def _kept_predictions(directory: Path, corpus: Corpus) -> dict[PairKey, Prediction] | None:
+    """What the training kept beside the weights; None if it kept nothing, or if an input has changed since."""
+    from kdecs.student.product import VALIDATION_NAME
+
+    manifest = read_verified_manifest(directory, "student")
+    if VALIDATION_NAME not in {entry.path for entry in manifest.files}:
+        return None
+    try:
+        is_same_work = (
+            config_hash(load_config(StudentConfig, directory / CONFIG_NAME)) == manifest.config_hash
+        )
+    except ConfigError:  # an input is gone, but predicting may do without it
+        return None
+    return read_predictions(directory / VALIDATION_NAME, corpus) if is_same_work else None
+
+
+def _test_scores(sweep: Path, winner: TrialResult, config: StudentConfig) -> dict[str, Any]:
+    """Open the test split and score the winner and the trivial rules on it."""
+    from kdecs.runtime import start_runtime
+    from kdecs.student.predict.predictor import Student
+
+    assert config.corpus.test is not None
+    student = Student.from_pretrained(trial_directory(sweep, winner), device=start_runtime().device)
+    corpus = read_split(config.corpus, config.corpus.test)
+    predictions = student.predict_pairs(corpus)
+    write_predictions(sweep / TEST_PREDICTIONS_NAME, predictions.values())
+    scores = evaluate(corpus, predictions)
+    return {
+        "test": scores_of_student(scores.as_dict(), config),
+        "test_intervals": bootstrap_intervals(scores.sums_by_dialogue),
+        "test_baselines": rule_scores(corpus),
+    }
+
+
+def scores_of_student(scores: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
+    """The scores without those of emotions if the student was given them: they would be those of the gold."""
+    if config.model.given_emotions == "none":
+        return scores
+    return {key: value for key, value in scores.items() if key != _EMOTIONS and not key.startswith(_STRICT)}
+
+
+def _register(
+    sweep: Path, results: list[TrialResult], winner: TrialResult, record: SelectionRecord
+) -> str | None:
+    """Register the winner in MLflow's model registry. None if MLflow does not answer: the next call tries again."""
+    config = load_config(SweepConfig, sweep / CONFIG_NAME).model_copy(update={"output": sweep.absolute()})
+    tracker = Tracker(config.tracking, config.output)
+    parent = sweep_record(config, len(results), results, "FINISHED")
+    children = [trial_record(_as_trial(sweep, r), r, parent) for r in results if r.started]
+    if not tracker.sync_family(parent, children, now=True):
+        return None
+    directory = trial_directory(sweep, winner)
+    student = load_config(StudentConfig, directory / CONFIG_NAME)
+    card = model_card(sweep, record, student)
+    write_text(sweep / CARD_NAME, card)
+    run = next(child for child in children if child.identity["kdecs.trial"] == winner.id)
+    scores = (record.test or {}).items()
+    run.scores = {f"test_{key}": value for key, value in scores if isinstance(value, float)}
+    run.results = [sweep / SELECTION_NAME, sweep / TEST_PREDICTIONS_NAME, sweep / CARD_NAME]
+    with tempfile.TemporaryDirectory() as temporary:
+        # Only the files of the manifest are registered, neither checkpoints nor logs.
+        copy = Path(temporary) / "student"
+        for name in [*(entry.path for entry in read_manifest(directory, "student").files), MANIFEST_NAME]:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / name, copy / name)
+        return register_student(
+            tracker,
+            run,
+            copy,
+            score=winner.score,
+            corpus_checksum=content_checksum(student.corpus.valid),
+            metric=winner.metric,
+            card=card,
+        )
+
+
+def _as_trial(sweep: Path, result: TrialResult) -> Trial:
+    directory = trial_directory(sweep, result)
+    config = load_config(StudentConfig, directory / CONFIG_NAME)
+    return Trial(
+        id=result.id,
+        label=result.label,
+        config=config.model_copy(update={"output": directory}),
+        config_hash=result.config_hash,
+        teacher=result.teacher,
+        settings=result.settings,
+        seed=result.seed,
+    )
+
+
+def print_selection(sweep: Path, record: SelectionRecord) -> None:
+    """Print the ranked settings, then the winner's test scores beside those of the trivial rules."""
+    assert record.test is not None
+    console = Console(highlight=False)
+    table = Table("setting", "seeds", "macro F1", "sd", "95% interval", title="validation, fold1, percent")
+    for setting in record.settings:
+        table.add_row(
+            setting.label,
+            str(setting.num_seeds),
+            f"{setting.mean:.2f}",
+            f"{setting.sd:.2f}" if setting.sd is not None else "one seed",
+            f"{setting.interval[0]:.2f} to {setting.interval[1]:.2f}" if setting.interval else "",
+        )
+    console.print(table)
+    line = "one setting, so there is no runner-up to test against"
+    if record.runner_up:
+        test = record.runner_up.tests[record.metric]
+        line = (
+            f"{record.runner_up.against} against {record.runner_up.label} on validation: {test.difference:+.2f} points "
+            f"(95% {test.low:+.2f} to {test.high:+.2f}, paired permutation p {test.p:.3f})"
+        )
+    console.print(line, soft_wrap=True)
+    scores = record.test
+    rule, rule_values = max(scores["baselines"].items(), key=lambda item: item[1]["utterance_macro_f1"])
+    emotions = f"emotion accuracy {scores[_EMOTIONS]:.2f}, " if _EMOTIONS in scores else ""
+    console.print(
+        f"winner {record.winner.label} on test ({scores['num_positive']} positive, {scores['num_negative']} negative "
+        f"rows): macro F1 {scores['macro_f1']:.2f}, EM {scores['exact_match']:.2f}, {emotions}"
+        f"utterance macro F1 {scores['utterance_macro_f1']:.2f} "
+        f'(best trivial rule "{rule}": {rule_values["utterance_macro_f1"]:.2f})',
+        soft_wrap=True,
+    )
+    registered = record.registered or "not registered yet, because MLflow did not answer; run this again"
+    console.print(
+        f"test opened {record.test_opened_at}; {registered}; student: {sweep / record.winner.directory}",
+        soft_wrap=True,
+    )

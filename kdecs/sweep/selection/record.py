@@ -1,0 +1,142 @@
+"""The ranked settings of a finished sweep and the record of its selection, `selection.json`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdecs.artifact import read_manifest
+from kdecs.errors import ArtifactError
+from kdecs.evaluation.significance import Comparison, summarise_seeds
+from kdecs.sweep.space import settings_key
+from kdecs.sweep.status import TrialResult, by_settings
+
+SELECTION_NAME = "selection.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SettingScore:
+    """A setting's score on validation over its seeds, in percent; sd and interval (95%) need two seeds."""
+
+    label: str
+    teacher: str | None
+    settings: dict[str, Any]
+    trials: list[str]
+    num_seeds: int
+    mean: float
+    sd: float | None
+    interval: tuple[float, float] | None
+
+    @property
+    def key(self) -> str:
+        """What tells settings apart, whatever they are called."""
+        return settings_key(self.settings)
+
+
+def rank_settings(results: list[TrialResult]) -> list[SettingScore]:
+    """Settings by falling mean over seeds; equal means by label, so that the order is the same everywhere."""
+    ranked = []
+    for group in by_settings(results).values():
+        summary = summarise_seeds([result.score for result in group])
+        has_interval = summary.low is not None and summary.high is not None
+        first = group[0]
+        ranked.append(
+            SettingScore(
+                label=first.label.rpartition(" s")[0],
+                teacher=first.teacher,
+                settings=first.settings,
+                trials=[result.id for result in sorted(group, key=lambda result: result.seed)],
+                num_seeds=summary.num_seeds,
+                mean=summary.mean,
+                sd=summary.std,
+                interval=(summary.low, summary.high) if has_interval else None,  # type: ignore[arg-type]
+            )
+        )
+    if not ranked:
+        raise ArtifactError("no setting of the sweep has a complete trial, so there is nothing to rank")
+    return sorted(ranked, key=lambda setting: (-setting.mean, setting.label))
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Winner(_Record):
+    """The chosen trial, with its metrics on validation."""
+
+    id: str
+    label: str
+    seed: int
+    directory: str
+    valid: dict[str, float]
+
+
+class SettingComparison(_Record):
+    """Paired tests of two settings on validation, by score: `label` and `against` say which."""
+
+    label: str
+    against: str
+    tests: dict[str, Comparison]
+
+
+class VariantComparison(SettingComparison):
+    """The best setting of a variant against that of the first variant."""
+
+    variant: str
+
+
+class SelectionRecord(_Record):
+    """What `selection.json` holds. Keys that are not decided yet are left out or null.
+
+    `settings` are ranked. `runner_up` compares the first setting with the second, and is null if there is only one.
+    `test_opened_at` (UTC) is written before the test split is read for the first time. `test` holds the winner's scores
+    as `kdecs evaluate` gives them; `test_intervals` their 95% bootstrap intervals over dialogues; `test_baselines` the
+    trivial rules' scores. `registered` is the version and alias in MLflow's registry, null until MLflow has answered.
+    """
+
+    sweep: str
+    metric: str
+    universe: str
+    protocol: str
+    settings: list[SettingScore]
+    winner: Winner
+    runner_up: SettingComparison | None = None
+    variants: list[VariantComparison] = []
+    test_opened_at: str | None
+    test: dict[str, Any] | None
+    test_intervals: dict[str, tuple[float, float]] = {}
+    test_baselines: dict[str, dict[str, float]] = {}
+    registered: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values of the keys that are decided."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def read_selection(sweep: Path) -> SelectionRecord | None:
+    """The selection with its test result; None if there is none yet, or if it is of another state of the sweep."""
+    record = load_selection(sweep)
+    return record if record and record.test and not is_selection_outdated(sweep) else None
+
+
+def is_selection_outdated(sweep: Path) -> bool:
+    """Whether there is a selection of another state of the sweep."""
+    record = load_selection(sweep)
+    return record is not None and record.sweep != read_manifest(sweep, "sweep").config_hash
+
+
+def load_selection(sweep: Path) -> SelectionRecord | None:
+    """The record as it is on disk, None if there is none. Raises ArtifactError for a damaged one."""
+    path = sweep / SELECTION_NAME
+    if not path.is_file():
+        return None
+    try:
+        return SelectionRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(
+            f"{path}: not a selection ({field}: {first['msg']}); the test split may have been opened, so restore the "
+            "file from a backup, or remove it only if you want to look at test a second time"
+        ) from None
