@@ -23,7 +23,7 @@ Serve = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 def mapped(directory: Path) -> Serve:
     """Ours: the joined file of the node, mapped; its index is part of it."""
     labels = SoftLabels.open(directory, directory.parent / CACHE_NAME)
-    return lambda ids, hashes: labels.logits(labels.rows_of((ids, hashes)))
+    return lambda ids, hashes: labels.logits(labels.rows_of(ids, hashes))
 
 
 def parquet(directory: Path) -> Serve:

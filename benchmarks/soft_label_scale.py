@@ -26,6 +26,7 @@ from kdecs.artifact import Manifest, read_manifest, verify_artifact, write_manif
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import open_dialogues
+from kdecs.process import StopSignal
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import export_shards
 from kdecs.soft_labels.labels import SoftLabels
@@ -53,13 +54,6 @@ class StubScorer:
 
     def score(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
         return stub_logits(pairs), np.full(len(pairs), -0.5, np.float32)
-
-
-class NeverStop:
-    """No signal comes."""
-
-    def raise_if_requested(self, message: str) -> None:
-        del message
 
 
 def stub_logits(pairs: Sequence[Pair]) -> np.ndarray:
@@ -106,7 +100,7 @@ def export(work: Path) -> dict[str, float]:
         }
     )
     worker = SimpleNamespace(rank=0, world_size=1, device="cpu")
-    result = export_shards(config, StubScorer(work / "teacher"), worker, NeverStop())
+    result = export_shards(config, StubScorer(work / "teacher"), worker, StopSignal())
     return {"pairs": float(result.num_new_pairs)}
 
 
@@ -125,7 +119,10 @@ def read(work: Path) -> dict[str, float]:
         if place == CHECKED_DIALOGUES:
             break
         pairs = pairs_of(dialogue, "fold1+neutral")
-        np.testing.assert_array_equal(labels.logits(labels.rows_of(pairs, split="train")), stub_logits(pairs))
+        ids, hashes = [pair.id for pair in pairs], [pair.hash for pair in pairs]
+        np.testing.assert_array_equal(
+            labels.logits(labels.rows_of(ids, hashes, split="train")), stub_logits(pairs)
+        )
     return {"pairs": float(len(labels))}
 
 

@@ -73,7 +73,8 @@ def verify(
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
         faults = verify_artifact(directory, on_bytes=bar.update)
     if not faults and manifest.kind == "soft-labels":
-        from kdecs.soft_labels.verify import content_faults, num_rows
+        from kdecs.soft_labels.format import num_rows
+        from kdecs.soft_labels.verify import content_faults
 
         with tqdm(total=num_rows(manifest), unit="pair", unit_scale=True, desc="decode", disable=None) as bar:
             faults = content_faults(directory, manifest, on_rows=bar.update)

@@ -14,7 +14,7 @@ from kdecs.errors import DependencyError, KdecsError
 from kdecs.process import StopSignal, module_command, run_child, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.derive.config import CrossFitConfig
 from kdecs.soft_labels.derive.write import claim_output
-from kdecs.soft_labels.verify import whole_labels
+from kdecs.soft_labels.verify import verified_labels
 
 EXAMPLES = """\
   python launch/cross_fit.py --config launch/configs/cross_fit/llama-7b.yaml
@@ -26,7 +26,7 @@ EXAMPLES = """\
 
 def main() -> None:
     config = stage_config(CrossFitConfig, str(__doc__), EXAMPLES)
-    if whole_labels(config.output, config_hash(config), show_progress=True):
+    if verified_labels(config.output, config_hash(config), show_progress=True):
         say_skipped(f"soft labels {config.name}: complete at {config.output}, skipped")
         return
     claim_output(config, config.output)
@@ -63,7 +63,13 @@ def run_stage(
     config: CrossFitConfig, title: str, entry: str, stage: Config, output: Path, kind: Kind, stop: StopSignal
 ) -> None:
     """Run an entry of kdecs.launch as a child, unless its output is complete. Raises KdecsError, or Stopped."""
-    if is_done(stage, output, kind):
+    # Every byte of labels is read: their own command can mend a damaged shard, so it is worth starting.
+    is_done = (
+        verified_labels(output, config_hash(stage), show_progress=True) is not None
+        if kind == "soft-labels"
+        else is_complete(output, kind, config_hash(stage))
+    )
+    if is_done:
         print(f"{config.name}: {title}: complete, skipped", flush=True)
         return
     stop.raise_if_requested(_stopped(config))
@@ -80,13 +86,6 @@ def run_stage(
             f"{config.name}: {title} failed with exit code {code}, its own message stands above; "
             "run the same command again to go on from there"
         )
-
-
-def is_done(stage: Config, output: Path, kind: Kind) -> bool:
-    """True if a stage's output is complete. Labels are read byte by byte, since their own command mends damage."""
-    if kind == "soft-labels":
-        return whole_labels(output, config_hash(stage), show_progress=True) is not None
-    return is_complete(output, kind, config_hash(stage))
 
 
 def _stopped(config: CrossFitConfig) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kdecs.artifact import read_manifest
 from kdecs.config import config_hash
 from kdecs.process import is_main_rank, run_entry, say_skipped, stage_config
-from kdecs.soft_labels.claims import check_teacher_corpus, claim_output, tidy
+from kdecs.soft_labels.claims import check_teacher_corpus, claim_output, remove_temporaries
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
 from kdecs.soft_labels.scoring import Scorer
@@ -52,7 +52,7 @@ def summary(config: ExportConfig, result: ExportResult) -> str:
     num_pairs = sum(details["num_pairs"].values())
     agreement = details["agreement"]["valid"]
     macro_f1 = f"{agreement['macro_f1']:.2f}" if agreement else "none, there are no pairs to judge"
-    rate = f"{result.pairs_per_second:,.1f} pairs a second" if result.num_new_pairs else "all there before"
+    rate = f"{result.pairs_per_second:,.1f} pairs per second" if result.num_new_pairs else "all there before"
     return (
         f"soft labels {config.output.name}: {num_pairs:,} pairs in {len(result.manifest.files)} shards, {rate}; "
         f"agreement with gold on valid: macro F1 {macro_f1}; written to {config.output}"
@@ -62,7 +62,7 @@ def summary(config: ExportConfig, result: ExportResult) -> str:
 def main() -> None:
     config = stage_config(ExportConfig, __doc__ or "", EXAMPLES)
     if is_finished(config, show_progress=is_main_rank()):
-        tidy(config.output, lease_s=config.lease_s)
+        remove_temporaries(config.output, lease_s=config.lease_s)
         say_skipped(f"soft labels {config.output.name}: complete at {config.output}, skipped")
         return
     # Refused here as well as in the export, which comes to it only after the teacher is loaded.
@@ -121,7 +121,7 @@ def export_partitioned(
         persistence_threshold=config.persistence_threshold,
     )
     with lockstep.together():
-        return export_shards(config, with_top(scorer, config), runtime, stop, company=lockstep, report=bar)
+        return export_shards(config, with_top(scorer, config), runtime, stop, waiting=lockstep, report=bar)
 
 
 def with_top(scorer: "TeacherScorer", config: ExportConfig) -> Scorer:

@@ -1,9 +1,21 @@
-"""What an export refuses before it begins: an output of other work, a teacher of another corpus.
+"""How the workers of an export share one directory: who may begin there, claims of shards, publication.
 
-Workers of one and the same export may share an output directory; `.work/job.json` tells whose it is.
+Workers share nothing but the directory: they may be ranks of one launch or jobs on several hosts. Their protocol is
+
+    claim     create `.work/leases/NAME.lease` (O_EXCL); a thread renews its mtime while the claim is held
+    expiry    a claim is free again when its mtime is older than `lease_s`, or at once when its owner was a process
+              of this host that died (the kernel drops the lock on the file with the process)
+    label     write the shard into a temporary file, then its record (kdecs.soft_labels.format)
+    publish   hard-link the temporary file to the shard's name, which fails if the name is taken
+
+A claim only keeps two workers from doing the same work; it protects nothing. A worker that is suspended for longer than
+its lease may wake up beside the one that took over its shard, and both may finish it. The link decides: the first
+published shard stands, and the other worker drops its file. On like hardware both files have the same bytes anyway. A
+record is written before its shard, so whoever sees a shard also finds the record of its bytes.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,258 +23,23 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kdecs.artifact import Kind, Manifest, atomic_path, claim, content_checksum
+from kdecs.artifact import Kind, Manifest, claim, content_checksum, fsync
 from kdecs.config import CONFIG_NAME, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.format import WORK_DIRECTORY
-from kdecs.soft_labels.plan import PLAN_DIRECTORY, remove_leftovers
-
-_RENEWALS_A_LEASE = 5
-_MAX_OWNER_BYTES = 4096
-_ATTEMPTS, _BETWEEN_ATTEMPTS_S = 5, 0.05
-
-
-def host_identity() -> str:
-    """This host, and this boot of it: what tells whether kernel locks are of the same kernel."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    boot_id = boot.read_text(encoding="ascii").strip() if boot.is_file() else ""
-    return f"{socket.gethostname()} {boot_id}".strip()
-
-
-class Lease:
-    """A lease that this process took; `is_held` turns false once another owner has it, or may have."""
-
-    def __init__(self, path: Path, token: str, file: BinaryIO, lease_s: float) -> None:
-        self.path = path
-        self.is_held = True
-        self._token = token
-        self._file = file
-        self._lease_s = lease_s
-        self._renewed = time.monotonic()
-
-    def renew(self) -> None:
-        """Set the lease's time to the file system's now, unless it is another's by now.
-
-        A file system that fails for a moment costs nothing: until `lease_s` has passed without a renewal nobody else
-        can have taken the lease.
-        """
-        asked = time.monotonic()
-        try:
-            if _owner_of(self.path.read_bytes()).get("token") == self._token:
-                os.utime(self.path)
-                self._renewed = asked
-                return
-        except OSError:
-            if time.monotonic() - self._renewed <= self._lease_s:
-                return
-        self.is_held = False
-
-    def confirm(self) -> bool:
-        """Whether the lease is this process' own at this moment: it is renewed, with several attempts."""
-        for _ in range(_ATTEMPTS):
-            before = self._renewed
-            self.renew()
-            if not self.is_held or self._renewed > before:
-                return self.is_held
-            time.sleep(_BETWEEN_ATTEMPTS_S)
-        self.is_held = False
-        return False
-
-    def release(self) -> None:
-        """Give the lease back; another's lease of the same name is left alone."""
-        with contextlib.suppress(FileNotFoundError):
-            if _owner_of(self.path.read_bytes()).get("token") == self._token:
-                self.path.unlink()
-        self.is_held = False
-        self._file.close()
-
-
-class Leases:
-    """The leases of one directory, as one worker sees them."""
-
-    def __init__(self, directory: Path, *, lease_s: float, host: str | None = None) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self.lease_s = lease_s
-        self.host = host_identity() if host is None else host
-        self._held: set[Lease] = set()
-        self._changed = threading.Condition()
-        self._renewer: threading.Thread | None = None
-
-    def take(self, name: str) -> Lease | None:
-        """The lease of a name, or None while another owner has it. Raises OSError (a full disk, say)."""
-        path = self.directory / f"{name}.lease"
-        for _ in range(3):  # each round a dead owner's lease may be cleared, and lost again to another worker
-            try:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                if not self._clear_if_dead(path):
-                    return None
-                continue
-            return self._own(path, os.fdopen(handle, "r+b", buffering=0))
-        return None
-
-    @contextlib.contextmanager
-    def holding(self, name: str) -> Iterator[Lease | None]:
-        """`take`, released at the end of the block."""
-        lease = self.take(name)
-        try:
-            yield lease
-        finally:
-            if lease is not None:
-                self.release(lease)
-
-    def release(self, lease: Lease) -> None:
-        """Give a lease back."""
-        with self._changed:
-            self._held.discard(lease)
-            self._changed.notify_all()
-        lease.release()
-
-    def remove_litter(self) -> None:
-        """Remove what killed workers left: leases that are out, probes, leases that were being moved away.
-
-        A live worker whose probe or move is disturbed takes the lease for gone, and tries again.
-        """
-        for leftover in self.directory.glob(".*"):
-            leftover.unlink(missing_ok=True)
-        for path in self.directory.glob("*.lease"):
-            self._clear_if_dead(path)
-
-    def _own(self, path: Path, file: BinaryIO) -> Lease:
-        token = secrets.token_hex(8)
-        try:
-            with contextlib.suppress(OSError):  # a file system without kernel locks: the time alone decides
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.write(json.dumps({"token": token, "host": self.host, "pid": os.getpid()}).encode())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            file.close()
-            raise
-        lease = Lease(path, token, file, self.lease_s)
-        with self._changed:
-            self._held.add(lease)
-            if self._renewer is None or not self._renewer.is_alive():
-                self._renewer = threading.Thread(target=self._renew, name="leases", daemon=True)
-                self._renewer.start()
-        return lease
-
-    def _renew(self) -> None:
-        """Renew what is held; ends when nothing is, so that an idle worker has no thread."""
-        while True:
-            with self._changed:
-                if not self._held:
-                    self._renewer = None
-                    return
-                self._changed.wait(self.lease_s / _RENEWALS_A_LEASE)
-                held = list(self._held)
-            for lease in held:
-                lease.renew()
-
-    def _clear_if_dead(self, path: Path) -> bool:
-        """Remove the lease of an owner that is dead or silent for too long; whether the name may be free now."""
-        try:
-            with path.open("r+b") as file:
-                seen = os.fstat(file.fileno())
-                is_dead = self._is_dead(file) or self._now() - seen.st_mtime > self.lease_s
-                return is_dead and self._bury(path, seen)
-        except FileNotFoundError:
-            return True
-
-    def _is_dead(self, file: BinaryIO) -> bool:
-        """Whether the owner is of this host and its kernel lock is gone."""
-        if _owner_of(file.read(_MAX_OWNER_BYTES)).get("host") != self.host:
-            return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def _bury(self, path: Path, seen: os.stat_result) -> bool:
-        """Remove a lease, unless it is no longer the one that was judged. Whether it was.
-
-        One worker at a time, who looks again: of two who judged the same lease the second must not move away what
-        the first has made in its place. Should an owner have given it up just then, the move is taken back.
-        """
-        permit = path.with_name(f".{path.name}.burial")
-        try:
-            os.close(os.open(permit, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except FileExistsError:
-            if self._now() - permit.stat().st_mtime > self.lease_s:  # its worker was killed
-                permit.unlink(missing_ok=True)
-            return False
-        grave = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            if not _is_same(path.stat(), seen):
-                return False
-            path.rename(grave)
-            if not _is_same(grave.stat(), seen):
-                grave.rename(path)
-                return False
-            grave.unlink()
-            return True
-        finally:
-            permit.unlink(missing_ok=True)
-
-    def _now(self) -> float:
-        """The file system's own time."""
-        probe = self.directory / f".now-{secrets.token_hex(8)}"
-        probe.touch()
-        try:
-            return probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
-
-
-def _is_same(found: os.stat_result, seen: os.stat_result) -> bool:
-    return (found.st_ino, found.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns)
-
-
-def _owner_of(data: bytes) -> dict[str, object]:
-    """Who a lease names; nobody while its owner is still writing it."""
-    try:
-        owner = json.loads(data)
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def tidy(output: Path, *, lease_s: float) -> None:
-    """Remove the litter of a finished export, unless another worker is at its last step; best effort.
-
-    A directory that cannot be written to, or that came without its working files, is left as it is.
-    """
-    work = output / WORK_DIRECTORY
-    if not work.is_dir():
-        return
-    with contextlib.suppress(OSError):
-        leases = Leases(work / "leases", lease_s=lease_s)
-        with leases.holding("manifest") as lease:
-            if lease:
-                remove_litter(output, leases)
-
-
-def remove_litter(output: Path, leases: Leases) -> None:
-    """Remove the litter of a complete export; call it under the lease of the manifest.
-
-    Nobody needs it any more: all shards are there. A worker that was taken for dead and still writes finds its file
-    gone, and looks again.
-    """
-    work = output / WORK_DIRECTORY
-    for leftover in (*output.glob(".*.tmp"), *work.glob(".*.tmp"), *work.glob(".*.own")):
-        leftover.unlink(missing_ok=True)
-    remove_leftovers(work / PLAN_DIRECTORY)
-    leases.remove_litter()
-
+from kdecs.soft_labels.plan import PLAN_DIRECTORY
 
 KIND: Kind = "soft-labels"
 JOB_NAME = "job.json"
+LEASES_DIRECTORY = "leases"
+_RENEWALS_PER_LEASE = 5
+_MAX_OWNER_BYTES = 4096
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def claim_output(output: Path, work_hash: str) -> None:
@@ -302,39 +79,31 @@ def open_job(
 ) -> None:
     """Join the work on the output directory, or begin it: `.work/job.json` first, then `config.json`.
 
-    Raises ArtifactError where unfinished shards of other work lie in the directory.
+    Raises ArtifactError where the directory holds an unfinished export of other work.
     """
     output = config.output
     job = {"config_hash": work_hash, "lineage": dict(lineage), "answer_words": list(answer_words)}
     path = output / WORK_DIRECTORY / JOB_NAME
     if not path.is_file():
-        _write_once(path, json.dumps(job, indent=2, sort_keys=True) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(path)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(job, indent=2, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    # Read again, since another worker may have been first, and with another config.
     if (found := _read_job(path) or {}) != job:
-        raise _other_work(output, [key for key in job if found.get(key) != job[key]])
+        other = " and ".join(key for key in job if found.get(key) != job[key])
+        raise ArtifactError(
+            f"{output}: holds unfinished soft labels of other work (another {other}); "
+            "remove the directory or choose another output"
+        )
     if not (output / CONFIG_NAME).is_file():
         write_config(config, output)
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Write a file that the first of several writers makes, whole when it appears; later ones change nothing."""
-    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}.own")
-    with atomic_path(own) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    try:
-        os.link(own, path)
-    except FileExistsError:
-        return
-    except OSError:  # a file system without hard links: the last writer wins, and the others see that it did
-        own.replace(path)
-    finally:
-        own.unlink(missing_ok=True)
-
-
-def _other_work(output: Path, keys: Sequence[str]) -> ArtifactError:
-    return ArtifactError(
-        f"{output}: holds unfinished soft labels of other work (another {' and '.join(keys)}); "
-        "remove the directory or choose another output"
-    )
 
 
 def _read_job(path: Path) -> dict[str, object] | None:
@@ -347,3 +116,207 @@ def _read_job(path: Path) -> dict[str, object] | None:
     if not isinstance(found, dict):
         raise ArtifactError(f"{path}: not a JSON object; remove the directory and export again")
     return found
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside a file for the bytes that may become it; `remove_temporaries` knows its form."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def publish(temporary: Path, path: Path) -> bool:
+    """Give a complete file its name; False, with nothing changed, if another worker's file has the name already.
+
+    The bytes must be on disk: after a crash of the machine the name must not stand for a part of them.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # Without hard links two workers that get here at the same moment may both rename; the later file stands, and
+        # its record is there as well.
+        if path.exists():
+            return False
+        temporary.rename(path)
+    fsync(path.parent)
+    return True
+
+
+class Claim:
+    """A claim that this process took; `is_held` turns False once another worker has it, or may have it."""
+
+    def __init__(self, path: Path, file: BinaryIO, owner: bytes, claims: "Claims") -> None:
+        self.path = path
+        self.is_held = True
+        self._file = file
+        self._owner = owner
+        self._claims = claims
+        self._renewed = claims.monotonic()
+
+    def renew(self) -> bool:
+        """Set the claim's mtime to now, unless another worker has the claim; returns `is_held`.
+
+        A file system that fails for a moment costs nothing: nobody else can have taken the claim before `lease_s` has
+        passed without a renewal.
+        """
+        asked = self._claims.monotonic()
+        try:
+            if self.path.read_bytes() != self._owner:
+                self.is_held = False
+            else:
+                self._claims.stamp(self.path)
+                self._renewed = asked
+        except FileNotFoundError:
+            self.is_held = False
+        except OSError:
+            self.is_held = self.is_held and asked - self._renewed <= self._claims.lease_s
+        return self.is_held
+
+    def release(self) -> None:
+        """Give the claim back; another worker's claim of the same name is left alone."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.read_bytes() == self._owner:
+                self.path.unlink()
+        self.is_held = False
+        self._file.close()
+
+
+class Claims:
+    """The claims of one directory, as one worker sees them.
+
+    `stamp` and `now` set and tell the file system's time, `monotonic` this process'; a test may hand in others.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        lease_s: float,
+        host: str | None = None,
+        stamp: Callable[[Path], None] = os.utime,
+        now: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.lease_s = lease_s
+        self.host = host_identity() if host is None else host
+        self.stamp, self.now, self.monotonic = stamp, now or self._file_system_time, monotonic
+
+    def take(self, name: str) -> Claim | None:
+        """The claim of a name, or None while another worker has it. Raises OSError (a full disk, say)."""
+        path = self.directory / f"{name}.lease"
+        for _ in range(2):
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                if not self._is_abandoned(path):
+                    return None
+                # Between the look and this line another worker may have taken the claim: it loses it again, as if it
+                # had expired, and the shard is labelled twice.
+                path.unlink(missing_ok=True)
+            else:
+                return self._own(path, os.fdopen(handle, "r+b", buffering=0))
+        return None
+
+    @contextlib.contextmanager
+    def holding(self, name: str) -> Iterator[Claim | None]:
+        """`take`, renewed by a thread during the block and released at its end."""
+        held = self.take(name)
+        if held is None:
+            yield None
+            return
+        is_over = threading.Event()
+
+        def renew() -> None:
+            while not is_over.wait(self.lease_s / _RENEWALS_PER_LEASE):
+                held.renew()
+
+        heartbeat = threading.Thread(target=renew, name=f"renew {name}", daemon=True)
+        heartbeat.start()
+        try:
+            yield held
+        finally:
+            is_over.set()
+            heartbeat.join()
+            held.release()
+
+    def remove_abandoned(self) -> None:
+        """Remove the claims of dead workers, and what killed ones left of looking at the time."""
+        for leftover in self.directory.glob(".now-*"):
+            leftover.unlink(missing_ok=True)
+        for path in self.directory.glob("*.lease"):
+            if self._is_abandoned(path):
+                path.unlink(missing_ok=True)
+
+    def _own(self, path: Path, file: BinaryIO) -> Claim:
+        owner = json.dumps({"token": secrets.token_hex(8), "host": self.host, "pid": os.getpid()}).encode()
+        try:
+            with contextlib.suppress(OSError):  # a file system without kernel locks: the time alone decides
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.write(owner)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            file.close()
+            raise
+        return Claim(path, file, owner, self)
+
+    def _is_abandoned(self, path: Path) -> bool:
+        """Whether the owner of a claim is dead or has been silent for longer than the lease, or the claim is gone."""
+        try:
+            with path.open("r+b") as file:
+                owner = file.read(_MAX_OWNER_BYTES)
+                is_of_this_host = f'"host": {json.dumps(self.host)}'.encode() in owner
+                if is_of_this_host and _is_unlocked(file):
+                    return True
+                return self.now() - os.fstat(file.fileno()).st_mtime > self.lease_s
+        except FileNotFoundError:
+            return True
+
+    def _file_system_time(self) -> float:
+        """The time by which the file system stamps: that of a file server, whatever the hosts' clocks say."""
+        probe = self.directory / f".now-{secrets.token_hex(8)}"
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        except FileNotFoundError:  # removed by `remove_abandoned` of another worker, this moment
+            return time.time()
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def host_identity() -> str:
+    """This host and its current boot: kernel locks tell about processes of the same kernel only."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot_id = boot.read_text(encoding="ascii").strip() if boot.is_file() else ""
+    return f"{socket.gethostname()} {boot_id}".strip()
+
+
+def _is_unlocked(file: BinaryIO) -> bool:
+    """Whether no process of this host holds the kernel lock on an open file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_temporaries(output: Path, *, lease_s: float) -> None:
+    """Remove what killed workers left of a complete export, unless another worker does so; best effort.
+
+    Every shard is published, so nobody needs these files: a worker that still writes one finds its shard there. A
+    directory that cannot be written to, or that was copied without its working files, stays as it is.
+    """
+    work = output / WORK_DIRECTORY
+    if not work.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        claims = Claims(work / LEASES_DIRECTORY, lease_s=lease_s)
+        with claims.holding("manifest") as held:
+            if held:
+                for folder in (output, work, work / PLAN_DIRECTORY):
+                    for leftover in folder.glob(".*.tmp"):
+                        leftover.unlink(missing_ok=True)
+                claims.remove_abandoned()

@@ -1,9 +1,9 @@
-"""The pairs of corpus files as labels need them: in bounded batches, one dialogue in memory where lines are read."""
+"""The corpora behind a label directory: which files were labelled, and their pairs in batches of bounded length."""
 
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,37 @@ from kdecs.corpus.reading import iter_dialogues
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.format import SPLITS
 
+BATCH_PAIRS = 8192
 _MAX_CONFIG_BYTES = 1 << 20
 
 
-def own_corpora(directory: Path, manifest: Manifest) -> list[Path]:
-    """The corpus files that `config.json` names and whose checksums are the manifest's inputs, by split.
+def labelled_corpora(directory: Path, manifest: Manifest) -> list[Path]:
+    """The corpus files that a directory's `config.json` names and that are still as they were labelled, by split.
 
-    A stranger's directory may name any path: nothing but its checksum is taken from a file that is not the one.
+    A directory from elsewhere may name any path, so only the checksum of a file is computed until it agrees with the
+    manifest's inputs. A config or file that cannot be read counts as none.
     """
-    values = _read_config(directory / CONFIG_NAME)
-    corpus = values.get("corpus", values)
-    found = []
-    for split in SPLITS:
-        name = corpus.get(split) if isinstance(corpus, dict) else None
-        if isinstance(name, str) and _has_checksum(Path(name), manifest.inputs.get(f"corpus_{split}")):
-            found.append(Path(name))
-    return found
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A config's values, or none where there is no such thing."""
+    values: dict[str, Any] = {}
+    path = directory / CONFIG_NAME
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if path.is_file() and path.stat().st_size <= _MAX_CONFIG_BYTES:
-            values = json.loads(path.read_bytes())
-            return values if isinstance(values, dict) else {}
-    return {}
+            found = json.loads(path.read_bytes())
+            values = found if isinstance(found, dict) else {}
+    names = values.get("corpus", values)
+    corpora = []
+    for split in SPLITS if isinstance(names, dict) else ():
+        expected = manifest.inputs.get(f"corpus_{split}")
+        if not isinstance(names.get(split), str) or expected is None:
+            continue
+        corpus = Path(names[split])
+        with contextlib.suppress(OSError, ValueError, ArtifactError):
+            if corpus.is_file() and content_checksum(corpus) == expected:
+                corpora.append(corpus)
+    return corpora
 
 
-def _has_checksum(path: Path, expected: str | None) -> bool:
-    with contextlib.suppress(OSError, ValueError, ArtifactError):
-        return expected is not None and path.is_file() and content_checksum(path) == expected
-    return False
-
-
-PAIRS_A_BATCH = 8192
-
-
-def pairs_of_file(path: Path, universe: Universe) -> Iterator[Pair]:
-    """The pairs of a labelled corpus file in its order. Raises CorpusError at the first fault."""
-    for dialogue in iter_dialogues(path):
-        yield from pairs_of(dialogue, universe)
-
-
-def batches_of(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Pairs in lists of a bounded length."""
-    pairs = iter(pairs)
-    while batch := list(itertools.islice(pairs, PAIRS_A_BATCH)):
+def pair_batches(path: Path, universe: Universe) -> Iterator[list[Pair]]:
+    """The pairs of a labelled corpus file in its order, BATCH_PAIRS at a time. Raises CorpusError for a fault."""
+    pairs = itertools.chain.from_iterable(pairs_of(dialogue, universe) for dialogue in iter_dialogues(path))
+    while batch := list(itertools.islice(pairs, BATCH_PAIRS)):
         yield batch

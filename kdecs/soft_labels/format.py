@@ -1,14 +1,14 @@
-"""The files of a soft-label directory.
+"""The files of a soft-label directory: how shards are written and read, and the record that stands for a shard.
 
 A directory of kind `soft-labels` holds
 
     config.json                 the resolved ExportConfig
-    shard-00000.parquet …       one table a shard, listed with rows and sha256 in manifest.json
+    shard-00000.parquet …       the shards, listed with rows and sha256 in manifest.json
     manifest.json               details: answer_words, lineage, pairs by split, agreement, dtype, devices
-    .work/                      of the writers: plan, leases, and one record a finished shard
-    quarantine/                 shards whose bytes were not those written, if there were any
+    .work/                      working files: the job, the plan, claims of shards, records of published shards
+    quarantine/                 files that stood in the place of a shard and were not what a worker had published
 
-A shard is Parquet (zstd, page checksums) with the columns, none of them null:
+A shard is a Parquet file (zstd, page checksums) with these columns, all without nulls:
 
     pair_id         string                      dialogue/target/candidate
     pair_hash       string                      32 hex characters: texts and speakers of u_1 … u_target
@@ -16,21 +16,22 @@ A shard is Parquet (zstd, page checksums) with the columns, none of them null:
     logits          fixed_size_list<float32>[A] raw logits of the answer words, temperature 1
     log_rest_mass   float32                     log probability mass of the rest of the vocabulary
 
-and, where the export's `top_k` is K > 0, for students of the teacher's own tokenizer,
+An export with `top_k` K > 0 adds two columns for students that use the teacher's own tokenizer:
 
     top_ids         fixed_size_list<int32>[K]   token ids of the K largest logits, largest first
     top_logits      fixed_size_list<float32>[K] their raw logits
 
-Rows are ordered by split, dialogue (as in the corpus file), target, candidate, in row groups of ROWS_A_GROUP. The
-schema's metadata holds `kdecs.format` (1) and `kdecs.answer_words` (JSON). The bytes depend on the labels alone: no
-dates, no ranks.
+Rows are ordered by split, dialogue (as in the corpus file), target and candidate, in row groups of ROWS_PER_GROUP. The
+schema's metadata holds `kdecs.format` (1) and `kdecs.answer_words` (JSON). The bytes depend on the labels alone: they
+contain no date, rank or host.
+
 Shapes: n rows, A answer words, K top logits.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -42,98 +43,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdecs.artifact import atomic_path, sha256_of_file, write_json
-from kdecs.errors import ArtifactError
+from kdecs.artifact import MANIFEST_NAME, FileEntry, Manifest, sha256_of_file, write_json
+from kdecs.errors import ArtifactError, LabelError
 
-WORK_DIRECTORY = ".work"
-
-
-class Agreement(BaseModel):
-    """Fold1 pairs by gold (cause or not) and by what the labels say: counts, so that shards add up."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    true_positive: int = Field(default=0, ge=0)
-    false_positive: int = Field(default=0, ge=0)
-    false_negative: int = Field(default=0, ge=0)
-    true_negative: int = Field(default=0, ge=0)
-
-    def __add__(self, other: "Agreement") -> "Agreement":
-        names = type(self).model_fields
-        return Agreement(**{name: getattr(self, name) + getattr(other, name) for name in names})
-
-    @property
-    def num_pairs(self) -> int:
-        """All pairs counted."""
-        return self.true_positive + self.false_positive + self.false_negative + self.true_negative
-
-
-class ShardRecord(BaseModel):
-    """The facts of one finished shard; `agreement` by split."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    rows: int = Field(ge=0)
-    plan: str = Field(description="sha256 of the plan's entries: a shard of another plan holds other pairs")
-    device: str
-    agreement: dict[str, Agreement] = Field(default_factory=dict)
-
-
-def record_path(shard: Path) -> Path:
-    """Where the record of a finished shard stands."""
-    return shard.parent / WORK_DIRECTORY / f"{shard.stem}.json"
-
-
-def write_record(shard: Path, record: ShardRecord) -> None:
-    """Note a finished shard, atomically and durably."""
-    write_checked(record_path(shard), record.model_dump(mode="json"))
-
-
-def read_record(shard: Path) -> ShardRecord | None:
-    """The record of a shard, or None where there is none that can be read and agrees with its own checksum."""
-    values = read_checked(record_path(shard))
-    try:
-        return ShardRecord.model_validate(values)
-    except ValidationError:
-        return None
-
-
-def write_checked(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON object by one with a checksum of itself, atomically and durably."""
-    write_json(path, values | {"checksum": _checksum(values)})
-
-
-def read_checked(path: Path) -> dict[str, Any] | None:
-    """What `write_checked` wrote; None where the file is missing or is not that."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    if not isinstance(values, dict):
-        return None
-    checksum = values.pop("checksum", None)
-    return values if checksum == _checksum(values) else None
-
-
-def is_as_recorded(shard: Path, record: ShardRecord) -> bool:
-    """Whether the shard's bytes are those that its worker wrote (reads the file)."""
-    return has_recorded_size(shard, record) and sha256_of_file(shard) == record.sha256
-
-
-def has_recorded_size(shard: Path, record: ShardRecord) -> bool:
-    """Whether the shard is there with as many bytes as its worker wrote (reads nothing)."""
-    return shard.is_file() and shard.stat().st_size == record.bytes
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-SHARD_FORMAT = "1"
-QUARANTINE_DIRECTORY = "quarantine"
 SPLITS = ("train", "valid", "test")
-ROWS_A_GROUP = 65_536
-"""Rows held in memory by a writer, and by a reader that streams."""
+SHARD_FORMAT = "1"
+WORK_DIRECTORY = ".work"
+QUARANTINE_DIRECTORY = "quarantine"
+ROWS_PER_GROUP = 65_536
+"""Rows that a writer holds in memory, and that a reader decodes at once."""
+
+# A reader refuses sizes that no export writes before it decodes anything, so that a forged file of a few bytes cannot
+# fill its memory: distinct pair ids alone take more than a quarter of a byte each.
+_MAX_ROWS_PER_BYTE = 4
+_MAX_ROW_GROUP_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -158,7 +81,7 @@ def shard_name(index: int) -> str:
 
 
 def shard_schema(answer_words: Sequence[str], top_k: int = 0) -> pa.Schema:
-    """The Arrow schema of every shard with these answer words and so many top logits."""
+    """The Arrow schema of a shard with these answer words and this number of top logits."""
     fields = [
         pa.field("pair_id", pa.string(), nullable=False),
         pa.field("pair_hash", pa.string(), nullable=False),
@@ -173,7 +96,7 @@ def shard_schema(answer_words: Sequence[str], top_k: int = 0) -> pa.Schema:
 
 
 class ShardWriter:
-    """Writes one shard to an open file, a row group at a time; `sha256` and `bytes` are of what was written."""
+    """Writes one shard to an open file, a row group at a time; `sha256` and `bytes` count what was written."""
 
     def __init__(self, file: BinaryIO, answer_words: Sequence[str], top_k: int = 0) -> None:
         self.rows = 0
@@ -184,7 +107,7 @@ class ShardWriter:
         self._held: list[pa.Table] = []
         self._num_held = 0
         self._writer = pq.ParquetWriter(
-            pa.PythonFile(_Tee(self), mode="w"),
+            pa.PythonFile(_CountedFile(self), mode="w"),
             self._schema,
             compression="zstd",
             write_page_checksum=True,
@@ -193,7 +116,7 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of all bytes written, whole once the writer is closed."""
+        """Hex sha256 of all bytes written; that of the whole shard after `close`."""
         return self._digest.hexdigest()
 
     def append(self, table: ShardTable) -> None:
@@ -201,41 +124,37 @@ class ShardWriter:
         self._held.append(_to_arrow(table, self._schema))
         self._num_held += len(table)
         self.rows += len(table)
-        while self._num_held >= ROWS_A_GROUP:
-            self._flush(ROWS_A_GROUP)
+        while self._num_held >= ROWS_PER_GROUP:
+            self._flush(ROWS_PER_GROUP)
 
     def close(self) -> None:
-        """Write what is held, and the footer."""
+        """Write the rows still held, then the footer."""
         if self._num_held or not self.rows:
             self._flush(self._num_held)
         self._writer.close()
 
     def abandon(self) -> None:
-        """Let go of a file that will not be finished, so that no footer is written to it later."""
+        """Detach from a file that will not be finished; pyarrow would otherwise write a footer to it later."""
         self._file = BytesIO()
         self._writer.close()
 
-    def take(self, data: bytes) -> int:
-        """Bytes on their way to the file."""
+    def write_bytes(self, data: bytes) -> int:
+        """Count and hash bytes, and write them to the file."""
         self._digest.update(data)
         self.bytes += len(data)
         return self._file.write(data)
 
-    def tell(self) -> int:
-        """The position in the file."""
-        return self.bytes
-
     def _flush(self, num_rows: int) -> None:
         held = pa.concat_tables(self._held) if self._held else self._schema.empty_table()
-        # One chunk a column: how the rows came in must not show in the pages.
-        self._writer.write_table(held.slice(0, num_rows).combine_chunks(), row_group_size=ROWS_A_GROUP)
+        # One chunk per column: the pages must not show in which pieces the rows were appended.
+        self._writer.write_table(held.slice(0, num_rows).combine_chunks(), row_group_size=ROWS_PER_GROUP)
         rest = held.slice(num_rows)
         self._held = [rest] if rest.num_rows else []
         self._num_held = rest.num_rows
 
 
-class _Tee:
-    """The file that pyarrow sees: sequential writes, counted and hashed on their way."""
+class _CountedFile:
+    """The file that pyarrow writes to; `ShardWriter.write_bytes` gets every byte. Its owner closes the real file."""
 
     closed = False
 
@@ -243,50 +162,40 @@ class _Tee:
         self._writer = writer
 
     def write(self, data: bytes) -> int:
-        return self._writer.take(bytes(data))
+        return self._writer.write_bytes(bytes(data))
 
     def tell(self) -> int:
-        return self._writer.tell()
+        return self._writer.bytes
 
-    def flush(self) -> None:
-        """Nothing is held back here."""
+    def flush(self) -> None: ...
 
-    def close(self) -> None:
-        """The file belongs to who opened it."""
+    def close(self) -> None: ...
 
 
 @contextmanager
-def shard_file(
-    path: Path,
-    answer_words: Sequence[str],
-    top_k: int = 0,
-    *,
-    before_rename: Callable[[], object] = lambda: None,
-) -> Iterator[ShardWriter]:
-    """A writer into a temporary sibling, renamed to `path` at the end; raises OSError with nothing left behind.
+def shard_writer(path: Path, answer_words: Sequence[str], top_k: int = 0) -> Iterator[ShardWriter]:
+    """A writer into a file, usually a temporary one; all bytes are on disk when the block ends.
 
-    `before_rename` is called once all bytes are on disk; what it raises leaves `path` as it was.
+    Raises OSError, with the file's name, where the disk is full; the caller removes the file.
     """
     try:
-        with atomic_path(path) as temporary:
-            with temporary.open("wb") as file:
-                writer = ShardWriter(file, answer_words, top_k)
-                try:
-                    yield writer
-                    writer.close()
-                except BaseException:
-                    writer.abandon()
-                    raise
-                file.flush()
-                os.fsync(file.fileno())
-            before_rename()
+        with path.open("wb") as file:
+            writer = ShardWriter(file, answer_words, top_k)
+            try:
+                yield writer
+                writer.close()
+            except BaseException:
+                writer.abandon()
+                raise
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)  # a failed write names no file by itself
         raise
 
 
 def encode_shard(table: ShardTable, answer_words: Sequence[str]) -> bytes:
-    """The bytes of a shard of few rows: the same bytes for the same rows and version of pyarrow."""
+    """The bytes of a small shard: the same rows and version of pyarrow give the same bytes."""
     sink = BytesIO()
     writer = ShardWriter(sink, answer_words, 0 if table.top_ids is None else table.top_ids.shape[1])
     writer.append(table)
@@ -294,75 +203,131 @@ def encode_shard(table: ShardTable, answer_words: Sequence[str]) -> bytes:
     return sink.getvalue()
 
 
-def write_shard(
-    path: Path,
-    tables: ShardTable | Iterable[ShardTable],
-    answer_words: Sequence[str],
-    *,
-    device: str,
-    plan: str = "",
-    top_k: int = 0,
-    agreement: dict[str, Agreement] | None = None,
-    before_rename: Callable[[int], object] = lambda rows: None,
-) -> ShardRecord:
-    """Write a shard and, after it, its record; both by temporary file, fsync and rename.
+def answer_words_of(directory: Path, manifest: Manifest) -> tuple[str, ...]:
+    """The answer words that a manifest states. Raises ArtifactError where it states none."""
+    words = manifest.details.get("answer_words")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise ArtifactError(f"{directory / MANIFEST_NAME}: details.answer_words: expected a list of words")
+    return tuple(words)
 
-    `plan` is what the record says of the plan. `agreement` is read after the last table was taken. `before_rename` is
-    told the number of rows while the shard is not yet in place, and may refuse it. Raises OSError (a full disk, say)
-    with nothing half-written left behind.
+
+def top_k_of(directory: Path, manifest: Manifest) -> int:
+    """The number of top logits per pair that a manifest states, 0 for none. Raises ArtifactError for no number."""
+    top_k = manifest.details.get("top_k", 0)
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
+        raise ArtifactError(f"{directory / MANIFEST_NAME}: details.top_k: found {top_k!r}, expected a number")
+    return top_k
+
+
+def shard_entries(manifest: Manifest) -> list[FileEntry]:
+    """The files of a soft-label directory that hold rows."""
+    return [entry for entry in manifest.files if entry.path.endswith(".parquet")]
+
+
+def num_rows(manifest: Manifest) -> int:
+    """Rows of a directory by its manifest; `iter_shard` holds each shard to its own number."""
+    return sum(entry.rows or 0 for entry in shard_entries(manifest))
+
+
+def iter_directory(
+    directory: Path, manifest: Manifest, *, top: bool = False, batch_rows: int = ROWS_PER_GROUP
+) -> Iterator[ShardTable]:
+    """Every row of a directory, shard by shard, in batches; `top` adds the top logits where the export kept any.
+
+    Raises ArtifactError for a shard that is damaged or is not as the manifest says, and LabelError for a label that
+    is not finite, naming its pair.
     """
-    with shard_file(path, answer_words, top_k, before_rename=lambda: before_rename(writer.rows)) as writer:
-        for table in [tables] if isinstance(tables, ShardTable) else tables:
-            writer.append(table)
-    record = ShardRecord(
-        bytes=writer.bytes,
-        sha256=writer.sha256,
-        rows=writer.rows,
-        plan=plan,
-        device=device,
-        agreement=dict(agreement or {}),
-    )
-    write_record(path, record)
-    return record
+    words = answer_words_of(directory, manifest)
+    top_k = top_k_of(directory, manifest) if top else 0
+    for entry in shard_entries(manifest):
+        yield from iter_shard(
+            directory / entry.path, words, rows=entry.rows, top_k=top_k, batch_rows=batch_rows
+        )
 
 
 def iter_shard(
-    path: Path, answer_words: Sequence[str], *, rows: int = ROWS_A_GROUP, top: bool = True
+    path: Path,
+    answer_words: Sequence[str],
+    *,
+    rows: int | None,
+    top_k: int = 0,
+    batch_rows: int = ROWS_PER_GROUP,
 ) -> Iterator[ShardTable]:
-    """The rows of a shard, at most so many at a time, page checksums verified; `top=False` skips the top logits.
+    """The checked rows of one shard in batches, page checksums included.
 
-    Raises ArtifactError where the file is damaged or its schema or answer words are not the expected ones.
+    `rows` is the number that the manifest states and `top_k` the number of top logits to read (0 skips them).
+    Raises ArtifactError and LabelError as `iter_directory` does.
     """
+    check_footer(path, rows)
+    found = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
-            top_k = schema.field("top_ids").type.list_size if "top_ids" in schema.names else 0
-            _check_schema(path, schema, shard_schema(answer_words, top_k))
-            columns = [name for name in schema.names if top or not name.startswith("top_")]
-            for batch in file.iter_batches(batch_size=rows, columns=columns, use_threads=False):
-                yield _from_arrow(path, batch, len(answer_words))
+            found_k = schema.field("top_ids").type.list_size if "top_ids" in schema.names else 0
+            _check_schema(path, schema, shard_schema(answer_words, found_k))
+            if top_k not in (0, found_k):
+                raise ArtifactError(f"{path}: {found_k} top logits per pair, the manifest says {top_k}")
+            columns = [name for name in schema.names if top_k or not name.startswith("top_")]
+            for batch in file.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False):
+                table = _from_arrow(path, batch, len(answer_words), top_k)
+                _check_values(path, table)
+                found += len(table)
+                yield table
     except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtifactError(
-            f"{path}: not a readable shard ({reason}); remove it and run the export again"
-        ) from None
+        raise _unreadable(path, error) from None
+    if found != rows:
+        raise ArtifactError(f"{path}: {found} rows, its footer and the manifest say {rows}")
 
 
-def read_shard(path: Path, answer_words: Sequence[str]) -> ShardTable:
-    """All rows of a shard at once; raises ArtifactError as `iter_shard`."""
-    parts = list(iter_shard(path, answer_words))
-    if len(parts) == 1:
-        return parts[0]
-    has_top = bool(parts) and parts[0].top_ids is not None
-    return ShardTable(
-        pair_ids=[item for part in parts for item in part.pair_ids],
-        pair_hashes=[item for part in parts for item in part.pair_hashes],
-        splits=[item for part in parts for item in part.splits],
-        logits=np.concatenate([np.empty((0, len(answer_words)), np.float32), *(p.logits for p in parts)]),
-        log_rest_mass=np.concatenate([np.empty(0, np.float32), *(p.log_rest_mass for p in parts)]),
-        top_ids=np.concatenate([p.top_ids for p in parts]) if has_top else None,
-        top_logits=np.concatenate([p.top_logits for p in parts]) if has_top else None,
-    )
+def check_footer(path: Path, rows: int | None) -> None:
+    """Hold the sizes that a shard's footer states to the manifest's rows and to what an export can have written.
+
+    Decodes no row. Raises ArtifactError.
+    """
+    try:
+        footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    size = path.stat().st_size
+    if footer.num_rows != rows:
+        raise ArtifactError(f"{path}: {footer.num_rows} rows, the manifest says {rows}")
+    if footer.num_rows > _MAX_ROWS_PER_BYTE * size:
+        raise ArtifactError(f"{path}: {footer.num_rows} rows, more than its {size} bytes can hold")
+    for index in range(footer.num_row_groups):
+        if (decoded := footer.row_group(index).total_byte_size) > _MAX_ROW_GROUP_BYTES:
+            raise ArtifactError(
+                f"{path}: row group {index} of {decoded} bytes, more than {_MAX_ROW_GROUP_BYTES}"
+            )
+
+
+def _unreadable(path: Path, error: Exception) -> ArtifactError:
+    reason = " ".join(str(error).split())
+    return ArtifactError(f"{path}: not a readable shard ({reason}); remove it and run the export again")
+
+
+def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
+    metadata = found.metadata or {}
+    words = metadata.get(b"kdecs.answer_words", b"none").decode(errors="replace")
+    expected_words = expected.metadata[b"kdecs.answer_words"].decode()
+    if words != expected_words:
+        raise ArtifactError(f"{path}: answer words {words}, expected {expected_words}")
+    if metadata.get(b"kdecs.format") != SHARD_FORMAT.encode() or not found.equals(expected):
+        columns = ", ".join(f"{field.name} {field.type}" for field in found)
+        raise ArtifactError(f"{path}: not a shard of format {SHARD_FORMAT}: its columns are {columns}")
+
+
+def _check_values(path: Path, table: ShardTable) -> None:
+    """Refuse unknown splits and values that are not finite, naming the pair."""
+    if unknown := sorted(set(table.splits) - set(SPLITS)):
+        raise ArtifactError(f"{path}: a row of the split {unknown[0]!r}, expected one of {', '.join(SPLITS)}")
+    finite_n = np.isfinite(table.logits).all(axis=1) & np.isfinite(table.log_rest_mass)
+    if table.top_logits is not None:
+        finite_n &= np.isfinite(table.top_logits).all(axis=1)
+    if not finite_n.all():
+        pair_id = table.pair_ids[int(np.flatnonzero(~finite_n)[0])]
+        raise LabelError(
+            f"{path}: the pair {pair_id} has labels that are not finite; run the export again in float32"
+        )
 
 
 def _list_field(name: str, of: pa.DataType, size: int) -> pa.Field:
@@ -389,32 +354,110 @@ def _to_arrow(table: ShardTable, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _from_arrow(path: Path, batch: pa.RecordBatch, num_words: int) -> ShardTable:
+def _from_arrow(path: Path, batch: pa.RecordBatch, num_words: int, top_k: int) -> ShardTable:
     if any(column.null_count for column in batch.columns):
         raise ArtifactError(f"{path}: holds nulls; remove it and run the export again")
 
     def matrix(name: str, width: int) -> np.ndarray:
         return batch.column(name).flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, width)
 
-    has_top = "top_ids" in batch.schema.names
-    top_k = batch.schema.field("top_ids").type.list_size if has_top else 0
     return ShardTable(
         pair_ids=batch.column("pair_id").to_pylist(),
         pair_hashes=batch.column("pair_hash").to_pylist(),
         splits=batch.column("split").to_pylist(),
         logits=matrix("logits", num_words),
         log_rest_mass=batch.column("log_rest_mass").to_numpy(zero_copy_only=False),
-        top_ids=matrix("top_ids", top_k) if has_top else None,
-        top_logits=matrix("top_logits", top_k) if has_top else None,
+        top_ids=matrix("top_ids", top_k) if top_k else None,
+        top_logits=matrix("top_logits", top_k) if top_k else None,
     )
 
 
-def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
-    metadata = found.metadata or {}
-    words = metadata.get(b"kdecs.answer_words", b"none").decode(errors="replace")
-    expected_words = expected.metadata[b"kdecs.answer_words"].decode()
-    if words != expected_words:
-        raise ArtifactError(f"{path}: answer words {words}, expected {expected_words}")
-    if metadata.get(b"kdecs.format") != SHARD_FORMAT.encode() or not found.equals(expected):
-        columns = ", ".join(f"{field.name} {field.type}" for field in found)
-        raise ArtifactError(f"{path}: not a shard of format {SHARD_FORMAT}: its columns are {columns}")
+class Agreement(BaseModel):
+    """Fold1 pairs by gold (cause or not) and by the labels' decision: counts, so that shards add up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    true_positive: int = Field(default=0, ge=0)
+    false_positive: int = Field(default=0, ge=0)
+    false_negative: int = Field(default=0, ge=0)
+    true_negative: int = Field(default=0, ge=0)
+
+    def __add__(self, other: "Agreement") -> "Agreement":
+        names = type(self).model_fields
+        return Agreement(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    @property
+    def num_pairs(self) -> int:
+        """All pairs counted."""
+        return self.true_positive + self.false_positive + self.false_negative + self.true_negative
+
+
+class ShardRecord(BaseModel):
+    """What its worker knew of a published shard; `agreement` by split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rows: int = Field(ge=0)
+    plan: str = Field(description="sha256 of the plan's entries: a shard of another plan holds other pairs")
+    device: str
+    agreement: dict[str, Agreement] = Field(default_factory=dict)
+
+
+def record_path(shard: Path, record: ShardRecord) -> Path:
+    """Where the record of a shard stands: its name contains the shard's sha256.
+
+    Workers that label one shard on unlike hardware thus write two records, and only one fits the published bytes.
+    """
+    return shard.parent / WORK_DIRECTORY / f"{shard.stem}.{record.sha256[:16]}.json"
+
+
+def write_record(shard: Path, record: ShardRecord) -> None:
+    """Write a shard's record, atomically and durably."""
+    write_checked(record_path(shard, record), record.model_dump(mode="json"))
+
+
+def records_of(shard: Path) -> list[ShardRecord]:
+    """The records of a shard that can be read and agree with their own checksums."""
+    found = []
+    for path in sorted((shard.parent / WORK_DIRECTORY).glob(f"{shard.stem}.*.json")):
+        try:
+            found.append(ShardRecord.model_validate(read_checked(path)))
+        except ValidationError:
+            continue  # damaged: a shard that only this record describes is labelled again
+    return found
+
+
+def published_record(shard: Path, *, read_bytes: bool = True) -> ShardRecord | None:
+    """The record that fits a published shard; None where the shard is missing, damaged or has no record.
+
+    `read_bytes=False` compares sizes and reads the shard only where two records have its size.
+    """
+    if not shard.is_file():
+        return None
+    size = shard.stat().st_size
+    records = [record for record in records_of(shard) if record.bytes == size]
+    if len(records) == 1 and not read_bytes:
+        return records[0]
+    sha256 = sha256_of_file(shard) if records else ""
+    return next((record for record in records if record.sha256 == sha256), None)
+
+
+def write_checked(path: Path, values: dict[str, Any]) -> None:
+    """Replace a JSON object by one with a checksum of itself, atomically and durably."""
+    write_json(path, values | {"checksum": _checksum(values)})
+
+
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """What `write_checked` wrote; None where the file is missing or damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    checksum = values.pop("checksum", None)
+    return values if checksum == _checksum(values) else None
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,21 +1,21 @@
-"""Which dialogue is labelled in which shard: decided by the corpus, the number of shards and the teacher's batching.
+"""Which dialogue is labelled in which shard, decided by the corpus, the number of shards and the teacher's batching.
 
-The plan is made in one pass over the corpus and kept on disk, so that its size in memory does not grow with the corpus:
+One worker makes the plan in a pass over the corpus, and all workers of the export read it from disk:
 
-    .work/plan/entries.bin   one ENTRY a dialogue that has pairs, by shard, then split, then place in the file
+    .work/plan/entries.bin   one ENTRY per dialogue that has pairs, by shard, then split, then position
     .work/plan/plan.json     per shard: first entry, pairs, cost; pairs by split; sha256 of entries.bin and of itself
 
-Rule: dialogues in order are taken BLOCK_DIALOGUES at a time; those of a block go, the costliest first, each into the
-shard that is lightest by then. Any corpus of one block is thereby planned longest-first as a whole. A dialogue's cost
-is in characters of what the teacher reads: a prefix tree of all its prompts, or every prompt whole.
+Rule: the dialogues, in order, are taken in blocks of BLOCK_DIALOGUES. Within a block the costliest dialogue comes
+first, and each goes to the shard with the least cost so far. If the corpus fits in one block, this is plain
+longest-first scheduling. A dialogue costs the characters that the teacher reads: those of a prefix tree of all its
+prompts, or those of every prompt on its own.
+
+A worker holds the plan in memory, 40 bytes per dialogue. Texts are read again from the corpus when they are labelled.
 """
 
 import hashlib
 import heapq
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kdecs.artifact import Manifest, sha256_of_file
+from kdecs.artifact import Manifest, atomic_path
 from kdecs.corpus.pairs import EXPORT_UNIVERSE, Pair, pairs_of
 from kdecs.corpus.reading import Dialogues
 from kdecs.corpus.schema import Dialogue
@@ -43,10 +43,7 @@ ENTRY = np.dtype(
         ("key", "<u8", 2),  # blake2b of split and dialogue id, 16 bytes
     ]
 )
-_KEYS_AT_ONCE = 1 << 21
-_TEMPLATE_CHARACTERS = 70
-"""Characters of Eq. 1 around a candidate's text."""
-
+_TEMPLATE_CHARACTERS = 70  # of Eq. 1 around a candidate's text
 
 Batching = Literal["tree", "pairs"]
 """How a teacher reads the prompts of a dialogue: as one prefix tree, or each on its own."""
@@ -76,18 +73,18 @@ class PlanRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class PlannedDialogue:
-    """One dialogue of a shard with the pairs that are labelled."""
+    """One dialogue of a shard with its pairs to label."""
 
     split: str
     pairs: list[Pair]
 
 
 class Plan:
-    """A plan on disk and the corpus it is of."""
+    """A plan and the corpus that it divides."""
 
-    def __init__(self, directory: Path, record: PlanRecord, splits: Mapping[str, Dialogues]) -> None:
+    def __init__(self, record: PlanRecord, entries: np.ndarray, splits: Mapping[str, Dialogues]) -> None:
         self.record = record
-        self._entries = directory / ENTRIES_NAME
+        self._entries = entries
         self._splits = splits
 
     @property
@@ -100,33 +97,28 @@ class Plan:
         """Rows of all shards."""
         return sum(self.record.pairs)
 
-    def entries(self, shard: int) -> Iterator[np.void]:
-        """The ENTRYs of a shard, a block at a time in memory."""
-        start, end = self.record.starts[shard : shard + 2]
-        for first in range(start, end, BLOCK_DIALOGUES):
-            yield from _read_entries(self._entries, first, min(BLOCK_DIALOGUES, end - first))
-
     def dialogues(self, shard: int) -> Iterator[PlannedDialogue]:
-        """The dialogues of a shard in order, each read when it is asked for. Raises CorpusError for a changed file."""
-        for entry in self.entries(shard):
+        """The dialogues of a shard in order, each read when it is reached. Raises CorpusError for a changed file."""
+        start, end = self.record.starts[shard : shard + 2]
+        for entry in self._entries[start:end]:
             split = SPLITS[entry["split"]]
             dialogue = self._splits[split][int(entry["position"])]
             pairs = pairs_of(dialogue, EXPORT_UNIVERSE)
             if len(pairs) != entry["num_pairs"] or _key(split, dialogue) != tuple(entry["key"].tolist()):
                 raise CorpusError(
                     f"dialogue {dialogue.id} of the split {split}: the corpus changed since its shards were planned; "
-                    "put the file back, or choose another output"
+                    "restore the file, or choose another output"
                 )
             yield PlannedDialogue(split, pairs)
 
-    def chunks(self, shard: int, pairs_a_chunk: int) -> Iterator[list[PlannedDialogue]]:
-        """Whole dialogues, in order, about so many pairs at a time: what is scored at once."""
+    def chunks(self, shard: int, chunk_pairs: int) -> Iterator[list[PlannedDialogue]]:
+        """Whole dialogues in order, in chunks that end once they hold `chunk_pairs` pairs: what is scored at once."""
         chunk: list[PlannedDialogue] = []
         num_pairs = 0
         for planned in self.dialogues(shard):
             chunk.append(planned)
             num_pairs += len(planned.pairs)
-            if num_pairs >= pairs_a_chunk:
+            if num_pairs >= chunk_pairs:
                 yield chunk
                 chunk, num_pairs = [], 0
         if chunk:
@@ -134,55 +126,63 @@ class Plan:
 
 
 def batching_of(teacher: Manifest) -> Batching:
-    """How a teacher reads prompts, as its manifest says; a tree where that says nothing."""
+    """How a teacher reads prompts by its manifest; as a tree where the manifest says nothing."""
     return "pairs" if teacher.details.get("batching") == "pairs" else "tree"
 
 
 def open_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> Plan | None:
-    """The plan that lies in a directory, or None where there is none of this kind or it is damaged."""
+    """The plan in a directory; None where there is none, where it is damaged or of another kind."""
     try:
         record = PlanRecord.model_validate(read_checked(directory / PLAN_NAME))
-        whole = sha256_of_file(directory / ENTRIES_NAME) == record.entries_sha256
+        entries = (directory / ENTRIES_NAME).read_bytes()
     except (FileNotFoundError, ValidationError):
         return None
-    if not whole or PlanKind(record.work_hash, len(record.pairs), record.batching) != kind:
+    is_undamaged = hashlib.sha256(entries).hexdigest() == record.entries_sha256
+    if not is_undamaged or PlanKind(record.work_hash, len(record.pairs), record.batching) != kind:
         return None
-    return Plan(directory, record, splits)
+    return Plan(record, np.frombuffer(entries, ENTRY), splits)
 
 
 def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> Plan:
-    """Plan every dialogue into exactly one shard, shards of like cost, and put the plan in place by rename.
+    """Plan every dialogue into exactly one shard, shards of like cost, and write the plan.
 
-    A dialogue without pairs is left out; with fewer dialogues than shards some shards are empty.
-    Raises CorpusError for a faulty corpus, or where an id stands twice in one split (in two splits is fine).
+    A dialogue without pairs is left out; with fewer dialogues than shards some shards are empty. Workers that make the
+    plan at the same time write the same bytes.
+    Raises CorpusError for a faulty corpus.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".tmp", dir=directory.parent))
-    try:
-        record = _write_plan(temporary, kind, splits)
-        if directory.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-        try:
-            temporary.rename(directory)
-        except OSError:
-            if (found := open_plan(directory, kind, splits)) is None:
-                raise
-            return found  # another worker was quicker
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Plan(directory, record, splits)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove what workers that were killed left of their plans."""
-    for leftover in directory.parent.glob(f"{directory.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    entries = _entries_of(splits, _COSTS[kind.batching])
+    loads = [(0, shard) for shard in range(kind.num_shards)]  # a heap of (cost, shard)
+    shards = np.empty(len(entries), np.uint32)
+    for first in range(0, len(entries), BLOCK_DIALOGUES):
+        costs = entries["cost"][first : first + BLOCK_DIALOGUES].astype(np.int64)
+        for place in np.argsort(-costs, kind="stable"):
+            load, shard = loads[0]
+            shards[first + place] = shard
+            heapq.heapreplace(loads, (load + int(costs[place]), shard))
+    pairs = entries["num_pairs"].astype(np.int64)
+    by_split = np.bincount(entries["split"], weights=pairs, minlength=len(SPLITS))
+    counts = np.bincount(shards, minlength=kind.num_shards)
+    entries = entries[np.argsort(shards, kind="stable")]
+    record = PlanRecord(
+        work_hash=kind.work_hash,
+        batching=kind.batching,
+        entries_sha256=hashlib.sha256(entries.tobytes()).hexdigest(),
+        starts=(0, *np.cumsum(counts).tolist()),
+        pairs=tuple(np.bincount(shards, weights=pairs, minlength=kind.num_shards).astype(int).tolist()),
+        costs=tuple(load for load, _ in sorted(loads, key=lambda item: item[1])),
+        pairs_by_split={split: int(by_split[n]) for n, split in enumerate(SPLITS) if split in splits},
+    )
+    # The record goes last: with its checksum of the entries, a plan that was half written is none.
+    with atomic_path(directory / ENTRIES_NAME) as temporary:
+        temporary.write_bytes(entries.tobytes())
+    write_checked(directory / PLAN_NAME, record.model_dump(mode="json"))
+    return Plan(record, entries, splits)
 
 
 def tree_characters(pairs: Sequence[Pair]) -> int:
     """Characters of the prefix tree of a dialogue's prompts: an estimate of its tokens, without a tokenizer.
 
-    The history counts once up to the last target, a target's clause once, a candidate's clause once a pair.
+    The history up to the last target counts once, each target's clause once, and a candidate's clause once per pair.
     """
     if not pairs:
         return 0
@@ -209,45 +209,9 @@ _COSTS: dict[Batching, Callable[[Sequence[Pair]], int]] = {
 }
 
 
-def _write_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> PlanRecord:
-    num_shards = kind.num_shards
-    unsorted, shards_file = directory / "unsorted.bin", directory / "shards.bin"
-    counts, pairs = np.zeros(num_shards, np.int64), np.zeros(num_shards, np.int64)
-    loads = [(0, index) for index in range(num_shards)]
-    by_split = np.zeros(len(SPLITS), np.int64)
-    with unsorted.open("wb") as entries_file, shards_file.open("wb") as assigned_file:
-        for block in _blocks(splits, _COSTS[kind.batching]):
-            assigned = _assign(block["cost"], loads)
-            entries_file.write(block.tobytes())
-            assigned_file.write(assigned.tobytes())
-            np.add.at(counts, assigned, 1)
-            np.add.at(pairs, assigned, block["num_pairs"].astype(np.int64))
-            np.add.at(by_split, block["split"], block["num_pairs"].astype(np.int64))
-    _refuse_twins(unsorted, splits)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    _sort_by_shard(unsorted, shards_file, directory / ENTRIES_NAME, starts)
-    unsorted.unlink()
-    shards_file.unlink()
-    costs = {index: load for load, index in loads}
-    record = PlanRecord(
-        work_hash=kind.work_hash,
-        batching=kind.batching,
-        entries_sha256=sha256_of_file(directory / ENTRIES_NAME),
-        starts=tuple(starts.tolist()),
-        pairs=tuple(pairs.tolist()),
-        costs=tuple(costs[index] for index in range(num_shards)),
-        pairs_by_split={
-            split: int(count) for split, count in zip(SPLITS, by_split, strict=True) if split in splits
-        },
-    )
-    write_checked(directory / PLAN_NAME, record.model_dump(mode="json"))
-    return record
-
-
-def _blocks(
-    splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pair]], int]
-) -> Iterator[np.ndarray]:
-    """The ENTRYs of all dialogues with pairs, by split and place, a block at a time."""
+def _entries_of(splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pair]], int]) -> np.ndarray:
+    """The ENTRY of every dialogue that has pairs, by split and position."""
+    blocks = [np.empty(0, ENTRY)]
     held: list[tuple[int, int, int, int, tuple[int, int]]] = []
     for number, split in enumerate(SPLITS):
         if split not in splits:
@@ -256,72 +220,10 @@ def _blocks(
             if pairs := pairs_of(dialogue, EXPORT_UNIVERSE):
                 key = _key(split, dialogue)
                 held.append((number, len(pairs), position, cost_of(pairs), key))
-            if len(held) == BLOCK_DIALOGUES:
-                yield np.array(held, dtype=ENTRY)
+            if len(held) == BLOCK_DIALOGUES:  # Python's tuples take ten times the memory of their array
+                blocks.append(np.array(held, ENTRY))
                 held = []
-    if held:
-        yield np.array(held, dtype=ENTRY)
-
-
-def _assign(costs: np.ndarray, loads: list[tuple[int, int]]) -> np.ndarray:
-    """The shard of each dialogue of a block, (n,) uint32; `loads`, a heap of (cost, shard), is brought up to date."""
-    assigned = np.zeros(len(costs), np.uint32)
-    for item in np.argsort(-costs.astype(np.int64), kind="stable"):
-        load, shard = loads[0]
-        assigned[item] = shard
-        heapq.heapreplace(loads, (load + int(costs[item]), shard))
-    return assigned
-
-
-def _sort_by_shard(unsorted: Path, shards_file: Path, target: Path, starts: np.ndarray) -> None:
-    """Write the entries by shard, each shard's in the order they had: a counting sort, a block in memory."""
-    cursors = starts[:-1].copy()
-    with target.open("wb") as file:
-        for first in range(0, int(starts[-1]), BLOCK_DIALOGUES):
-            block = _read_entries(unsorted, first, BLOCK_DIALOGUES)
-            assigned = np.fromfile(shards_file, np.uint32, BLOCK_DIALOGUES, offset=first * 4)
-            order = np.argsort(assigned, kind="stable")
-            present, firsts = np.unique(assigned[order], return_index=True)
-            for shard, part in zip(present, np.split(block[order], firsts[1:]), strict=True):
-                file.seek(int(cursors[shard]) * ENTRY.itemsize)
-                file.write(part.tobytes())
-                cursors[shard] += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _refuse_twins(entries: Path, splits: Mapping[str, Dialogues]) -> None:
-    """Raise CorpusError where a dialogue id stands twice in one split; keys are compared a bucket at a time."""
-    total = entries.stat().st_size // ENTRY.itemsize
-    num_buckets = 1 + total // _KEYS_AT_ONCE
-    for bucket in range(num_buckets):
-        parts = []
-        for first in range(0, total, BLOCK_DIALOGUES):
-            keys = _read_entries(entries, first, BLOCK_DIALOGUES)["key"]
-            parts.append(keys[keys[:, 0] % np.uint64(num_buckets) == bucket])
-        if not parts:
-            continue
-        keys = np.concatenate(parts)
-        keys = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
-        twins = np.flatnonzero((keys[1:] == keys[:-1]).all(axis=1))
-        if len(twins):
-            _name_twin(entries, keys[twins[0]], splits)
-
-
-def _name_twin(entries: Path, key: np.ndarray, splits: Mapping[str, Dialogues]) -> None:
-    total = entries.stat().st_size // ENTRY.itemsize
-    for first in range(0, total, BLOCK_DIALOGUES):
-        block = _read_entries(entries, first, BLOCK_DIALOGUES)
-        for item in block[(block["key"] == key).all(axis=1)]:
-            split = SPLITS[item["split"]]
-            dialogue = splits[split][int(item["position"])]
-            raise CorpusError(
-                f"dialogue {dialogue.id}: stands twice in the split {split}, ids must be unique"
-            )
-
-
-def _read_entries(path: Path, first: int, count: int) -> np.ndarray:
-    return np.fromfile(path, ENTRY, count, offset=first * ENTRY.itemsize)
+    return np.concatenate([*blocks, np.array(held, ENTRY)])
 
 
 def _key(split: str, dialogue: Dialogue) -> tuple[int, int]:

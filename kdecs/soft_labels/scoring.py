@@ -1,11 +1,11 @@
-"""One shard's labels, chunk by chunk: scored, checked to be finite, counted against gold.
+"""The labels of one shard, chunk by chunk: scored, checked to be finite, and counted against gold.
 
 Shapes: n pairs of a chunk, A answer words, K top logits.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -55,71 +55,28 @@ class TopScorer(Scorer, Protocol):
         ...
 
 
-class Company(Protocol):
-    """How a worker gets on with the others of its launch while it has nothing to label."""
+class WaitPolicy:
+    """What a worker does while it has nothing to label. Workers that share only a directory sleep.
 
-    @property
-    def may_complete(self) -> bool:
-        """Whether this worker may write the manifest."""
-        ...
-
-    def wait(self, seconds: float) -> None:
-        """Let about so much time pass until something may have become free."""
-        ...
-
-    def finish(self) -> None:
-        """Nothing is left for this worker: return once that holds for all that depend on it."""
-        ...
-
-
-class Independent:
-    """Workers that share a directory and nothing else."""
+    The ranks of a launch whose forwards are collective have their own (`kdecs.teacher.partitioned.Lockstep`): a rank
+    that slept would keep the others from scoring.
+    """
 
     may_complete = True
+    """Whether this worker may write the manifest."""
 
     def wait(self, seconds: float) -> None:
-        """Sleep."""
+        """Let about this much time pass, until something may have become free."""
         time.sleep(seconds)
 
     def finish(self) -> None:
-        """Nobody depends on this worker."""
+        """Nothing is left for this worker; return once no other worker depends on it."""
 
 
-class Worker(Protocol):
-    """What an export needs of `kdecs.runtime.Runtime`."""
-
-    @property
-    def rank(self) -> int:
-        """Where this worker begins to look for free shards."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """Workers of this launch; others may work on the same directory."""
-        ...
-
-    @property
-    def device(self) -> Any:
-        """The device that scores; its type is noted in the manifest."""
-        ...
-
-
-class Stop(Protocol):
-    """What an export needs of `kdecs.process.StopSignal`."""
-
-    def raise_if_requested(self, message: str) -> None:
-        """Raise Stopped once a signal came."""
-        ...
-
-
-PAIRS_A_CHUNK = 256
-"""Pairs scored between two looks at the stop signal; part of what fixes a shard's batches."""
+CHUNK_PAIRS = 256
+"""Pairs scored between two looks at the stop signal. They also fix a shard's batches, and so its last bits."""
 
 _COUNTED_SPLITS = ("train", "valid")
-
-
-class LeaseLost(Exception):
-    """Another worker has the shard by now."""
 
 
 class ShardScoring:
@@ -144,7 +101,7 @@ class ShardScoring:
         Raises LabelError for a label that is not finite.
         """
         num_scored = 0
-        for chunk in self._plan.chunks(self._shard, PAIRS_A_CHUNK):
+        for chunk in self._plan.chunks(self._shard, CHUNK_PAIRS):
             self._on_chunk(num_scored)
             table = self._score(chunk)
             num_scored += len(table)

@@ -256,5 +256,5 @@ def _joined_labels(
         some = rows[start : start + _JOINED_AT_ONCE]
         identities = train.identities(some)
         for number, labels in enumerate(opened):
-            teacher_rows[number, some] = labels.rows_of(identities, split="train")
+            teacher_rows[number, some] = labels.rows_of(*identities, split="train")
     return tuple(opened), teacher_rows

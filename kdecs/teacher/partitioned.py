@@ -25,6 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from kdecs.errors import Stopped, TrainingError
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
+from kdecs.soft_labels.scoring import WaitPolicy
 from kdecs.teacher.engine import join_deepspeed
 from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.network import TeacherNetwork
@@ -43,7 +44,7 @@ class Intent(IntEnum):
     FAIL = 4
 
 
-class Lockstep:
+class Lockstep(WaitPolicy):
     """The network as a scorer sees it, and how its rank passes the time while others score."""
 
     def __init__(

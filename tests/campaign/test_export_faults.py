@@ -20,7 +20,7 @@ from fake_teacher import files_of, make_config
 from kdecs.artifact import has_valid_checksum, read_manifest, verify_artifact
 from kdecs.errors import ArtifactError, KdecsError
 from kdecs.soft_labels.export import is_finished
-from kdecs.soft_labels.format import read_record
+from kdecs.soft_labels.format import published_record
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def test_killed_at_random_operations(
             kills += child.exitcode == -signal.SIGKILL
             if child.exitcode == 0:
                 break
-        finished = [path for path in output.glob("shard-*.parquet") if read_record(path)]
+        finished = [path for path in output.glob("shard-*.parquet") if published_record(path)]
         before = {path: path.stat().st_ino for path in finished}
         run(teacher, output)
         assert {path: path.stat().st_ino for path in finished} == before, (

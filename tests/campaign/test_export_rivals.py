@@ -13,21 +13,21 @@ import pytest
 from export_campaign import Record, assert_same, fork, rerun, run, run_slowly
 from fake_teacher import files_of
 
-from kdecs.soft_labels.claims import Leases
-from kdecs.soft_labels.format import read_record
+from kdecs.soft_labels.claims import Claims
+from kdecs.soft_labels.format import published_record
 
 pytestmark = pytest.mark.slow
 
 
-def run_without_leases(teacher: Path, output: Path, batch_s: float) -> None:
-    """A worker that takes every lease, as if all its judgements of the others were wrong."""
-    honest = Leases.take
+def run_without_claims(teacher: Path, output: Path, batch_s: float) -> None:
+    """A worker that takes every claim, as if all its judgements of the others were wrong."""
+    honest = Claims.take
 
-    def grab(self: Leases, name: str) -> object:
+    def grab(self: Claims, name: str) -> object:
         (self.directory / f"{name}.lease").unlink(missing_ok=True)
         return honest(self, name)
 
-    Leases.take = grab  # type: ignore[method-assign]
+    Claims.take = grab  # type: ignore[method-assign]
     run_slowly(teacher, output, batch_s)
 
 
@@ -78,7 +78,7 @@ def test_disk_full(
                 run(teacher, output)
                 continue
             full += 1
-            finished = {path for path in output.glob("shard-*.parquet") if read_record(path)}
+            finished = {path for path in output.glob("shard-*.parquet") if published_record(path)}
             kept += len(finished)
             assert not (output / "manifest.json").exists()
             assert list(output.glob(".*.tmp")) == [], "a full disk left a temporary file"
@@ -95,7 +95,7 @@ def _resize(disk: Path, kib: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("exporter", [run_slowly, run_without_leases])
+@pytest.mark.parametrize("exporter", [run_slowly, run_without_claims])
 def test_two_exporters_at_once(
     teacher: Path,
     quiet: Path,

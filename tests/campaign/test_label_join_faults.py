@@ -53,7 +53,7 @@ def check(directory: Path, cache: Path, *, verify: bool = False) -> None:
     """Every pair has its own number; one joined file, its record, its lock and nothing else."""
     found = SoftLabels.open(directory, cache, verify_cache=verify)
     numbers = np.random.default_rng(0).permutation(NUM_PAIRS)[:5000]
-    rows = found.rows_of(([f"d/{n}/1" for n in numbers], ["0" * 32] * len(numbers)), split="train")
+    rows = found.rows_of([f"d/{n}/1" for n in numbers], ["0" * 32] * len(numbers), split="train")
     np.testing.assert_array_equal(found.logits(rows)[:, 0], numbers.astype(np.float32))
     assert sorted(path.suffix for path in cache.iterdir()) == [".arrow", ".json", ".lock"]
 
@@ -135,7 +135,7 @@ def test_full_disks(
     needed_kib = next((tmp_path / "quiet").glob("*.arrow")).stat().st_size // 1024
     read_right = 0
     for _ in range(num_faults(15)):
-        disk = small_disk(rng.randrange(8, 2 * needed_kib))
+        disk = small_disk(rng.randrange(8, needed_kib))
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as refusal:
             build(labels, disk)
         assert str(disk) in str(explain_os_error(refusal.value))

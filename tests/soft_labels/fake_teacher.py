@@ -58,8 +58,9 @@ class FakeScorer:
         return *self.score(pairs), ids, np.sort(logits, axis=1)[:, ::-1]
 
 
-def worker(rank: int = 0, world_size: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(rank=rank, world_size=world_size, device=SimpleNamespace(type="cpu"))
+def worker(rank: int = 0, world_size: int = 1, device: str = "cpu") -> SimpleNamespace:
+    """What an export uses of a Runtime, without torch."""
+    return SimpleNamespace(rank=rank, world_size=world_size, device=SimpleNamespace(type=device))
 
 
 def make_teacher(directory: Path) -> Path:

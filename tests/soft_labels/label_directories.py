@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from kdecs.artifact import write_manifest
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
-from kdecs.soft_labels.format import ShardTable, encode_shard, shard_name
+from kdecs.soft_labels.format import ShardTable, encode_shard, iter_shard, shard_name
 
 WORDS = CONNECTIVES
 
@@ -41,6 +42,19 @@ def write_label_manifest(directory: Path, rows: Mapping[str, int], details: Mapp
     write_manifest(
         directory, "soft-labels", config_hash="0", inputs={}, files=rows, rows=rows, details=details
     )
+
+
+def read_shard(path: Path, words: Sequence[str] = WORDS) -> ShardTable:
+    """All rows of a small shard, with the top logits that it has."""
+    file = pq.ParquetFile(path)
+    top_k = file.schema_arrow.field("top_ids").type.list_size if "top_ids" in file.schema_arrow.names else 0
+    (table,) = iter_shard(path, words, rows=file.metadata.num_rows, top_k=top_k)
+    return table
+
+
+def names_of(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
+    """Ids and hashes of pairs, as lookups take them."""
+    return [pair.id for pair in pairs], [pair.hash for pair in pairs]
 
 
 def sample_pairs(split: str = "train") -> list[Pair]:

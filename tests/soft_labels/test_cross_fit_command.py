@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from label_directories import sample_pairs
+from label_directories import names_of, sample_pairs
 
 from kdecs.config import load_config, parse_config
 from kdecs.corpus.reading import bundled_sample
@@ -109,7 +109,7 @@ def test_one_command_trains_exports_and_goes_on_after_a_stop(
     ]
     for fold in range(2):
         pairs = [pair for pair in sample_pairs("train") if folds[pair.dialogue.id] == fold]
-        found = labels.logits(labels.rows_of(pairs, split="train"))
+        found = labels.logits(labels.rows_of(*names_of(pairs), split="train"))
         np.testing.assert_allclose(found, scorers[fold].score(pairs)[0], atol=1e-4)
         assert np.abs(found - scorers[1 - fold].score(pairs)[0]).max() > 1e-3
     process = start(path)

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_teacher import files_of
+from label_directories import read_shard
 from real_teacher import CORPUS, make_real_teacher, start_export, write_config
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.soft_labels.format import read_record, read_shard
+from kdecs.soft_labels.format import published_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
@@ -53,7 +54,7 @@ def test_a_partitioned_teacher_gives_the_labels_of_a_replica(
     port = free_port()
     ranks = [start_export(config, rank=rank, world_size=2, port=port) for rank in range(2)]
     deadline = time.monotonic() + 600
-    while not any(read_record(output / f"shard-{n:05d}.parquet") for n in range(4)):
+    while not any(published_record(output / f"shard-{n:05d}.parquet") for n in range(4)):
         assert time.monotonic() < deadline
         assert all(rank.poll() is None for rank in ranks), [r.communicate() for r in ranks]
         time.sleep(0.05)
@@ -61,7 +62,9 @@ def test_a_partitioned_teacher_gives_the_labels_of_a_replica(
     ends = [rank.communicate(timeout=600) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143], ends
     assert all("run the same command again to go on" in error for _, error in ends)
-    kept = {path.name: path.stat().st_ino for path in output.glob("shard-*.parquet") if read_record(path)}
+    kept = {
+        path.name: path.stat().st_ino for path in output.glob("shard-*.parquet") if published_record(path)
+    }
     assert 0 < len(kept) < 4
 
     port = free_port()

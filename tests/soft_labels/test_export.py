@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_teacher import FakeScorer, files_of, make_config, worker
+from label_directories import read_shard
 from support import StopAfter
 
 from kdecs.artifact import read_manifest, verify_artifact, write_manifest
@@ -19,9 +20,15 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped
 from kdecs.evaluation.metrics import utterance_scores
 from kdecs.process import StopSignal
-from kdecs.soft_labels import format as shard_format
-from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
-from kdecs.soft_labels.format import read_shard
+from kdecs.soft_labels import export as exporting
+from kdecs.soft_labels.claims import publish
+from kdecs.soft_labels.export import (
+    ExportResult,
+    Progress,
+    export_shards,
+    is_finished,
+    long_shard_warning,
+)
 
 
 def export(teacher: Path, output: Path, **changes: object) -> ExportResult:
@@ -90,7 +97,7 @@ def test_resume_redoes_missing_and_damaged_shards_alone(
 
     scorer, result = FakeScorer(teacher), None
     result = export_shards(make_config(teacher, output), scorer, worker(), StopSignal(), report=report)
-    redone = [line.split(":")[0] for line in lines if "pairs a second" in line]
+    redone = [line.split(":")[0] for line in lines if "pairs per second" in line]
     assert redone == ["shard-00001.parquet", "shard-00003.parquet"]
     assert 0 < result.num_new_pairs < sum(entry.rows or 0 for entry in result.manifest.files)
     (aside,) = (output / "quarantine").iterdir()
@@ -168,19 +175,20 @@ def test_a_directory_of_another_kind_is_refused(teacher: Path, tmp_path: Path) -
 def test_a_full_disk_loses_nothing(
     finished: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, whole = tmp_path / "labels", shard_format.write_shard
+    output = tmp_path / "labels"
     written: list[Path] = []
 
-    def full(path: Path, *arguments: object, **keywords: object) -> object:
+    def full(temporary: Path, path: Path) -> bool:
         if len(written) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         written.append(path)
-        return whole(path, *arguments, **keywords)
+        return publish(temporary, path)
 
-    monkeypatch.setattr("kdecs.soft_labels.export.write_shard", full)
+    monkeypatch.setattr("kdecs.soft_labels.export.publish", full)
     with pytest.raises(OSError, match="No space left"):
         export(teacher, output)
     assert sorted(output.glob("shard-*.parquet")) == sorted(written)
+    assert list(output.glob(".*.tmp")) == []
     monkeypatch.undo()
     result = export(teacher, output)
     assert result.num_new_pairs < sum(entry.rows or 0 for entry in result.manifest.files)
@@ -247,8 +255,8 @@ def test_a_shard_damaged_while_others_are_labelled_is_found_before_the_manifest(
     flipped: list[int] = []
 
     def damage() -> None:
-        last = output / ".work" / "shard-00003.json"
-        if last.exists() and not flipped:
+        last = output / ".work"
+        if list(last.glob("shard-00003.*.json")) and not flipped:
             flipped.append(500)
             _flip(output / "shard-00001.parquet", 500)
 
@@ -320,3 +328,31 @@ def test_the_agreement_is_that_of_the_labels_with_gold(finished: Path) -> None:
                 "macro_f1": scores.macro_f1,
             }
         )
+
+
+def test_the_warning_of_long_shards_names_a_number_of_shards() -> None:
+    """At 5 pairs per second 36,000 pairs take two hours: twelve times ten minutes."""
+    line = long_shard_warning(8, num_pairs=36_000, num_scored=500, seconds=100)
+    assert "takes 2.0 hours" in str(line)
+    assert "num_shards: 96 " in str(line)
+    assert long_shard_warning(8, num_pairs=18_000, num_scored=500, seconds=100) is None  # an hour, not longer
+    assert long_shard_warning(8, num_pairs=36_000, num_scored=256, seconds=59) is None  # too early to tell
+    assert long_shard_warning(8, num_pairs=36_000, num_scored=0, seconds=100) is None
+    many = long_shard_warning(60_000, num_pairs=36_000, num_scored=500, seconds=100)
+    assert "num_shards: 100000 " in str(many)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_export_warns_once_per_launch(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setattr(exporting, "MEASURED_AFTER_S", 0.0)
+    monkeypatch.setattr(exporting, "LONG_SHARD_S", 1e-9)
+    lines: list[str] = []
+
+    def report(progress: Progress) -> None:
+        lines.extend([progress.line] if progress.line else [])
+
+    config = make_config(teacher, tmp_path / "labels", num_shards=2)
+    export_shards(config, FakeScorer(teacher), worker(rank, 2), StopSignal(), report=report)
+    assert sum(line.startswith("warning: at ") for line in lines) == (rank == 0)

@@ -9,23 +9,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from label_directories import WORDS, read_shard
 
+from kdecs.artifact import sha256_of_file
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.format import (
-    ROWS_A_GROUP,
+    ROWS_PER_GROUP,
     Agreement,
+    ShardRecord,
     ShardTable,
     encode_shard,
-    is_as_recorded,
     iter_shard,
-    read_record,
-    read_shard,
+    published_record,
     record_path,
     shard_schema,
-    write_shard,
+    shard_writer,
+    write_record,
 )
-
-WORDS = ("because", "as", "since", "thus", "other")
 
 
 def table(num_rows: int = 300, seed: int = 0) -> ShardTable:
@@ -39,20 +39,36 @@ def table(num_rows: int = 300, seed: int = 0) -> ShardTable:
     )
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 300])
+def write(path: Path, *tables: ShardTable, top_k: int = 0, agreement: dict | None = None) -> ShardRecord:
+    """A shard and its record, as an export writes them."""
+    with shard_writer(path, WORDS, top_k) as writer:
+        for part in tables:
+            writer.append(part)
+    facts = {"bytes": writer.bytes, "sha256": writer.sha256, "rows": writer.rows}
+    record = ShardRecord(**facts, plan="", device="cpu", agreement=agreement or {})
+    write_record(path, record)
+    return record
+
+
+@pytest.mark.parametrize("num_rows", [1, 300])
 def test_round_trip(tmp_path: Path, num_rows: int) -> None:
     path, written = tmp_path / "shard-00000.parquet", table(num_rows)
-    record = write_shard(path, written, WORDS, device="cpu")
-    found = read_shard(path, WORDS)
+    record = write(path, written)
+    found = read_shard(path)
     assert list(found.pair_ids) == list(written.pair_ids)
     assert list(found.pair_hashes) == list(written.pair_hashes)
     assert list(found.splits) == list(written.splits)
     np.testing.assert_array_equal(found.logits, written.logits)
     np.testing.assert_array_equal(found.log_rest_mass, written.log_rest_mass)
-    assert record == read_record(path)
     assert (record.rows, record.bytes) == (num_rows, path.stat().st_size)
-    assert is_as_recorded(path, record)
-    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+    assert record.sha256 == sha256_of_file(path)
+    assert record == published_record(path) == published_record(path, read_bytes=False)
+
+
+def test_a_shard_without_rows_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.parquet"
+    write(path, table(0))
+    assert list(iter_shard(path, WORDS, rows=0)) == []
 
 
 def test_bytes_depend_on_the_rows_alone() -> None:
@@ -62,55 +78,55 @@ def test_bytes_depend_on_the_rows_alone() -> None:
 
 def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.parquet"
-    record = write_shard(path, table(), WORDS, device="cpu")
+    write(path, table())
     whole = path.read_bytes()
     rng = random.Random(7)
     for position in rng.sample(range(len(whole)), 200):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        assert not is_as_recorded(path, record)
+        assert published_record(path) is None
 
 
 def test_page_checksums_are_written_and_verified(tmp_path: Path) -> None:
     """A flip inside a data page is refused even by a reader that knows no sha256."""
     path, written = tmp_path / "shard-00000.parquet", table()
-    write_shard(path, written, WORDS, device="cpu")
+    write(path, written)
     data = bytearray(path.read_bytes())
     column = pq.ParquetFile(path).metadata.row_group(0).column(3)
     data[column.data_page_offset + column.total_compressed_size - 5] ^= 4
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"not a readable shard .*; remove it and run the export again"):
-        read_shard(path, WORDS)
+        read_shard(path)
 
 
 def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.parquet"
-    write_shard(path, table(), WORDS, device="cpu")
+    write(path, table())
     data = path.read_bytes()
     for content in (b"", data[:100], data[:-1], b"PAR1" + b"x" * 50):
         path.write_bytes(content)
         with pytest.raises(ArtifactError, match="not a readable shard"):
-            read_shard(path, WORDS)
+            list(iter_shard(path, WORDS, rows=300))
     with pytest.raises(ArtifactError, match="not a readable shard"):
-        read_shard(tmp_path / "missing.parquet", WORDS)
+        list(iter_shard(tmp_path / "missing.parquet", WORDS, rows=300))
 
 
 def test_other_answer_words_and_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.parquet"
-    write_shard(path, table(), WORDS, device="cpu")
+    write(path, table())
     with pytest.raises(ArtifactError, match=r'answer words \["because".*expected \["so"'):
         read_shard(path, ("so", *WORDS[1:]))
     pq.write_table(pa.table({"pair_id": ["d/1/1"]}), path)
     with pytest.raises(ArtifactError, match="answer words none"):
-        read_shard(path, WORDS)
+        read_shard(path)
     metadata = shard_schema(WORDS).metadata
     pq.write_table(pa.table({"pair_id": ["d/1/1"]}).replace_schema_metadata(metadata), path)
     with pytest.raises(ArtifactError, match="not a shard of format 1: its columns are pair_id string"):
-        read_shard(path, WORDS)
+        read_shard(path)
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "shard-00000.parquet"
 
     def full(handle: int) -> None:
@@ -118,37 +134,37 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
-        write_shard(path, table(), WORDS, device="cpu")
+        write(path, table())
     assert caught.value.filename == str(path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_record_that_is_no_record_counts_as_none(tmp_path: Path) -> None:
-    path = tmp_path / "shard-00000.parquet"
-    write_shard(path, table(), WORDS, device="cpu")
-    record_path(path).write_text('{"bytes": -1}')
-    assert read_record(path) is None
 
 
 def test_every_flipped_byte_of_a_record_makes_it_none(tmp_path: Path) -> None:
     """A flip in white space or in the case of an escape says the same; any other is no record."""
     path = tmp_path / "shard-00000.parquet"
-    agreement = {"valid": Agreement(true_positive=3, true_negative=4)}
-    record = write_shard(path, table(), WORDS, device="cpu", agreement=agreement)
-    assert read_record(path) == record
-    whole = record_path(path).read_bytes()
+    record = write(path, table(), agreement={"valid": Agreement(true_positive=3, true_negative=4)})
+    assert published_record(path) == record
+    whole = record_path(path, record).read_bytes()
     for position in range(len(whole)):
         damaged = bytearray(whole)
         damaged[position] ^= 1
-        record_path(path).write_bytes(damaged)
-        assert read_record(path) in (None, record)
+        record_path(path, record).write_bytes(damaged)
+        assert published_record(path) in (None, record)
+
+
+def test_of_two_records_that_of_the_published_bytes_counts(tmp_path: Path) -> None:
+    """Two workers on unlike devices recorded one shard, with as many bytes; one of them was first."""
+    path = tmp_path / "shard-00000.parquet"
+    record = write(path, table())
+    write_record(path, record.model_copy(update={"sha256": "0" * 64, "device": "cuda"}))
+    write_record(path, record.model_copy(update={"sha256": "f" * 64, "device": "cuda"}))
+    assert published_record(path) == published_record(path, read_bytes=False) == record
 
 
 def test_rows_stream_in_groups_whatever_way_they_came(tmp_path: Path) -> None:
     """Three appends of uneven size give the bytes of one, and are read back a few rows at a time."""
-    num_rows = ROWS_A_GROUP + 1000
+    num_rows = ROWS_PER_GROUP + 1000
     one = table(num_rows)
-    cuts = [0, 17, ROWS_A_GROUP - 3, num_rows]
+    cuts = [0, 17, ROWS_PER_GROUP - 3, num_rows]
     parts = [
         ShardTable(
             one.pair_ids[a:b], one.pair_hashes[a:b], one.splits[a:b], one.logits[a:b], one.log_rest_mass[a:b]
@@ -156,14 +172,11 @@ def test_rows_stream_in_groups_whatever_way_they_came(tmp_path: Path) -> None:
         for a, b in pairwise(cuts)
     ]
     paths = [tmp_path / "shard-00000.parquet", tmp_path / "shard-00001.parquet"]
-    records = [
-        write_shard(path, tables, WORDS, device="cpu")
-        for path, tables in zip(paths, (one, parts), strict=True)
-    ]
+    records = [write(path, *tables) for path, tables in zip(paths, ([one], parts), strict=True)]
     assert records[0] == records[1]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert pq.ParquetFile(paths[0]).num_row_groups == 2
-    pieces = list(iter_shard(paths[1], WORDS, rows=5000))
+    pieces = list(iter_shard(paths[1], WORDS, rows=num_rows, batch_rows=5000))
     assert max(len(piece) for piece in pieces) <= 5000
     np.testing.assert_array_equal(np.concatenate([piece.logits for piece in pieces]), one.logits)
     assert [pair_id for piece in pieces for pair_id in piece.pair_ids] == one.pair_ids
@@ -174,11 +187,11 @@ def test_top_logits_round_trip_and_can_be_skipped(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     top_ids = generator.integers(0, 32_000, size=(9, 4), dtype=np.int32)
     top_logits = generator.normal(size=(9, 4)).astype(np.float32)
-    write_shard(path, replace(plain, top_ids=top_ids, top_logits=top_logits), WORDS, device="cpu", top_k=4)
-    found = read_shard(path, WORDS)
+    write(path, replace(plain, top_ids=top_ids, top_logits=top_logits), top_k=4)
+    found = read_shard(path)
     np.testing.assert_array_equal(found.top_ids, top_ids)
     np.testing.assert_array_equal(found.top_logits, top_logits)
     np.testing.assert_array_equal(found.logits, plain.logits)
-    (light,) = iter_shard(path, WORDS, top=False)
+    (light,) = iter_shard(path, WORDS, rows=9)
     assert light.top_ids is None
     assert light.top_logits is None

@@ -126,7 +126,7 @@ def test_a_rank_is_terminated_and_another_takes_over(finished: Path, teacher: Pa
     other = start("-c", STAND_IN, "--config", config, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
     _, error = stopped.communicate(timeout=240)
     assert stopped.returncode == 143
-    assert "of 5 shards finished; run the same command again to go on" in error
+    assert "of 5 shards finished; run the same command again to resume" in error
     out, _ = other.communicate(timeout=240)
     assert other.returncode == 0
     assert files_of(output) == files_of(finished)

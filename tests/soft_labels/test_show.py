@@ -19,6 +19,7 @@ from label_directories import (
     WORDS,
     make_labels,
     make_table,
+    read_shard,
     sample_labels,
     sample_pairs,
     write_label_manifest,
@@ -30,9 +31,8 @@ from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import DependencyError, LabelError
 from kdecs.evaluation.metrics import utterance_scores
 from kdecs.process import StopSignal
-from kdecs.soft_labels.corpora import pairs_of_file
+from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.export import export_shards
-from kdecs.soft_labels.format import read_shard
 from kdecs.soft_labels.inspect.calibration import NUM_BINS, SCORES, TEMPERATURES, GoldSums, LabelSums
 
 
@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_json_lines(tmp_path: Path) -> None:
         for number in range(2000):
             name = f"{number:05d}" + "x" * 200
             file.write(json.dumps({"id": name, "utterances": utterances}) + "\n")
-    pairs = pairs_of_file(path, "fold1")
+    pairs = itertools.chain.from_iterable(pair_batches(path, "fold1"))
 
     def held_after(num_pairs: int) -> int:
         assert len(list(itertools.islice((pair.target for pair in pairs), num_pairs))) == num_pairs

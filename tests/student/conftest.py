@@ -18,7 +18,7 @@ from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import NEUTRAL
 from kdecs.runtime import Runtime
-from kdecs.soft_labels.format import ShardTable, shard_name, write_shard
+from kdecs.soft_labels.format import ShardTable, encode_shard, shard_name
 from kdecs.student.config import StudentConfig
 from kdecs.student.predict.predictor import Student
 from kdecs.student.product import load_student
@@ -65,7 +65,7 @@ def _write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...
     table = ShardTable(
         [p.id for p in pairs], [p.hash for p in pairs], splits, logits, np.full(len(pairs), -1.0, np.float32)
     )
-    write_shard(directory / shard_name(0), table, words, device="cpu")
+    (directory / shard_name(0)).write_bytes(encode_shard(table, words))
     write_manifest(
         directory,
         "soft-labels",

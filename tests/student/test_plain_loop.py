@@ -64,7 +64,7 @@ class PlainLoop:
             scores = hidden[first:last] @ query(hidden[mask]) / hidden.size(-1) ** 0.5
             places = torch.cat((none(hidden[mask]), scores))
             loss = loss + 0.6 * functional.cross_entropy(places, torch.tensor(gold))
-        teacher = torch.tensor(self.soft.logits(self.soft.rows_of([pair], split="train")))[0]
+        teacher = torch.tensor(self.soft.logits(self.soft.rows_of([pair.id], [pair.hash], split="train")))[0]
         q_t = torch.softmax(teacher / 2, dim=0)
         q_s = torch.softmax(logits[encoded.connective_mask][[self.word(w) for w in CONNECTIVES]] / 2, dim=0)
         return loss + 0.4 * 4 * (q_t * (q_t / q_s).log()).sum()

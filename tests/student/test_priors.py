@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from kdecs.errors import ArtifactError
-from kdecs.models import load_tokenizer
 from kdecs.runtime import Runtime
 from kdecs.student.decision import cause_scores
 from kdecs.student.model import (
@@ -15,6 +14,7 @@ from kdecs.student.model import (
     StudentModel,
     StudentOutput,
     load_language_model,
+    load_tokenizer,
     student_answer_ids,
 )
 from kdecs.student.priors import NUM_DISTANCES, Priors, TrainingCounts, begin_at_counts, count_training

@@ -26,13 +26,13 @@ from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import LabelError
-from kdecs.soft_labels.corpora import batches_of, pairs_of_file
+from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import CombineConfig, CombineRule
-from kdecs.soft_labels.derive.write import begin_directory, claim_output, finish_directory, write_rows
-from kdecs.soft_labels.format import ShardTable
+from kdecs.soft_labels.derive.write import LabelDirectory, claim_output
+from kdecs.soft_labels.format import ShardTable, iter_directory
 from kdecs.soft_labels.inspect.calibration import require_cause_words
-from kdecs.soft_labels.labels import SoftLabels, iter_directory
-from kdecs.soft_labels.verify import whole_labels
+from kdecs.soft_labels.labels import SoftLabels
+from kdecs.soft_labels.verify import verified_labels
 
 
 def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
@@ -42,8 +42,7 @@ def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
     one's order. Raises LabelError naming the first pair that one of them lacks, ArtifactError for a damaged directory
     or an output of other work, CorpusError for the training corpus.
     """
-    work_hash = config_hash(config)
-    if finished := whole_labels(config.output, work_hash, show_progress=True):
+    if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
     claim_output(config, config.output)
     teachers = [SoftLabels.open(directory, cache_dir) for directory in config.labels]
@@ -55,21 +54,17 @@ def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
     if config.train:
         require_cause_words(first.directory, first.answer_words)
         gold_N = _gold(first, config.train)
-    work_hash = begin_directory(config, config.output)
-    rows, by_split = write_rows(config.output, _combined(config, teachers, gold_N), first.answer_words)
+    weights = config.weights or (1.0,) * len(teachers)
+    directory = LabelDirectory(config, config.output, first.answer_words)
+    directory.write(_combined(config.rule, teachers, weights, gold_N))
     names = {f"labels_{index}": path for index, path in enumerate(config.labels)}
-    return finish_directory(
-        config.output,
-        work_hash,
-        rows,
-        by_split,
-        first.answer_words,
+    return directory.finish(
         inputs=input_checksums(**names, corpus_train=config.train),
         details={
             "universe": first.manifest.details.get("universe", EXPORT_UNIVERSE),
             "rule": config.rule,
             "lineage": {"rule": config.rule, **input_checksums(**names)},
-            "parents": [_parent(teacher, weight) for teacher, weight in _with_weights(config, teachers)],
+            "parents": [_parent(teacher, weight) for teacher, weight in zip(teachers, weights, strict=True)],
         },
     )
 
@@ -125,7 +120,7 @@ def combined_rows(
         places = np.flatnonzero(split_n == split)
         names = _names(table, places)
         for number, teacher in enumerate(teachers):
-            rows_n = teacher.rows_of(names, split=split)
+            rows_n = teacher.rows_of(*names, split=split)
             logits_KnA[number, places] = teacher.logits(rows_n)
             log_rest_Kn[number, places] = teacher.log_rest_mass(rows_n)
     logits_nA, log_rest_n = combined_labels(rule, logits_KnA, log_rest_Kn, weights, gold_n)
@@ -133,21 +128,20 @@ def combined_rows(
 
 
 def _combined(
-    config: CombineConfig, teachers: Sequence[SoftLabels], gold_N: np.ndarray | None
+    rule: CombineRule, teachers: Sequence[SoftLabels], weights: Sequence[float], gold_N: np.ndarray | None
 ) -> Iterator[ShardTable]:
     first = teachers[0]
-    weights = config.weights or (1.0,) * len(teachers)
     with tqdm(total=len(first), desc="combine", unit="pair", unit_scale=True, disable=None, delay=1) as bar:
         for table in iter_directory(first.directory, first.manifest):
             gold_n = None if gold_N is None else _gold_of(table, first, gold_N)
-            yield combined_rows(config.rule, table, teachers, weights, gold_n)
+            yield combined_rows(rule, table, teachers, weights, gold_n)
             bar.update(len(table))
 
 
 def _gold(labels: SoftLabels, corpus: Path) -> np.ndarray:
     """Gold of each row of a directory, (N,) int8: 1 cause, 0 other, -1 unknown. Raises CorpusError."""
     gold_N = np.full(len(labels), -1, dtype=np.int8)
-    for batch in batches_of(pairs_of_file(corpus, EXPORT_UNIVERSE)):
+    for batch in pair_batches(corpus, EXPORT_UNIVERSE):
         rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch], split="train")
         known_n = rows_n >= 0
         gold_N[rows_n[known_n]] = np.array([pair.is_cause for pair in batch])[known_n]
@@ -159,7 +153,7 @@ def _gold_of(table: ShardTable, labels: SoftLabels, gold_N: np.ndarray) -> np.nd
     gold_n = np.full(len(table), -1, dtype=np.int8)
     places = np.array([n for n, split in enumerate(table.splits) if split == "train"], dtype=np.int64)
     names = _names(table, places)
-    gold_n[places] = gold_N[labels.rows_of(names, split="train")]
+    gold_n[places] = gold_N[labels.rows_of(*names, split="train")]
     unknown = places[gold_n[places] < 0]
     if len(unknown):
         raise LabelError(
@@ -185,13 +179,7 @@ def _require_same_pairs(first: SoftLabels, other: SoftLabels) -> None:
             for split in set(table.splits):
                 places = np.flatnonzero(split_n == split)
                 names = _names(table, places)
-                lacking.rows_of(names, split=split)
-
-
-def _with_weights(
-    config: CombineConfig, teachers: Sequence[SoftLabels]
-) -> Iterator[tuple[SoftLabels, float]]:
-    return zip(teachers, config.weights or (1.0,) * len(teachers), strict=True)
+                lacking.rows_of(*names, split=split)
 
 
 def _parent(labels: SoftLabels, weight: float) -> dict[str, Any]:

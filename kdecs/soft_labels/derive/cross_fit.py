@@ -14,7 +14,6 @@ those of one of them.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ from kdecs.corpus.splits import text_digest, training_split
 from kdecs.errors import ArtifactError, CorpusError
 from kdecs.soft_labels.derive.combine import combined_rows
 from kdecs.soft_labels.derive.config import CrossFitConfig
-from kdecs.soft_labels.derive.write import begin_directory, finish_directory, rows_where, write_rows
-from kdecs.soft_labels.format import ShardTable
-from kdecs.soft_labels.labels import SoftLabels, iter_directory
+from kdecs.soft_labels.derive.write import LabelDirectory, select_rows
+from kdecs.soft_labels.format import ShardTable, iter_directory
+from kdecs.soft_labels.labels import SoftLabels
 
 
 def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:
@@ -112,25 +111,11 @@ def merge_folds(config: CrossFitConfig) -> Manifest:
     ]
     for other in labels[1:]:
         other.require_answer_words(labels[0].answer_words)
-    work_hash = begin_directory(config, config.output)
-    rows: dict[str, int] = {}
-    by_split: Counter[str] = Counter()
-
-    def write(tables: Iterator[ShardTable]) -> list[str]:
-        written, counts = write_rows(config.output, tables, labels[0].answer_words, first_shard=len(rows))
-        rows.update(written)
-        by_split.update(counts)
-        return list(written)
-
-    for fold, fold_labels in enumerate(labels):
-        facts[fold]["shards"] = write(_split_rows(fold_labels, is_train=True))
-    evaluation_shards = write(_evaluation_rows(config, labels))
-    return finish_directory(
-        config.output,
-        work_hash,
-        rows,
-        by_split,
-        labels[0].answer_words,
+    directory = LabelDirectory(config, config.output, labels[0].answer_words)
+    for fact, fold_labels in zip(facts, labels, strict=True):
+        fact["shards"] = directory.write(_split_rows(fold_labels, is_train=True))
+    evaluation_shards = directory.write(_evaluation_rows(config, labels))
+    return directory.finish(
         inputs=input_checksums(
             corpus_train=config.corpus.train,
             corpus_valid=config.corpus.valid,
@@ -142,20 +127,16 @@ def merge_folds(config: CrossFitConfig) -> Manifest:
         ),
         details={
             "universe": EXPORT_UNIVERSE,
-            "lineage": _lineage(config, facts),
+            "lineage": {
+                "cross_fit": f"{config.num_folds} folds",
+                "fold_seed": str(config.fold_seed),
+                "evaluation_labels": str(config.evaluation_labels),
+                **{f"teacher_{fold}": fact["teacher"] for fold, fact in enumerate(facts)},
+            },
             "folds": facts,
             "evaluation_shards": evaluation_shards,
         },
     )
-
-
-def _lineage(config: CrossFitConfig, facts: list[dict[str, Any]]) -> dict[str, str]:
-    return {
-        "cross_fit": f"{config.num_folds} folds",
-        "fold_seed": str(config.fold_seed),
-        "evaluation_labels": str(config.evaluation_labels),
-        **{f"teacher_{fold}": fact["teacher"] for fold, fact in enumerate(facts)},
-    }
 
 
 def _checked_fold(config: CrossFitConfig, fold: int) -> dict[str, Any]:
@@ -189,7 +170,7 @@ def _checked_fold(config: CrossFitConfig, fold: int) -> dict[str, Any]:
 
 def _split_rows(labels: SoftLabels, *, is_train: bool) -> Iterator[ShardTable]:
     for table in iter_directory(labels.directory, labels.manifest):
-        yield rows_where(table, [(split == "train") == is_train for split in table.splits])
+        yield select_rows(table, [(split == "train") == is_train for split in table.splits])
 
 
 def _evaluation_rows(config: CrossFitConfig, labels: list[SoftLabels]) -> Iterator[ShardTable]:

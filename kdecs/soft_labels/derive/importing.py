@@ -1,22 +1,22 @@
 """Labels made elsewhere: a table of pair ids and scores becomes a checked label directory.
 
-The table is Parquet or JSON lines, one row a pair:
+The table is Parquet or JSON lines, one row per pair:
 
     pair_id         dialogue/target/candidate
-    scores          `logits`, a list of one number an answer word (because, as, since, thus, other); or a column (key)
-                    of its own for each answer word
-    pair_hash       optional: 32 hex characters, `Pair.hash`; where it is given it must agree
+    scores          `logits`, a list of one number per answer word (because, as, since, thus, other), or one column
+                    (key) for each answer word
+    pair_hash       optional: 32 hex characters, `Pair.hash`; where it is given it must agree with the corpus
     split           optional: train, valid or test; needed where an id stands in two of the corpora
     log_rest_mass   optional: log probability mass outside the answer words; NO_REST_MASS where it is not given
 
-Scores are raw logits, or probabilities above 0 (stored as their logs). Every pair that an export labels must be there,
-once. The table is streamed: rows are joined to a mapped scratch file and looked up by the pairs of the corpora.
-Shapes: n rows of a batch, A answer words.
+Scores are raw logits, or probabilities above 0 (stored as their logs). The table must have every pair that an export
+labels, once. It is held in memory, about 100 bytes per row, while the corpora are read dialogue by dialogue.
+
+Shapes: n rows of a batch, N rows of the table, A answer words.
 """
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +25,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from kdecs.artifact import Manifest, write_manifest
+from kdecs.artifact import Manifest
 from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.checking import is_unicode, shorten
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.corpus.reading import iter_dialogues
-from kdecs.errors import CorpusError, LabelError
-from kdecs.soft_labels.corpora import batches_of, pairs_of_file
+from kdecs.errors import LabelError
+from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import ImportConfig
-from kdecs.soft_labels.derive.write import begin_directory, claim_output, finish_directory, write_rows
+from kdecs.soft_labels.derive.write import LabelDirectory, claim_output
 from kdecs.soft_labels.format import SPLITS, ShardTable
-from kdecs.soft_labels.labels import SoftLabels, iter_directory
-from kdecs.soft_labels.verify import whole_labels
+from kdecs.soft_labels.labels import KeyIndex, bounds_of, pair_keys, sort_by_key, split_numbers
+from kdecs.soft_labels.verify import verified_labels
 
 NO_REST_MASS = -100.0
-"""Log of no mass at all, finite as the format wants it."""
+"""Log of no mass at all, finite because the format demands it."""
 
-ANY_SPLIT = "train"
-"""Where rows of a table without splits are kept while they are looked up."""
-
-_ROWS_A_BATCH = 8192
+_ANY_SPLIT = "train"  # where the rows of a table without splits are kept
+_BATCH_ROWS = 8192
 _WORD_COLUMNS = set(CONNECTIVES)
 
 
 def import_labels(config: ImportConfig) -> Manifest:
-    """Write the label directory of a table; does nothing where it is whole.
+    """Write the label directory of a table, or return its manifest where it is complete and undamaged.
 
     Raises LabelError, one line, for a table that cannot be read, a row without what it needs, a score that is not
-    finite, a pair that stands twice, that the corpora do not have (unless left out) or that the table lacks;
+    finite, a pair that stands twice, that no corpus has (unless such rows are left out) or that the table lacks;
     CorpusError, ArtifactError.
     """
-    work_hash = config_hash(config)
-    _refuse_own_table(config)
-    if finished := whole_labels(config.output, work_hash, show_progress=True):
+    table_path, output = config.table.resolve(), config.output.resolve()
+    if table_path.parent == output and table_path.match("shard-*.parquet"):  # it would be written over
+        raise LabelError(f"{config.table}: lies in the output {config.output}; choose another output")
+    if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
     claim_output(config, config.output)
     corpora = {split: path for split in SPLITS if (path := getattr(config, split)) is not None}
-    with tempfile.TemporaryDirectory(prefix="kdecs-import-") as scratch:
-        facts = _stage(config, Path(scratch) / "table")
-        try:
-            labels = SoftLabels.open(Path(scratch) / "table", Path(scratch) / "joined")
-        except LabelError as error:  # of the scratch directory, whose name says nothing
-            raise LabelError(str(error).replace(str(Path(scratch) / "table"), str(config.table))) from None
-        seen_N = np.zeros(len(labels), dtype=bool)
-        if not facts["split"]:
-            _refuse_shared_ids(corpora, config.table)
-        work_hash = begin_directory(config, config.output)
-        tables = _matched(config.table, labels, corpora, facts, seen_N)
-        rows, by_split = write_rows(config.output, tables, CONNECTIVES)
-        num_unknown = int((~seen_N).sum())
-        if num_unknown and not config.ignore_unknown:
-            raise _unknown(config.table, labels, facts, seen_N, num_unknown)
-    return finish_directory(
-        config.output,
-        work_hash,
-        rows,
-        by_split,
-        CONNECTIVES,
+    table = _ScoreTable.read(config)
+    if not table.has["split"]:
+        _refuse_shared_ids(corpora, config.table)
+    directory = LabelDirectory(config, config.output, CONNECTIVES)
+    directory.write(table.matched(corpora))
+    num_unknown = table.refuse_unknown(allow=config.ignore_unknown)
+    return directory.finish(
         inputs=input_checksums(
             table=config.table, **{f"corpus_{split}": path for split, path in corpora.items()}
         ),
@@ -90,46 +75,99 @@ def import_labels(config: ImportConfig) -> Manifest:
             "universe": EXPORT_UNIVERSE,
             "lineage": {"imported": input_checksums(table=config.table)["table"], "scores": config.scores},
             "hashes": "of the table, equal to the corpus'"
-            if facts["pair_hash"]
+            if table.has["pair_hash"]
             else "computed of the corpus",
-            "rest_mass": "of the table" if facts["log_rest_mass"] else "not known",
+            "rest_mass": "of the table" if table.has["log_rest_mass"] else "not known",
             "left_out": num_unknown,
         },
     )
 
 
-def _refuse_own_table(config: ImportConfig) -> None:
-    """Refuse an output whose files would replace the table (LabelError)."""
-    table, output = config.table.resolve(), config.output.resolve()
-    if table.parent == output and table.match("shard-*.parquet"):
-        raise LabelError(f"{config.table}: lies in the output {config.output}; choose another output")
+class _ScoreTable:
+    """The rows of a table in memory; `has` tells which optional columns it has, `rows_N` where a sorted row stood."""
 
+    def __init__(self, path: Path, has: Mapping[str, bool], parts: list[ShardTable]) -> None:
+        self.path, self.has = path, has
+        self.ids = pa.chunked_array([pa.array(part.pair_ids, pa.string()) for part in parts])
+        splits_N = np.concatenate([split_numbers(part.splits) for part in parts])
+        keys_N = np.concatenate([pair_keys(part.pair_ids, part.pair_hashes) for part in parts])
+        self.rows_N, repeated = sort_by_key(keys_N, splits_N)
+        if repeated is not None:
+            raise LabelError(
+                f"{path}: row {repeated + 1}: the pair {self.ids[repeated].as_py()} stands twice in one split; "
+                "expected one row per pair"
+            )
+        self.index = KeyIndex(keys_N[self.rows_N], bounds_of(splits_N))
+        self.logits_NA = np.concatenate([part.logits for part in parts])[self.rows_N]
+        self.log_rest_mass_N = np.concatenate([part.log_rest_mass for part in parts])[self.rows_N]
+        self.is_matched_N = np.zeros(len(keys_N), dtype=bool)
 
-def _stage(config: ImportConfig, directory: Path) -> dict[str, bool]:
-    """The table's rows as a scratch label directory, which finds twins; returns which optional columns there are."""
-    directory.mkdir()
-    facts: dict[str, bool] = {}
-    with tqdm(desc="read table", unit="row", unit_scale=True, disable=None, delay=1) as bar:
-
-        def tables() -> Iterator[ShardTable]:
+    @classmethod
+    def read(cls, config: ImportConfig) -> "_ScoreTable":
+        """Read and check every row of the config's table. Raises LabelError naming the row."""
+        has: dict[str, bool] = {}
+        parts = []
+        with tqdm(desc="read table", unit="row", unit_scale=True, disable=None, delay=1) as bar:
             for first_row, batch in _batches(config.table):
                 found = {name: name in batch for name in ("pair_hash", "split", "log_rest_mass")}
-                if facts and found != facts:
+                if has and found != has:
                     raise LabelError(
                         f"{config.table}: the rows from {first_row} on have other columns than those before"
                     )
-                facts.update(found)
-                yield _table_of(config, batch, first_row)
-                bar.update(len(batch["pair_id"]))
+                has = found
+                parts.append(_checked_rows(config, batch, first_row))
+                bar.update(len(parts[-1]))
+        if not parts:
+            raise LabelError(f"{config.table}: holds no row, expected one per pair")
+        return cls(config.table, has, parts)
 
-        rows, _ = write_rows(directory, tables(), CONNECTIVES)
-    if not facts:
-        raise LabelError(f"{config.table}: holds no row, expected one a pair")
-    details = {"answer_words": list(CONNECTIVES)}
-    write_manifest(
-        directory, "soft-labels", config_hash="0", inputs={}, files=rows, rows=rows, details=details
-    )
-    return facts
+    def matched(self, corpora: Mapping[str, Path]) -> Iterator[ShardTable]:
+        """The corpora's pairs in their order with the table's scores. Raises LabelError for a pair without a row."""
+        for split, path in corpora.items():
+            with tqdm(desc=f"import {split}", unit="pair", unit_scale=True, disable=None, delay=1) as bar:
+                for batch in pair_batches(path, EXPORT_UNIVERSE):
+                    ids, hashes = [pair.id for pair in batch], [pair.hash for pair in batch]
+                    asked = hashes if self.has["pair_hash"] else [""] * len(ids)
+                    rows_n = self.index.find(ids, asked, split=split if self.has["split"] else _ANY_SPLIT)
+                    missing = np.flatnonzero(rows_n < 0)
+                    if len(missing):
+                        first = int(missing[0])
+                        with_hash = f" with the hash {hashes[first]}" if self.has["pair_hash"] else ""
+                        raise LabelError(
+                            f"{self.path}: lacks the pair {ids[first]}{with_hash} of {path}, and "
+                            f"{len(missing) - 1} more of the {len(ids)} pairs just read; expected a row "
+                            f"for each pair of the universe {EXPORT_UNIVERSE} "
+                            f"(kdecs corpus pairs {path} --universe {EXPORT_UNIVERSE} lists them)"
+                        )
+                    self.is_matched_N[rows_n] = True
+                    yield ShardTable(
+                        ids, hashes, [split] * len(ids), self.logits_NA[rows_n], self.log_rest_mass_N[rows_n]
+                    )
+                    bar.update(len(batch))
+
+    def refuse_unknown(self, *, allow: bool) -> int:
+        """The number of rows that no corpus matched. Raises LabelError, naming the first, unless they are allowed."""
+        unknown = self.rows_N[~self.is_matched_N]
+        if len(unknown) and not allow:
+            raise LabelError(
+                f"{self.path}: {len(unknown)} rows refer to pairs that are in none of the given corpora (first: row "
+                f"{unknown.min() + 1}, {self.ids[int(unknown.min())].as_py()}); add the missing corpus, or pass "
+                "--ignore-unknown"
+            )
+        return len(unknown)
+
+
+def _refuse_shared_ids(corpora: Mapping[str, Path], table: Path) -> None:
+    """Without a split column an id of two corpora would get one row for both. Raises LabelError naming it."""
+    split_of: dict[str, str] = {}
+    for split, path in corpora.items() if len(corpora) > 1 else ():
+        for dialogue in iter_dialogues(path):
+            first = split_of.setdefault(dialogue.id, split)
+            if first != split:
+                raise LabelError(
+                    f"{table}: has no column split, and the dialogue {dialogue.id} stands in {first} and "
+                    f"{split}; give the column"
+                )
 
 
 def _batches(path: Path) -> Iterator[tuple[int, dict[str, list[Any]]]]:
@@ -147,7 +185,7 @@ def _parquet_batches(path: Path) -> Iterator[tuple[int, dict[str, list[Any]]]]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             columns = [name for name in file.schema_arrow.names if name in known]
-            for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns, use_threads=False):
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
                 yield row, batch.to_pydict()
                 row += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -166,11 +204,11 @@ def _line_batches(path: Path) -> Iterator[tuple[int, dict[str, list[Any]]]]:
             except (ValueError, RecursionError):  # no JSON, or nested too deeply to read
                 row = None
             if not isinstance(row, dict):
-                raise LabelError(f"{path}: line {number}: not a JSON object, expected one pair a line")
+                raise LabelError(f"{path}: line {number}: not a JSON object, expected one pair per line")
             if rows and row.keys() != rows[0].keys():
                 raise LabelError(f"{path}: line {number}: other keys than the line before")
             rows.append(row)
-            if len(rows) == _ROWS_A_BATCH:
+            if len(rows) == _BATCH_ROWS:
                 yield first, _columns(rows)
                 rows, first = [], number + 1
     if rows:
@@ -181,8 +219,8 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _table_of(config: ImportConfig, batch: Mapping[str, list[Any]], first_row: int) -> ShardTable:
-    """A batch of rows as labels of the scratch directory. Raises LabelError naming the row."""
+def _checked_rows(config: ImportConfig, batch: Mapping[str, list[Any]], first_row: int) -> ShardTable:
+    """A batch of rows as labels, with an empty hash where the table has none. Raises LabelError naming the row."""
 
     def refuse(place: int, message: str) -> LabelError:
         return LabelError(f"{config.table}: row {first_row + place}: {message}")
@@ -205,7 +243,7 @@ def _table_of(config: ImportConfig, batch: Mapping[str, list[Any]], first_row: i
     return ShardTable(
         batch["pair_id"],
         batch.get("pair_hash") or [""] * num_rows,
-        batch.get("split") or [ANY_SPLIT] * num_rows,
+        batch.get("split") or [_ANY_SPLIT] * num_rows,
         scores_nA.astype(np.float32),
         np.array(rest, dtype=np.float32),
     )
@@ -247,73 +285,3 @@ def _is_finite(value: Any) -> bool:
 def _names(batch: Mapping[str, list[Any]]) -> str:
     """The columns for a message; a stranger's may be no text that can be printed."""
     return ", ".join(name if is_unicode(name) else shorten(name) for name in batch)
-
-
-def _matched(
-    table: Path,
-    labels: SoftLabels,
-    corpora: Mapping[str, Path],
-    facts: Mapping[str, bool],
-    seen_N: np.ndarray,
-) -> Iterator[ShardTable]:
-    """The corpora's pairs in their order with the table's scores; marks what was taken in `seen_N`."""
-    for split, path in corpora.items():
-        taken_N = np.zeros_like(seen_N)
-        with tqdm(desc=f"import {split}", unit="pair", unit_scale=True, disable=None, delay=1) as bar:
-            for batch in batches_of(pairs_of_file(path, EXPORT_UNIVERSE)):
-                ids, hashes = [pair.id for pair in batch], [pair.hash for pair in batch]
-                asked = hashes if facts["pair_hash"] else [""] * len(ids)
-                rows_n = labels.find(ids, asked, split=split if facts["split"] else ANY_SPLIT)
-                missing = np.flatnonzero(rows_n < 0)
-                if len(missing):
-                    first = int(missing[0])
-                    with_hash = f" with the hash {hashes[first]}" if facts["pair_hash"] else ""
-                    raise LabelError(
-                        f"{table}: lacks the pair {ids[first]}{with_hash} of {path}, and {len(missing) - 1} more of "
-                        f"{len(ids)} looked at; expected a row for each pair of the universe {EXPORT_UNIVERSE} "
-                        f"(kdecs corpus pairs {path} --universe {EXPORT_UNIVERSE} lists them)"
-                    )
-                _refuse_second(path, ids, rows_n, taken_N)
-                yield ShardTable(
-                    ids, hashes, [split] * len(ids), labels.logits(rows_n), labels.log_rest_mass(rows_n)
-                )
-                bar.update(len(batch))
-        seen_N |= taken_N
-
-
-def _refuse_second(path: Path, ids: Sequence[str], rows_n: np.ndarray, taken_N: np.ndarray) -> None:
-    """Mark rows as taken. Raises CorpusError for a pair whose row was taken before: its dialogue stands twice."""
-    for pair_id, row in zip(ids, rows_n.tolist(), strict=True):
-        if taken_N[row]:
-            raise CorpusError(
-                f"{path}: dialogue {pair_id.rsplit('/', 2)[0]}: stands twice, ids must be unique"
-            )
-        taken_N[row] = True
-
-
-def _refuse_shared_ids(corpora: Mapping[str, Path], table: Path) -> None:
-    """An id of two splits would get one row for both. Raises LabelError naming it."""
-    place_of: dict[str, str] = {}
-    for split, path in corpora.items() if len(corpora) > 1 else ():
-        for dialogue in iter_dialogues(path):
-            first = place_of.setdefault(dialogue.id, split)
-            if first != split:
-                raise LabelError(
-                    f"{table}: has no column split, and the dialogue {dialogue.id} stands in {first} and "
-                    f"{split}; give the column"
-                )
-
-
-def _unknown(
-    table: Path, labels: SoftLabels, facts: Mapping[str, bool], seen_N: np.ndarray, num_unknown: int
-) -> LabelError:
-    """The refusal of rows that no corpus has, naming the first of the table."""
-    for part in iter_directory(labels.directory, labels.manifest):
-        for pair_id, pair_hash, split in zip(part.pair_ids, part.pair_hashes, part.splits, strict=True):
-            if not seen_N[labels.find([pair_id], [pair_hash], split=split)[0]]:
-                where = f" of the split {split}" if facts["split"] else ""
-                return LabelError(
-                    f"{table}: the pair {pair_id}{where} is none that the corpora have, {num_unknown} such rows; "
-                    "name their corpus, or leave them out with --ignore-unknown"
-                )
-    raise AssertionError("every row was seen")

@@ -1,7 +1,6 @@
-"""Writes label directories that no teacher scores anew: combined, imported and cross-fitted ones.
+"""Writes the label directories that no teacher scores: combined, imported and cross-fitted ones.
 
-Rows come as a stream and go into shards of ROWS_A_SHARD rows by their number alone, so that the same rows give the
-same bytes. Temp, fsync and rename a file; the manifest last.
+One process writes such a directory in minutes, so it has no working files: an unfinished one is written anew.
 """
 
 from collections import Counter
@@ -11,19 +10,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, claim, write_manifest
+from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, atomic_path, claim, write_manifest
 from kdecs.config import CONFIG_NAME, Config, config_hash, read_yaml, write_config
-from kdecs.soft_labels.format import WORK_DIRECTORY, ShardTable, shard_file, shard_name
+from kdecs.soft_labels.format import WORK_DIRECTORY, ShardTable, shard_name, shard_writer
 
 KIND: Kind = "soft-labels"
-ROWS_A_SHARD = 1 << 20
+ROWS_PER_SHARD = 1 << 20
 
 
 def claim_output(config: Config, output: Path) -> None:
     """Refuse an output that holds anything but this work, finished or not (ArtifactError).
 
-    Damaged labels of this very work and an unfinished attempt of the same kind may be written over; other labels may
-    not, finished ones, those of an export, or shards that nothing says the origin of.
+    Damaged labels of this very work, and an unfinished attempt at a config of the same kind, may be written over.
     """
 
     def is_begun_here() -> bool | None:
@@ -42,70 +40,65 @@ def claim_output(config: Config, output: Path) -> None:
     )
 
 
-def begin_directory(config: Config, output: Path) -> str:
-    """Make the output directory, unfinished, and put the config into it; returns the config hash.
+class LabelDirectory:
+    """A label directory in the making: `write` rows as often as needed, then `finish`."""
 
-    What `claim_output` lets pass is written over: it took minutes at most. Raises ArtifactError as that does.
-    """
-    claim_output(config, output)
-    (output / MANIFEST_NAME).unlink(missing_ok=True)
-    write_config(config, output)
-    return config_hash(config)
+    def __init__(self, config: Config, output: Path, answer_words: Sequence[str]) -> None:
+        """Begin the output directory with its config. Raises ArtifactError as `claim_output` does."""
+        claim_output(config, output)
+        (output / MANIFEST_NAME).unlink(missing_ok=True)
+        write_config(config, output)
+        self.output = output
+        self._config_hash = config_hash(config)
+        self._answer_words = tuple(answer_words)
+        self._rows: dict[str, int] = {}
+        self._by_split: Counter[str] = Counter()
 
+    def write(self, tables: Iterable[ShardTable]) -> list[str]:
+        """Write rows as new shards of ROWS_PER_SHARD rows; returns the shards' names.
 
-def write_rows(
-    output: Path, tables: Iterable[ShardTable], answer_words: Sequence[str], *, first_shard: int = 0
-) -> tuple[dict[str, int], Counter[str]]:
-    """Write rows as shards from `first_shard` on; returns the rows of each file and of each split."""
-    rows: dict[str, int] = {}
-    by_split: Counter[str] = Counter()
-    pieces = _cut(tables, ROWS_A_SHARD)
-    for first in pieces:
-        name = shard_name(first_shard + len(rows))
-        taken = 0
-        with shard_file(output / name, answer_words) as writer:
-            for table in chain([first], pieces):
-                writer.append(table)
-                by_split.update(table.splits)
-                taken += len(table)
-                if taken == ROWS_A_SHARD:
-                    break
-        rows[name] = taken
-    return rows, by_split
+        The division depends on the number of rows alone, so the same rows give the same bytes.
+        """
+        names = []
+        pieces = _cut(tables, ROWS_PER_SHARD)
+        for first in pieces:
+            name = shard_name(len(self._rows))
+            with (
+                atomic_path(self.output / name) as temporary,
+                shard_writer(temporary, self._answer_words) as writer,
+            ):
+                for table in chain([first], pieces):
+                    writer.append(table)
+                    self._by_split.update(table.splits)
+                    if writer.rows == ROWS_PER_SHARD:
+                        break
+            self._rows[name] = writer.rows
+            names.append(name)
+        return names
 
-
-def finish_directory(
-    output: Path,
-    work_hash: str,
-    rows: Mapping[str, int],
-    by_split: Mapping[str, int],
-    answer_words: Sequence[str],
-    *,
-    inputs: Mapping[str, str],
-    details: Mapping[str, Any],
-) -> Manifest:
-    """Remove shards of an earlier attempt that are no part of this one, and write the manifest."""
-    for path in output.glob("shard-*.parquet"):
-        if path.name not in rows:
-            path.unlink()
-    own = {
-        "answer_words": list(answer_words),
-        "temperature": 1,
-        "num_pairs": dict(sorted(by_split.items())),
-    }
-    return write_manifest(
-        output,
-        KIND,
-        config_hash=work_hash,
-        inputs=inputs,
-        files=rows,
-        rows=rows,
-        details=own | dict(details),
-    )
+    def finish(self, *, inputs: Mapping[str, str], details: Mapping[str, Any]) -> Manifest:
+        """Remove the shards of an earlier attempt that are not part of this one, and write the manifest."""
+        for path in self.output.glob("shard-*.parquet"):
+            if path.name not in self._rows:
+                path.unlink()
+        own = {
+            "answer_words": list(self._answer_words),
+            "temperature": 1,
+            "num_pairs": dict(sorted(self._by_split.items())),
+        }
+        return write_manifest(
+            self.output,
+            KIND,
+            config_hash=self._config_hash,
+            inputs=inputs,
+            files=self._rows,
+            rows=self._rows,
+            details=own | dict(details),
+        )
 
 
-def rows_where(table: ShardTable, keep_n: Sequence[bool]) -> ShardTable:
-    """The rows of a table that are to be kept, top logits left out."""
+def select_rows(table: ShardTable, keep_n: Sequence[bool]) -> ShardTable:
+    """The rows of a table where `keep_n` is true, without their top logits."""
     places = [place for place, keep in enumerate(keep_n) if keep]
     return ShardTable(
         [table.pair_ids[n] for n in places],
@@ -116,13 +109,13 @@ def rows_where(table: ShardTable, keep_n: Sequence[bool]) -> ShardTable:
     )
 
 
-def _cut(tables: Iterable[ShardTable], rows_a_piece: int) -> Iterator[ShardTable]:
-    """The same rows with a border at each multiple of `rows_a_piece`; empty tables are left out."""
+def _cut(tables: Iterable[ShardTable], piece_rows: int) -> Iterator[ShardTable]:
+    """The same rows with a border at each multiple of `piece_rows`; empty tables are left out."""
     position = 0
     for table in tables:
         start = 0
         while start < len(table):
-            end = min(len(table), start + rows_a_piece - position % rows_a_piece)
+            end = min(len(table), start + piece_rows - position % piece_rows)
             yield replace(
                 table,
                 pair_ids=table.pair_ids[start:end],

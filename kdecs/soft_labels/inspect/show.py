@@ -11,10 +11,10 @@ from tqdm import tqdm
 from kdecs.artifact import MANIFEST_NAME, Manifest, check_sizes, read_manifest
 from kdecs.corpus.pairs import Universe
 from kdecs.errors import ArtifactError, LabelError
-from kdecs.soft_labels.corpora import batches_of, own_corpora, pairs_of_file
-from kdecs.soft_labels.format import SPLITS
+from kdecs.soft_labels.corpora import labelled_corpora, pair_batches
+from kdecs.soft_labels.format import SPLITS, answer_words_of, iter_directory, num_rows
 from kdecs.soft_labels.inspect.calibration import SCORES, GoldSums, LabelSums, require_cause_words
-from kdecs.soft_labels.labels import SoftLabels, answer_words_of, iter_directory, num_rows
+from kdecs.soft_labels.labels import SoftLabels
 
 _FACTS = ("temperature", "universe", "dtype", "devices", "num_pairs", "lineage", "parents", "folds", "rule")
 
@@ -28,7 +28,7 @@ def describe(
 ) -> dict[str, Any]:
     """Facts of the manifest, sums by split, and for each corpus file agreement and calibration; plain JSON values.
 
-    Without corpora those are taken that the labels were made from, where they are still there (`own_corpora`). A
+    Without corpora those are taken that the labels were made from, where they are still there (`labelled_corpora`). A
     corpus' pairs are found by id and hash in whatever split has them; pairs without a label are counted, and refused
     only where no pair of a named corpus has one. Memory does not grow with the labels nor with JSON-lines corpora.
     Raises ArtifactError, CorpusError, LabelError.
@@ -56,7 +56,7 @@ def describe(
                 sums[split].add(table.logits[rows_n], table.log_rest_mass[rows_n])
             bar.update(len(table))
     found["splits"] = {split: item.as_dict() for split, item in sums.items() if item.num_pairs}
-    if shown := list(corpora) or own_corpora(directory, manifest):
+    if shown := list(corpora) or labelled_corpora(directory, manifest):
         with tempfile.TemporaryDirectory(prefix="kdecs-labels-") as scratch:
             labels = SoftLabels.open(directory, cache_dir or Path(scratch))
             for path in shown:
@@ -86,7 +86,7 @@ def _beside_gold(labels: SoftLabels, path: Path, universe: Universe) -> dict[str
     sums = GoldSums(labels.answer_words)
     num_missing = 0
     with _bar(None, path.name) as bar:
-        for batch in batches_of(pairs_of_file(path, universe)):
+        for batch in pair_batches(path, universe):
             rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch])
             is_cause_n = np.array([pair.is_cause for pair in batch])
             known_n = rows_n >= 0

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from kdecs.artifact import Manifest, read_manifest, sha256_of_file, with_checksum, write_json
 from kdecs.cli import app
 from kdecs.errors import ArtifactError, KdecsError, LabelError
-from kdecs.soft_labels import labels as shard_rows
+from kdecs.soft_labels import format as shard_format
 from kdecs.soft_labels.format import encode_shard, shard_schema
 from kdecs.soft_labels.labels import SoftLabels
 from kdecs.soft_labels.verify import content_faults
@@ -131,7 +131,7 @@ def test_extension_types_run_nothing(tmp_path: Path, kind: str, column: str) -> 
     relist(directory, 1)
     labels = opened(directory, tmp_path / "cache")
     if labels is not None:  # as plain data
-        assert labels.logits(labels.rows_of((["d/1/1"], ["0" * 32]))).tolist() == [[0.5] * 5]
+        assert labels.logits(labels.rows_of(["d/1/1"], ["0" * 32])).tolist() == [[0.5] * 5]
     assert not mark.exists()
 
 
@@ -170,7 +170,7 @@ def test_a_small_file_of_many_rows_is_refused_before_it_is_decoded(tmp_path: Pat
 
 
 def test_a_huge_row_group_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_rows, "_MAX_ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr(shard_format, "_MAX_ROW_GROUP_BYTES", 100)
     directory = make_labels(tmp_path / "labels", make_table(["d/1/1"]))
     with pytest.raises(ArtifactError, match=r"row group 0 of \d+ bytes, more than 100"):
         SoftLabels.open(directory, tmp_path / "cache")

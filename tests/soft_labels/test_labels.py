@@ -4,47 +4,25 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_teacher import FakeScorer, make_config, worker
+from label_directories import WORDS, make_labels, make_table, names_of, read_shard, sample_pairs
 
-from kdecs.artifact import read_manifest, with_checksum, write_manifest
-from kdecs.corpus.pairs import Pair, pairs_of
-from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.artifact import read_manifest, with_checksum
+from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.process import StopSignal
 from kdecs.soft_labels.export import export_shards
-from kdecs.soft_labels.format import ShardTable, encode_shard, read_shard
+from kdecs.soft_labels.format import ShardTable
 from kdecs.soft_labels.labels import SoftLabels
-
-WORDS = ("because", "as", "since", "thus", "other")
-
-
-def pairs(split: str = "train") -> list[Pair]:
-    return [p for d in read_corpus(bundled_sample(split)).dialogues for p in pairs_of(d, "fold1+neutral")]
-
-
-def labels_of(tmp_path: Path, *tables: ShardTable) -> Path:
-    directory = tmp_path / "made"
-    directory.mkdir()
-    rows = {}
-    for index, table in enumerate(tables):
-        name = f"shard-{index:05d}.parquet"
-        (directory / name).write_bytes(encode_shard(table, WORDS))
-        rows[name] = len(table.pair_ids)
-    details = {"answer_words": list(WORDS)}
-    write_manifest(
-        directory, "soft-labels", config_hash="0", inputs={}, files=rows, rows=rows, details=details
-    )
-    return directory
 
 
 def table(ids: list[str], splits: list[str], value: float = 0.5) -> ShardTable:
-    n = len(ids)
-    logits = np.full((n, len(WORDS)), value, np.float32)
-    return ShardTable(ids, ["0" * 32] * n, splits, logits, np.full(n, -1, np.float32))
+    return replace(make_table(ids, value=value), splits=splits)
 
 
 def test_labels_are_those_of_the_shards_whatever_the_order(finished: Path, tmp_path: Path) -> None:
@@ -55,16 +33,14 @@ def test_labels_are_those_of_the_shards_whatever_the_order(finished: Path, tmp_p
         for row, key in enumerate(zip(t.pair_ids, t.pair_hashes, strict=True)):
             expected[key] = (t.logits[row], t.log_rest_mass[row])
     labels = SoftLabels.open(finished, tmp_path)
-    wanted = [*pairs("test"), *pairs("train"), *pairs("valid")]
+    wanted = [*sample_pairs("test"), *sample_pairs("train"), *sample_pairs("valid")]
     random.Random(0).shuffle(wanted)
-    rows = labels.rows_of(wanted)
+    rows = labels.rows_of(*names_of(wanted))
     assert rows.dtype == np.int64
     np.testing.assert_array_equal(labels.logits(rows), np.stack([expected[p.id, p.hash][0] for p in wanted]))
     np.testing.assert_array_equal(
         labels.log_rest_mass(rows), np.array([expected[p.id, p.hash][1] for p in wanted])
     )
-    by_name = labels.rows_of(([p.id for p in wanted], [p.hash for p in wanted]))
-    np.testing.assert_array_equal(by_name, rows)
     assert labels.answer_words == WORDS
     assert len(labels) == len(expected) == len(set(rows.tolist()))
     assert labels.logits(rows).flags.writeable
@@ -72,14 +48,14 @@ def test_labels_are_those_of_the_shards_whatever_the_order(finished: Path, tmp_p
 
 def test_missing_pairs_are_named_and_counted(finished: Path, tmp_path: Path) -> None:
     labels = SoftLabels.open(finished, tmp_path)
-    some = pairs()[:5]
+    some = sample_pairs()[:5]
     ids, hashes = [p.id for p in some], [p.hash for p in some]
     hashes[2], ids[4] = "f" * 32, "nobody/1/1"
     with pytest.raises(LabelError, match=f"no soft label for the pair {ids[2]} .*2 of 5 pairs are missing"):
-        labels.rows_of((ids, hashes))
+        labels.rows_of(ids, hashes)
     with pytest.raises(LabelError, match="in the split test, 5 of 5"):
-        labels.rows_of(some, split="test")
-    assert len(labels.rows_of([])) == 0
+        labels.rows_of(*names_of(some), split="test")
+    assert len(labels.rows_of([], [])) == 0
 
 
 def test_other_answer_words_are_refused(finished: Path, tmp_path: Path) -> None:
@@ -92,15 +68,15 @@ def test_other_answer_words_are_refused(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_pair_of_two_splits_is_told_apart(tmp_path: Path) -> None:
-    directory = labels_of(
-        tmp_path, table(["d/1/1", "e/1/1"], ["test", "test"], 2.0), table(["d/1/1"], ["train"], 1.0)
+    directory = make_labels(
+        tmp_path / "made", table(["d/1/1", "e/1/1"], ["test", "test"], 2.0), table(["d/1/1"], ["train"], 1.0)
     )
     labels = SoftLabels.open(directory, tmp_path / "cache")
     key = (["d/1/1"], ["0" * 32])
-    assert labels.logits(labels.rows_of(key))[0, 0] == 1.0
-    assert labels.logits(labels.rows_of(key, split="train"))[0, 0] == 1.0
-    assert labels.logits(labels.rows_of(key, split="test"))[0, 0] == 2.0
-    assert labels.logits(labels.rows_of((["e/1/1"], ["0" * 32])))[0, 0] == 2.0
+    assert labels.logits(labels.rows_of(*key))[0, 0] == 1.0
+    assert labels.logits(labels.rows_of(*key, split="train"))[0, 0] == 1.0
+    assert labels.logits(labels.rows_of(*key, split="test"))[0, 0] == 2.0
+    assert labels.logits(labels.rows_of(["e/1/1"], ["0" * 32]))[0, 0] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -118,14 +94,14 @@ def test_labels_that_no_export_writes_are_refused(
     tmp_path: Path, tables: list[ShardTable], message: str
 ) -> None:
     with pytest.raises((LabelError, ArtifactError), match=message):
-        SoftLabels.open(labels_of(tmp_path, *tables), tmp_path / "cache")
+        SoftLabels.open(make_labels(tmp_path / "made", *tables), tmp_path / "cache")
 
 
 def test_empty_labels_open(tmp_path: Path) -> None:
-    labels = SoftLabels.open(labels_of(tmp_path, table([], [])), tmp_path / "cache")
+    labels = SoftLabels.open(make_labels(tmp_path / "made", table([], [])), tmp_path / "cache")
     assert len(labels) == 0
     with pytest.raises(LabelError, match="1 of 1 pairs are missing"):
-        labels.rows_of((["d/1/1"], ["0" * 32]))
+        labels.rows_of(["d/1/1"], ["0" * 32])
 
 
 def test_a_damaged_shard_is_refused_when_the_file_is_built(finished: Path, tmp_path: Path) -> None:
@@ -150,9 +126,9 @@ def test_wrong_directories_are_refused(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_the_file_is_built_once_and_again_when_touched(finished: Path, tmp_path: Path) -> None:
-    wanted = pairs()[:50]
+    wanted = sample_pairs()[:50]
     first = SoftLabels.open(finished, tmp_path)
-    rows = first.rows_of(wanted)
+    rows = first.rows_of(*names_of(wanted))
     before = first.logits(rows)
     (arrow,) = tmp_path.glob("*.arrow")
     built = arrow.stat().st_mtime_ns
@@ -162,7 +138,7 @@ def test_the_file_is_built_once_and_again_when_touched(finished: Path, tmp_path:
     for content in (b"", whole[:1000], whole[:-1], bytes(len(whole))):
         arrow.write_bytes(content)  # in place: another size or mtime
         again = SoftLabels.open(finished, tmp_path)
-        np.testing.assert_array_equal(again.logits(again.rows_of(wanted)), before)
+        np.testing.assert_array_equal(again.logits(again.rows_of(*names_of(wanted))), before)
         assert arrow.read_bytes() == whole
     arrow.with_suffix(".json").write_text("{}")
     assert len(SoftLabels.open(finished, tmp_path)) == len(first)
@@ -183,7 +159,7 @@ def test_a_silent_flip_in_the_built_file_is_found_on_request(finished: Path, tmp
 
 def _read(directory: Path, cache: Path, results: object) -> None:
     labels = SoftLabels.open(directory, cache)
-    results.put(float(labels.logits(labels.rows_of(pairs())).sum()))  # type: ignore[attr-defined]
+    results.put(float(labels.logits(labels.rows_of(*names_of(sample_pairs()))).sum()))  # type: ignore[attr-defined]
 
 
 def test_readers_that_start_together_build_one_file(finished: Path, tmp_path: Path) -> None:
@@ -213,9 +189,9 @@ def test_labels_of_a_part_cover_the_part_alone(teacher: Path, tmp_path: Path) ->
     config = make_config(teacher, tmp_path / "labels", corpus=corpus)
     export_shards(config, FakeScorer(teacher), worker(), StopSignal())
     labels = SoftLabels.open(tmp_path / "labels", tmp_path / "cache")
-    labels.rows_of(pairs("valid"))
+    labels.rows_of(*names_of(sample_pairs("valid")))
     with pytest.raises(LabelError, match="no soft label for the pair"):
-        labels.rows_of(pairs("train"))
+        labels.rows_of(*names_of(sample_pairs("train")))
 
 
 def test_top_logits_are_joined_too(teacher: Path, tmp_path: Path) -> None:
@@ -227,8 +203,8 @@ def test_top_logits_are_joined_too(teacher: Path, tmp_path: Path) -> None:
         t = read_shard(path, WORDS)
         expected |= {t.pair_ids[n]: (t.top_ids[n], t.top_logits[n]) for n in range(len(t))}
     labels = SoftLabels.open(tmp_path / "labels", tmp_path / "cache")
-    wanted = [*pairs("valid"), *pairs("train")]
-    ids, logits = labels.top(labels.rows_of(wanted))
+    wanted = [*sample_pairs("valid"), *sample_pairs("train")]
+    ids, logits = labels.top(labels.rows_of(*names_of(wanted)))
     assert (labels.top_k, ids.dtype, logits.dtype) == (3, np.int32, np.float32)
     np.testing.assert_array_equal(ids, np.stack([expected[p.id][0] for p in wanted]))
     np.testing.assert_array_equal(logits, np.stack([expected[p.id][1] for p in wanted]))
@@ -242,7 +218,7 @@ def test_top_logits_that_are_not_there_are_refused(finished: Path, tmp_path: Pat
     directory = tmp_path / "copy"
     shutil.copytree(finished, directory)
     for top_k, message in (
-        (4, "0 top logits a pair, the manifest says 4"),
+        (4, "0 top logits per pair, the manifest says 4"),
         ("4", "details.top_k: found '4'"),
     ):
         manifest = read_manifest(directory)
@@ -257,9 +233,10 @@ def test_a_reader_imports_neither_pandas_nor_torch(finished: Path, tmp_path: Pat
     SoftLabels.open(finished, tmp_path)
     script = f"""
 import sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from kdecs.soft_labels.reader import SoftLabels
+from kdecs.soft_labels.labels import SoftLabels
 labels = SoftLabels.open(Path({str(finished)!r}), Path({str(tmp_path)!r}))
 labels.logits(labels.find(["d/1/1"], ["0" * 32]))
 labels.logits(np.arange(len(labels)))
