@@ -3,9 +3,9 @@
 #
 #   cluster/deepspeed_two_nodes.sh [CONFIG [--set KEY=VALUE …]]
 #
-# By default pdsh starts the ranks over ssh, from any node. Without ssh between the nodes, run it on each with
-# NODE_RANK=0 and NODE_RANK=1. The repository, its .venv and the run directory stand at the same path on both.
-# HOSTFILE, MASTER_PORT and SCRIPT (launch/export_soft_labels.py, say) can be set in the environment.
+# By default pdsh starts the ranks over ssh, from any node. Without ssh between the nodes, run it on each of them with
+# NODE_RANK=0 and NODE_RANK=1. The repository, its .venv and the run directory must be at the same path on both.
+# HOSTFILE, MASTER_PORT and SCRIPT (such as launch/export_soft_labels.py) can be set in the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -4,16 +4,16 @@
 #   MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://kdecs@127.0.0.1:5432/mlflow \
 #   MLFLOW_ARTIFACTS=/shared/kdecs/mlartifacts cluster/mlflow/serve.sh
 #
-# The password of the database stands in ~/.pgpass (or the file that PGPASSFILE names), never in the URI: a URI
-# is seen in process lists. MLflow asks its own users for nothing, so it listens on loopback only; others come by
+# The database's password belongs in ~/.pgpass (or the file that PGPASSFILE names), never in the URI, which process
+# lists show. MLflow does not authenticate its users, so the server listens on loopback only. From another machine:
 #   ssh -N -L 5000:127.0.0.1:5000 THIS_HOST
-# Needs psycopg2 in the environment: pip install psycopg2-binary
+# It needs psycopg2: pip install 'kdecs[postgres]'
 set -euo pipefail
 
 uri=${MLFLOW_BACKEND_STORE_URI:?set it, such as postgresql+psycopg2://kdecs@127.0.0.1:5432/mlflow}
 artifacts=${MLFLOW_ARTIFACTS:?set it to a directory for artifacts}
 if [[ $uri =~ ://[^/@]*:[^/@]*@ ]]; then
-    echo "MLFLOW_BACKEND_STORE_URI holds a password: put it into ~/.pgpass (mode 600) and leave it out" >&2
+    echo "MLFLOW_BACKEND_STORE_URI holds a password: put it into ~/.pgpass (mode 600) instead" >&2
     exit 1
 fi
 mkdir -p "$artifacts"

@@ -1,10 +1,10 @@
-# Sourced by the sbatch scripts: the working directory, the environment, and what to do after a stop.
+# Sourced by the sbatch scripts: sets the working directory and the environment, and defines what they share.
 
 cd "${KDECS_ROOT:-$SLURM_SUBMIT_DIR}"
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
-# The first node of the job, and a port that two jobs on one node do not share.
+# The first node of the job, and a port that no other job on that node uses.
 first_node() {
     local nodes
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -12,7 +12,8 @@ first_node() {
 }
 job_port() { echo $((20000 + SLURM_JOB_ID % 20000)); }
 
-# Run a step; 143 means that it saved its state after SIGTERM (time limit near, preempted): queue the job again.
+# Run a step. Exit code 143 means that it saved its state after SIGTERM (preemption, or a time limit that is near):
+# the job is then queued again.
 run_and_requeue() {
     local status=0
     "$@" || status=$?

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Queue teacher, export and sweep, each after the success of the one before. Run it in the repository's root.
+# Queue teacher, export and sweep, each to start once the one before has succeeded.
 #   cluster/slurm/submit_pipeline.sh
 # Afterwards: python tune/select_student.py --sweep runs/sweeps/main
 set -euo pipefail
