@@ -23,12 +23,12 @@ from kdecs.corpus.pairs import Pair, candidate_pairs
 from kdecs.corpus.prompts import PROMPT_VERSION, student_prompt
 from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS, NEUTRAL, Dialogue
+from kdecs.models import load_tokenizer
 from kdecs.student.decision import best_spans, cause_scores
 from kdecs.student.model import (
     StudentModel,
     StudentOutput,
     load_language_model,
-    load_tokenizer,
     student_answer_ids,
 )
 from kdecs.student.predict.predictor import Student

@@ -188,8 +188,8 @@ def _keep(barrier: Any) -> None:
 def _data_memory(work: str) -> tuple[float, int]:
     import psutil
 
+    from kdecs.models import load_tokenizer
     from kdecs.student.data import load_training_data
-    from kdecs.student.model import load_tokenizer
     from kdecs.training.loop import epoch_batches, rank_share
 
     values = student_values(Path(work), 1) | {

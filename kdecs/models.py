@@ -1,29 +1,92 @@
-"""Transformers without what it prints of its own accord."""
+"""Loading pretrained models and tokenizers with Transformers: fast tokenizers, safetensors, one-line errors, no noise.
+
+`reference` is a local directory or a hub name. Transformers' progress bars and tables of missing weights are silenced:
+loading takes milliseconds for most of our models, the bars tear ours apart, and every caller checks the weights itself.
+"""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from kdecs.errors import ModelError
 
-@contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep Transformers from drawing bars for its files: they take milliseconds and tear our own."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+
+def load_tokenizer(reference: str | Path) -> Any:
+    """A fast tokenizer. Raises ModelError, one line, if it cannot be loaded or has no fast version."""
     try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(str(reference), use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"tokenizer {reference}: cannot be loaded: {why_not_loaded(reference, error)}"
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"tokenizer {reference}: has no fast version, which character offsets need")
+    return tokenizer
+
+
+def load_pretrained(
+    auto_model: Any, reference: str | Path, what: str, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, list[str]]:
+    """A model of one of Transformers' auto classes, and the sorted names of the weights that it lacks.
+
+    `what` names the wanted model in the error; `options` go to Transformers as they are.
+    Raises ModelError, one line, if it cannot be loaded.
+    """
+    try:
+        with _quiet():
+            model, report = auto_model.from_pretrained(
+                str(reference), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"model {reference}: cannot be loaded as {what}: {why_not_loaded(reference, error)}"
+        ) from None
+    return model, sorted(report["missing_keys"])
+
+
+def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write weights, config and tokenizer into a folder, which is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
-def without_reports() -> Iterator[None]:
-    """Keep Transformers from printing tables of weights that are missing: for callers that check them."""
-    verbosity = transformers_logging.get_verbosity()
+def _quiet() -> Iterator[None]:
+    bars_enabled, verbosity = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
+    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def why_not_loaded(reference: str | Path, error: BaseException) -> str:
+    """What a user can act on when a model or its tokenizer did not load, in one line."""
+    if HF_HUB_OFFLINE and not Path(reference).exists():
+        return (
+            "HF_HUB_OFFLINE is set and the hub's cache does not hold it whole; download it once with a network, or "
+            "give a local directory"
+        )
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for one-line errors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdecs.errors import CorpusError
+from kdecs.errors import CorpusError, ModelError
 
 if TYPE_CHECKING:
     from kdecs.corpus.schema import Corpus, Fault
@@ -151,9 +151,16 @@ def stats(
     else:
         _print_statistics(counted)
     if plots:
-        from kdecs.corpus.statistics import load_tokenizer, write_plots
+        from kdecs.corpus.statistics import write_plots
 
-        for path in write_plots(corpora, plots, load_tokenizer(tokenizer) if tokenizer else None):
+        loaded = None
+        if tokenizer:
+            if not tokenizer.is_dir():  # Transformers would take the name for one of the hub
+                raise ModelError(f"--tokenizer {tokenizer}: no such directory, expected a tokenizer's files")
+            from kdecs.models import load_tokenizer
+
+            loaded = load_tokenizer(tokenizer)
+        for path in write_plots(corpora, plots, loaded):
             print(f"wrote {path}", file=sys.stderr)
     faults = [fault for _, found in checked for fault in found]
     if faults:

@@ -14,7 +14,7 @@ from kdecs.artifact import atomic_path
 from kdecs.corpus.pairs import Pair, count_rows, pairs_of
 from kdecs.corpus.prompts import student_prompt, teacher_prompt
 from kdecs.corpus.schema import Corpus
-from kdecs.errors import DependencyError, ModelError
+from kdecs.errors import DependencyError
 
 
 def prompt_words(corpus: Corpus) -> list[int]:
@@ -34,19 +34,6 @@ def prompt_tokens(corpus: Corpus, tokenizer: Any) -> list[int]:
         if texts := [text_of(pair) for pair in pairs_of(dialogue)]:
             lengths += map(len, tokenizer(texts, verbose=False)["input_ids"])
     return lengths
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model's directory; nothing is downloaded. Raises ModelError, one line."""
-    if not directory.is_dir():
-        raise ModelError(f"tokenizer {directory}: found no directory, expected one with a tokenizer's files")
-    try:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"tokenizer {directory}: {reason}; expected a tokenizer's files") from None
 
 
 def _prompt_writer(tokenizer: Any) -> Callable[[Pair], str]:

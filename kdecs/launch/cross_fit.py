@@ -63,13 +63,7 @@ def run_stage(
     config: CrossFitConfig, title: str, entry: str, stage: Config, output: Path, kind: Kind, stop: StopSignal
 ) -> None:
     """Run an entry of kdecs.launch as a child, unless its output is complete. Raises KdecsError, or Stopped."""
-    # Every byte of labels is read: their own command can mend a damaged shard, so it is worth starting.
-    is_done = (
-        verified_labels(output, config_hash(stage), show_progress=True) is not None
-        if kind == "soft-labels"
-        else is_complete(output, kind, config_hash(stage))
-    )
-    if is_done:
+    if is_done(stage, output, kind):
         print(f"{config.name}: {title}: complete, skipped", flush=True)
         return
     stop.raise_if_requested(_stopped(config))
@@ -86,6 +80,13 @@ def run_stage(
             f"{config.name}: {title} failed with exit code {code}, its own message stands above; "
             "run the same command again to go on from there"
         )
+
+
+def is_done(stage: Config, output: Path, kind: Kind) -> bool:
+    """True if a stage's output is complete. Labels are read byte by byte, since their own command mends damage."""
+    if kind == "soft-labels":
+        return verified_labels(output, config_hash(stage), show_progress=True) is not None
+    return is_complete(output, kind, config_hash(stage))
 
 
 def _stopped(config: CrossFitConfig) -> str:

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForQuestionAnswering
@@ -24,11 +23,11 @@ from transformers import AutoModelForQuestionAnswering
 from kdecs.artifact import write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums
 from kdecs.errors import ArtifactError, ModelError
-from kdecs.models import without_progress_bars, without_reports
+from kdecs.models import load_pretrained, load_tokenizer, save_pretrained
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
 from kdecs.student.decision import best_spans
-from kdecs.student.model import load_tokenizer, on_device
+from kdecs.student.model import on_device
 from kdecs.student.product import MODEL_FOLDER
 from kdecs.tracking.record import METRICS_NAME
 
@@ -73,17 +72,8 @@ def load_reader(reference: str | Path, *, has_head: bool = False) -> Any:
 
     Raises ModelError, one line, where it cannot be loaded or lacks other weights.
     """
-    try:
-        with without_progress_bars(), without_reports():
-            reader, report = AutoModelForQuestionAnswering.from_pretrained(
-                str(reference), dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{reference}: no question-answering model could be loaded from there ({reason})"
-        ) from None
-    lacking = sorted(k for k in report["missing_keys"] if has_head or not k.startswith("qa_outputs."))
+    reader, missing = load_pretrained(AutoModelForQuestionAnswering, reference, "a question-answering model")
+    lacking = [key for key in missing if has_head or not key.startswith("qa_outputs.")]
     if lacking:
         raise ModelError(f"{reference}: found no weights for {lacking[0]}, expected a whole encoder")
     return reader
@@ -141,11 +131,7 @@ class MrcCard(BaseModel):
 
 def save_reader(directory: Path, reader: Any, tokenizer: Any, card: MrcCard) -> None:
     """Write weights, tokenizer and card into a directory, without config, metrics and manifest."""
-    folder = directory / MODEL_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with without_progress_bars():
-        reader.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_pretrained(reader, tokenizer, directory / MODEL_FOLDER)
     write_json(directory / CARD_NAME, card.model_dump(mode="json"))
 
 

@@ -10,6 +10,7 @@ from kdecs.artifact import claim, is_complete
 from kdecs.config import config_hash, write_config
 from kdecs.errors import ConfigError
 from kdecs.evaluation.metrics import evaluate
+from kdecs.models import load_tokenizer
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.model import (
     READER_NAMES,
@@ -26,7 +27,7 @@ from kdecs.mrc.questions import QuestionEncoder, answer_text, load_mrc_data
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, seed_everything, warn_of_emulation
 from kdecs.student.decision import autocast, choose_threshold, pair_gains
-from kdecs.student.model import load_tokenizer, longest_prompt
+from kdecs.student.model import longest_prompt
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
 from kdecs.training.loop import EpochLoop, Floats, Ints, Metrics, Plan, adamw
 

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.errors import ModelError
-from kdecs.models import without_progress_bars, without_reports
+from kdecs.models import load_pretrained
 from kdecs.student.priors import Priors
 
 
@@ -290,29 +289,15 @@ def head_states(language_model: Any, states: Tensor) -> Tensor:
     )
 
 
-def load_tokenizer(reference: str) -> Any:
-    """The base's fast tokenizer. Raises ModelError, one line, where it cannot be loaded."""
-    try:
-        return AutoTokenizer.from_pretrained(reference, use_fast=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(_not_loaded(reference, "tokenizer", error)) from None
-
-
 def load_language_model(reference: str | Path, *, has_head: bool = False, logs: bool = True) -> Any:
     """The base as a masked language model in float32, from safetensors.
 
     A base may come without the language model's head, unless it `has_head`: the head is then new, which is logged.
     Raises ModelError, one line, where it cannot be loaded or lacks other weights.
     """
-    try:
-        with without_progress_bars(), without_reports():
-            model, report = AutoModelForMaskedLM.from_pretrained(
-                str(reference), dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_not_loaded(str(reference), "masked language model", error)) from None
+    model, missing = load_pretrained(AutoModelForMaskedLM, reference, "a masked language model")
     encoder = f"{model.base_model_prefix}."
-    lacking = sorted(key for key in report["missing_keys"] if not key.startswith(f"{encoder}pooler."))
+    lacking = [key for key in missing if not key.startswith(f"{encoder}pooler.")]
     needed = [key for key in lacking if has_head or key.startswith(encoder)]
     if needed:
         raise ModelError(
@@ -376,8 +361,3 @@ def _check_head(language_model: Any) -> None:
             f"{type(language_model).__name__}: its head does not compute what is known of this architecture; "
             "choose a RoBERTa, XLM-R, MPNet, BERT, DistilBERT or ModernBERT base"
         )
-
-
-def _not_loaded(reference: str, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"{reference}: no {what} could be loaded from there ({reason})"

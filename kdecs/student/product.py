@@ -26,14 +26,13 @@ from kdecs.config import CONFIG_NAME
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.errors import ArtifactError
-from kdecs.models import without_progress_bars
+from kdecs.models import load_tokenizer, save_pretrained
 from kdecs.student.config import StudentConfig
 from kdecs.student.model import (
     CauseBy,
     Outputs,
     StudentModel,
     load_language_model,
-    load_tokenizer,
     student_answer_ids,
 )
 from kdecs.student.priors import PRIOR_NAMES
@@ -92,11 +91,7 @@ class StudentCard(BaseModel):
 
 def save_student(directory: Path, model: StudentModel, tokenizer: Any, card: StudentCard) -> None:
     """Write weights, tokenizer and card into a directory, without config, metrics and manifest."""
-    folder = directory / MODEL_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with without_progress_bars():
-        model.language_model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_pretrained(model.language_model, tokenizer, directory / MODEL_FOLDER)
     with atomic_path(directory / HEADS_NAME) as temporary:
         save_file(_head_tensors(model), temporary)
     write_json(directory / CARD_NAME, card.model_dump(mode="json"))

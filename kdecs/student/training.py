@@ -18,6 +18,7 @@ from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.evaluation.predictions import write_predictions
+from kdecs.models import load_tokenizer
 from kdecs.process import StopSignal
 from kdecs.runtime import (
     Runtime,
@@ -34,7 +35,6 @@ from kdecs.student.losses import step_loss
 from kdecs.student.model import (
     StudentModel,
     load_language_model,
-    load_tokenizer,
     longest_prompt,
     student_answer_ids,
 )

@@ -20,9 +20,10 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ConfigError, DependencyError, DeviceError, ModelError
+from kdecs.models import first_line, why_not_loaded
 from kdecs.runtime import Runtime, any_rank
 from kdecs.teacher.config import TeacherConfig
-from kdecs.teacher.families import EncodedPrompt, Family, first_line, why_not_loaded
+from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.network import DTYPES, TeacherNetwork, add_lora, family_of, load_base, trainable_parameters
 from kdecs.teacher.tree.prefix_tree import tree_size
 

@@ -9,19 +9,15 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
 )
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
@@ -29,7 +25,7 @@ from kdecs.corpus.pairs import Pair
 from kdecs.corpus.prompts import TeacherPrompt, kept_tokens, teacher_prompt
 from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ModelError
-from kdecs.models import without_reports
+from kdecs.models import load_pretrained, load_tokenizer
 from kdecs.teacher.config import ModelConfig, TreeAttention
 from kdecs.teacher.tree.attention import FLEX_BLOCK, mask_arguments, resolve, use_tree_attention
 from kdecs.teacher.tree.prefix_tree import pack
@@ -160,18 +156,8 @@ class Family(ABC):
         With `new_head` a model that comes without the language model's head gets a random one, which is logged.
         `options` go to Transformers as they are (quantisation, device map).
         """
-        try:
-            with without_reports():
-                network, report = self.auto_model.from_pretrained(
-                    reference, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-                )
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"model {reference}: cannot be loaded as {self.name}: {why_not_loaded(reference, error)}"
-            ) from None
-        _check_weights(reference, report["missing_keys"], new_head=new_head)
+        network, missing = load_pretrained(self.auto_model, reference, self.name, dtype=dtype, **options)
+        _check_weights(reference, missing, new_head=new_head)
         return network
 
     def _padded(
@@ -211,34 +197,6 @@ def _check_weights(reference: str, missing: Collection[str], *, new_head: bool) 
         )
 
 
-def load_tokenizer(reference: str) -> Any:
-    """A fast tokenizer from a local directory or a hub name. Raises ModelError, one line."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(reference, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"tokenizer {reference}: cannot be loaded: {why_not_loaded(reference, error)}"
-        ) from None
-    if not tokenizer.is_fast:
-        raise ModelError(f"tokenizer {reference}: no fast version, which character offsets need")
-    return tokenizer
-
-
-def why_not_loaded(reference: str, error: BaseException) -> str:
-    """What a user can act on when a model or its tokenizer did not load, in one line."""
-    if HF_HUB_OFFLINE and not Path(reference).exists():
-        return (
-            "HF_HUB_OFFLINE is set and the hub's cache does not hold it whole; download it once with a network, or "
-            "give a local directory"
-        )
-    return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for one-line errors."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _what_was_cut(
     offsets: Sequence[tuple[int, int]], kept: Sequence[int], prompt: TeacherPrompt
 ) -> Literal["nothing", "history", "text"]:
@@ -262,9 +220,6 @@ def _has_plain_rows(output: nn.Module) -> bool:
     """
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in output.parameters())
     return type(output) is nn.Linear and not is_partitioned
-
-
-__all__ = ["CausalFamily", "EncodedPrompt", "Family", "first_line", "load_tokenizer", "make_family"]
 
 
 class _LinearHead(Family):

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.errors import ModelError
+from kdecs.models import first_line
 from kdecs.teacher.config import LoraConfig, ModelConfig
-from kdecs.teacher.families import CausalFamily, EncodedPrompt, Family, first_line
+from kdecs.teacher.families import CausalFamily, EncodedPrompt, Family
 
 
 def connective_loss(logits_PA: Tensor, is_cause_P: Tensor) -> Tensor:

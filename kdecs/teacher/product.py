@@ -38,9 +38,10 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, teacher_prompt
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ArtifactError, ModelError, TrainingError
+from kdecs.models import first_line
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
-from kdecs.teacher.families import Family, first_line, make_family
+from kdecs.teacher.families import Family, make_family
 from kdecs.teacher.network import DTYPES, load_base, trainable_parameters
 
 _WEIGHT_SUFFIXES = (".safetensors",)

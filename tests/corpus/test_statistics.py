@@ -1,13 +1,14 @@
 import builtins
 
 import pytest
+from typer.testing import CliRunner
 
+from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.splits import DuplicateFinder
 from kdecs.corpus.statistics import (
     cause_distances,
     display_names,
-    load_tokenizer,
     prompt_tokens,
     prompt_words,
     statistics_of,
@@ -61,10 +62,11 @@ def test_prompts_are_counted_in_tokens_of_the_model_that_reads_them(write, valid
 
 def test_a_tokenizer_that_is_not_there_is_one_clear_line(tmp_path):
     pytest.importorskip("transformers")
+    arguments = ["corpus", "stats", str(bundled_sample("test")), "--plots", str(tmp_path), "--tokenizer"]
     for directory in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ModelError, match="tokenizer's files") as refusal:
-            load_tokenizer(directory)
-        assert "\n" not in str(refusal.value)
+        refusal = CliRunner().invoke(app, [*arguments, str(directory)]).exception
+        assert isinstance(refusal, ModelError)
+        assert str(directory) in str(refusal) and "\n" not in str(refusal)
 
 
 def test_files_of_one_name_stay_apart(tmp_path):

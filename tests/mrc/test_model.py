@@ -77,7 +77,7 @@ def test_the_best_answer_and_its_score_against_a_loop():
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):
-    with pytest.raises(ModelError, match="no question-answering model"):
+    with pytest.raises(ModelError, match="cannot be loaded as a question-answering model"):
         load_reader(tmp_path)
 
 

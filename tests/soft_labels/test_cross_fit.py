@@ -1,7 +1,6 @@
 """Cross-fitting: each training pair's label is that of the teacher that did not see its dialogue."""
 
 import json
-import runpy
 import tracemalloc
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from kdecs.corpus.pairs import Pair
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.splits import text_digest
 from kdecs.errors import ArtifactError, CorpusError
+from kdecs.launch.cross_fit import is_done
 from kdecs.process import StopSignal
 from kdecs.soft_labels.derive.config import CrossFitConfig, FoldExport
 from kdecs.soft_labels.derive.cross_fit import check_apart, fold_of_dialogues, merge_folds, write_folds
@@ -213,7 +213,6 @@ def test_committed_configs_parse() -> None:
 
 def test_a_damaged_fold_is_not_skipped(merged: CrossFitConfig, tmp_path: Path) -> None:
     """Its own command mends it; else the merge would refuse it for ever."""
-    is_done = runpy.run_path(str(ROOT / "kdecs" / "launch" / "cross_fit.py"))["_is_done"]
     stage = merged.export_config(1)
     assert is_done(stage, stage.output, "soft-labels")
     shard = stage.output / "shard-00001.parquet"

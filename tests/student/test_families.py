@@ -12,7 +12,8 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ModelError
 from kdecs.evaluation.metrics import evaluate
-from kdecs.student.model import load_language_model, load_tokenizer, student_answer_ids
+from kdecs.models import load_tokenizer
+from kdecs.student.model import load_language_model, student_answer_ids
 from kdecs.student.predict.predictor import Student
 from kdecs.student.training import train_student
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from kdecs.errors import ArtifactError
+from kdecs.models import load_tokenizer
 from kdecs.runtime import Runtime
 from kdecs.student.decision import cause_scores
 from kdecs.student.model import (
@@ -14,7 +15,6 @@ from kdecs.student.model import (
     StudentModel,
     StudentOutput,
     load_language_model,
-    load_tokenizer,
     student_answer_ids,
 )
 from kdecs.student.priors import NUM_DISTANCES, Priors, TrainingCounts, begin_at_counts, count_training

@@ -11,7 +11,7 @@ from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ModelError
 from kdecs.teacher.config import LoraConfig
-from kdecs.teacher.families import Family, load_tokenizer
+from kdecs.teacher.families import Family
 from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
 
 FAMILY_NAMES = ["causal", "seq2seq", "masked"]
@@ -133,12 +133,6 @@ def test_coarse_teacher_is_not_shown_fine_emotions(
     family = families("causal")
     fine = next(p for p in some_pairs if p.emotion in ("gratitude", "praise", "like", "hope"))
     assert "feels happiness and says" in family.tokenizer.decode(family.encode(fine).tokens)
-
-
-def test_missing_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError) as caught:
-        load_tokenizer(str(tmp_path / "nothing"))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
