@@ -16,12 +16,10 @@ from kdecs.process import is_main_rank, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.claims import check_teacher_corpus, claim_output, remove_temporaries
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
-from kdecs.soft_labels.scoring import Scorer
 
 if TYPE_CHECKING:
     from kdecs.process import StopSignal
     from kdecs.runtime import Runtime
-    from kdecs.teacher.scoring import TeacherScorer
 
 EXAMPLES = """  python launch/export_soft_labels.py --config launch/configs/demo/export.yaml
   deepspeed --no_local_rank launch/export_soft_labels.py --config launch/configs/export/llama-7b.yaml
@@ -102,14 +100,16 @@ def export_replica(
         micro_batch_tokens=config.micro_batch_tokens,
         base=config.base,
     )
-    return export_shards(config, with_top(scorer, config), runtime, stop, report=bar)
+    if config.top_k:
+        scorer.check_top_k(config.top_k)
+    return export_shards(config, scorer, runtime, stop, report=bar)
 
 
 def export_partitioned(
     config: ExportConfig, runtime: "Runtime", stop: "StopSignal", bar: ExportBar
 ) -> ExportResult:
     """Label with a teacher whose parameters are shared out over the ranks, which compute in step."""
-    from kdecs.teacher.partitioned import load_partitioned
+    from kdecs.teacher.scoring import load_partitioned
 
     scorer, lockstep = load_partitioned(
         config.teacher,
@@ -120,17 +120,10 @@ def export_partitioned(
         base=config.base,
         persistence_threshold=config.persistence_threshold,
     )
+    if config.top_k:
+        scorer.check_top_k(config.top_k)
     with lockstep.together():
-        return export_shards(config, with_top(scorer, config), runtime, stop, waiting=lockstep, report=bar)
-
-
-def with_top(scorer: "TeacherScorer", config: ExportConfig) -> Scorer:
-    """The scorer, able to give the top logits that the config asks for."""
-    if not config.top_k:
-        return scorer
-    from kdecs.teacher.scoring import TopTeacherScorer
-
-    return TopTeacherScorer(scorer, config.top_k)
+        return export_shards(config, scorer, runtime, stop, waiting=lockstep, report=bar)
 
 
 if __name__ == "__main__":

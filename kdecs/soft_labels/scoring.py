@@ -58,7 +58,7 @@ class TopScorer(Scorer, Protocol):
 class WaitPolicy:
     """What a worker does while it has nothing to label. Workers that share only a directory sleep.
 
-    The ranks of a launch whose forwards are collective have their own (`kdecs.teacher.partitioned.Lockstep`): a rank
+    The ranks of a launch whose forwards are collective have their own (`kdecs.teacher.scoring.Lockstep`): a rank
     that slept would keep the others from scoring.
     """
 

@@ -26,9 +26,17 @@ from kdecs.evaluation.metrics import utterance_scores
 from kdecs.models import first_line
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
-from kdecs.teacher.engine import check_config, check_head, tree_is_exact, tree_probes
 from kdecs.teacher.families import EncodedPrompt, Family, make_family
-from kdecs.teacher.network import DTYPES, TeacherNetwork, is_causal, load_base
+from kdecs.teacher.network import (
+    DTYPES,
+    TeacherNetwork,
+    check_config,
+    check_head,
+    is_causal,
+    load_base,
+    tree_is_exact,
+    tree_probes,
+)
 from kdecs.teacher.product import ADAPTER_FILE, check_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -1,47 +1,45 @@
-"""A teacher's network on the meta device: exact shapes and parameter counts, no weights, no download."""
+"""The teacher's network: pretrained base, LoRA, the logits of the answer words, the loss (Eq. 2-4), and checks at load.
+
+A prefix tree, and a head that multiplies only the answer words' rows, are shortcuts to a model's own logits. Not every
+architecture allows them, so each loaded model is run both ways once (`tree_is_exact`, `check_head`).
+
+Shapes: P prompts, A answer words, H hidden, V vocabulary.
+"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
-from kdecs.errors import ModelError
-from kdecs.models import first_line
+from kdecs.corpus.pairs import Pair
+from kdecs.errors import ConfigError, ModelError
+from kdecs.models import first_line, why_not_loaded
+from kdecs.runtime import Runtime, any_rank
 from kdecs.teacher.config import LoraConfig, ModelConfig
-from kdecs.teacher.families import CausalFamily, EncodedPrompt, Family
-
-
-def connective_loss(logits_PA: Tensor, is_cause_P: Tensor) -> Tensor:
-    """Sum over prompts of -log p(gold), softmax over the answer words alone, in float32.
-
-    A causal pair's gold is any causal word: p is their summed probability; a non-causal pair's is `other`.
-    """
-    log_p_PA = torch.log_softmax(logits_PA.float(), dim=-1)
-    log_causal_P = torch.logsumexp(log_p_PA[:, :NUM_CAUSAL], dim=-1)
-    return -torch.where(is_cause_P, log_causal_P, log_p_PA[:, NUM_CAUSAL]).sum()
-
-
-def is_causal(logits_PA: Tensor) -> Tensor:
-    """Boolean (P,): whether the causal words together are more probable than `other`."""
-    log_causal_P = torch.logsumexp(logits_PA[:, :NUM_CAUSAL].float(), dim=-1)
-    return log_causal_P > logits_PA[:, NUM_CAUSAL].float()
-
+from kdecs.teacher.families import (
+    FAMILIES,
+    CausalFamily,
+    EncodedPrompt,
+    Family,
+)
+from kdecs.teacher.tree.prefix_tree import tree_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TeacherNetwork(nn.Module):
-    """Answer-word logits of prompts. `use_tree`: one walk over the prefix tree instead of padded prompts."""
+    """Computes the answer words' logits of prompts, over their prefix tree (`use_tree`) or over padded prompts."""
 
     def __init__(self, family: Family, network: nn.Module, *, use_tree: bool, device: torch.device) -> None:
         super().__init__()
-        # Told, not asked of a parameter: partitioned or offloaded parameters live elsewhere than inputs.
+        # Passed in, because partitioned or offloaded parameters live elsewhere than the inputs.
         self.device = device
         self.family = family
         self.network = network
@@ -74,11 +72,27 @@ class TeacherNetwork(nn.Module):
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Leave frozen weights out of checkpoints; DeepSpeed itself forgets the second name of tied ones."""
+    """Leave frozen weights out of checkpoints; DeepSpeed's own filter misses the second name of tied weights."""
     del metadata
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             state.pop(prefix + name, None)
+
+
+def connective_loss(logits_PA: Tensor, is_cause_P: Tensor) -> Tensor:
+    """Sum over prompts of -log p(gold), softmax over the answer words alone, in float32.
+
+    The gold of a causal pair is any causal word: p is their summed probability. That of a non-causal pair is `other`.
+    """
+    log_p_PA = torch.log_softmax(logits_PA.float(), dim=-1)
+    log_causal_P = torch.logsumexp(log_p_PA[:, :NUM_CAUSAL], dim=-1)
+    return -torch.where(is_cause_P, log_causal_P, log_p_PA[:, NUM_CAUSAL]).sum()
+
+
+def is_causal(logits_PA: Tensor) -> Tensor:
+    """Boolean (P,): whether the causal words together are more probable than `other`."""
+    log_causal_P = torch.logsumexp(logits_PA[:, :NUM_CAUSAL].float(), dim=-1)
+    return log_causal_P > logits_PA[:, NUM_CAUSAL].float()
 
 
 def load_base(
@@ -89,9 +103,9 @@ def load_base(
     device: torch.device,
     new_head: bool = False,
 ) -> nn.Module:
-    """The pretrained network, in 4 bits (NF4, double quantisation, computing in `dtype`) where asked for.
+    """The pretrained network, with frozen weights in 4 bits (NF4, double quantisation) if the config asks for it.
 
-    With `new_head` a model without the language model's head gets a random one: for those that are tuned whole.
+    With `new_head`, a model that comes without the language model's head gets a random one: only for full tuning.
     """
     if not model.load_in_4bit:
         return family.load_network(model.base, dtype=dtype, new_head=new_head)
@@ -135,35 +149,31 @@ def add_lora(network: nn.Module, lora: LoraConfig, task: str) -> PeftModel:
 
 
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """What the optimizer moves."""
+    """The parameters that the optimizer updates."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-AUTO_MODELS: dict[str, tuple[Any, str]] = {
-    "causal": (AutoModelForCausalLM, "CAUSAL_LM"),
-    "seq2seq": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
-    "masked": (AutoModelForMaskedLM, "FEATURE_EXTRACTION"),
-}
+# The network on the meta device, for planning: exact shapes and parameter counts, no weights, no download.
 
 
 def meta_network(
     config: Any, lora: LoraConfig | None, *, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module | PeftModel:
-    """The network of a Transformers config on the meta device; with adapters unless `lora` is None.
+    """The network of a Transformers config on the meta device, with adapters unless `lora` is None.
 
-    Raises ModelError where no family's auto class knows the config, or a LoRA target does not exist.
+    Raises ModelError if no family knows the config, or if a LoRA target does not exist.
     """
-    auto_model, task = AUTO_MODELS[family_of(config)]
+    family = FAMILIES[family_of(config)]
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for a name that Transformers has renamed
-        network = auto_model.from_config(config, dtype=dtype)
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a name that Transformers has renamed
+        network = family.auto_model.from_config(config, dtype=dtype)
         if lora is None:
             return network
-        return add_lora(network, lora, task)
+        return add_lora(network, lora, family.lora_task)
 
 
 def family_of(config: Any) -> str:
-    """causal, seq2seq or masked: how a model of this config fills the connective. Raises ModelError."""
+    """The family (causal, seq2seq or masked) that a Transformers config belongs to. Raises ModelError if none."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -180,5 +190,137 @@ def family_of(config: Any) -> str:
     if in_causal:
         return "causal"
     raise ModelError(
-        f"model type {config.model_type!r}: no causal, seq2seq or masked language model of Transformers"
+        f"model type {config.model_type!r} is not a causal, seq2seq or masked language model of Transformers; "
+        "choose another model"
     )
+
+
+# What a loaded model is checked for before it is trained or used.
+
+OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet"}
+"""Model types whose first position is the padding token's id + 1."""
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""How far two computations of one logit may differ, as a share of the largest logit. bfloat16 keeps 8 bits, so sums in
+another order differ by 1 or 2% after a few dozen layers; a wrong mask moves logits by a fifth or more."""
+LOGIT_KEYS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
+"""Config keys of models that change their logits after the head."""
+NUM_PROBES = 8
+"""Prompts in the tree that is compared with its prompts one by one."""
+
+
+def check_config(base: str, family: str, max_prompt_tokens: int) -> None:
+    """Raise ModelError if the base belongs to another family, ConfigError if prompts may exceed its positions.
+
+    Reads only the base's config.json, so it refuses before weights are loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {base}: its config cannot be read: {why_not_loaded(base, error)}") from None
+    check_family(config, base, family)
+    check_positions(config, base, max_prompt_tokens)
+
+
+def check_family(config: Any, base: str, family: str) -> None:
+    """Raise ModelError if a Transformers config is not of the family that the teacher's config names."""
+    if (found := family_of(config)) != family:
+        raise ModelError(
+            f"model {base}: is {found}, the config says model.family={family}; set model.family={found}"
+        )
+
+
+def check_positions(config: Any, base: str, max_prompt_tokens: int) -> None:
+    """Raise ConfigError if prompts may be longer than the model has positions.
+
+    Models with relative positions only (T5) have no limit.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if config.model_type in OFFSET_POSITIONS:
+        positions -= config.pad_token_id + 1
+    if max_prompt_tokens > positions:
+        raise ConfigError(
+            f"batches.max_prompt_tokens: prompts of up to {max_prompt_tokens} tokens, but model {base} has "
+            f"{positions} positions; set batches.max_prompt_tokens={positions}"
+        )
+
+
+def tree_probes(
+    pairs: Sequence[Pair], prompts: Sequence[EncodedPrompt], *, max_tokens: int
+) -> list[EncodedPrompt]:
+    """Prompts whose tree shows whether the model takes trees: the longest of all, and others of the same dialogue.
+
+    They spread from the dialogue's first target to its last, so that the tree branches. It holds at most `max_tokens`
+    tokens, or the longest prompt alone.
+    """
+    longest = max(range(len(prompts)), key=lambda n: len(prompts[n].tokens))
+    dialogue = pairs[longest].dialogue.id
+    others = [n for n in range(len(pairs)) if pairs[n].dialogue.id == dialogue and n != longest]
+    places = np.linspace(0, len(others) - 1, min(NUM_PROBES - 1, len(others))).round().astype(int)
+    probes = [prompts[longest]]
+    for place in places:
+        more = [*probes, prompts[others[place]]]
+        if tree_size([prompt.tokens for prompt in more]) <= max_tokens:
+            probes = more
+    return probes
+
+
+@torch.no_grad()
+def tree_is_exact(
+    ask: Callable[[Sequence[EncodedPrompt]], Tensor],
+    teacher: TeacherNetwork,
+    prompts: Sequence[EncodedPrompt],
+    runtime: Runtime,
+) -> bool:
+    """Whether this model gives the same logits over a tree as over its prompts one by one. Collective.
+
+    Not every decoder takes a 4-D mask and explicit positions (ALiBi does not, nor do sliding windows shorter than the
+    prompts). `ask` runs the teacher: pass the engine's forward if parameters are partitioned. All ranks return the same
+    answer. Running out of memory says nothing about the model, so torch.OutOfMemoryError is raised.
+    """
+    teacher.use_tree = True
+    packed_PA: Tensor | None = None
+    try:
+        packed_PA = ask(prompts).float()
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError):
+        pass
+    finally:
+        teacher.use_tree = False
+    if any_rank(packed_PA is None, runtime) or packed_PA is None:
+        return False
+    single_PA = torch.cat([ask([prompt]) for prompt in prompts]).float()
+    return not any_rank(not _are_close(packed_PA, single_PA, teacher), runtime)
+
+
+@torch.no_grad()
+def check_head(ask: Callable[..., Tensor], teacher: TeacherNetwork, prompt: EncodedPrompt, base: str) -> None:
+    """Raise ModelError if the model's own logits differ from those of its output embedding's rows.
+
+    Granite and Cohere scale logits after the head, and Gemma 2 caps them: rows of the head alone would miss that. So
+    one prompt runs through the whole model. Collective if `ask` is (the engine's forward under ZeRO-3).
+    """
+    try:
+        own_V, raw_V = ask([prompt], by_model=True).float()
+        ours_A = ask([prompt]).float()[0]
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"model {base}: does not run as a teacher: {first_line(error)}") from None
+    # Unless the model changes its logits, they are what the head returned: equal to the bit in any precision.
+    is_same = bool(torch.isclose(own_V, raw_V, rtol=0, atol=0, equal_nan=True).all())
+    if is_same and _are_close(ours_A, own_V[teacher.family.answer_ids], teacher):
+        return
+    config = getattr(teacher.network, "config", None)
+    keys = [key for key in LOGIT_KEYS if getattr(config, key, None) not in (None, 1, 1.0)]
+    raise ModelError(
+        f"model {base}: changes its logits after the output embedding ({', '.join(keys) or 'by an unknown setting'}), "
+        "whereas a teacher reads the output embedding directly; choose another model"
+    )
+
+
+def _are_close(ours: Tensor, expected: Tensor, teacher: TeacherNetwork) -> bool:
+    dtype = next(teacher.network.parameters()).dtype
+    tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])  # 4-bit weights are stored as bytes
+    difference = (ours - expected).abs().max()
+    return bool(difference <= tolerance * expected.abs().max())

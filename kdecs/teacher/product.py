@@ -13,11 +13,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -172,10 +171,17 @@ def check_base(directory: Path, base: str) -> None:
         )
 
 
+def _gathered(parameters: list[nn.Parameter], zero_stage: int) -> AbstractContextManager[Any]:
+    """Parameters as whole tensors: outside such a block, ZeRO-3 leaves empty ones, which would be saved as such."""
+    if zero_stage != 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
-    parameters = trainable_parameters(model)
-    gathered = deepspeed.zero.GatheredParameters(parameters) if zero_stage == 3 else nullcontext()
-    with gathered:
+    with _gathered(trainable_parameters(model), zero_stage):
         if not runtime.is_main:
             return
         tensors = {
@@ -196,9 +202,8 @@ def _save_model(model: nn.Module, directory: Path, runtime: Runtime, *, zero_sta
     stored = set(model.state_dict())
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        # One at a time: only rank 0's main memory ever holds the whole model.
-        gathered = deepspeed.zero.GatheredParameters([parameter]) if zero_stage == 3 else nullcontext()
-        with gathered:
+        # One at a time, so that only rank 0's main memory ever holds the whole model.
+        with _gathered([parameter], zero_stage):
             if runtime.is_main:
                 tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
     if not runtime.is_main:

@@ -1,38 +1,55 @@
-"""The largest logits over a teacher's whole vocabulary, beside those of the answer words.
+"""Score pairs with a finished teacher: the logits that an export writes as soft labels.
 
-They serve students of the teacher's own tokenizer alone: a token id means nothing to another.
+`TeacherScorer.load` puts a whole teacher on one device. `load_partitioned` is for a teacher that no device can hold:
+its parameters are partitioned over the ranks of a launch (ZeRO-3 inference), and all ranks together gather each layer
+for the moment of its forward. Ranks still claim shards independently of each other; `Lockstep` only makes them run the
+same number of forwards.
+
 Shapes: n pairs, P prompts of a batch, A answer words, V vocabulary, K top logits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
 from kdecs.artifact import Manifest, read_verified_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
-from kdecs.errors import ConfigError
+from kdecs.errors import ConfigError, Stopped, TrainingError
+from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
+from kdecs.soft_labels.scoring import WaitPolicy
 from kdecs.teacher.data import fixed_batches, make_units
+from kdecs.teacher.families import EncodedPrompt, language_model
 from kdecs.teacher.network import TeacherNetwork
 from kdecs.teacher.product import lineage_of, load_trained, read_teacher_config
+
+Forward = Callable[[Sequence[EncodedPrompt]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """One replica of a teacher on one device. Batches depend on the pairs given alone."""
+    """A loaded teacher. How pairs are batched depends on the pairs alone, so scores never depend on the ranks.
+
+    `forward` replaces `TeacherNetwork.answers_and_rest`, where the ranks have to run it together.
+    """
 
     network: TeacherNetwork
     manifest: Manifest
     lineage: dict[str, str]
     micro_batch_tokens: int
     answer_words: tuple[str, ...] = CONNECTIVES
+    forward: Forward | None = None
 
     @classmethod
     def load(
@@ -44,146 +61,246 @@ class TeacherScorer:
         micro_batch_tokens: int,
         base: str | None = None,
     ) -> "TeacherScorer":
-        """Load base and adapter, or the whole tuned model, of a finished teacher directory onto this rank's device.
+        """Load a finished teacher directory (base and adapter, or the fully tuned model) onto this rank's device.
 
-        `base` names the base where it lies elsewhere than in training; its checksum must be the same.
+        `base` names the base model if it has moved since the training; its checksum must be the same.
 
-        Raises ArtifactError for a directory that is unfinished or whose base is another, ModelError where the
-        weights do not load.
+        Raises ArtifactError for an unfinished directory or a different base, ModelError if the weights do not load.
         """
         manifest = read_verified_manifest(directory, "teacher")
         config = read_teacher_config(directory)
         family, network = load_trained(directory, config, dtype=dtype, device=runtime.device, base=base)
-        use_tree = manifest.details["batching"] == "tree"  # as measured when it was trained
+        use_tree = manifest.details["batching"] == "tree"  # the training has checked that the tree is exact
         if dtype == "float32" and not config.model.load_in_4bit:
             network = fold_adapter(network)
         teacher = TeacherNetwork(family, network, use_tree=use_tree, device=runtime.device)
         lineage = lineage_of(directory, manifest, config, family, dtype=dtype)
         return cls(teacher.to(runtime.device).eval(), manifest, lineage, micro_batch_tokens)
 
-    @torch.inference_mode()
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Checksum over the names and contents of the tokenizer's files: what the top logits' token ids refer to."""
+        return self.lineage["tokenizer"]
+
     def score(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
         """Raw logits (n, A) and log-probability mass (n,) of the rest, float32, in the order of `pairs`.
 
-        Pairs of one dialogue should stand together: they share a prefix tree.
+        Keep the pairs of a dialogue next to each other: they share a prefix tree.
         """
-        family = self.network.family
-        prompts = [family.encode(pair) for pair in pairs]
-        units = make_units(
-            family,
-            pairs,
-            prompts,
-            use_tree=self.network.use_tree,
-            max_tokens=self.micro_batch_tokens,
-            max_pairs=len(pairs),
-        )
-        logits = np.zeros((len(pairs), len(self.answer_words)), dtype=np.float32)
-        log_rest = np.zeros(len(pairs), dtype=np.float32)
-        batches = fixed_batches(
-            units, micro_batch_tokens=self.micro_batch_tokens, padded=not self.network.use_tree
-        )
-        for batch in batches:
-            indices = list(batch.pairs)
-            answers_PA, rest_P = self.network.answers_and_rest([prompts[n] for n in indices])
-            logits[indices] = answers_PA.cpu().numpy()
-            log_rest[indices] = rest_P.cpu().numpy()
+        logits, log_rest, *_ = self.score_with_top(pairs, 0)
         return logits, log_rest
-
-
-def fold_adapter(network: nn.Module) -> nn.Module:
-    """The base with the adapter's products added to its weights: a forward without PEFT's extra products.
-
-    The same function up to rounding. Not for 16 bits: an update that is small beside its weight would be rounded
-    away with it, where an adapter beside the base keeps it. A network whose weights ZeRO-3 has partitioned stays as
-    it is: no rank holds a whole weight to add to.
-    """
-    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
-    return network.merge_and_unload() if isinstance(network, PeftModel) and not is_partitioned else network
-
-
-class TopTeacherScorer:
-    """A teacher's scorer that can also give the K largest logits; raises ConfigError where K is above V."""
-
-    def __init__(self, scorer: TeacherScorer, top_k: int) -> None:
-        self._scorer = scorer
-        language_model = scorer.network.network
-        if hasattr(language_model, "get_base_model"):
-            language_model = language_model.get_base_model()
-        self._head: nn.Module = language_model.get_output_embeddings()
-        vocabulary = len(scorer.network.family.tokenizer)
-        if top_k > vocabulary:
-            raise ConfigError(f"top_k: found {top_k}, the teacher's vocabulary has {vocabulary} tokens")
-
-    @property
-    def answer_words(self) -> tuple[str, ...]:
-        """The scorer's."""
-        return self._scorer.answer_words
-
-    @property
-    def lineage(self) -> Mapping[str, str]:
-        """The scorer's."""
-        return self._scorer.lineage
-
-    @property
-    def manifest(self) -> Manifest:
-        """The teacher's."""
-        return self._scorer.manifest
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """Over the names and checksums of the tokenizer's files, as in the lineage."""
-        return self._scorer.lineage["tokenizer"]
-
-    def score(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        """The scorer's."""
-        return self._scorer.score(pairs)
 
     @torch.inference_mode()
     def score_with_top(
         self, pairs: Sequence[Pair], top_k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """As `score`, and ids (n, K) int32 and raw logits (n, K) float32 of the K largest logits, largest first.
+        """Like `score`, plus ids (n, K) int32 and raw logits (n, K) float32 of the K largest logits, largest first.
 
-        The batches are those of `score`; top logits are read where the head computes them, in the teacher's dtype.
+        Top logits serve students with the teacher's own tokenizer only: the ids mean nothing to any other. They are
+        read where the head computes them, in the teacher's dtype.
         """
-        network, tokens = self._scorer.network, self._scorer.micro_batch_tokens
-        prompts = [network.family.encode(pair) for pair in pairs]
+        family, use_tree = self.network.family, self.network.use_tree
+        forward = self.forward or self.network.answers_and_rest
+        prompts = [family.encode(pair) for pair in pairs]
         units = make_units(
-            network.family,
+            family,
             pairs,
             prompts,
-            use_tree=network.use_tree,
-            max_tokens=tokens,
+            use_tree=use_tree,
+            max_tokens=self.micro_batch_tokens,
             max_pairs=len(pairs),
         )
         logits = np.zeros((len(pairs), len(self.answer_words)), dtype=np.float32)
         log_rest = np.zeros(len(pairs), dtype=np.float32)
         top_ids = np.zeros((len(pairs), top_k), dtype=np.int32)
         top_logits = np.zeros((len(pairs), top_k), dtype=np.float32)
-        with self._captured(top_k) as captured:
-            for batch in fixed_batches(units, micro_batch_tokens=tokens, padded=not network.use_tree):
+        with self._top_of_head(top_k) as captured:
+            for batch in fixed_batches(
+                units, micro_batch_tokens=self.micro_batch_tokens, padded=not use_tree
+            ):
                 captured.clear()
                 indices = list(batch.pairs)
-                answers_PA, rest_P = network.answers_and_rest([prompts[n] for n in indices])
-                values_PK, ids_PK = captured[0]  # a partitioned head runs twice over the same states
+                answers_PA, rest_P = forward([prompts[n] for n in indices])
                 logits[indices] = answers_PA.cpu().numpy()
                 log_rest[indices] = rest_P.cpu().numpy()
-                top_ids[indices] = ids_PK.cpu().numpy()
-                top_logits[indices] = values_PK.cpu().numpy()
+                if top_k:
+                    values_PK, ids_PK = captured[0]  # a partitioned head runs twice over the same states
+                    top_ids[indices] = ids_PK.cpu().numpy()
+                    top_logits[indices] = values_PK.cpu().numpy()
         return logits, log_rest, top_ids, top_logits
 
+    def check_top_k(self, top_k: int) -> None:
+        """Raise ConfigError if `top_k` exceeds the vocabulary."""
+        vocabulary = len(self.network.family.tokenizer)
+        if top_k > vocabulary:
+            raise ConfigError(
+                f"top_k: found {top_k}, but the teacher's vocabulary has only {vocabulary} tokens; set a smaller top_k"
+            )
+
     @contextmanager
-    def _captured(self, top_k: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Values and ids (P, K) of each run of the head, as they come; only K of V values are kept."""
+    def _top_of_head(self, top_k: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collect values and ids (P, K) at each run of the head, so that K of the V logits outlive the forward."""
         captured: list[tuple[Tensor, Tensor]] = []
+        if not top_k:
+            yield captured
+            return
 
         def keep(module: nn.Module, inputs: object, logits_PV: Tensor) -> None:
             del module, inputs
             values_PK, ids_PK = torch.topk(logits_PV.float(), top_k, dim=-1)
             captured.append((values_PK, ids_PK))
 
-        handle = self._head.register_forward_hook(keep)
+        head = language_model(self.network.network).get_output_embeddings()
+        handle = head.register_forward_hook(keep)
         try:
             yield captured
         finally:
             handle.remove()
+
+
+def fold_adapter(network: nn.Module) -> nn.Module:
+    """Add the adapter's products to the base's weights, so that a forward skips PEFT's extra products.
+
+    The function stays the same up to rounding. Do not fold 16-bit weights: an update that is small beside its weight
+    would be rounded away, whereas an adapter beside the base keeps it. A network partitioned by ZeRO-3 is returned as
+    it is, since no rank holds a whole weight to add to.
+    """
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
+    return network.merge_and_unload() if isinstance(network, PeftModel) and not is_partitioned else network
+
+
+_DUMMY_TOKENS = 2
+
+
+class Intent(IntEnum):
+    """What a rank is about to do. All ranks follow the largest intent among them."""
+
+    LEAVE = 0
+    WAIT = 1
+    FORWARD = 2
+    STOP = 3
+    FAIL = 4
+
+
+class Lockstep(WaitPolicy):
+    """Keeps the forwards of all ranks in step.
+
+    Before each forward the ranks agree on what comes next. A rank with nothing to score joins in with a dummy prompt
+    until no rank has anything left.
+    """
+
+    def __init__(
+        self, engine: nn.Module, teacher: TeacherNetwork, runtime: Runtime, stop: StopSignal
+    ) -> None:
+        self.may_complete = runtime.is_main
+        self._engine, self._device, self._stop = engine, teacher.device, stop
+        self._is_over = False
+        tokens = np.zeros(_DUMMY_TOKENS, dtype=np.int32)
+        self._dummy = [EncodedPrompt(tokens=tokens, answer=_DUMMY_TOKENS - 1)]
+
+    def forward(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+        """`TeacherNetwork.answers_and_rest`. Collective: every rank runs one forward.
+
+        Raises Stopped on every rank once any rank was asked to stop, TrainingError if another rank failed.
+        """
+        self._agree(Intent.FORWARD)
+        return self._forward(prompts)
+
+    def wait(self, seconds: float) -> None:
+        """Join in one forward of the other ranks, or sleep if none of them has work. Collective."""
+        if self._agree(Intent.WAIT) == Intent.FORWARD:
+            self._forward(self._dummy)
+        else:
+            time.sleep(seconds)
+
+    def finish(self) -> None:
+        """Join in until no rank has anything left. Collective."""
+        while (intent := self._agree(Intent.LEAVE)) != Intent.LEAVE:
+            if intent == Intent.FORWARD:
+                self._forward(self._dummy)
+        self._is_over = True
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An exception inside the block ends the other ranks too, at their next forward. Collective."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._is_over:
+                with suppress(RuntimeError):  # the others may be gone already
+                    self._exchange(Intent.STOP if isinstance(error, Stopped) else Intent.FAIL)
+            raise
+
+    @torch.inference_mode()
+    def _forward(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+        return self._engine(prompts)
+
+    def _agree(self, intent: Intent) -> Intent:
+        agreed = self._exchange(Intent.STOP if self._stop.requested else intent)
+        self._is_over = agreed in (Intent.STOP, Intent.FAIL)
+        if agreed == Intent.STOP:
+            raise Stopped("export stopped between two forwards; run the same command again to resume")
+        if agreed == Intent.FAIL:
+            raise TrainingError("another rank failed: see its message; run the same command again to resume")
+        return agreed
+
+    def _exchange(self, intent: Intent) -> Intent:
+        value = torch.tensor([int(intent)], device=self._device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return Intent(int(value.item()))
+
+
+class _AnswersAndRest(nn.Module):
+    """`TeacherNetwork.answers_and_rest` as a forward, because DeepSpeed only hooks the forward of the top module."""
+
+    def __init__(self, teacher: TeacherNetwork) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+        """`TeacherNetwork.answers_and_rest`."""
+        return self.teacher.answers_and_rest(prompts)
+
+
+def load_partitioned(
+    directory: Path,
+    *,
+    runtime: Runtime,
+    stop: StopSignal,
+    dtype: str,
+    micro_batch_tokens: int,
+    base: str | None = None,
+    persistence_threshold: int | None = None,
+) -> tuple[TeacherScorer, Lockstep]:
+    """`TeacherScorer.load` with parameters partitioned over all ranks; no rank ever holds all of them. Collective.
+
+    Parameters of up to `persistence_threshold` values stay whole on each rank (None: DeepSpeed's default).
+    """
+    # Here, not at the top: a whole teacher is scored without DeepSpeed.
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from kdecs.teacher.engine import join_deepspeed
+
+    zero: dict[str, Any] = {"stage": 3}
+    if persistence_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = persistence_threshold
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "steps_per_print": 1_000_000,
+    }
+    join_deepspeed(runtime)
+    # Transformers loads partitioned while an HfDeepSpeedConfig is alive, and holds only a weak reference to it.
+    partitioned = HfDeepSpeedConfig(settings)
+    scorer = TeacherScorer.load(
+        directory, runtime=runtime, dtype=dtype, micro_batch_tokens=micro_batch_tokens, base=base
+    )
+    del partitioned
+    engine, *_ = deepspeed.initialize(model=_AnswersAndRest(scorer.network), config=settings)
+    engine.eval()
+    lockstep = Lockstep(engine, scorer.network, runtime, stop)
+    return replace(scorer, forward=lockstep.forward), lockstep

@@ -35,17 +35,16 @@ from kdecs.teacher.data import (
     prompts_and_gold,
     share_among_ranks,
 )
-from kdecs.teacher.engine import (
+from kdecs.teacher.engine import check_device, start_engine
+from kdecs.teacher.families import Family, make_family
+from kdecs.teacher.network import (
     check_config,
-    check_device,
     check_head,
-    start_engine,
+    connective_loss,
+    is_causal,
     tree_is_exact,
     tree_probes,
 )
-from kdecs.teacher.families import Family, make_family
-from kdecs.teacher.metering import Meter, MetricsFile, MetricsUpload
-from kdecs.teacher.network import connective_loss, is_causal
 from kdecs.teacher.product import install_product
 from kdecs.tracking.record import METRICS_NAME
 from kdecs.training.loop import learning_rate_at

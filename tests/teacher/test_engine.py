@@ -18,9 +18,10 @@ from kdecs.runtime import Runtime
 from kdecs.teacher import checkpoint, engine, training
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import Unit, share_among_ranks
-from kdecs.teacher.engine import check_config, check_device, deepspeed_config, start_engine
+from kdecs.teacher.engine import check_device, deepspeed_config, start_engine
 from kdecs.teacher.families import Family, language_model
 from kdecs.teacher.metering import Meter, MetricsFile, peak_flops, training_flops
+from kdecs.teacher.network import check_config
 from kdecs.teacher.training import train_teacher
 
 

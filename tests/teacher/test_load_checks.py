@@ -30,9 +30,15 @@ from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
 from kdecs.teacher import training as preparation
 from kdecs.teacher.config import LoraConfig, TeacherConfig
-from kdecs.teacher.engine import check_config, check_head, tree_is_exact, tree_probes
 from kdecs.teacher.families import EncodedPrompt, Family
-from kdecs.teacher.network import TeacherNetwork, add_lora
+from kdecs.teacher.network import (
+    TeacherNetwork,
+    add_lora,
+    check_config,
+    check_head,
+    tree_is_exact,
+    tree_probes,
+)
 from kdecs.teacher.training import train_teacher
 from kdecs.teacher.tree.prefix_tree import tree_size
 
@@ -103,7 +109,7 @@ def test_what_another_rank_saw_counts(
     runtime: Runtime,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kdecs.teacher import engine as load_checks
+    from kdecs.teacher import network as load_checks
 
     family = families("causal")
     _, prompts = encoded_sample(family)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, LlamaConfig, RobertaConfig, T5Config
 
 from kdecs.teacher.config import LoraConfig
+from kdecs.teacher.families import FAMILIES
 from kdecs.teacher.metering import (
     NUM_DECODER_TOKENS,
     flops_of_config,
@@ -15,7 +16,7 @@ from kdecs.teacher.metering import (
     network_flops,
     training_flops,
 )
-from kdecs.teacher.network import AUTO_MODELS, add_lora, family_of
+from kdecs.teacher.network import add_lora, family_of
 
 PROMPTS, LENGTH = 3, 24
 LORA = LoraConfig(rank=4)
@@ -40,10 +41,10 @@ CONFIGS = {
 
 
 def _network(config: Any, *, full: bool) -> Any:
-    auto_model, task = AUTO_MODELS[family_of(config)]
+    family = FAMILIES[family_of(config)]
     # Eager attention is plain products, which the counter sees on every device.
-    network = auto_model.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    return network if full else add_lora(network, LORA, task)
+    network = family.auto_model.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    return network if full else add_lora(network, LORA, family.lora_task)
 
 
 def _counted(config: Any, *, full: bool, checkpointing: bool) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from kdecs.corpus.splits import read_split, training_split
 from kdecs.errors import ConfigError
 from kdecs.hardware import GPUS, Gpu, find_gpu, gpu_of_device
 from kdecs.teacher.config import LoraConfig, TeacherConfig
-from kdecs.teacher.engine import check_family, check_positions
+from kdecs.teacher.network import check_family, check_positions
 from kdecs.teacher.plan import report
 from kdecs.teacher.plan.memory import GIB, Limits
 from kdecs.teacher.plan.search import (
