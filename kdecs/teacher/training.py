@@ -37,6 +37,7 @@ from kdecs.teacher.data import (
 )
 from kdecs.teacher.engine import check_device, start_engine
 from kdecs.teacher.families import Family, make_family
+from kdecs.teacher.metering import Meter, MetricsFile, MetricsUpload
 from kdecs.teacher.network import (
     check_config,
     check_head,

@@ -61,7 +61,7 @@ def test_a_partitioned_teacher_gives_the_labels_of_a_replica(
     ranks[1].send_signal(signal.SIGTERM)
     ends = [rank.communicate(timeout=600) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143], ends
-    assert all("run the same command again to go on" in error for _, error in ends)
+    assert all("run the same command again to resume" in error for _, error in ends)
     kept = {
         path.name: path.stat().st_ino for path in output.glob("shard-*.parquet") if published_record(path)
     }
