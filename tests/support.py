@@ -240,6 +240,18 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return directory
 
 
+def empty_mlflow(factory: pytest.TempPathFactory) -> Path:
+    """A SQLite database with MLflow's schema and nothing else. Making it takes seconds; copy it."""
+
+    def make(directory: Path) -> None:
+        from mlflow import MlflowClient
+
+        directory.mkdir(parents=True)
+        MlflowClient(f"sqlite:///{directory / 'mlflow.db'}").search_experiments()
+
+    return made_once(factory, "mlflow", make) / "mlflow.db"
+
+
 # --- Child processes ---------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
+from support import empty_mlflow
 
 from kdecs.config import parse_config
 from kdecs.errors import ConfigError
@@ -13,17 +14,10 @@ from kdecs.tracking.record import RunRecord, TrackingConfig, read_points, withou
 from kdecs.tracking.registry import mlflow_at
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mlflow") / "template.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def config(tmp_path, template, monkeypatch):
+def config(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(template, tmp_path / "mlflow.db")
+    shutil.copy(empty_mlflow(tmp_path_factory), tmp_path / "mlflow.db")
     return TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 

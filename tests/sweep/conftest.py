@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from support import empty_mlflow
 
 from kdecs.artifact import write_manifest
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.space import trials_directory
 from kdecs.sweep.trial import run_trial
 from kdecs.tracking.mlflow import Tracker
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # for fake_trainer
+sys.path.insert(0, str(HERE))
+
+from fake_trainer import train  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +42,7 @@ def _mlflow_where_it_matters(request, monkeypatch):
 @pytest.fixture(scope="session")
 def mlflow_template(tmp_path_factory):
     """A SQLite database with MLflow's schema; making it takes seconds, copying it nothing."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "template.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+    return empty_mlflow(tmp_path_factory)
 
 
 @pytest.fixture
@@ -68,34 +68,39 @@ def make_labels():
     return write_labels
 
 
+def sweep_config(runs: Path, labels: dict[str, str], **changes) -> SweepConfig:
+    """The config of a sweep in the folder `runs`: 2 teachers × 2 alphas × 2 seeds unless the changes say otherwise."""
+    values = {
+        "name": "small",
+        "output": str(runs / "sweep"),
+        "teachers": labels,
+        "student": {
+            "corpus": {split: str(bundled_sample(split)) for split in ("train", "valid", "test")},
+            "model": {"base": "roberta-tiny"},
+            "optimization": {"epochs": 3},
+        },
+        "space": {
+            "teacher": {"grid": ["llama-tiny", "t5-tiny"]},
+            "distillation.alpha": {"grid": [0.3, 0.6]},
+            "optimization.seed": {"grid": [0, 1]},
+        },
+        "max_failures": 1,
+        "max_concurrent_trials": 2,
+        "report": False,
+        **changes,
+    }
+    return parse_config(SweepConfig, values, source="test")
+
+
+def two_labels(runs: Path) -> dict[str, str]:
+    return {name: str(write_labels(runs / "labels" / name)) for name in ("llama-tiny", "t5-tiny")}
+
+
 @pytest.fixture
 def make_config(runs):
-    """A function that makes a sweep's config: 2 teachers × 2 alphas × 2 seeds unless told otherwise."""
-    labels = {name: str(write_labels(runs / "labels" / name)) for name in ("llama-tiny", "t5-tiny")}
-
-    def make(**changes) -> SweepConfig:
-        values = {
-            "name": "small",
-            "output": str(runs / "sweep"),
-            "teachers": labels,
-            "student": {
-                "corpus": {split: str(bundled_sample(split)) for split in ("train", "valid", "test")},
-                "model": {"base": "roberta-tiny"},
-                "optimization": {"epochs": 3},
-            },
-            "space": {
-                "teacher": {"grid": ["llama-tiny", "t5-tiny"]},
-                "distillation.alpha": {"grid": [0.3, 0.6]},
-                "optimization.seed": {"grid": [0, 1]},
-            },
-            "max_failures": 1,
-            "max_concurrent_trials": 2,
-            "report": False,
-            **changes,
-        }
-        return parse_config(SweepConfig, values, source="test")
-
-    return make
+    """A function that makes a sweep's config (sweep_config)."""
+    labels = two_labels(runs)
+    return lambda **changes: sweep_config(runs, labels, **changes)
 
 
 @pytest.fixture
@@ -162,22 +167,33 @@ def asked():
 
 
 @pytest.fixture
-def finish(make_config, in_process, monkeypatch):
-    """A function that runs a sweep with the fake trainer; its students predict by the distance rule."""
-    from fake_trainer import train
-
+def _rule_students(monkeypatch):
     from kdecs.student.predict.predictor import Student
-    from kdecs.sweep.driver import run_sweep
 
     RuleStudent.asked.clear()
     monkeypatch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
     monkeypatch.setattr(
         "kdecs.sweep.selection.choose.register_student", lambda *a, **k: "kdecs-student version 1"
     )
-    return lambda **changes: run_sweep(make_config(**changes), trainer=train, runner=in_process)
 
 
 @pytest.fixture
-def finished(finish):
-    """The directory of a finished sweep over 2 teachers × 2 alphas × 2 seeds."""
-    return finish()
+def finish(make_config, _rule_students):
+    """A function that runs a sweep with the fake trainer; its students predict by the distance rule."""
+    return lambda **changes: run_sweep(make_config(**changes), trainer=train, runner=run_in_process)
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory):
+    """The folder of a finished sweep over 2 teachers × 2 alphas × 2 seeds, not to be changed."""
+    runs = tmp_path_factory.mktemp("finished") / "runs"
+    with pytest.MonkeyPatch.context() as untracked:
+        untracked.setattr(Tracker, "sync", lambda *arguments, **values: True)
+        run_sweep(sweep_config(runs, two_labels(runs)), trainer=train, runner=run_in_process)
+    return runs
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path, _rule_students):
+    """The directory of such a sweep, for one test alone; its labels are those of all."""
+    return shutil.copytree(finished_once / "sweep", tmp_path / "finished" / "sweep")

@@ -104,7 +104,8 @@ def test_predictions_for_other_inputs_are_made_anew(sweep, asked):
 
 
 @pytest.mark.parametrize("gone", ["labels", "kept"])
-def test_without_an_input_or_the_file_they_are_made_anew(sweep, asked, gone, runs):
+def test_without_an_input_or_the_file_they_are_made_anew(finish, asked, gone, runs):
+    sweep = finish()
     if gone == "labels":
         keep_predictions(sweep)
         (runs / "labels").rename(runs / "moved")

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 
 import pytest
 from scipy import stats
@@ -15,14 +16,21 @@ from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.status import read_results
 
 
+@pytest.fixture(scope="module")
+def reported(finished_once, tmp_path_factory):
+    """A finished sweep with its report, before any selection; not to be changed."""
+    sweep = shutil.copytree(finished_once / "sweep", tmp_path_factory.mktemp("reported") / "sweep")
+    write_report(sweep)
+    return sweep
+
+
 def table_of(path):
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_report_has_its_figures_and_scores(finished):
-    page = write_report(finished).read_text()
-    assert "Not opened yet" in page
+def test_report_has_its_figures_and_scores(finished, reported):
+    assert "Not opened yet" in (reported / "report" / "index.html").read_text()
     record = select_student(finished)
     page = write_report(finished).read_text()
     assert verify_artifact(finished / "report") == []
@@ -38,32 +46,30 @@ def test_report_has_its_figures_and_scores(finished):
         assert result.label in page
 
 
-def test_figures_data_are_the_results(finished):
-    write_report(finished)
-    results = {result.label: result for result in read_results(finished)}
-    best = table_of(finished / "report" / "leaderboard.csv")[0]
+def test_figures_data_are_the_results(reported):
+    results = {result.label: result for result in read_results(reported)}
+    best = table_of(reported / "report" / "leaderboard.csv")[0]
     assert best["setting"] == "llama-tiny α0.6 τ2"
     seeds = [results[f"llama-tiny α0.6 τ2 s{seed}"].score for seed in (0, 1)]
     assert float(best["mean"]) == pytest.approx(sum(seeds) / 2)
     low, high = stats.t.interval(0.95, 1, loc=sum(seeds) / 2, scale=stats.sem(seeds))
     assert (float(best["low"]), float(best["high"])) == pytest.approx((low, high))
-    teachers = table_of(finished / "report" / "teachers.csv")
+    teachers = table_of(reported / "report" / "teachers.csv")
     assert [row["teacher"] for row in teachers] == ["llama-tiny", "t5-tiny"]
-    times = table_of(finished / "report" / "time.csv")
+    times = table_of(reported / "report" / "time.csv")
     for row in times:
         assert float(row["cpu_hours_a_trial"]) == pytest.approx(float(row["seconds_a_trial"]) / 3600)
-    curve = table_of(finished / "report" / "curves.csv")
+    curve = table_of(reported / "report" / "curves.csv")
     assert len(curve) == 8 * 3
 
 
-def test_spread_pools_variances(finished):
-    ranked = rank_settings(read_results(finished))
+def test_spread_pools_variances(reported):
+    ranked = rank_settings(read_results(reported))
     assert pooled_sd(ranked) == pytest.approx((sum(s.sd**2 for s in ranked) / 4) ** 0.5)
 
 
-def test_latex_table_compiles_to_its_parts(finished):
-    write_report(finished)
-    table = (finished / "report" / "table.tex").read_text()
+def test_latex_table_compiles_to_its_parts(reported):
+    table = (reported / "report" / "table.tex").read_text()
     assert table.count("\\\\") == 1 + 4 + 4, "a head, four settings, four trivial rules"
     assert "llama-tiny $\\alpha$0.6 $\\tau$2 & \\textbf{68.15}" in table and "j $\\geq$ i-1" in table
     assert _escaped("50% & a_b") == "50\\% \\& a\\_b"

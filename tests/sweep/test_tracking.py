@@ -1,4 +1,4 @@
-"""What reaches MLflow of a sweep: ends as they were, samples to the last, nothing twice."""
+"""A sweep in MLflow: ends as they were noted, every sample, nothing twice."""
 
 import json
 
