@@ -1,4 +1,4 @@
-"""The config of a sweep: base student, search space, search, resources (`tune/sweep.py`)."""
+"""The config of a sweep (`tune/sweep.py`): base student, search space, search, teachers, resources."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,10 @@ REPORT_FOLDER = "report"
 
 
 class Dimension(Config):
-    """One key of a search space: exactly one way of getting its values.
+    """One key of a search space, with exactly one way to get its values.
 
-    `grid`: every value is tried, crossed with all other grids. `choice`, `uniform` and `loguniform` (low, high) are
-    drawn: `search.num_samples` draws, each crossed with the grids, or suggested by TPE.
+    `grid`: every value is tried, crossed with all other grids. Values of `choice`, `uniform` and `loguniform` (low,
+    high) are drawn, `search.num_samples` times, and each draw is crossed with the grids; or TPE suggests them.
     """
 
     grid: tuple[Any, ...] | None = Field(default=None, min_length=1)
@@ -50,12 +50,12 @@ class Dimension(Config):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether values are drawn, not enumerated."""
+        """Whether values are drawn or suggested, not enumerated."""
         return self.grid is None
 
 
 class GridSearch(Config):
-    """Every point of the grids, for each of `num_samples` draws of the other dimensions."""
+    """Every point of the grids, for each of `num_samples` draws of the other keys."""
 
     method: Literal["grid"] = "grid"
     num_samples: int = Field(default=1, ge=1, description="draws of choice, uniform and loguniform keys")
@@ -63,7 +63,7 @@ class GridSearch(Config):
 
 
 class _Staged(Config):
-    """What both searches in two stages share: the second trains every seed of the survivors."""
+    """What both searches in two stages share. The second stage trains every seed of the survivors."""
 
     survivors: int = Field(default=3, ge=1, description="settings that get all seeds")
     search_seed: int | None = Field(
@@ -91,18 +91,18 @@ class TpeSearch(_Staged):
     grace_epochs: int | None = Field(default=None, ge=1, description="null: every trial is trained whole")
 
 
-Search = Annotated[GridSearch | TwoStageSearch | TpeSearch, Field(discriminator="method")]
+SearchConfig = Annotated[GridSearch | TwoStageSearch | TpeSearch, Field(discriminator="method")]
 
 
 class StageCommand(Config):
-    """A stage to be run by `--build`: the config of its launch script and what is set over it."""
+    """A stage that `--build` runs: its config and the keys that are set over it."""
 
     config: InputPath
     set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value")
 
 
-class Teacher(Config):
-    """A teacher's soft labels, and how they come about where they are missing."""
+class TeacherSource(Config):
+    """A teacher's soft labels, and how `--build` makes them if they are missing."""
 
     labels: InputPath
     train: StageCommand | None = Field(default=None, description="launch/train_teacher.py")
@@ -110,15 +110,15 @@ class Teacher(Config):
 
 
 class SweepConfig(Config):
-    """`tune/sweep.py SPACE.yaml`: students over seeds, alpha, temperature, teacher and what else is searched.
+    """`tune/sweep.py SPACE.yaml`: students over seeds, alpha, temperature, teacher and whatever else is searched.
 
-    `student` holds the student's config without output and labels; `space` maps dotted keys of it, or the words
-    `teacher` (a key of `teachers`) and `variant` (a key of `variants`), to the values tried.
+    `student` holds the student's config without output and labels. `space` maps dotted keys of it, or the words
+    `teacher` (a key of `teachers`) and `variant` (a key of `variants`), to the values to try.
     """
 
     name: Name
     output: OutputPath
-    teachers: dict[str, Teacher] = Field(
+    teachers: dict[str, TeacherSource] = Field(
         default_factory=dict, description="name -> soft-label directory, or {labels, train, export}"
     )
     student: dict[str, Any] = Field(
@@ -131,7 +131,7 @@ class SweepConfig(Config):
     constraints: tuple[str, ...] = Field(
         default=(), description="such as `distillation.alpha < 0.9 or teacher == 'llama-7b'`: all must hold"
     )
-    search: Search = GridSearch()
+    search: SearchConfig = GridSearch()
     store: OutputPath | None = Field(
         default=None, description="finished students by hash; null: <output>/../students"
     )
@@ -170,7 +170,7 @@ class SweepConfig(Config):
     @field_validator("teachers", mode="before")
     @classmethod
     def _teachers_by_path(cls, teachers: Any) -> Any:
-        """A teacher may be given by its labels' path alone."""
+        """A teacher may be given by the path of its labels alone."""
         if not isinstance(teachers, dict):
             return teachers
         return {

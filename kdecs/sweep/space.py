@@ -129,7 +129,7 @@ class Space:
             if trial := self.trial_at(point):
                 trials.setdefault(trial.id, trial)
         if not trials:
-            raise ConfigError("constraints: they leave no trial of the space")
+            raise ConfigError("constraints: they leave no trial of the space; loosen one of them")
         settings_of: dict[str, set[str]] = {}
         for trial in trials.values():
             settings_of.setdefault(trial.setting_label, set()).add(settings_key(trial.settings))
@@ -353,7 +353,7 @@ def holds(constraint: str, values: Mapping[str, Any]) -> bool:
     try:
         parsed = ast.parse(constraint.strip(), mode="eval").body
     except (SyntaxError, ValueError):
-        raise ConfigError(f"constraints: {constraint!r} is no expression") from None
+        raise ConfigError(f"constraints: {constraint!r} is not an expression") from None
     try:
         return bool(_value(parsed, values))
     except (TypeError, ArithmeticError, ValueError) as error:
@@ -383,7 +383,9 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
             sides = [_value(side, values) for side in (left, *rights)]
             pairs = zip(kinds, sides, sides[1:], strict=False)
             return all(_OPERATORS[type(kind)](a, b) for kind, a, b in pairs)
-    raise ValueError(f"{ast.unparse(node)} is not understood; known are keys, values, + - * /, comparisons")
+    raise ValueError(
+        f"{ast.unparse(node)} is not supported here; a constraint has keys, values, + - * / and comparisons"
+    )
 
 
 def _keys(node: ast.expr) -> list[str]:
@@ -405,7 +407,7 @@ def _dotted(node: ast.expr) -> str:
         return f"{_dotted(node.value)}.{node.attr}"
     if isinstance(node, ast.Name):
         return node.id
-    raise ValueError(f"{ast.unparse(node)} is no key")
+    raise ValueError(f"{ast.unparse(node)} is not a key")
 
 
 def _lookup(key: str, values: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import yaml
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.process import StopSignal, last_line, module_command, run_child
-from kdecs.sweep.config import StageCommand, SweepConfig, Teacher
+from kdecs.sweep.config import StageCommand, SweepConfig, TeacherSource
 
 
 def refuse_missing(config: SweepConfig, names: list[str]) -> None:
@@ -20,7 +20,7 @@ def refuse_missing(config: SweepConfig, names: list[str]) -> None:
     first = config.teachers[names[0]]
     how = "--build trains and exports them" if _is_buildable(first) else "train and export them first"
     listed = ", ".join(f"{name} ({config.teachers[name].labels})" for name in names)
-    raise ArtifactError(f"soft labels of {len(names)} teachers are not there yet: {listed}; {how}")
+    raise ArtifactError(f"the soft labels of {len(names)} teachers are missing: {listed}; {how}")
 
 
 def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> None:
@@ -39,16 +39,19 @@ def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> N
                 raise ArtifactError(f"{title} failed with exit code {code}: {last_line(log)} (log: {log})")
         if not (config.teachers[name].labels / MANIFEST_NAME).is_file():
             raise ArtifactError(
-                f"{config.teachers[name].labels}: not there after the export of teacher {name}; "
-                "its export must write where teachers says"
+                f"{config.teachers[name].labels}: missing after the export of teacher {name}; "
+                f"set the output of its export to the path of teachers.{name}"
             )
 
 
 def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]]:
-    """(stage, command) of a teacher: its training where it has one, then its export."""
+    """(stage, command) of a teacher: its training if it has one, then its export."""
     teacher = config.teachers[name]
     if not _is_buildable(teacher):
-        raise ConfigError(f"teachers.{name}: its labels are missing and it has no export, which --build runs")
+        raise ConfigError(
+            f"teachers.{name}: its labels are missing and it names no export that --build could run; add one, or "
+            "export the labels first"
+        )
     commands = []
     for stage, entry in (("train", "train_teacher"), ("export", "export_soft_labels")):
         command: StageCommand | None = getattr(teacher, stage)
@@ -62,7 +65,7 @@ def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]
     return commands
 
 
-def _is_buildable(teacher: Teacher) -> bool:
+def _is_buildable(teacher: TeacherSource) -> bool:
     return teacher.export is not None
 
 

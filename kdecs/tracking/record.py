@@ -1,4 +1,10 @@
-"""What a training leaves on disk for tracking: its record, points, identity. No MLflow here."""
+"""What a run looks like on disk, for tracking: its record, its metrics, its identity. No MLflow here.
+
+    metrics.jsonl   one JSON object per epoch (of a teacher: per logged step): epoch, time (unix s) and scores
+    .run-id         the random identity of an output directory
+
+The end of the module keeps passwords out of what is shown.
+"""
 
 import contextlib
 import json
@@ -28,7 +34,7 @@ _SECRET_OPTION = re.compile(
 
 
 class TrackingConfig(Config):
-    """Where runs are tracked: an MLflow URI (SQLite by default, beside the sweep) and experiment."""
+    """Where runs are tracked: an MLflow URI (by default SQLite beside the sweep) and an experiment."""
 
     uri: str | None = Field(
         default=None, description="null: MLFLOW_TRACKING_URI, else sqlite:///<output>/../mlflow.db"
@@ -38,22 +44,22 @@ class TrackingConfig(Config):
 
     @model_validator(mode="after")
     def _no_password(self) -> "TrackingConfig":
-        """The config is written beside the outputs and logged: no secret may stand in it."""
+        """The config is written beside the outputs and logged, so it must hold no secret."""
         if self.uri and self.uri != without_password(self.uri):
             raise ValueError(
-                "uri holds a user or password; give it by the environment variable MLFLOW_TRACKING_URI, or leave "
-                "it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "uri holds a user or password; set the environment variable MLFLOW_TRACKING_URI instead, or leave "
+                "them out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
         return self
 
 
 @dataclass
 class RunRecord:
-    """One run as it is on disk. `identity` tags find it; `points` hold `epoch`, `time` (unix s) and metrics.
+    """One run as it is on disk. Its `identity` tags find it; `points` hold `epoch`, `time` (unix s) and metrics.
 
-    `system` holds samples of the machine: `time` and metrics named `system/…`. `artifacts` describe it from its start;
-    `state` says more than the status, such as `pruned`; `figures` are files of its report; `scores` and `results`
-    (files) are there once it is selected.
+    `system` holds samples of the machine: `time` and metrics named `system/…`. `artifacts` are files that describe the
+    run from its start. `state` says more than the status, such as `pruned`. `figures` are files of its report. `scores`
+    and `results` (files) are filled once the run is selected.
     """
 
     identity: dict[str, str]
@@ -74,7 +80,7 @@ class RunRecord:
 
 
 def directory_identity(directory: Path) -> str:
-    """A random id that stays with an output directory: what is trained anew elsewhere is another run."""
+    """A random id that stays with an output directory. What is trained again elsewhere is another run."""
     path = directory / _IDENTITY_NAME
     if not path.is_file():
         write_text(path, uuid.uuid4().hex + "\n")
@@ -82,9 +88,9 @@ def directory_identity(directory: Path) -> str:
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:
-    """The points of a `metrics.jsonl`; a last line that is still being written is left for the next read.
+    """The points of a `metrics.jsonl`. A last line that is still being written is left for the next read.
 
-    Raises ArtifactError for a line that is no point.
+    Raises ArtifactError for a line that is not a point.
     """
     if not path.is_file():
         return []
@@ -97,13 +103,15 @@ def read_points(path: Path) -> list[dict[str, Any]]:
             point = json.loads(line)
             float(point["epoch"]), float(point["time"])
         except (ValueError, KeyError, TypeError):
-            raise ArtifactError(f"{path}: line {number} is no point with epoch and time; remove it") from None
+            raise ArtifactError(
+                f"{path}: line {number} is not a JSON object with epoch and time; remove it"
+            ) from None
         points.append(point)
     return points
 
 
 def environment_tags() -> dict[str, str]:
-    """Tags that say which code ran: kdecs' version, and the git commit where the package lies in a checkout."""
+    """Tags that say which code ran: the version of kdecs, and the git commit if the package lies in a checkout."""
     tags = {"kdecs.version": __version__}
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git: the version alone
@@ -114,10 +122,10 @@ def environment_tags() -> dict[str, str]:
 
 
 def without_password(uri: str) -> str:
-    """A URI that may be shown: user, password and secrets among its options are left out.
+    """A URI that may be shown, without user, password and secrets among its options.
 
-    Passwords are often written raw, with `/`, `#`, `?` or `@` in them: all up to the last `@` is taken for user and
-    password, wherever a standard parser would have the host begin.
+    Passwords are often written raw, with `/`, `#`, `?` or `@` in them. So everything up to the last `@` counts as user
+    and password, wherever a standard parser would let the host begin.
     """
     shown = _SECRET_OPTION.sub(r"\1…", uri)
     found = _USER_INFO.match(shown)
@@ -125,7 +133,7 @@ def without_password(uri: str) -> str:
 
 
 def redacted(text: str, uri: str) -> str:
-    """A message that may be shown, of what was done at a URI: neither the URI's secrets nor another's in it."""
+    """A message about a URI that may be shown: without the secrets of this URI and of any other in the message."""
     text = text.replace(uri, without_password(uri))
     for secret in sorted(_secrets(uri), key=len, reverse=True):
         text = text.replace(secret, "…")
@@ -133,7 +141,7 @@ def redacted(text: str, uri: str) -> str:
 
 
 def _secrets(uri: str) -> set[str]:
-    """The URI's passwords, as they stand in it and decoded; users are no secrets by themselves."""
+    """The passwords of a URI, as written and decoded. A user name is not a secret by itself."""
     found = {option[2] for option in _SECRET_OPTION.finditer(uri) if "user" not in option[1].lower()}
     if info := _USER_INFO.match(uri):
         found.add(info[2].partition(":")[2])

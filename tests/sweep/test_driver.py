@@ -248,7 +248,7 @@ def test_missing_teachers_are_built_by_their_scripts(
         f"folder = Path({str(labels)!r})\nfolder.mkdir()\n"
         "write_manifest(folder, 'soft-labels', config_hash='0' * 64, inputs={}, files=[])\n"
     )
-    with pytest.raises(ArtifactError, match=r"soft labels of 1 teachers are not there yet: later .*--build"):
+    with pytest.raises(ArtifactError, match=r"soft labels of 1 teachers are missing: later .*--build"):
         run_sweep(config, trainer=train, runner=in_process)
     [(stage, command)] = build_commands(config, "later")
     assert stage == "export" and command[1:3] == ["-m", "kdecs.launch.export_soft_labels"]

@@ -8,7 +8,7 @@ from fake_trainer import train
 
 from kdecs.errors import ArtifactError, TrainingError
 from kdecs.sweep.commands import write_report_of
-from kdecs.sweep.config import Teacher
+from kdecs.sweep.config import TeacherSource
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection.choose import select_student
@@ -25,7 +25,7 @@ def two_trials(make_config):
 
 
 def test_a_teacher_that_is_not_tried_need_not_be_there(two_trials, runs, in_process):
-    absent = Teacher(labels=runs / "absent")
+    absent = TeacherSource(labels=runs / "absent")
     config = two_trials.model_copy(update={"teachers": {**two_trials.teachers, "absent": absent}})
     manifest = json.loads((run_sweep(config, trainer=train, runner=in_process) / "manifest.json").read_text())
     assert {name for name in manifest["inputs"] if name.startswith("labels")} == {"labels.t5-tiny"}

@@ -10,7 +10,7 @@ from scipy import stats
 from kdecs.artifact import verify_artifact
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.report.study_figures import pooled_sd
-from kdecs.sweep.report.tables import _escaped
+from kdecs.sweep.report.tables import latex_escaped
 from kdecs.sweep.selection.choose import select_student
 from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.status import read_results
@@ -72,7 +72,7 @@ def test_latex_table_compiles_to_its_parts(reported):
     table = (reported / "report" / "table.tex").read_text()
     assert table.count("\\\\") == 1 + 4 + 4, "a head, four settings, four trivial rules"
     assert "llama-tiny $\\alpha$0.6 $\\tau$2 & \\textbf{68.15}" in table and "j $\\geq$ i-1" in table
-    assert _escaped("50% & a_b") == "50\\% \\& a\\_b"
+    assert latex_escaped("50% & a_b") == "50\\% \\& a\\_b"
 
 
 def test_ablation_has_significance(finish, make_labels, runs):

@@ -7,7 +7,7 @@ from fake_trainer import train
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
-from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, Teacher
+from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TeacherSource
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.progress import print_dry_run
 from kdecs.sweep.search import Search
@@ -112,7 +112,7 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, r
         "corpus": sample,
         "model": {**config.student["model"], "base": "roberta-base"},
     }
-    teachers = {name: Teacher(labels=make_labels(runs / "space" / name)) for name in config.teachers}
+    teachers = {name: TeacherSource(labels=make_labels(runs / "space" / name)) for name in config.teachers}
     trials = Search(config.model_copy(update={"student": student, "teachers": teachers})).stage().trials
     expected = {
         "demo": 8,
@@ -221,13 +221,13 @@ def test_constraints_leave_what_they_say(make_config, constraint, expected):
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [
-        ("distillation.alpha <", "is no expression"),
-        ("__import__('os').system('true')", "is not understood"),
+        ("distillation.alpha <", "is not an expression"),
+        ("__import__('os').system('true')", "is not supported here"),
         ("teacher < 3", "not supported"),
         ("distillation.alpha > 1", "leave no trial"),
         ("distillation.alfa > 1", r"distillation\.alfa: None for this trial"),
         ("distillation.alpha / 0 > 1", "division by zero"),
-        ("", "is no expression"),
+        ("", "is not an expression"),
     ],
 )
 def test_wrong_constraints_are_refused_in_one_line(make_config, constraint, message):
@@ -295,7 +295,7 @@ def test_labels_that_would_be_equal_get_digits_shared_by_seeds(make_config):
 
 def test_teachers_that_are_not_tried_are_not_looked_at(make_config, runs):
     config = make_config(space={"teacher": {"grid": ["t5-tiny"]}})
-    more = {**config.teachers, "absent": Teacher(labels=runs / "absent")}
+    more = {**config.teachers, "absent": TeacherSource(labels=runs / "absent")}
     for search in ({"method": "grid"}, {"method": "two-stage"}):
         with_absent = make_config(space={"teacher": {"grid": ["t5-tiny"]}}, search=search)
         assert (
@@ -369,5 +369,5 @@ def test_plan_names_missing_teachers_and_how_to_get_them(make_config, make_label
     assert "3 trials, 0 complete, 3 to train" in printed and printed.count("no labels") == 2
     assert f"teacher bare: no soft labels at {runs / 'none'}; export them first" in printed
     assert f"--set output={runs / 'labels-7b'}" in printed
-    with pytest.raises(ArtifactError, match="soft labels of 2 teachers are not there yet: bare"):
+    with pytest.raises(ArtifactError, match="soft labels of 2 teachers are missing: bare"):
         run_sweep(config, trainer=train)

@@ -1,4 +1,8 @@
-"""The report's figures as PNG, their data as CSV: leaderboard, α × τ maps, learning curves. No display is needed."""
+"""The figures of every report as PNG, with their data as CSV: leaderboard, α × τ maps, learning curves.
+
+The functions draw without a display. Those that a sweep may have no data for return None. What all figures share
+(style, saving, CSV) stands here too; study_figures has the figures of the paper's studies.
+"""
 
 import csv
 import io
@@ -38,7 +42,7 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure's file beside the page, its data's file, its caption and the text for who cannot see it."""
+    """A figure of the page: the file, the file of its data, title (also its text for screen readers) and caption."""
 
     path: str
     data: str
@@ -97,7 +101,7 @@ def leaderboard_figure(
 def _limits(
     shown: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], rules: Mapping[str, float]
 ) -> tuple[float, float]:
-    """Room for all seeds, and for means' intervals and rules as far as they do not squeeze the rest."""
+    """An axis that holds all seeds, and the rules that are not so far away that they would squeeze the rest."""
     seeds = [score for setting in shown for score in scores[setting.key]]
     spread = max(max(seeds) - min(seeds), 2.0)
     low, high = min(seeds) - 0.6 * spread, max(seeds) + 0.6 * spread
@@ -108,7 +112,7 @@ def _limits(
 
 
 def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> Figure | None:
-    """One map a teacher of mean macro F1 over α (rows) and τ (columns); None where neither was tried."""
+    """One map per teacher of mean macro F1 over α (rows) and τ (columns); None if neither was tried."""
     tried = [s for s in settings if ALPHA_KEY in s.settings or TEMPERATURE_KEY in s.settings]
     if not tried:
         return None
@@ -116,7 +120,7 @@ def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> 
     alphas = sorted({_value(setting, ALPHA_KEY) for setting in tried})
     temperatures = sorted({_value(setting, TEMPERATURE_KEY) for setting in tried})
     maps = {teacher: np.full((len(alphas), len(temperatures)), np.nan) for teacher in teachers}
-    for setting in sorted(tried, key=lambda setting: setting.mean):  # the best of other settings shows
+    for setting in sorted(tried, key=lambda setting: setting.mean):  # of settings at one place the best shows
         row = alphas.index(_value(setting, ALPHA_KEY))
         column = temperatures.index(_value(setting, TEMPERATURE_KEY))
         maps[setting.teacher or "no teacher"][row, column] = setting.mean
@@ -152,7 +156,7 @@ def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> 
         target.name,
         write_csv(target, ["teacher", "alpha", "temperature", "mean", "sd", "seeds"], rows),
         "α × τ by teacher",
-        "Mean over seeds of macro F1 on validation, percent. Where further keys were tried, the best of them.",
+        "Mean over seeds of macro F1 on validation, percent. If further keys were tried, the best of their settings.",
     )
 
 
@@ -200,7 +204,7 @@ def curves_figure(
 
 
 def _value(setting: SettingScore, key: str) -> float:
-    """The value tried, NaN-free: -1 where the key was fixed."""
+    """The value tried, or -1 if the key was fixed."""
     return float(setting.settings.get(key, -1.0))
 
 
@@ -220,13 +224,13 @@ def write_csv(target: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
 
 
 def shown_width(target: Path) -> int:
-    """CSS pixels to show a saved figure at, so that its letters are as large as those of every other."""
+    """The width in CSS pixels at which a saved figure's letters are as large as those of every other figure."""
     with target.open("rb") as png:
         pixels = int.from_bytes(png.read(20)[16:], "big")  # IHDR's first field
     return round(pixels * _SHOWN_PER_INCH / _DPI)
 
 
 def save(figure: Any, target: Path) -> None:
-    """Write a figure as PNG and forget it."""
+    """Write a figure as PNG and free its memory."""
     figure.savefig(target, dpi=_DPI, metadata={"Software": None})
     plt.close(figure)

@@ -1,7 +1,11 @@
-"""The report of a finished sweep: one page that opens offline, its figures as PNG and their data as CSV beside it.
+"""The report of a finished sweep: one page that opens offline, with its figures as PNG and their data as CSV.
 
-SWEEP/report/index.html, manifest.json (kind report), table.tex, and by what the sweep tried
-    leaderboard, curves, time, spread, alpha-temperature, teachers, share: .png and .csv;  ablation.csv
+SWEEP/report/index.html
+SWEEP/report/manifest.json      of kind report
+SWEEP/report/table.tex          the leaderboard in LaTeX
+SWEEP/report/NAME.png, .csv     leaderboard, curves, time, and by what the sweep tried: spread, alpha-temperature,
+                                teachers, share
+SWEEP/report/ablation.csv       if variants were tried
 """
 
 import hashlib
@@ -44,9 +48,9 @@ TABLE_NAME = "table.tex"
 
 
 def write_report(sweep: Path) -> Path:
-    """Write the report of a finished sweep and return its page; an earlier one is replaced.
+    """Write the report of a finished sweep and return its page; an earlier report is replaced.
 
-    The test section appears once a student was selected. Raises ArtifactError for an unfinished sweep.
+    Test scores appear once a student was selected. Raises ArtifactError for an unfinished sweep.
     """
     results = read_results(sweep)
     config = load_config(SweepConfig, sweep / CONFIG_NAME)
@@ -62,6 +66,11 @@ def write_report(sweep: Path) -> Path:
         files.append(write_ablation_csv(folder / "ablation.csv", ablation))
     write_text(folder / TABLE_NAME, latex_table(config.name, ranked, results, baselines))
     by_id = {result.id: result for result in results}
+    trained = [
+        result for result in results if not result.reused_from
+    ]  # a student from the store cost nothing
+    seconds = sum(result.seconds for result in trained)
+    unit, share = _resource(config)
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -76,21 +85,18 @@ def write_report(sweep: Path) -> Path:
             ablation=ablation,
             trials=sorted((r for r in results if r.status == "complete"), key=lambda result: -result.score),
             others=[result for result in results if result.status != "complete"],
-            space=[(key, f"{d.kind}: {_joined(d.values)}") for key, d in config.space.items()],
+            space=[(key, f"{d.kind}: {', '.join(map(str, d.values))}") for key, d in config.space.items()],
             method=config.search.method,
             selection=selection,
             outdated=is_selection_outdated(sweep),
             test=_test_rows(selection) if selection else [],
             verdict=_verdict(selection) if selection else "",
-            **_time(config, results),
+            total_time=duration(seconds),
+            hours=f"{share * seconds / 3600:.2f} {unit} hours",
+            num_reused=len(results) - len(trained),
         )
     )
     write_text(folder / PAGE_NAME, page)
-    _complete(sweep, folder, files, selection)
-    return folder / PAGE_NAME
-
-
-def _complete(sweep: Path, folder: Path, files: list[str], selection: SelectionRecord | None) -> None:
     sweep_digest = read_manifest(sweep, "sweep").config_hash
     digest = hashlib.sha256(sweep_digest.encode())
     digest.update(json.dumps(selection and selection.as_json(), sort_keys=True).encode())
@@ -102,26 +108,12 @@ def _complete(sweep: Path, folder: Path, files: list[str], selection: SelectionR
         files=files,
         details={"has_test": selection is not None},
     )
-
-
-def _time(config: SweepConfig, results: list[TrialResult]) -> dict[str, Any]:
-    """What was spent here: students from the store cost nothing."""
-    trained = [result for result in results if not result.reused_from]
-    seconds = sum(result.seconds for result in trained)
-    unit, share = _resource(config)
-    return {
-        "total_time": duration(seconds),
-        "hours": f"{share * seconds / 3600:.2f} {unit} hours",
-        "num_reused": len(results) - len(trained),
-    }
+    return folder / PAGE_NAME
 
 
 def _resource(config: SweepConfig) -> tuple[str, float]:
+    """What a trial is charged for: GPU or CPU, and its part of it."""
     return ("GPU", config.gpus_per_trial) if config.gpus_per_trial else ("CPU", config.cpus_per_trial)
-
-
-def _joined(values: tuple[Any, ...]) -> str:
-    return ", ".join(str(value) for value in values)
 
 
 def _environment() -> Environment:
@@ -176,7 +168,7 @@ def _figures(
 
 
 def _own_scores(sweep: Path, ranked: list[SettingScore]) -> dict[str, float]:
-    """Teacher -> its own macro F1 on validation, as far as its students' manifests say it."""
+    """Teacher -> its own macro F1 on validation, if the manifests of its students have it."""
     found: dict[str, float] = {}
     for setting in ranked:
         if setting.teacher and setting.teacher not in found:

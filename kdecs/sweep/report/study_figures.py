@@ -1,4 +1,4 @@
-"""The report's figures of studies: teacher scale (Figure 4), data share (Figure 3), seeds' spread, time."""
+"""The figures of the paper's studies: teacher scale (Figure 4), data share (Figure 3), spread over seeds, time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,9 @@ def teacher_figure(
     own_scores: Mapping[str, float],
     target: Path,
 ) -> Figure | None:
-    """Students by teacher in the space's order, the best setting of each; None where one teacher was tried.
+    """Students by teacher in the space's order, the best setting of each; None if only one teacher was tried.
 
-    `own_scores`: teacher -> its own macro F1 on validation at utterance level, where the labels say it.
+    `own_scores`: teacher -> its own macro F1 on validation at utterance level, if the labels have it.
     """
     best: dict[str, SettingScore] = {}
     for setting in settings:
@@ -63,7 +63,7 @@ def teacher_figure(
     ]
     caption = "Mean over seeds with its 95% interval; grey: seeds. The best setting of each teacher."
     if own_scores:
-        caption += " own: the teacher's macro F1 over utterances on validation."
+        caption += " own: the teacher's own macro F1 over utterances on validation."
     header = ["teacher", "own_utterance_macro_f1", "setting", "mean", "sd", "seeds"]
     return Figure(target.name, write_csv(target, header, rows), "Students by teacher (Figure 4)", caption)
 
@@ -71,7 +71,7 @@ def teacher_figure(
 def share_figure(
     settings: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], target: Path
 ) -> Figure | None:
-    """Scores by share of the gold labels, a line a variant or teacher; None where one share was tried."""
+    """Scores by share of the gold labels, one line per variant or teacher; None if only one share was tried."""
     key = next((key for key in _SHARE_KEYS if len({s.settings.get(key, 1.0) for s in settings}) > 1), None)
     if key is None:
         return None
@@ -136,14 +136,14 @@ def spread_figure(
     return Figure(
         target.name,
         write_csv(target, ["setting", "sd", "distances"], rows),
-        "What a seed is worth",
+        "Spread over seeds",
         f"Points: seeds; band: the pooled standard deviation, {pooled:.2f} points. With {seeds} seeds, means that "
         f"differ by less than about {needed:.2f} points cannot be told apart.",
     )
 
 
 def pooled_sd(settings: Sequence[SettingScore]) -> float:
-    """Square root of the variances' mean, weighed by degrees of freedom."""
+    """The square root of the mean variance, weighted by degrees of freedom."""
     weights = [setting.num_seeds - 1 for setting in settings]
     variances = [setting.sd**2 for setting in settings if setting.sd is not None]
     return math.sqrt(float(np.average(variances, weights=weights)))
@@ -155,7 +155,7 @@ def time_figure(
     resource: tuple[str, float],
     target: Path,
 ) -> Figure:
-    """What a trial of each setting took against what it reached. `resource`: GPU or CPU, and a trial's part of it."""
+    """The time of a trial of each setting against its score. `resource`: GPU or CPU, and a trial's part of it."""
     seconds = {
         setting.key: float(np.mean([trials[identity].seconds for identity in setting.trials]))
         for setting in settings
@@ -201,7 +201,7 @@ def time_figure(
         target.name,
         write_csv(target, ["setting", "seconds_a_trial", f"{device.lower()}_hours_a_trial", "mean"], rows),
         "Time against score",
-        "One point a setting: the mean time of a training, as it ran beside others, and its mean score. A training "
+        "One point per setting: the mean time of a training, as it ran beside others, and its mean score. A training "
         f"took {low:.2g} to {high:.2g} {device} hours.",
     )
 

@@ -24,7 +24,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class AblationRow:
-    """A variant against the first: difference of means in points, p over dialogues and over seeds."""
+    """A variant compared with the first one: difference of means in points, p over dialogues and over seeds."""
 
     variant: str
     label: str
@@ -36,7 +36,7 @@ class AblationRow:
 
 
 def setting_means(group: Sequence[TrialResult]) -> dict[str, float | None]:
-    """The mean over seeds of each column, None where a student has no such score."""
+    """The mean over seeds of each column, None if the students have no such score."""
     means: dict[str, float | None] = {}
     for key, _ in COLUMNS:
         values = [result.metrics[key] for result in group if key in result.metrics]
@@ -50,7 +50,7 @@ def ablation_rows(
     order: Sequence[str],
     selection: SelectionRecord | None,
 ) -> list[AblationRow]:
-    """A row a variant, in the config's order; none where variants are compared by share, or there is just one."""
+    """One row per variant, in the config's order. None if variants are compared by share, or there is only one."""
     best: dict[str, SettingScore] = {}
     for setting in ranked:
         if VARIANT_KEY in setting.settings and SHARE_KEY not in setting.settings:
@@ -82,7 +82,7 @@ def ablation_rows(
 
 
 def _paired_by_seed(first: Sequence[TrialResult], second: Sequence[TrialResult]) -> float | None:
-    """p of Student's t over the differences of equal seeds; None with fewer than two, or no difference."""
+    """p of Student's t over the differences of equal seeds; None with fewer than two, or if all differ by the same."""
     from scipy import stats
 
     others = {result.seed: result.score for result in second}
@@ -111,7 +111,7 @@ def latex_table(
     results: Sequence[TrialResult],
     baselines: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """A booktabs table of the settings and the trivial rules on validation; the best mean of a column is bold."""
+    """A booktabs table of the settings and the trivial rules on validation. The best mean of a column is bold."""
     by_id = {result.id: result for result in results}
     groups = [[by_id[identity] for identity in setting.trials] for setting in ranked]
     means = [setting_means(group) for group in groups]
@@ -120,7 +120,7 @@ def latex_table(
         "% \\usepackage{booktabs}",
         "\\begin{tabular}{l" + "r" * len(COLUMNS) + "}",
         "\\toprule",
-        "setting & " + " & ".join(_escaped(title) for _, title in COLUMNS) + " \\\\",
+        "setting & " + " & ".join(latex_escaped(title) for _, title in COLUMNS) + " \\\\",
         "\\midrule",
     ]
     for setting, row in zip(ranked, means, strict=True):
@@ -128,11 +128,11 @@ def latex_table(
         if setting.sd is not None:
             place = next(n for n, (key, _) in enumerate(COLUMNS) if key == by_id[setting.trials[0]].metric)
             cells[place] += f" \\tiny{{$\\pm${setting.sd:.2f}}}"
-        lines.append(f"{_escaped(setting.label)} & " + " & ".join(cells) + " \\\\")
+        lines.append(f"{latex_escaped(setting.label)} & " + " & ".join(cells) + " \\\\")
     lines.append("\\midrule")
     for rule, values in baselines.items():
         cells = [_cell(values.get(key), is_best=False) for key, _ in COLUMNS]
-        lines.append(f"{_escaped(rule)} & " + " & ".join(cells) + " \\\\")
+        lines.append(f"{latex_escaped(rule)} & " + " & ".join(cells) + " \\\\")
     lines += [
         "\\bottomrule",
         "\\end{tabular}",
@@ -147,8 +147,8 @@ def _cell(value: float | None, *, is_best: bool) -> str:
     return f"\\textbf{{{value:.2f}}}" if is_best else f"{value:.2f}"
 
 
-def _escaped(text: str) -> str:
-    """LaTeX for a label: its special characters, Greek letters and comparisons."""
+def latex_escaped(text: str) -> str:
+    """A label in LaTeX, with its special characters, Greek letters and comparisons."""
     marks = {"α": "$\\alpha$", "τ": "$\\tau$", ">=": "$\\geq$", "\\": "\\textbackslash{}"}
     pattern = r"α|τ|>=|\\|[&%$#_{}~^]"
     return re.sub(pattern, lambda found: marks.get(found[0], "\\" + found[0]), text)
