@@ -15,7 +15,6 @@ from kdecs.soft_labels import commands as soft_label_commands
 from kdecs.student import commands as student_commands
 from kdecs.sweep import commands as sweep_commands
 from kdecs.teacher import commands as teacher_commands
-from kdecs.teacher import commands as teacher_import
 
 app = typer.Typer(
     help="Emotion-cause extraction in dialogues by distillation (the method KD-ECS).",
@@ -28,7 +27,7 @@ app.add_typer(corpus_commands.app, name="corpus")
 app.command("evaluate")(evaluation_commands.evaluate)
 app.command("compare")(evaluation_commands.compare)
 app.add_typer(soft_label_commands.app, name="soft-labels")
-app.add_typer(teacher_import.app, name="teacher")
+app.add_typer(teacher_commands.app, name="teacher")
 app.command("predict")(student_commands.predict)
 app.command("predict-mrc")(mrc_commands.predict_mrc)
 app.command("report")(sweep_commands.report)
@@ -86,6 +85,38 @@ def verify(
     print(
         f"{directory}: {manifest.kind}, {len(manifest.files)} files, {total} bytes, all as the manifest says"
     )
+
+
+@app.command("configs")
+def configs(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[STAGE[/NAME]]", help="A stage, or one config of a stage.")
+    ] = None,
+) -> None:
+    """List the committed configs of all stages or of one, or print one of them, to be copied and changed.
+
+    Every stage takes a committed config by its name: --config NAME, or --config STAGE/NAME for one of another stage.
+
+    Example: kdecs configs student/kd > my-student.yaml
+    """
+    from kdecs.config import COMMITTED
+    from kdecs.errors import ConfigError
+
+    stages = sorted(path.name for path in COMMITTED.iterdir() if path.is_dir())
+    stage, _, config = (name or "").partition("/")
+    if stage and stage not in stages:
+        raise ConfigError(f"{stage}: no stage with committed configs; these are: {', '.join(stages)}")
+    if config:
+        path = COMMITTED / stage / f"{config}.yaml"
+        if not path.is_file():
+            raise ConfigError(
+                f"{name}: no such committed config; kdecs configs {stage} lists those there are"
+            )
+        print(path.read_text(encoding="utf-8"), end="")
+        return
+    for each in [stage] if stage else stages:
+        for path in sorted((COMMITTED / each).glob("*.yaml")):
+            print(f"{each}/{path.stem}")
 
 
 def main() -> None:

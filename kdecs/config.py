@@ -20,6 +20,7 @@ from kdecs.artifact import content_checksum, write_text
 from kdecs.errors import ArtifactError, ConfigError
 
 CONFIG_NAME = "config.json"
+COMMITTED = Path(__file__).parent / "configs"  # STAGE/NAME.yaml, a part of the installed package
 
 
 class Unhashed:
@@ -88,6 +89,23 @@ def load_config(model: type[AnyConfig], path: Path | None, overrides: Iterable[s
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: the value is not YAML") from None
     return parse_config(model, values, source=str(path or "--set"))
+
+
+def find_config(stage: str, reference: str | Path) -> Path:
+    """The file that a reference names: a path, or a committed config as NAME (of this stage) or STAGE/NAME.
+
+    An existing file comes first. Raises ConfigError, one line, with the names of the stage's committed configs.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file() or path.suffix in (".yaml", ".yml", ".json"):
+        return path
+    for place in (COMMITTED / stage / f"{reference}.yaml", COMMITTED / f"{reference}.yaml"):
+        if place.is_file():
+            return place
+    names = ", ".join(sorted(file.stem for file in (COMMITTED / stage).glob("*.yaml")))
+    raise ConfigError(
+        f"{reference}: neither a file nor a committed config of {stage}; committed are: {names}"
+    )
 
 
 def parse_config(model: type[AnyConfig], values: Mapping[str, Any], *, source: str) -> AnyConfig:

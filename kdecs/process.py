@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from kdecs.config import AnyConfig, load_config
+from kdecs.config import AnyConfig, find_config, load_config
 from kdecs.errors import (
     EXIT_REFUSED,
     EXIT_STOPPED,
@@ -40,16 +40,28 @@ def is_main_rank() -> bool:
     return launched_rank()[0] == 0
 
 
-def stage_config(
-    model: type[AnyConfig], description: str, examples: str, *, argv: list[str] | None = None
-) -> AnyConfig:
-    """Parse `--config FILE [--set KEY=VALUE …]` of a stage's script into its resolved config."""
+def stage_config(model: type[AnyConfig], stage: str, description: str, examples: str) -> AnyConfig:
+    """The resolved config of an entry that takes `--config CONFIG [--set KEY=VALUE …]` alone."""
+    arguments = stage_parser(stage, description, examples).parse_args()
+    return load_config(model, find_config(stage, arguments.config), arguments.overrides)
+
+
+def stage_parser(
+    stage: str, description: str, examples: str, *, is_positional: bool = False
+) -> argparse.ArgumentParser:
+    """A parser of a config (`--config`, or the first argument) and of `--set`."""
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML (or JSON) config")
+    what = f"a YAML or JSON file, or the name of a committed config (kdecs configs {stage} lists them)"
+    if is_positional:
+        parser.add_argument("config", metavar="CONFIG", help=what)
+    else:
+        parser.add_argument("--config", required=True, metavar="CONFIG", help=what)
+    # The deepspeed launcher adds it unless it is called with --no_local_rank; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument(
         "--set",
         action="append",
@@ -58,8 +70,7 @@ def stage_config(
         dest="overrides",
         help="override one dotted key of the config; repeatable",
     )
-    arguments = parser.parse_args(argv)
-    return load_config(model, arguments.config, arguments.overrides)
+    return parser
 
 
 def say_skipped(line: str) -> None:

@@ -5,9 +5,22 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import Result
+from typer.testing import CliRunner
 
-from kdecs.config import Config, ConfigError, config_hash, load_config, parse_config, set_dotted, write_config
+from kdecs.cli import app
+from kdecs.config import (
+    COMMITTED,
+    Config,
+    config_hash,
+    find_config,
+    load_config,
+    parse_config,
+    set_dotted,
+    write_config,
+)
 from kdecs.demo.config import BaseModelConfig
+from kdecs.errors import ConfigError
 from kdecs.mrc.config import MrcConfig
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.derive.config import CrossFitConfig
@@ -133,10 +146,33 @@ def _model_of(path: Path) -> type[Config] | None:
     return kinds.get(folder)
 
 
-def test_every_committed_config_parses(root: Path) -> None:
-    paths = sorted([*(root / "launch").rglob("*.yaml"), *(root / "tune").rglob("*.yaml")])
-    assert len(paths) >= 12
+def test_every_committed_config_parses() -> None:
+    paths = sorted(COMMITTED.rglob("*.yaml"))
+    assert len(paths) >= 40
     for path in paths:
         model = _model_of(path)
         assert model is not None, f"{path}: which config is it?"
         load_config(model, path)
+
+
+def test_a_config_is_a_file_first_and_then_a_committed_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("student", "kd") == COMMITTED / "student" / "kd.yaml"
+    assert find_config("teacher", "demo/teacher_llama") == COMMITTED / "demo" / "teacher_llama.yaml"
+    (tmp_path / "kd").write_text("name: mine")
+    assert find_config("student", "kd") == Path("kd")
+    assert find_config("student", "missing.yaml") == Path("missing.yaml"), "reading it says what is wrong"
+    with pytest.raises(ConfigError, match=r"nothing: neither .* of mrc; committed are: minilm, roberta-base"):
+        find_config("mrc", "nothing")
+
+
+def test_kdecs_configs_lists_and_prints(root: Path) -> None:
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["configs", *arguments])
+
+    assert "student/kd\n" in run().output
+    assert set(run("mrc").output.split()) == {"mrc/minilm", "mrc/roberta-base", "mrc/spanbert"}
+    assert run("mrc/minilm").output == (root / "kdecs/configs/mrc/minilm.yaml").read_text()
+    for name in ("nothing", "mrc/nothing"):
+        refusal = run(name).exception
+        assert isinstance(refusal, ConfigError) and name in str(refusal)

@@ -17,15 +17,14 @@ from kdecs.soft_labels.derive.write import claim_output
 from kdecs.soft_labels.verify import verified_labels
 
 EXAMPLES = """\
-  python launch/cross_fit.py --config launch/configs/cross_fit/llama-7b.yaml
-  python launch/cross_fit.py --config launch/configs/cross_fit/tiny.yaml --set num_folds=3
-  python launch/cross_fit.py --config launch/configs/cross_fit/llama-7b.yaml \\
-      --set 'launcher=[deepspeed, --no_local_rank, --num_gpus, "8"]'
+  python -m kdecs.launch.cross_fit --config llama-7b
+  python -m kdecs.launch.cross_fit --config tiny --set num_folds=3
+  python -m kdecs.launch.cross_fit --config llama-7b --set 'launcher=[deepspeed, --num_gpus, "8"]'
 """
 
 
 def main() -> None:
-    config = stage_config(CrossFitConfig, str(__doc__), EXAMPLES)
+    config = stage_config(CrossFitConfig, "cross_fit", str(__doc__), EXAMPLES)
     if verified_labels(config.output, config_hash(config), show_progress=True):
         say_skipped(f"soft labels {config.name}: complete at {config.output}, skipped")
         return

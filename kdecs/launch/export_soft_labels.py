@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from kdecs.process import StopSignal
     from kdecs.runtime import Runtime
 
-EXAMPLES = """  python launch/export_soft_labels.py --config launch/configs/demo/export.yaml
-  deepspeed --no_local_rank launch/export_soft_labels.py --config launch/configs/export/llama-7b.yaml
-  deepspeed --no_local_rank launch/export_soft_labels.py --config launch/configs/export/llama-13b-zero3.yaml
-  python launch/export_soft_labels.py --config launch/configs/demo/export.yaml --set num_shards=16
+EXAMPLES = """\
+  deepspeed --module kdecs.launch.export_soft_labels --config llama-7b
+  deepspeed --module kdecs.launch.export_soft_labels --config llama-13b-zero3
+  python -m kdecs.launch.export_soft_labels --config demo/export --set num_shards=16   # one worker
 """
 
 
@@ -58,7 +58,7 @@ def summary(config: ExportConfig, result: ExportResult) -> str:
 
 
 def main() -> None:
-    config = stage_config(ExportConfig, __doc__ or "", EXAMPLES)
+    config = stage_config(ExportConfig, "export", str(__doc__), EXAMPLES)
     if is_finished(config, show_progress=is_main_rank()):
         remove_temporaries(config.output, lease_s=config.lease_s)
         say_skipped(f"soft labels {config.output.name}: complete at {config.output}, skipped")

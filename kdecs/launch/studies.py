@@ -1,6 +1,6 @@
 """Run the paper's five studies at small scale, on the models of a finished demo: sweep, selection and report of each.
 
-The spaces are those of the paper (tune/spaces); teachers, base, corpus and tracking are the demo's, and there are fewer
+The spaces are those of the paper; teachers, base, corpus and tracking are the demo's, and there are fewer
 seeds, values and epochs, so that a laptop does it. What is complete is skipped; the same command goes on after a stop.
 """
 
@@ -8,16 +8,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdecs.config import load_config, parse_config, read_yaml
+from kdecs.config import find_config, load_config, parse_config, read_yaml
 from kdecs.errors import Stopped
 from kdecs.process import StopSignal, run_entry
 from kdecs.sweep.config import SweepConfig
 
 EXAMPLES = """examples:
-  python tune/studies.py --demo runs/demo --output runs/studies
-  python tune/studies.py --demo runs/demo --output runs/studies --only ablation --seeds 3
+  python -m kdecs.launch.studies --demo runs/demo --output runs/studies
+  python -m kdecs.launch.studies --demo runs/demo --output runs/studies --only ablation --seeds 3
 """
-SPACES = Path(__file__).resolve().parents[1] / "configs" / "spaces"
 STUDIES = ("main", "ablation", "data_share", "teacher_scale", "given_emotions")
 SMALL = {
     "distillation.alpha": [0.3, 0.6],
@@ -64,7 +63,7 @@ def main() -> None:
 
 def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -> SweepConfig:
     """A study's space with the demo's models and fewer values."""
-    values = read_yaml(SPACES / f"{study}.yaml")
+    values = read_yaml(find_config("spaces", study))
     student: dict[str, Any] = {**demo.student, "distillation": values["student"].get("distillation", {})}
     student["optimization"] = {**student.get("optimization", {}), "epochs": arguments.epochs}
     student["cache"] = str(arguments.output.absolute() / "cache")

@@ -3,34 +3,20 @@
 Trials that are complete are skipped; the same command goes on after any stop or kill.
 """
 
-import argparse
-from pathlib import Path
-
-from kdecs.config import load_config
-from kdecs.process import run_entry
+from kdecs.config import find_config, load_config
+from kdecs.process import run_entry, stage_parser
 from kdecs.sweep.config import SweepConfig
 
-EXAMPLES = """examples:
-  python tune/sweep.py tune/spaces/demo.yaml --dry-run
-  python tune/sweep.py tune/spaces/demo.yaml --set output=runs/sweep --set max_concurrent_trials=4
-  python tune/sweep.py tune/spaces/teacher_scale.yaml --build
-  python tune/sweep.py tune/spaces/main.yaml --set gpus_per_trial=0.5 --set tracking.uri=http://mlflow:5000
+EXAMPLES = """\
+  python -m kdecs.launch.sweep demo --dry-run
+  python -m kdecs.launch.sweep demo --set output=runs/sweep --set max_concurrent_trials=4
+  python -m kdecs.launch.sweep teacher_scale --build
+  python -m kdecs.launch.sweep main --set gpus_per_trial=0.5 --set tracking.uri=http://mlflow:5000
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("space", type=Path, metavar="SPACE.yaml", help="the sweep's config")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override one dotted key of the config; repeatable",
-    )
+    parser = stage_parser("spaces", str(__doc__), EXAMPLES, is_positional=True)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -40,7 +26,7 @@ def main() -> None:
         "--build", action="store_true", help="train and export teachers whose soft labels are missing, first"
     )
     arguments = parser.parse_args()
-    config = load_config(SweepConfig, arguments.space, arguments.overrides)
+    config = load_config(SweepConfig, find_config("spaces", arguments.config), arguments.overrides)
     if arguments.dry_run:
         from kdecs.sweep.progress import print_dry_run
 

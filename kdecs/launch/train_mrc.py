@@ -5,14 +5,15 @@ from kdecs.config import config_hash
 from kdecs.mrc.config import MrcConfig
 from kdecs.process import run_entry, say_skipped, stage_config
 
-EXAMPLES = """  python launch/train_mrc.py --config launch/configs/mrc/roberta-base.yaml
-  python launch/train_mrc.py --config launch/configs/mrc/spanbert.yaml --set optimization.seed=1
-  python launch/train_mrc.py --config launch/configs/mrc/minilm.yaml --set corpus.train_share=0.1
+EXAMPLES = """\
+  python -m kdecs.launch.train_mrc --config roberta-base
+  python -m kdecs.launch.train_mrc --config spanbert --set optimization.seed=1
+  python -m kdecs.launch.train_mrc --config minilm --set corpus.train_share=0.1
 """
 
 
 def main() -> None:
-    config = stage_config(MrcConfig, str(__doc__), EXAMPLES)
+    config = stage_config(MrcConfig, "mrc", str(__doc__), EXAMPLES)
     if is_complete(config.output, "mrc", config_hash(config)):
         say_skipped(f"MRC baseline {config.name}: complete at {config.output}, skipped")
         return

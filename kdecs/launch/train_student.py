@@ -8,15 +8,16 @@ from kdecs.config import config_hash
 from kdecs.process import run_entry, say_skipped, stage_config
 from kdecs.student.config import StudentConfig
 
-EXAMPLES = """  python launch/train_student.py --config launch/configs/student/kd.yaml
-  torchrun --nproc_per_node 4 launch/train_student.py --config launch/configs/student/kd.yaml
-  deepspeed --no_local_rank --num_gpus 4 launch/train_student.py --config launch/configs/student/kd.yaml
-  python launch/train_student.py --config launch/configs/student/joint.yaml --set optimization.seed=1
+EXAMPLES = """\
+  python -m kdecs.launch.train_student --config kd
+  torchrun --nproc_per_node 4 -m kdecs.launch.train_student --config kd
+  deepspeed --num_gpus 4 --module kdecs.launch.train_student --config kd
+  python -m kdecs.launch.train_student --config joint --set optimization.seed=1
 """
 
 
 def main() -> None:
-    config = stage_config(StudentConfig, str(__doc__), EXAMPLES)
+    config = stage_config(StudentConfig, "student", str(__doc__), EXAMPLES)
     if is_complete(config.output, "student", config_hash(config)):
         say_skipped(f"student {config.name}: complete at {config.output}, skipped")
         return

@@ -1,29 +1,29 @@
 """Fine-tune a teacher under DeepSpeed ZeRO to predict the connective between two utterances.
 
---dry-run: resolve the config, build the network on the meta device, print memory, steps and time; start nothing.
+The same command resumes after any stop.
 """
 
-import sys
-
 from kdecs.artifact import is_complete
-from kdecs.config import config_hash
-from kdecs.process import is_main_rank, launched_rank, run_entry, say_skipped, stage_config
+from kdecs.config import config_hash, find_config, load_config
+from kdecs.process import is_main_rank, launched_rank, run_entry, say_skipped, stage_parser
 from kdecs.teacher.config import TeacherConfig
 
 EXAMPLES = """\
-  deepspeed --no_local_rank launch/train_teacher.py --config launch/configs/teacher/llama-7b.yaml
-  deepspeed --hostfile cluster/hostfile --no_local_rank launch/train_teacher.py \\
-      --config launch/configs/teacher/llama-13b.yaml --set zero.stage=3
-  python launch/train_teacher.py --config launch/configs/teacher/roberta-base.yaml   # one process
-  python launch/train_teacher.py --config launch/configs/teacher/llama-7b.yaml --dry-run
+  deepspeed --module kdecs.launch.train_teacher --config llama-7b
+  deepspeed --hostfile cluster/hostfile --module kdecs.launch.train_teacher --config llama-13b --set zero.stage=3
+  python -m kdecs.launch.train_teacher --config roberta-base   # one process
+  python -m kdecs.launch.train_teacher --config llama-7b --dry-run
 """
-DRY_RUN = "--dry-run"
 
 
 def main() -> None:
-    arguments = [argument for argument in sys.argv[1:] if argument != DRY_RUN]
-    config = stage_config(TeacherConfig, str(__doc__), EXAMPLES, argv=arguments)
-    if DRY_RUN in sys.argv[1:]:
+    parser = stage_parser("teacher", str(__doc__), EXAMPLES)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print memory, steps and time by the plan; start nothing"
+    )
+    arguments = parser.parse_args()
+    config = load_config(TeacherConfig, find_config("teacher", arguments.config), arguments.overrides)
+    if arguments.dry_run:
         from kdecs.teacher.plan.planning import dry_run
 
         if is_main_rank():

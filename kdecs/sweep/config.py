@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed
+from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed, find_config
 from kdecs.tracking.record import TrackingConfig
 
 REPORT_FOLDER = "report"
@@ -95,7 +95,7 @@ SearchConfig = Annotated[GridSearch | TwoStageSearch | TpeSearch, Field(discrimi
 
 
 class StageCommand(Config):
-    """A stage that `--build` runs: its config and the keys that are set over it."""
+    """A stage that `--build` runs: its config, a file or the name of a committed one, and what is set over it."""
 
     config: InputPath
     set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value")
@@ -105,8 +105,16 @@ class TeacherSource(Config):
     """A teacher's soft labels, and how `--build` makes them if they are missing."""
 
     labels: InputPath
-    train: StageCommand | None = Field(default=None, description="launch/train_teacher.py")
-    export: StageCommand | None = Field(default=None, description="launch/export_soft_labels.py")
+    train: StageCommand | None = Field(default=None, description="kdecs.launch.train_teacher")
+    export: StageCommand | None = Field(default=None, description="kdecs.launch.export_soft_labels")
+
+    @field_validator("train", "export", mode="before")
+    @classmethod
+    def _find_committed(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("config"), str):
+            return value
+        stage = "teacher" if info.field_name == "train" else "export"
+        return {**value, "config": find_config(stage, value["config"])}
 
 
 class SweepConfig(Config):
