@@ -1,10 +1,12 @@
 # kdecs: every target sets up what it needs, so that one command is enough.
-# A variable that users set: RECCON=dir (real data), TORCH_INDEX=url (another build of torch), PYTHON=python3.11.
+# A variable that users set: RECCON=dir (real data), TORCH_INDEX=url (another build of torch), PYTHON=python3.11,
+# WORKERS=n (test processes; 0: in this process, for a debugger).
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 RUN ?= $(if $(RECCON),runs/demo-reccon,runs/demo)
 SETUP := $(VENV)/.complete
 
@@ -52,10 +54,10 @@ demo: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/demo.py --output "$(RUN)" $(if $(RECCON),--reccon "$(RECCON)")
 
 test: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu and not cluster"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"
 
 test-slow: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "slow and not gpu and not cluster"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not gpu and not cluster"
 
 test-cluster: $(SETUP)
 	bash tests/install_postgres.sh

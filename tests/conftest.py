@@ -10,13 +10,21 @@ import pytest
 SLOW_TIMEOUT_S = 1800
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Tiny networks gain nothing from threads, and two workers would fight for the cores. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A slow test may take its time on a slow or busy machine, unless it says how long it may take."""
+    """Give slow tests their time limit, and each test the group that keeps it in one worker under `--dist loadgroup`.
+
+    A file is a group, so that its fixtures are made once. All files that start several ranks are one group: the ranks
+    wait for each other busily, so two such tests at a time would take far longer than one after the other.
+    """
+    with_ranks = {item.path for item in items if item.get_closest_marker("dist")}
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+        item.add_marker(pytest.mark.xdist_group("ranks" if item.path in with_ranks else item.path.stem))
 
 
 @pytest.fixture(scope="session")
