@@ -5,14 +5,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdecs.config import Config, InputPath, ModelReference, Name, Optimization, OutputPath, Unhashed
-from kdecs.corpus.prompts import PROMPT_VERSION
-from kdecs.corpus.schema import KNOWN_EMOTIONS
+from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
+from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS
 from kdecs.corpus.splits import CorpusConfig
 
 Mode = Literal["kd", "joint", "cls", "span_only"]
+CONNECTIVE_MODES = ("kd", "joint")
+"""The modes whose prompt has mask_cau."""
 
 
-class StudentModel(Config):
+class StudentModelConfig(Config):
     """The student: a masked language model with span heads."""
 
     base: ModelReference
@@ -45,7 +47,7 @@ class StudentModel(Config):
         return stand_ins
 
 
-class Teacher(Config):
+class TeacherLabels(Config):
     """One of several teachers of a student."""
 
     labels: InputPath
@@ -61,7 +63,7 @@ class Distillation(Config):
 
     mode: Mode = "kd"
     labels: InputPath | None = Field(default=None, description="soft-label directory of the teacher")
-    teachers: tuple[Teacher, ...] = Field(
+    teachers: tuple[TeacherLabels, ...] = Field(
         default=(), description="several teachers in place of `labels`: their distributions are mixed"
     )
     alpha: float = Field(default=0.6, ge=0, le=1)
@@ -101,11 +103,11 @@ class Distillation(Config):
         return self
 
     @property
-    def used_teachers(self) -> tuple[Teacher, ...]:
+    def used_teachers(self) -> tuple[TeacherLabels, ...]:
         """The teachers that this mode reads: none, the one of `labels`, or several."""
         if self.mode != "kd":
             return ()
-        return self.teachers or (Teacher(labels=self.labels),)  # type: ignore[arg-type]
+        return self.teachers or (TeacherLabels(labels=self.labels),)  # type: ignore[arg-type]
 
 
 class StudentBatches(Config):
@@ -129,7 +131,7 @@ class StudentConfig(Config):
         description="ecspe: emotions and cause spans; ecpe: emotions and cause utterances, no L_span, "
         "chosen by macro F1 at utterance level",
     )
-    model: StudentModel
+    model: StudentModelConfig
     distillation: Distillation
     batches: StudentBatches = StudentBatches()
     optimization: Optimization = Optimization(learning_rate=1e-5, weight_decay=0.01, epochs=10)
@@ -174,3 +176,18 @@ class StudentConfig(Config):
         if self.model.given_emotions != "none" and self.neutral_decision != "argmax":
             raise ValueError("neutral_decision needs predicted emotions, and model.given_emotions gives them")
         return self
+
+    @property
+    def emotion_table(self) -> dict[str, str] | None:
+        """How the prompt maps the gold emotions that it gives (identity if empty); None if they are predicted."""
+        tables = {"none": None, "fine": {}, "coarse": dict(FINE_TO_COARSE)}
+        return tables[self.model.given_emotions]
+
+    @property
+    def prompt(self) -> PromptVariant:
+        """The variant of the prompt (Eq. 5) that the mode and the model ask for."""
+        return PromptVariant(
+            has_connective=self.distillation.mode in CONNECTIVE_MODES,
+            given_emotions=self.emotion_table,
+            history_utterances=self.model.history_utterances,
+        )

@@ -1,7 +1,15 @@
-"""Scoring cached pairs of a labelled corpus: decisions, the threshold's choice, the scores of an epoch."""
+"""From a student's logits to decisions: which emotion a target has, which pairs are causes, which span.
+
+The story: `score_pairs` turns batches into scores (`PairScores`); `pair_emotions` and `decide` turn scores into
+predictions, given a threshold of causes and an offset of neutral; `choose_decision` finds the two that serve a
+labelled corpus best; `validate` does all of it on the validation split, once per epoch.
+
+Legend: B pairs of a batch, P pairs, E emotions, A connective answer words, M tokens of u_j's copy, S = M + 1 span
+places (0 = no span).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,26 +20,297 @@ from torch.nn import functional
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import Pair, pairs_of
-from kdecs.corpus.schema import NEUTRAL, Corpus, Utterance
+from kdecs.corpus.schema import NEUTRAL, Corpus
 from kdecs.evaluation.metrics import Scores, evaluate
 from kdecs.evaluation.predictions import Prediction
 from kdecs.evaluation.rows import match, squad_f1
 from kdecs.student.batches import Ints, batches_of_tokens, cached_batch
 from kdecs.student.model import Batch, StudentModel, StudentOutput
 
+if TYPE_CHECKING:  # pyarrow: prediction does without
+    from kdecs.corpus.cache import CorpusCache
+
 DEFAULT_THRESHOLD = 0.5
 Level = Literal["span", "utterance", "both"]
 Floats = npt.NDArray[np.float64]
+_OFFSETS = 64  # of neutral that are tried at most: each costs a choice of the threshold
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The decision that was chosen on the validation split, its predictions and their scores (fold1, reccon)."""
+
+    scores: Scores
+    threshold: float
+    neutral_offset: float
+    predictions: list[Prediction]
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """What a decision is chosen for: macro F1 at a level, and for neutral what `neutral_decision` says (config)."""
+
+    level: Level = "span"
+    neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
+
+
+def validate(
+    model: StudentModel,
+    cache: "CorpusCache",
+    corpus: Corpus,
+    emotions: tuple[str, ...],
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    pad_id: int,
+    rule: DecisionRule = DecisionRule(),
+) -> Validation:
+    """Score the validation pairs (fold1+neutral), choose the decision on them, and evaluate with it.
+
+    `cache` is that of `corpus`: its rows are `pairs_of(dialogue, "fold1+neutral")` over the dialogues.
+    """
+    rows = np.arange(len(cache))
+    batches = (
+        (chunk, cached_batch(cache, chunk, pad_id))
+        for chunk in batches_of_tokens(cache.num_tokens, rows, batch_tokens)
+    )
+    # In float32, whatever the training's precision: a student predicts in float32, and a threshold between two scores
+    # of another precision would not separate the same pairs.
+    scores = score_pairs(model, batches, len(cache), device=device, precision="float32")
+    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
+    spans = [""] * len(pairs)
+    if scores.span_P2 is not None:
+        spans = [
+            span_text(
+                pair.dialogue.utterances[pair.candidate - 1].text, cache.offsets_at(row), scores.span_P2[row]
+            )
+            for row, pair in enumerate(pairs)
+        ]
+    threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
+    decided = decide(pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold)
+    found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1")
+    return Validation(found, threshold, offset, decided)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What a student says of P pairs: emotion log-probabilities, cause scores in [0, 1], best spans.
+
+    `span_P2` holds the first and last token of the best span, 1-based within u_j's copy. `emotion_PE` is None for
+    a student that is given the emotions, `span_P2` for one that finds no spans (task ecpe).
+    """
+
+    emotion_PE: npt.NDArray[np.float32] | None
+    cause_P: npt.NDArray[np.float32]
+    span_P2: npt.NDArray[np.int64] | None
+
+
+def score_pairs(
+    model: StudentModel,
+    batches: Iterable[tuple[Ints, Batch]],
+    num_pairs: int,
+    *,
+    device: torch.device,
+    precision: str,
+    on_batch: Callable[[int], object] | None = None,
+) -> PairScores:
+    """The scores of pairs 0 … num_pairs - 1. Each of `batches` is the indices of its pairs, and their prompts."""
+    emotion_PE = np.zeros((num_pairs, model.num_emotions), np.float32) if model.outputs.emotions else None
+    cause_P = np.zeros(num_pairs, dtype=np.float32)
+    span_P2 = np.zeros((num_pairs, 2), dtype=np.int64) if model.outputs.spans else None
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), autocast(device, precision):
+        for places, batch in batches:
+            output = model(batch.to(device))
+            if emotion_PE is not None:
+                emotion_PE[places] = functional.log_softmax(output.emotion_BE.float(), dim=-1).cpu().numpy()
+            cause_P[places] = cause_scores(output).cpu().numpy()
+            if span_P2 is not None:
+                span_P2[places] = best_spans(output.start_BS, output.end_BS).cpu().numpy()
+            if on_batch:
+                on_batch(len(places))
+    model.train(was_training)
+    return PairScores(emotion_PE, cause_P, span_P2)
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """A context of bfloat16 autocast where the precision asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def cause_scores(output: StudentOutput) -> Tensor:
+    """The mean of p(cause) and 1 - p(no span), or the one of them that the mode has. Shape (B,).
+
+    p(cause) is the summed probability of the causal words at mask_cau, or the classifier's; p(no span) is the
+    geometric mean over start and end.
+    """
+    scores = []
+    if output.connective_BA is not None:
+        words_BA = functional.softmax(output.connective_BA.float(), dim=-1)
+        scores.append(words_BA[:, :NUM_CAUSAL].sum(dim=-1))
+    if output.classifier_B2 is not None:
+        scores.append(functional.softmax(output.classifier_B2.float(), dim=-1)[:, 1])
+    if output.start_BS is not None and output.end_BS is not None:
+        no_start_B = functional.log_softmax(output.start_BS, dim=-1)[:, 0]
+        no_end_B = functional.log_softmax(output.end_BS, dim=-1)[:, 0]
+        scores.append(-torch.expm1((no_start_B + no_end_B) / 2))
+    return torch.stack(scores).mean(dim=0)
+
+
+def best_spans(start_BS: Tensor, end_BS: Tensor) -> Tensor:
+    """The likeliest first and last token with first <= last, 1-based: (B, 2)."""
+    start_BM, end_BM = start_BS[:, 1:], end_BS[:, 1:]
+    # The best end at or right of each start, by a running maximum from the right: O(M) memory instead of M × M.
+    flipped_BM, from_right_BM = torch.cummax(end_BM.flip(1), dim=1)
+    best_end_BM, end_at_BM = flipped_BM.flip(1), end_BM.size(1) - 1 - from_right_BM.flip(1)
+    first_B = (start_BM + best_end_BM).argmax(dim=1, keepdim=True)
+    last_B = end_at_BM.gather(1, first_B)
+    return torch.cat((first_B, last_B), dim=1) + 1
+
+
+def target_index(pairs: list[Pair]) -> Ints:
+    """The number of each pair's target, counted over the pairs in order of first appearance: (P,).
+
+    Dialogues of two requests may share an id, so targets are told apart by the dialogue object.
+    """
+    numbers: dict[tuple[int, int], int] = {}
+    return np.array(
+        [numbers.setdefault((id(p.dialogue), p.target), len(numbers)) for p in pairs], dtype=np.int64
+    )
+
+
+def target_emotions(
+    emotion_PE: npt.NDArray[np.float32],
+    target_of_P: Ints,
+    is_own_P: npt.NDArray[np.bool_],
+    emotions: Sequence[str],
+    neutral_offset: float = 0.0,
+) -> list[str]:
+    """The emotion of each target 0 … max(target_of_P): argmax of the log-probabilities at its own pair (i, i).
+
+    `neutral_offset` is added to neutral's log-probability first. If (i, i) is not among the pairs, their mean over
+    the target's pairs decides. The mean is not used in general, because the other pairs of a target tell whether it is
+    neutral: in training and in fold1+neutral only emotional targets have pairs with j < i, and a student learns to
+    take the hint.
+    """
+    num_targets = int(target_of_P.max()) + 1
+    has_own = np.zeros(num_targets, dtype=bool)
+    has_own[target_of_P[is_own_P]] = True
+    counts_P = is_own_P | ~has_own[target_of_P]
+    sums = np.zeros((num_targets, len(emotions)), dtype=np.float64)
+    np.add.at(sums, target_of_P[counts_P], emotion_PE[counts_P])
+    if NEUTRAL in emotions:
+        sums /= np.bincount(target_of_P[counts_P], minlength=num_targets)[:, None]
+        sums[:, list(emotions).index(NEUTRAL)] += neutral_offset
+    return [emotions[index] for index in sums.argmax(axis=1)]
+
+
+def pair_emotions(
+    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], neutral_offset: float = 0.0
+) -> list[str | None]:
+    """The emotion decided for each pair's target; the gold one if the student is given the emotions."""
+    if scores.emotion_PE is None:
+        return [pair.emotion for pair in pairs]
+    target_of_P = target_index(pairs)
+    is_own_P = np.array([pair.candidate == pair.target for pair in pairs], dtype=bool)
+    by_target = target_emotions(scores.emotion_PE, target_of_P, is_own_P, emotions, neutral_offset)
+    return [by_target[target] for target in target_of_P]
+
+
+def decide(
+    pairs: list[Pair],
+    scores: PairScores,
+    emotion_of_pair: Sequence[str | None],
+    spans: list[str],
+    threshold: float,
+) -> list[Prediction]:
+    """Predictions: a pair is a cause if its score reaches the threshold and its target is not neutral."""
+    predictions = []
+    for row, (pair, emotion, span) in enumerate(zip(pairs, emotion_of_pair, spans, strict=True)):
+        # In float64, as the threshold was chosen: between two neighbouring float32 scores it would be rounded to one.
+        is_cause = float(scores.cause_P[row]) >= threshold and emotion != NEUTRAL
+        predictions.append(
+            Prediction(
+                pair.dialogue.id, pair.target, pair.candidate, emotion, is_cause, span if is_cause else ""
+            )
+        )
+    return predictions
+
+
+def span_text(text: str, offsets_M2: Ints, span: Sequence[int]) -> str:
+    """The exact substring of u_j's text from a span's first to its last token (1-based)."""
+    start, end = span_characters(offsets_M2, span)
+    return text[start:end]
+
+
+def span_characters(offsets_M2: Ints, span: Sequence[int]) -> tuple[int, int]:
+    """The characters [start, end) in u_j's text of a span of tokens (1-based, both included)."""
+    return int(offsets_M2[span[0] - 1][0]), int(offsets_M2[span[1] - 1][1])
+
+
+def choose_decision(
+    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], spans: list[str], rule: DecisionRule
+) -> tuple[float, float]:
+    """The threshold of causes and the offset of neutral that serve a labelled corpus best under a rule.
+
+    Under `argmax` the offset is 0. Otherwise the offsets that change a target's emotion are tried (at most _OFFSETS,
+    spread evenly over the targets), each with its best threshold; of equally good offsets the nearest to 0 wins.
+    """
+    best = (-np.inf, 0.0, 0.0, 0.0)
+    # Only what fold1 scores counts for the threshold: pairs (i, i) of neutral targets serve emotion accuracy alone.
+    scored = [
+        row
+        for row, pair in enumerate(pairs)
+        if pair.dialogue.utterances[pair.target - 1].evidence is not None
+    ]
+    for offset in _offsets(scores, pairs, emotions, rule):
+        emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
+        gains = pair_gains(
+            scores.cause_P[scored],
+            [emotion_of_pair[row] for row in scored],
+            [pairs[row].spans for row in scored],
+            [spans[row] for row in scored],
+            level=rule.level,
+        )
+        threshold, macro_f1 = choose_threshold(gains)
+        worth = macro_f1
+        if rule.neutral == "balanced":
+            own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
+            right = [emotion_of_pair[row] == pairs[row].emotion for row in own]
+            worth = (macro_f1 + 100 * float(np.mean(right))) / 2
+        best = max(best, (worth, -abs(offset), threshold, offset))
+    return best[2], best[3]
+
+
+def _offsets(
+    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], rule: DecisionRule
+) -> list[float]:
+    """The offsets of neutral that decide differently: 0, one below all margins, and those midway between two margins.
+
+    A target's margin is how far its likeliest other emotion is above neutral; an offset above it makes the target
+    neutral.
+    """
+    if rule.neutral == "argmax" or scores.emotion_PE is None or NEUTRAL not in emotions or len(emotions) < 2:
+        return [0.0]
+    own_PE = scores.emotion_PE[[pair.candidate == pair.target for pair in pairs]].astype(np.float64)
+    neutral = emotions.index(NEUTRAL)
+    margins = np.unique(np.delete(own_PE, neutral, axis=1).max(axis=1) - own_PE[:, neutral])
+    never = margins[:1] - 1
+    offsets = np.concatenate((never, (margins[1:] + margins[:-1]) / 2))
+    if len(offsets):
+        offsets = offsets[np.unique(np.linspace(0, len(offsets) - 1, _OFFSETS).astype(int))]
+    return [0.0, *offsets.tolist()]
 
 
 @dataclass(frozen=True)
 class PairGains:
-    """What predicting a pair as a cause is worth, P pairs (protocol reccon).
+    """What predicting each of P pairs as a cause would be worth (protocol reccon).
 
-    `score_P` in [0, 1], -inf for a pair that can never be predicted (its target is neutral).
-    `positive_rows_P`: gold spans of the pair, 0 for a negative pair. `f_sum_P`: sum of the rows' F with the
-    predicted span, each 0 to 1. Level span: Pos F1 is the mean of F over positive rows; utterance: the F1 of the
-    causal class, for which F is not looked at; both: the mean of the two.
+    `score_P` is in [0, 1], or -inf for a pair that can never be predicted because its target is neutral.
+    `positive_rows_P` is the number of gold spans of the pair (0 for a negative pair), `f_sum_P` the sum over them of
+    F with the predicted span, each in [0, 1]. `level` says what Pos F1 is: the mean of F over the gold spans (span),
+    the F1 of the causal class (utterance), or the mean of the two (both).
     """
 
     score_P: Floats
@@ -40,12 +319,37 @@ class PairGains:
     level: Level = "span"
 
 
-def choose_threshold(gains: PairGains) -> tuple[float, float]:
-    """(threshold, macro F1 in percent); a pair is predicted as a cause where score >= threshold.
+def pair_gains(
+    cause_P: npt.NDArray[np.float32],
+    emotion_of_pair: Sequence[str | None],
+    gold_spans: Sequence[Sequence[str]],
+    predicted_spans: Sequence[str],
+    level: Level = "span",
+) -> PairGains:
+    """What predicting each pair as a cause would be worth (protocol reccon), for the choice of the threshold."""
+    score_P = cause_P.astype(np.float64)
+    score_P[np.array([emotion == NEUTRAL for emotion in emotion_of_pair], dtype=bool)] = -np.inf
+    f_sum = [
+        sum(_row_f(gold, predicted) for gold in spans)
+        for spans, predicted in zip(gold_spans, predicted_spans, strict=True)
+    ]
+    num_spans = [len(spans) for spans in gold_spans]
+    return PairGains(score_P, np.array(num_spans, dtype=np.float64), np.array(f_sum, dtype=np.float64), level)
 
-    Pairs of equal score stay together; the threshold lies midway between two scores. Of equally good ones the
-    nearest to 0.5 is taken. A threshold under which nothing would be a cause is never chosen; where there is no
-    positive row or no pair that can be predicted, it is 0.5.
+
+def _row_f(gold: str, predicted: str) -> float:
+    kind = match(gold, predicted)
+    if kind == "correct":
+        return 1.0
+    return squad_f1(gold, predicted) if kind == "similar" and predicted.strip() else 0.0
+
+
+def choose_threshold(gains: PairGains) -> tuple[float, float]:
+    """The threshold with the best macro F1, and that F1 in percent; a pair is a cause if score >= threshold.
+
+    The threshold lies midway between two scores, so pairs of equal score stay together. Of equally good thresholds
+    the nearest to 0.5 wins. One under which nothing is a cause is never chosen. Without a gold span, or without a pair
+    that can be predicted, the threshold is 0.5.
     """
     usable = np.isfinite(gains.score_P)
     num_positive = gains.positive_rows_P.sum()
@@ -101,305 +405,3 @@ def _macro_of_counts(
     )
     positive_f1 = {"span": by_span, "utterance": by_utterance, "both": (by_span + by_utterance) / 2}[level]
     return 50 * (positive_f1 + negative_f1)
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """A student's view of P pairs: emotion log-probabilities, cause scores in [0, 1], best spans.
-
-    `span_P2` holds the first and last token of the best span, 1-based within u_j's copy. `emotion_PE` is None for
-    a student that is given the emotions, `span_P2` for one that finds no spans (task ecpe).
-    """
-
-    emotion_PE: npt.NDArray[np.float32] | None
-    cause_P: npt.NDArray[np.float32]
-    span_P2: npt.NDArray[np.int64] | None
-
-
-def cause_scores(output: StudentOutput) -> Tensor:
-    """The mean of what the mode has of p(cause) and 1 - p(no span). Shape (B,).
-
-    p(cause): that of the causal words at mask_cau, or the classifier's. p(no span): the geometric mean of start
-    and end.
-    """
-    scores = []
-    if output.connective_BA is not None:
-        words_BA = functional.softmax(output.connective_BA.float(), dim=-1)
-        scores.append(words_BA[:, :NUM_CAUSAL].sum(dim=-1))
-    if output.classifier_B2 is not None:
-        scores.append(functional.softmax(output.classifier_B2.float(), dim=-1)[:, 1])
-    if output.start_BS is not None and output.end_BS is not None:
-        no_start_B = functional.log_softmax(output.start_BS, dim=-1)[:, 0]
-        no_end_B = functional.log_softmax(output.end_BS, dim=-1)[:, 0]
-        scores.append(-torch.expm1((no_start_B + no_end_B) / 2))
-    return torch.stack(scores).mean(dim=0)
-
-
-def best_spans(start_BS: Tensor, end_BS: Tensor) -> Tensor:
-    """The likeliest first and last token with first <= last, 1-based: (B, 2)."""
-    start_BM, end_BM = start_BS[:, 1:], end_BS[:, 1:]
-    # Right of each place the best end, from a running maximum: O(M) in memory instead of M × M.
-    flipped_BM, from_right_BM = torch.cummax(end_BM.flip(1), dim=1)
-    best_end_BM, end_at_BM = flipped_BM.flip(1), end_BM.size(1) - 1 - from_right_BM.flip(1)
-    first_B = (start_BM + best_end_BM).argmax(dim=1, keepdim=True)
-    last_B = end_at_BM.gather(1, first_B)
-    return torch.cat((first_B, last_B), dim=1) + 1
-
-
-def score_pairs(
-    model: StudentModel,
-    batches: Iterable[tuple[Ints, Batch]],
-    num_pairs: int,
-    *,
-    device: torch.device,
-    precision: str,
-    on_batch: Callable[[int], object] | None = None,
-) -> PairScores:
-    """Scores of pairs 0 … num_pairs - 1; `batches` gives the places of a batch's pairs and its prompts."""
-    emotion_PE = np.zeros((num_pairs, model.num_emotions), np.float32) if model.outputs.emotions else None
-    cause_P = np.zeros(num_pairs, dtype=np.float32)
-    span_P2 = np.zeros((num_pairs, 2), dtype=np.int64) if model.outputs.spans else None
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), autocast(device, precision):
-        for places, batch in batches:
-            output = model(batch.to(device))
-            if emotion_PE is not None:
-                emotion_PE[places] = functional.log_softmax(output.emotion_BE.float(), dim=-1).cpu().numpy()
-            cause_P[places] = cause_scores(output).cpu().numpy()
-            if span_P2 is not None:
-                span_P2[places] = best_spans(output.start_BS, output.end_BS).cpu().numpy()
-            if on_batch:
-                on_batch(len(places))
-    model.train(was_training)
-    return PairScores(emotion_PE, cause_P, span_P2)
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """A context of bfloat16 autocast where the precision asks for it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def target_emotions(
-    emotion_PE: npt.NDArray[np.float32],
-    target_of_P: Ints,
-    is_own_P: npt.NDArray[np.bool_],
-    emotions: Sequence[str],
-    neutral_offset: float = 0.0,
-) -> list[str]:
-    """The emotion of each target 0 … max(target_of_P): argmax of the log-probabilities at its own pair (i, i).
-
-    `neutral_offset` is added to neutral's log-probability first.
-
-    Where (i, i) is not among the pairs: of their mean over the target's pairs. Not of the mean in general, since
-    which other pairs a scored target has tells whether it is neutral: in training and in fold1 + neutral only
-    emotional targets have pairs with j < i, and a student learns to take the hint.
-    """
-    num_targets = int(target_of_P.max()) + 1
-    has_own = np.zeros(num_targets, dtype=bool)
-    has_own[target_of_P[is_own_P]] = True
-    counts_P = is_own_P | ~has_own[target_of_P]
-    sums = np.zeros((num_targets, len(emotions)), dtype=np.float64)
-    np.add.at(sums, target_of_P[counts_P], emotion_PE[counts_P])
-    if NEUTRAL in emotions:
-        sums /= np.bincount(target_of_P[counts_P], minlength=num_targets)[:, None]
-        sums[:, list(emotions).index(NEUTRAL)] += neutral_offset
-    return [emotions[index] for index in sums.argmax(axis=1)]
-
-
-def span_text(text: str, offsets_M2: Ints, span: Sequence[int]) -> str:
-    """The exact substring of u_j's text from a span's first to its last token (1-based)."""
-    start, end = span_characters(offsets_M2, span)
-    return text[start:end]
-
-
-def span_characters(offsets_M2: Ints, span: Sequence[int]) -> tuple[int, int]:
-    """The characters [start, end) in u_j's text of a span of tokens (1-based, both included)."""
-    return int(offsets_M2[span[0] - 1][0]), int(offsets_M2[span[1] - 1][1])
-
-
-def pair_gains(
-    cause_P: npt.NDArray[np.float32],
-    emotion_of_pair: Sequence[str | None],
-    gold_spans: Sequence[Sequence[str]],
-    predicted_spans: Sequence[str],
-) -> PairGains:
-    """What each pair is worth as a cause (protocol reccon), for the choice of the threshold."""
-    score_P = cause_P.astype(np.float64)
-    score_P[np.array([emotion == NEUTRAL for emotion in emotion_of_pair], dtype=bool)] = -np.inf
-    f_sum = [
-        sum(_row_f(gold, predicted) for gold in spans)
-        for spans, predicted in zip(gold_spans, predicted_spans, strict=True)
-    ]
-    return PairGains(
-        score_P, np.array([len(s) for s in gold_spans], dtype=np.float64), np.array(f_sum, dtype=float)
-    )
-
-
-def _row_f(gold: str, predicted: str) -> float:
-    kind = match(gold, predicted)
-    if kind == "correct":
-        return 1.0
-    return squad_f1(gold, predicted) if kind == "similar" and predicted.strip() else 0.0
-
-
-if TYPE_CHECKING:  # pyarrow: prediction does without
-    from kdecs.corpus.cache import CorpusCache
-
-_OFFSETS = 64
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Scores on a corpus (fold1, protocol reccon) with the decision that was chosen on it and what it decides."""
-
-    scores: Scores
-    threshold: float
-    neutral_offset: float
-    predictions: list[Prediction]
-
-
-@dataclass(frozen=True)
-class DecisionRule:
-    """How a decision is chosen: the level of macro F1 that counts, and what neutral's offset is chosen for."""
-
-    level: Level = "span"
-    neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
-
-
-def validate(
-    model: StudentModel,
-    cache: "CorpusCache",
-    corpus: Corpus,
-    emotions: tuple[str, ...],
-    *,
-    device: torch.device,
-    batch_tokens: int,
-    pad_id: int,
-    rule: DecisionRule = DecisionRule(),
-) -> Validation:
-    """Score the pairs of fold1+neutral, choose the decision, and evaluate with it.
-
-    In float32, whatever the training's precision: that is what a student predicts in, and a threshold chosen in
-    another precision is another threshold. `cache` is the corpus' own: its rows are
-    `pairs_of(dialogue, "fold1+neutral")` over the dialogues.
-    """
-    rows = np.arange(len(cache))
-    batches = (
-        (chunk, cached_batch(cache, chunk, pad_id))
-        for chunk in batches_of_tokens(cache.num_tokens, rows, batch_tokens)
-    )
-    scores = score_pairs(model, batches, len(cache), device=device, precision="float32")
-    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
-    spans = [""] * len(pairs)
-    if scores.span_P2 is not None:
-        spans = [
-            span_text(_candidate_text(pair), cache.offsets_at(row), scores.span_P2[row])
-            for row, pair in enumerate(pairs)
-        ]
-    threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
-    decided = decide(pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold)
-    found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1")
-    return Validation(found, threshold, offset, decided)
-
-
-def choose_decision(
-    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], spans: list[str], rule: DecisionRule
-) -> tuple[float, float]:
-    """(threshold of causes, offset of neutral) that serve a labelled corpus best.
-
-    Under `argmax` the offset is 0. Otherwise each offset that changes a target's emotion is tried (at most
-    _OFFSETS of them, evenly over the targets) with the best threshold under it; of equally good ones the one
-    nearest to 0 is taken.
-    """
-    best = (-np.inf, 0.0, 0.0, 0.0)
-    for offset in _offsets(scores, pairs, emotions, rule):
-        emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
-        # Only what fold1 scores counts for the threshold: (i, i) of neutral targets serve emotion accuracy alone.
-        scored = [row for row, pair in enumerate(pairs) if _target(pair).evidence is not None]
-        gains = pair_gains(
-            scores.cause_P[scored],
-            [emotion_of_pair[row] for row in scored],
-            [pairs[row].spans for row in scored],
-            [spans[row] for row in scored],
-        )
-        threshold, macro_f1 = choose_threshold(replace(gains, level=rule.level))
-        worth = macro_f1
-        if rule.neutral == "balanced":
-            own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
-            right = [emotion_of_pair[row] == pairs[row].emotion for row in own]
-            worth = (macro_f1 + 100 * float(np.mean(right))) / 2
-        best = max(best, (worth, -abs(offset), threshold, offset))
-    return best[2], best[3]
-
-
-def _offsets(
-    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], rule: DecisionRule
-) -> list[float]:
-    """The offsets of neutral that are worth a trial: 0; under which no target is neutral; midway between two margins.
-
-    A target is neutral under an offset above its margin, the distance of its likeliest other emotion from neutral.
-    """
-    if rule.neutral == "argmax" or scores.emotion_PE is None or NEUTRAL not in emotions or len(emotions) < 2:
-        return [0.0]
-    own_PE = scores.emotion_PE[[pair.candidate == pair.target for pair in pairs]].astype(np.float64)
-    neutral = emotions.index(NEUTRAL)
-    margins = np.unique(np.delete(own_PE, neutral, axis=1).max(axis=1) - own_PE[:, neutral])
-    never = margins[:1] - 1
-    offsets = np.concatenate((never, (margins[1:] + margins[:-1]) / 2))
-    if len(offsets):
-        offsets = offsets[np.unique(np.linspace(0, len(offsets) - 1, _OFFSETS).astype(int))]
-    return [0.0, *offsets.tolist()]
-
-
-def target_index(pairs: list[Pair]) -> Ints:
-    """The number of each pair's target, counted over the pairs in order of first appearance: (P,).
-
-    Two dialogues may have one id (those of two requests, say): targets are told apart by the dialogue itself.
-    """
-    numbers: dict[tuple[int, int], int] = {}
-    return np.array(
-        [numbers.setdefault((id(p.dialogue), p.target), len(numbers)) for p in pairs], dtype=np.int64
-    )
-
-
-def pair_emotions(
-    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], neutral_offset: float = 0.0
-) -> list[str | None]:
-    """The emotion decided for each pair's target; its own where the student is given the emotions."""
-    if scores.emotion_PE is None:
-        return [pair.emotion for pair in pairs]
-    target_of_P = target_index(pairs)
-    is_own_P = np.array([pair.candidate == pair.target for pair in pairs], dtype=bool)
-    by_target = target_emotions(scores.emotion_PE, target_of_P, is_own_P, emotions, neutral_offset)
-    return [by_target[target] for target in target_of_P]
-
-
-def decide(
-    pairs: list[Pair],
-    scores: PairScores,
-    emotion_of_pair: Sequence[str | None],
-    spans: list[str],
-    threshold: float,
-) -> list[Prediction]:
-    """Predictions: a cause where the score reaches the threshold and the target is not neutral.
-
-    Compared in float64, as the threshold was chosen: one between two neighbours in float32 would be rounded to one.
-    """
-    predictions = []
-    for row, (pair, emotion, span) in enumerate(zip(pairs, emotion_of_pair, spans, strict=True)):
-        is_cause = float(scores.cause_P[row]) >= threshold and emotion != NEUTRAL
-        predictions.append(
-            Prediction(
-                pair.dialogue.id, pair.target, pair.candidate, emotion, is_cause, span if is_cause else ""
-            )
-        )
-    return predictions
-
-
-def _target(pair: Pair) -> Utterance:
-    return pair.dialogue.utterances[pair.target - 1]
-
-
-def _candidate_text(pair: Pair) -> str:
-    return pair.dialogue.utterances[pair.candidate - 1].text

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
-from kdecs.student.batches import Targets
 from kdecs.student.config import Distillation
+from kdecs.student.data import Targets
 from kdecs.student.model import StudentOutput
 
 UNKNOWN = -1

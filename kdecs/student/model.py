@@ -1,11 +1,11 @@
 """The student (Eq. 5-9): a masked language model read at its masks, and two span heads.
 
 Legend: B prompts, T tokens, H hidden, E emotions, A connective answer words, M tokens of u_j's copy,
-S = M + 1 span places (0 = no span), L longest prompt.
+S = M + 1 span places (0 = no span), P places read per prompt, L longest prompt.
 
-States are computed to the end only where they are read (kdecs.student.model). The head of the language model sees
-only those at the word masks, and only the answer rows of the output embedding are multiplied. Which outputs there are
-is the mode's (`Outputs`): Eq. 13's, or those of the ablations.
+A step of a `*ForMaskedLM` spends most of its head on tokens that nobody reads. Here the last layer is computed only
+where it is read (`EncoderStates`), the head of the language model sees only the word masks, and only the answer words'
+rows of the output embedding are multiplied. Which outputs there are depends on the mode (`Outputs`).
 """
 
 import logging
@@ -25,51 +25,6 @@ from kdecs.errors import ModelError
 from kdecs.models import load_pretrained
 from kdecs.student.priors import Priors
 
-
-class EncoderStates:
-    """States of an encoder's last layer at places of each prompt.
-
-    Layers of BERT's build (RoBERTa, XLM-R, BERT and its kin) compute the last feed-forward there alone; of others,
-    and of an encoder that is `compile`d as a whole, the places are taken from all states.
-    """
-
-    def __init__(self, encoder: Any) -> None:
-        self.encoder = encoder
-        self._places = threading.local()  # a served student answers several requests at once
-        self._is_narrow = False
-        layers = getattr(getattr(encoder, "encoder", None), "layer", None)
-        last: Any = None if layers is None else layers[-1]
-        # A base may ask for the feed-forward in chunks of tokens: then it is not called with all of them.
-        if hasattr(last, "feed_forward_chunk") and not encoder.config.chunk_size_feed_forward:
-            self._is_narrow = True
-            self._whole = last.feed_forward_chunk
-            last.feed_forward_chunk = self._feed_forward
-
-    def compile(self) -> None:
-        """Compile the encoder with symbolic lengths: they differ from batch to batch."""
-        self._is_narrow = False
-        self.encoder.compile(dynamic=True)
-
-    def __call__(self, token_ids_BT: Tensor, attention_BT: Tensor, places_BP: Tensor) -> Tensor:
-        """(B, P, H): the states at the places; a place may stand several times."""
-        if not self._is_narrow:
-            return _at(self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0], places_BP)
-        self._places.now = places_BP
-        try:
-            return self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0]
-        finally:
-            self._places.now = None
-
-    def _feed_forward(self, states_BTH: Tensor) -> Tensor:
-        places_BP = getattr(self._places, "now", None) if self._is_narrow else None
-        return self._whole(states_BTH if places_BP is None else _at(states_BTH, places_BP))
-
-
-def _at(states_BTH: Tensor, places_BP: Tensor) -> Tensor:
-    index = places_BP.unsqueeze(-1).expand(-1, -1, states_BTH.size(-1))
-    return torch.gather(states_BTH, 1, index)
-
-
 logger = logging.getLogger(__name__)
 
 SpanHeadName = Literal["position", "pointer"]
@@ -78,7 +33,7 @@ CauseBy = Literal["connective", "cls", "none"]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a student predicts beside its spans: the cause from mask_cau, from the first token, or not at all."""
+    """What a student predicts. `cause_by`: the cause from mask_cau (Eq. 7), from the first token, or not at all."""
 
     cause_by: CauseBy = "connective"
     emotions: bool = True
@@ -87,17 +42,18 @@ class Outputs:
 
 
 class Batch(NamedTuple):
-    """Tensors of B prompts, int64 but for the bool `candidate_mask_BM`; `candidate_BM`: positions of u_j's tokens.
+    """Tensors of B prompts, int64 except for the bool `candidate_mask_BM`.
 
-    A mask that the prompt has not is at position 0.
+    `masks_B4` are the positions of mask_emo, mask_cau, mask_st and mask_ed; masks missing from the prompt have
+    position 0. `candidate_BM` are the positions of u_j's tokens, `distance_B` is i - j.
     """
 
     token_ids_BT: Tensor
     attention_BT: Tensor
-    masks_B4: Tensor  # positions of mask_emo, mask_cau, mask_st, mask_ed
+    masks_B4: Tensor
     candidate_BM: Tensor
     candidate_mask_BM: Tensor
-    distance_B: Tensor  # i - j
+    distance_B: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; to a GPU without waiting for it."""
@@ -105,14 +61,14 @@ class Batch(NamedTuple):
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. To a GPU from pinned memory: from other memory a copy waits for what runs there."""
+    """The tensor on a device; to a GPU from pinned memory, since any other copy waits for what runs there."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 class StudentOutput(NamedTuple):
-    """Raw logits, None for what a mode does not predict; places beyond a prompt's tokens are -inf in spans."""
+    """Raw logits, None for what the mode does not predict. Span logits are -inf beyond a pair's own tokens."""
 
     emotion_BE: Tensor | None
     connective_BA: Tensor | None
@@ -132,7 +88,7 @@ class AnswerIds:
 class PositionSpanHead(nn.Module):
     """Eq. 8-9 as written: softmax(h W + b) over the positions of the prompt, W of H × L.
 
-    Restricted to position 0 (no span) and u_j's copy, which is the same as a softmax over these places alone.
+    Only position 0 (no span) and those of u_j's copy are allowed, so the softmax is over these places alone.
     """
 
     def __init__(self, hidden_size: int, max_positions: int) -> None:
@@ -150,7 +106,7 @@ class PositionSpanHead(nn.Module):
 
 
 class PointerSpanHead(nn.Module):
-    """A learned query of the mask's state against the state of each token of u_j; "no span" has its own logit."""
+    """The mask's state as a learned query against the state of each token of u_j; "no span" has its own logit."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -171,7 +127,7 @@ class PointerSpanHead(nn.Module):
 
 
 class StudentModel(nn.Module):
-    """Any AutoModelForMaskedLM encoder with its head at the masks, and heads of its own (`heads`)."""
+    """Any AutoModelForMaskedLM encoder with its head at the masks, and the student's own heads (`heads`)."""
 
     def __init__(
         self,
@@ -195,8 +151,15 @@ class StudentModel(nn.Module):
                 else PointerSpanHead(hidden_size)
             )
         self.classifier = nn.Linear(hidden_size, 2) if outputs.cause_by == "cls" else None
-        self.priors = _priors(answers, outputs) if outputs.priors else None
-        if self.priors is not None:  # nothing but the priors speaks at first
+        self.priors: Priors | None = None
+        if outputs.priors:
+            self.priors = Priors(
+                len(answers.emotions) if outputs.emotions else 0,
+                len(answers.connectives) if outputs.cause_by == "connective" else 0,
+                has_cause=outputs.cause_by != "none",
+                has_spans=outputs.spans,
+            )
+        if self.priors is not None:  # so that at first nothing but the priors decides
             for head in (self.span_head, self.classifier):
                 for parameter in () if head is None else head.parameters():
                     nn.init.zeros_(parameter)
@@ -209,7 +172,7 @@ class StudentModel(nn.Module):
 
     @property
     def heads(self) -> dict[str, nn.Module]:
-        """The modules beside the language model, by name: what `heads.safetensors` holds."""
+        """The modules beside the language model, by name, which `heads.safetensors` holds."""
         found = {"span": self.span_head, "classifier": self.classifier, "priors": self.priors}
         return {name: module for name, module in found.items() if module is not None}
 
@@ -231,21 +194,19 @@ class StudentModel(nn.Module):
         return StudentOutput(emotion_BE, connective_BA, start_BS, end_BS, classifier_B2)
 
     def _words(self, masks_B4H: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of the emotion words at mask_emo and of the connectives at mask_cau: the head's work is shared."""
-        wanted = [
-            (place, ids)
-            for place, ids, is_wanted in (
-                (0, self.emotion_ids, self.outputs.emotions),
-                (1, self.connective_ids, self.outputs.cause_by == "connective"),
-            )
-            if is_wanted
-        ]
-        logits: list[Tensor | None] = [None, None]
-        if wanted:
-            states = head_states(self.language_model, masks_B4H[:, [place for place, _ in wanted]])
-            for number, (place, ids) in enumerate(wanted):
-                logits[place] = self._answer_logits(states[:, number], ids)
-        return logits[0], logits[1]
+        """Logits (B, E) of the emotion words at mask_emo and (B, A) of the connectives at mask_cau, if predicted."""
+        is_predicted = (self.outputs.emotions, self.outputs.cause_by == "connective")
+        masks = [mask for mask in (0, 1) if is_predicted[mask]]
+        if not masks:
+            return None, None
+        # Both masks go through the head in one product.
+        states = dict(
+            zip(masks, head_states(self.language_model, masks_B4H[:, masks]).unbind(1), strict=True)
+        )
+        return (
+            self._answer_logits(states[0], self.emotion_ids) if 0 in states else None,
+            self._answer_logits(states[1], self.connective_ids) if 1 in states else None,
+        )
 
     def _spans(
         self, batch: Batch, masks_B4H: Tensor, tokens_BMH: Tensor
@@ -264,6 +225,52 @@ class StudentModel(nn.Module):
         decoder = self.language_model.get_output_embeddings()
         bias_A = None if decoder.bias is None else decoder.bias[ids_A]
         return functional.linear(states_BH, decoder.weight[ids_A], bias_A)
+
+
+class EncoderStates:
+    """The last layer's states of an encoder, at chosen places of each prompt only.
+
+    A student reads a handful of places per prompt. Layers of BERT's build (RoBERTa, XLM-R, BERT and their kin) compute
+    the last feed-forward there alone, which saves most of that layer. For others, and for an encoder that is compiled
+    as a whole, the places are picked from all states.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+        self._places = threading.local()  # a served student answers several requests at once
+        self._is_narrow = False
+        layers = getattr(getattr(encoder, "encoder", None), "layer", None)
+        last: Any = None if layers is None else layers[-1]
+        # With `chunk_size_feed_forward` a base calls its feed-forward for some tokens at a time: the places would not
+        # be those of the prompt.
+        if hasattr(last, "feed_forward_chunk") and not encoder.config.chunk_size_feed_forward:
+            self._is_narrow = True
+            self._all_places = last.feed_forward_chunk
+            last.feed_forward_chunk = self._feed_forward
+
+    def compile(self) -> None:
+        """Compile the encoder with symbolic lengths: they differ from batch to batch."""
+        self._is_narrow = False
+        self.encoder.compile(dynamic=True)
+
+    def __call__(self, token_ids_BT: Tensor, attention_BT: Tensor, places_BP: Tensor) -> Tensor:
+        """(B, P, H): the states at the places, which may repeat."""
+        if not self._is_narrow:
+            return _at(self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0], places_BP)
+        self._places.now = places_BP
+        try:
+            return self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0]
+        finally:
+            self._places.now = None
+
+    def _feed_forward(self, states_BTH: Tensor) -> Tensor:
+        places_BP = getattr(self._places, "now", None) if self._is_narrow else None
+        return self._all_places(states_BTH if places_BP is None else _at(states_BTH, places_BP))
+
+
+def _at(states_BTH: Tensor, places_BP: Tensor) -> Tensor:
+    index = places_BP.unsqueeze(-1).expand(-1, -1, states_BTH.size(-1))
+    return torch.gather(states_BTH, 1, index)
 
 
 def head_states(language_model: Any, states: Tensor) -> Tensor:
@@ -305,7 +312,11 @@ def load_language_model(reference: str | Path, *, has_head: bool = False, logs: 
             f"{'student' if has_head else 'encoder'}; fetch or save it again"
         )
     if lacking and logs:
-        logger.warning("%s: no weights for the language model's head (%s): it is new", reference, lacking[0])
+        logger.warning(
+            "%s: has no weights for the language model's head (%s): the head starts with random weights",
+            reference,
+            lacking[0],
+        )
     return model
 
 
@@ -336,17 +347,8 @@ def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
     return min(limits)
 
 
-def _priors(answers: AnswerIds, outputs: Outputs) -> Priors:
-    return Priors(
-        len(answers.emotions) if outputs.emotions else 0,
-        len(answers.connectives) if outputs.cause_by == "connective" else 0,
-        has_cause=outputs.cause_by != "none",
-        has_spans=outputs.spans,
-    )
-
-
 def _check_head(language_model: Any) -> None:
-    """The shortcut through the head must give what the whole model gives; compared on one short input."""
+    """Compare the shortcut through the head with the whole model on one short input. Raises ModelError."""
     ids = torch.arange(8, device=language_model.device).unsqueeze(0) % language_model.config.vocab_size
     was_training = language_model.training
     language_model.eval()

@@ -27,7 +27,7 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.errors import ArtifactError
 from kdecs.models import load_tokenizer, save_pretrained
-from kdecs.student.config import StudentConfig
+from kdecs.student.config import CONNECTIVE_MODES, Mode, StudentConfig
 from kdecs.student.model import (
     CauseBy,
     Outputs,
@@ -60,7 +60,7 @@ class StudentCard(BaseModel):
     neutral_offset: float = Field(
         default=0.0, description="added to neutral's log-probability in the decision"
     )
-    mode: Literal["kd", "joint", "cls", "span_only"] = "kd"
+    mode: Mode = "kd"
     task: Literal["ecspe", "ecpe"] = "ecspe"
     priors: bool = False
     given_emotions: dict[str, str] | None = Field(
@@ -83,7 +83,7 @@ class StudentCard(BaseModel):
     def prompt(self) -> PromptVariant:
         """The prompt's variant, by the mode."""
         return PromptVariant(
-            has_connective=self.mode in ("kd", "joint"),
+            has_connective=self.mode in CONNECTIVE_MODES,
             given_emotions=self.given_emotions,
             history_utterances=self.history_utterances,
         )

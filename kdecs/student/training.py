@@ -29,7 +29,7 @@ from kdecs.runtime import (
     warn_of_emulation,
 )
 from kdecs.student.config import StudentConfig
-from kdecs.student.data import TrainingData, given_emotions, load_training_data
+from kdecs.student.data import TrainingData, load_training_data
 from kdecs.student.decision import DEFAULT_THRESHOLD, DecisionRule, Level, Validation, autocast, validate
 from kdecs.student.losses import step_loss
 from kdecs.student.model import (
@@ -93,7 +93,7 @@ def train_student(
                 "threshold": best["threshold"],
                 "emotions": task.data.emotions,
                 "num_pairs": len(task.data.rows),
-                "num_gold_pairs": int(task.data.is_gold[task.data.rows].sum()),
+                "num_gold_pairs": int(task.data.is_gold_P[task.data.rows].sum()),
                 "epochs": loop.state.epoch,
                 "mode": config.distillation.mode,
                 "task": config.task,
@@ -170,7 +170,7 @@ class StudentTask:
             mode=config.distillation.mode,
             task=config.task,
             priors=config.model.priors == "training",
-            given_emotions=given_emotions(config),
+            given_emotions=config.emotion_table,
             history_utterances=config.model.history_utterances,
         )
         self.model = StudentModel(
@@ -196,7 +196,7 @@ class StudentTask:
         """
         assert self.model.priors is not None
         data = self.data
-        gold = data.rows[data.is_gold[data.rows]]
+        gold = data.rows[data.is_gold_P[data.rows]]
         some = gold[np.unique(np.linspace(0, len(gold) - 1, _PROBE_PAIRS).astype(int))]
         some = some[np.argsort(data.train.num_tokens[some], kind="stable")]
         emotions, connectives = [], []

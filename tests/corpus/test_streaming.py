@@ -154,7 +154,9 @@ def test_a_corpus_that_can_be_labelled_can_be_trained_on(
     assert len({pair.dialogue.id for pair in pairs}) == 160
     ids, _ = data.train.identities(data.rows)
     assert ids == [pair.id for pair in pairs]
-    gold = {pair.dialogue.id for pair, is_gold in zip(pairs, data.is_gold[data.rows], strict=True) if is_gold}
+    gold = {
+        pair.dialogue.id for pair, is_gold in zip(pairs, data.is_gold_P[data.rows], strict=True) if is_gold
+    }
     assert len(gold) == 80
     _, targets = data.batch(data.rows, np.ones(len(data.rows), np.float32))
     expected = [[hash_of(pair.id, word) for word in CONNECTIVES] for pair in pairs]

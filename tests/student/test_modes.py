@@ -194,18 +194,18 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
         return load_training_data(make("kd", "share", distillation=own), tokenizer, 256)
 
     whole = data()
-    assert whole.is_gold[whole.rows].all()
+    assert whole.is_gold_P[whole.rows].all()
     gold: list[set[int]] = []
     for share in (0.2, 0.5, 0.8):
         distilled, dropped = data(hard_share=share), data(hard_share=share, outside_share="drop")
         joint = data(hard_share=share, mode="joint")
-        gold.append(set(distilled.rows[distilled.is_gold[distilled.rows]].tolist()))
+        gold.append(set(distilled.rows[distilled.is_gold_P[distilled.rows]].tolist()))
         assert distilled.rows.tolist() == whole.rows.tolist()
         assert set(dropped.rows.tolist()) == set(joint.rows.tolist()) == gold[-1]
-        assert (dropped.gold_weights[dropped.rows] == 1).all()
+        assert (dropped.gold_weights_P[dropped.rows] == 1).all()
         # A batch's mean over its pairs is, in expectation, the mean over those with gold labels.
-        assert distilled.gold_weights[distilled.rows].mean() == pytest.approx(1.0, rel=1e-5)
-        outside = np.flatnonzero(~distilled.is_gold)
+        assert distilled.gold_weights_P[distilled.rows].mean() == pytest.approx(1.0, rel=1e-5)
+        outside = np.flatnonzero(~distilled.is_gold_P)
         _, targets = distilled.batch(outside[:8], np.ones(8, dtype=np.float32))
         assert (targets.gold_weights_B == 0).all()
         assert (targets.teacher_weights_B == 1).all()
