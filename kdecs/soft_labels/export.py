@@ -277,8 +277,6 @@ class _Worker:
     def _label(self, shard: int, claim: Claim) -> ShardRecord | None:
         """Score and publish a shard; None where another worker took it over and published it, or will."""
         path, num_pairs = self.path(shard), self.plan.record.pairs[shard]
-        for leftover in self.output.glob(f".{path.name}.*.tmp"):  # of workers that were killed
-            leftover.unlink(missing_ok=True)
         started = time.monotonic()
         scoring = ShardScoring(
             self.plan,
@@ -303,13 +301,13 @@ class _Worker:
             )
             # Before the shard: a shard that could be seen without its record would be labelled again.
             write_record(path, record)
-            is_first = publish(temporary, path)
+            try:
+                is_first = publish(temporary, path)
+            except (
+                FileNotFoundError
+            ):  # others completed the export meanwhile, and removed all temporary files
+                is_first = False
         except _ClaimLost:
-            is_first = False
-        except FileNotFoundError:
-            # Whoever takes a shard over also removes the temporary file of the worker that it believes dead.
-            if claim.renew() and not path.exists():
-                raise
             is_first = False
         finally:
             temporary.unlink(missing_ok=True)
