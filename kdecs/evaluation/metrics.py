@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kdecs.corpus.pairs import Universe
 from kdecs.corpus.schema import Corpus, map_corpus
 from kdecs.evaluation.baselines import ALL_NEGATIVE, MAJORITY_EMOTION, RULES, majority_emotion
+from kdecs.evaluation.counts import f1, ratio
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.evaluation.rows import (
     COLUMN,
@@ -75,24 +76,17 @@ def emotion_report(
     for gold, predicted in found:
         confusion[index[gold], index[predicted]] += 1
     right = confusion.diagonal()
-    totals = confusion.sum(axis=0) + confusion.sum(axis=1)
-    f1 = {label: float(100 * 2 * right[n] / totals[n]) for n, label in enumerate(labels)}
+    scores = 100 * f1(right, confusion.sum(axis=1), confusion.sum(axis=0))
     accuracy = float(100 * right.sum() / len(found)) if found else 0.0
-    return EmotionReport(labels, confusion, accuracy, sum(f1.values()) / len(f1) if f1 else 0.0, f1)
+    macro_f1 = sum(scores.tolist()) / len(labels) if labels else 0.0
+    return EmotionReport(
+        labels, confusion, accuracy, macro_f1, dict(zip(labels, scores.tolist(), strict=True))
+    )
 
 
 UTTERANCE_KEYS = ("utterance_positive_f1", "utterance_negative_f1", "utterance_macro_f1")
 STRICT_KEYS = ("exact_match", "positive_f1", "negative_f1", "macro_f1", *UTTERANCE_KEYS)
 SCORE_KEYS = ("emotion_accuracy", *STRICT_KEYS, *(f"strict_{key}" for key in STRICT_KEYS))
-
-
-@dataclass(frozen=True, slots=True)
-class UtteranceScores:
-    """F1 of the causal class, of the other class, and their mean, in percent."""
-
-    positive_f1: float
-    negative_f1: float
-    macro_f1: float
 
 
 @dataclass(frozen=True)
@@ -172,11 +166,14 @@ def baseline_scores(corpus: Corpus, rows: Sequence[Row]) -> dict[str, dict[str, 
 
     The same figures as `evaluate` gives for `trivial_predictions`, without a look at any span.
     """
-    labels = [row.gold is not None for row in rows]
+    is_positive = np.array([row.gold is not None for row in rows], dtype=bool)
     found = {}
     for name, rule in RULES.items():
-        scores = utterance_scores(labels, [rule(row.target, row.candidate) for row in rows])
-        values = (scores.positive_f1, scores.negative_f1, scores.macro_f1)
+        is_cause = np.array([rule(row.target, row.candidate) for row in rows], dtype=bool)
+        right = np.array([(is_positive & is_cause).sum(), (~is_positive & ~is_cause).sum()])
+        num_gold = np.array([is_positive.sum(), (~is_positive).sum()])
+        scores = 100 * f1(right, num_gold, np.array([is_cause.sum(), (~is_cause).sum()]))
+        values = (*scores.tolist(), float(scores.sum() / 2))
         found[name] = dict(zip(UTTERANCE_KEYS, values, strict=True))
     emotions = [u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion is not None]
     majority = majority_emotion(corpus)
@@ -194,14 +191,14 @@ def metrics_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     positives, negatives, right = column("positives"), column("negatives"), column("right_negatives")
     tp, fp = column("utterance_tp"), column("utterance_fp")
     fn, tn = column("utterance_fn"), column("utterance_tn")
-    negative_f1 = _ratio(2 * right, right + column("empty_positives") + negatives)
-    utterance_negative_f1 = _ratio(2 * tn, 2 * tn + fn + fp)
-    scores = {"emotion_accuracy": _ratio(column("emotions_right"), column("emotions_decided"))}
+    negative_f1 = f1(right, negatives, right + column("empty_positives"))
+    utterance_negative_f1 = f1(tn, tn + fp, tn + fn)
+    scores = {"emotion_accuracy": ratio(column("emotions_right"), column("emotions_decided"))}
     for prefix, utterance_tp in (("", tp), ("strict_", column("strict_utterance_tp"))):
-        positive_f1 = _ratio(column(f"{prefix}token_f1"), positives)
-        utterance_positive_f1 = _ratio(2 * utterance_tp, 2 * tp + fp + fn)
+        positive_f1 = ratio(column(f"{prefix}token_f1"), positives)
+        utterance_positive_f1 = f1(utterance_tp, tp + fn, tp + fp)
         scores |= {
-            f"{prefix}exact_match": _ratio(column(f"{prefix}exact"), positives),
+            f"{prefix}exact_match": ratio(column(f"{prefix}exact"), positives),
             f"{prefix}positive_f1": positive_f1,
             f"{prefix}negative_f1": negative_f1,
             f"{prefix}macro_f1": (positive_f1 + negative_f1) / 2,
@@ -210,28 +207,6 @@ def metrics_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
             f"{prefix}utterance_macro_f1": (utterance_positive_f1 + utterance_negative_f1) / 2,
         }
     return {key: 100 * value for key, value in scores.items()}
-
-
-def utterance_scores(labels: Sequence[bool], predicted: Sequence[bool]) -> UtteranceScores:
-    """F1 of both classes over pairs judged causal or not, in percent (ECPE); 0/0 counts as 0."""
-    gold, found = np.asarray(labels, dtype=bool), np.asarray(predicted, dtype=bool)
-    if gold.shape != found.shape:
-        raise ValueError(f"{gold.size} labels and {found.size} predictions")
-    wrong = np.sum(gold != found)
-    positive, negative = (
-        float(100 * _ratio(2 * np.sum(gold & found), 2 * np.sum(gold & found) + wrong)),
-        float(100 * _ratio(2 * np.sum(~gold & ~found), 2 * np.sum(~gold & ~found) + wrong)),
-    )
-    return UtteranceScores(positive, negative, (positive + negative) / 2)
-
-
-def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
-    """Element-wise quotient with 0/0 = 0."""
-    numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    found: NDArray[np.float64] = np.divide(
-        numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0
-    )
-    return found
 
 
 FAR = 5

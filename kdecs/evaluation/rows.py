@@ -179,7 +179,7 @@ def score_rows(
             is_cause,
             span,
             outcome == "correct",
-            _token_f1(row.gold, span, protocol),
+            token_f1(row.gold, span, protocol),
             emotion_is_right,
         )
     if protocol == "reccon-released" and last_similar_is_empty:
@@ -209,8 +209,8 @@ def sums_by_dialogue(
     return sums
 
 
-def _token_f1(gold: str, span: str, protocol: Protocol) -> float:
-    """F of a positive row, 0 to 1."""
+def token_f1(gold: str, span: str, protocol: Protocol = "reccon") -> float:
+    """F of a positive row, 0 to 1; `span` is stripped, and empty if no cause is predicted."""
     if protocol == "squad":
         return squad_f1(gold, span)
     outcome = match(gold, span)

@@ -27,6 +27,7 @@ from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.corpus.splits import open_splits
 from kdecs.errors import ArtifactError
+from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.soft_labels.claims import (
     KIND,
@@ -44,7 +45,6 @@ from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.format import (
     QUARANTINE_DIRECTORY,
     WORK_DIRECTORY,
-    Agreement,
     ShardRecord,
     published_record,
     shard_name,
@@ -333,10 +333,10 @@ class _Worker:
     def _manifest(self) -> Manifest:
         """The manifest of all shards, from the plan and the shards' records."""
         config, devices = self.config, sorted({record.device for record in self.records.values()})
-        totals: dict[str, Agreement] = {"valid": Agreement()}
+        totals: dict[str, PairCounts] = {"valid": PairCounts()}
         for record in self.records.values():
             for split, counts in record.agreement.items():
-                totals[split] = totals.get(split, Agreement()) + counts
+                totals[split] = totals.get(split, PairCounts()) + counts
         details: dict[str, Any] = {
             "answer_words": list(self.scorer.answer_words),
             "temperature": 1,
@@ -346,7 +346,9 @@ class _Worker:
             "engine": config.engine,
             "dtype": config.dtype,
             "threads_per_worker": config.threads_per_worker,
-            "agreement": {split: agreement_scores(counts) for split, counts in sorted(totals.items())},
+            "agreement": {
+                split: counts.scores() if counts.num_pairs else {} for split, counts in sorted(totals.items())
+            },
             "devices": devices,
             "reproducible": _REPRODUCIBLE["cpu" if devices == ["cpu"] else "other"],
         }
@@ -392,20 +394,6 @@ def long_shard_warning(num_shards: int, *, num_pairs: int, num_scored: int, seco
         f"worker that is stopped loses its current shard; with num_shards: {wanted} (in another output) a shard takes "
         f"{WANTED_SHARD_S / 60:.0f} minutes"
     )
-
-
-def agreement_scores(counts: Agreement) -> dict[str, float]:
-    """F1 of the causal pairs, of the others, and their mean, in percent; 0 / 0 counts as 0. Empty without pairs."""
-    if not counts.num_pairs:
-        return {}
-    wrong = counts.false_positive + counts.false_negative
-    positive = _f1(counts.true_positive, wrong)
-    negative = _f1(counts.true_negative, wrong)
-    return {"positive_f1": positive, "negative_f1": negative, "macro_f1": (positive + negative) / 2}
-
-
-def _f1(right: int, wrong: int) -> float:
-    return 100.0 * 2 * right / (2 * right + wrong) if right + wrong else 0.0
 
 
 def _found_manifest(output: Path) -> Manifest | None:

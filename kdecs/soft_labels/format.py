@@ -45,6 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdecs.artifact import MANIFEST_NAME, FileEntry, Manifest, sha256_of_file, write_json
 from kdecs.errors import ArtifactError, LabelError
+from kdecs.evaluation.counts import PairCounts
 
 SPLITS = ("train", "valid", "test")
 SHARD_FORMAT = "1"
@@ -372,25 +373,6 @@ def _from_arrow(path: Path, batch: pa.RecordBatch, num_words: int, top_k: int) -
     )
 
 
-class Agreement(BaseModel):
-    """Fold1 pairs by gold (cause or not) and by the labels' decision: counts, so that shards add up."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    true_positive: int = Field(default=0, ge=0)
-    false_positive: int = Field(default=0, ge=0)
-    false_negative: int = Field(default=0, ge=0)
-    true_negative: int = Field(default=0, ge=0)
-
-    def __add__(self, other: "Agreement") -> "Agreement":
-        names = type(self).model_fields
-        return Agreement(**{name: getattr(self, name) + getattr(other, name) for name in names})
-
-    @property
-    def num_pairs(self) -> int:
-        """All pairs counted."""
-        return self.true_positive + self.false_positive + self.false_negative + self.true_negative
-
-
 class ShardRecord(BaseModel):
     """What its worker knew of a published shard; `agreement` by split."""
 
@@ -400,7 +382,7 @@ class ShardRecord(BaseModel):
     rows: int = Field(ge=0)
     plan: str = Field(description="sha256 of the plan's entries: a shard of another plan holds other pairs")
     device: str
-    agreement: dict[str, Agreement] = Field(default_factory=dict)
+    agreement: dict[str, PairCounts] = Field(default_factory=dict)
 
 
 def record_path(shard: Path, record: ShardRecord) -> Path:

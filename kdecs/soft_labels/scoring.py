@@ -13,7 +13,8 @@ from kdecs.artifact import Manifest
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import LabelError
-from kdecs.soft_labels.format import Agreement, ShardTable
+from kdecs.evaluation.counts import PairCounts
+from kdecs.soft_labels.format import ShardTable
 from kdecs.soft_labels.plan import Plan, PlannedDialogue
 
 
@@ -91,7 +92,7 @@ class ShardScoring:
         top_k: int = 0,
         on_chunk: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.agreement: dict[str, Agreement] = {}
+        self.agreement: dict[str, PairCounts] = {}
         self._plan, self._shard, self._scorer, self._top_k = plan, shard, scorer, top_k
         self._on_chunk = on_chunk
 
@@ -142,14 +143,8 @@ class ShardScoring:
             utterances = planned.pairs[0].dialogue.utterances
             in_fold1 = [utterances[pair.target - 1].evidence is not None for pair in planned.pairs]
             gold = np.array([pair.is_cause for pair in planned.pairs])[in_fold1]
-            says = says_n[first:row][in_fold1]
-            counts = Agreement(
-                true_positive=int((gold & says).sum()),
-                false_positive=int((~gold & says).sum()),
-                false_negative=int((gold & ~says).sum()),
-                true_negative=int((~gold & ~says).sum()),
-            )
-            self.agreement[planned.split] = self.agreement.get(planned.split, Agreement()) + counts
+            counts = PairCounts.of(gold, says_n[first:row][in_fold1])
+            self.agreement[planned.split] = self.agreement.get(planned.split, PairCounts()) + counts
 
 
 def _check_finite(

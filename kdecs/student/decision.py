@@ -21,9 +21,10 @@ from torch.nn import functional
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.schema import NEUTRAL, Corpus
+from kdecs.evaluation.counts import f1
 from kdecs.evaluation.metrics import Scores, evaluate
 from kdecs.evaluation.predictions import Prediction
-from kdecs.evaluation.rows import match, squad_f1
+from kdecs.evaluation.rows import token_f1
 from kdecs.student.batches import Ints, batches_of_tokens, cached_batch
 from kdecs.student.model import Batch, StudentModel, StudentOutput
 
@@ -330,18 +331,11 @@ def pair_gains(
     score_P = cause_P.astype(np.float64)
     score_P[np.array([emotion == NEUTRAL for emotion in emotion_of_pair], dtype=bool)] = -np.inf
     f_sum = [
-        sum(_row_f(gold, predicted) for gold in spans)
+        sum(token_f1(gold, predicted.strip()) for gold in spans)
         for spans, predicted in zip(gold_spans, predicted_spans, strict=True)
     ]
     num_spans = [len(spans) for spans in gold_spans]
     return PairGains(score_P, np.array(num_spans, dtype=np.float64), np.array(f_sum, dtype=np.float64), level)
-
-
-def _row_f(gold: str, predicted: str) -> float:
-    kind = match(gold, predicted)
-    if kind == "correct":
-        return 1.0
-    return squad_f1(gold, predicted) if kind == "similar" and predicted.strip() else 0.0
 
 
 def choose_threshold(gains: PairGains) -> tuple[float, float]:
@@ -395,13 +389,8 @@ def _macro_of_counts(
 ) -> Floats:
     """Macro F1 (percent) from the sum of F, the negatives predicted as causes, the positive rows predicted."""
     right = num_negative - lost_negatives
-    # F1 = 2 right / (negatives + predicted negatives): the same as from precision and recall; 0/0 is 0.
-    total = num_negative + right + (num_positive - found_rows)
-    negative_f1 = np.divide(2 * right, total, out=np.zeros_like(right, dtype=np.float64), where=total > 0)
+    negative_f1 = f1(right, num_negative, right + (num_positive - found_rows))
     by_span = f_sum / num_positive if num_positive else np.zeros_like(negative_f1)
-    total = num_positive + found_rows + lost_negatives
-    by_utterance = np.divide(
-        2 * found_rows, total, out=np.zeros_like(total, dtype=np.float64), where=total > 0
-    )
+    by_utterance = f1(found_rows, num_positive, found_rows + lost_negatives)
     positive_f1 = {"span": by_span, "utterance": by_utterance, "both": (by_span + by_utterance) / 2}[level]
     return 50 * (positive_f1 + negative_f1)

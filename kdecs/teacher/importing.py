@@ -22,7 +22,7 @@ from kdecs.config import config_hash, input_checksums, parse_config, write_confi
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ConfigError, CorpusError, ModelError
-from kdecs.evaluation.metrics import utterance_scores
+from kdecs.evaluation.counts import PairCounts
 from kdecs.models import first_line
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
@@ -185,12 +185,8 @@ def _scores(
                 )
             predicted += is_causal(logits_PA).tolist()
             bar.update(len(logits_PA))
-    scores = utterance_scores([pair.is_cause for pair in pairs], predicted)
-    return {
-        "valid_positive_f1": scores.positive_f1,
-        "valid_negative_f1": scores.negative_f1,
-        "valid_macro_f1": scores.macro_f1,
-    }
+    scores = PairCounts.of([pair.is_cause for pair in pairs], predicted).scores()
+    return {f"valid_{key}": score for key, score in scores.items()}
 
 
 def _write(

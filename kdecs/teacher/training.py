@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kdecs.artifact import claim, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
-from kdecs.evaluation.metrics import utterance_scores
+from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, any_rank, gather_objects, seed_everything, warn_of_emulation
 from kdecs.teacher.checkpoint import Progress, product_directory, resume, save_checkpoint
@@ -124,19 +124,16 @@ def validate(
             f"validation loss {total}: training stopped before anything was saved; lower optimization.learning_rate"
         )
     labels = [pair.is_cause for pair in valid.pairs]
-    scores = utterance_scores(labels, [merged[n] for n in range(len(labels))])
-    return {
-        "valid_loss": total / len(labels),
-        "valid_positive_f1": scores.positive_f1,
-        "valid_negative_f1": scores.negative_f1,
-        "valid_macro_f1": scores.macro_f1,
+    counts = PairCounts.of(labels, [merged[n] for n in range(len(labels))])
+    return {"valid_loss": total / len(labels)} | {
+        f"valid_{key}": score for key, score in counts.scores().items()
     }
 
 
 def majority_macro_f1(valid: PromptSet) -> float:
     """Macro F1 of giving every pair the more frequent label."""
     labels: Sequence[bool] = [pair.is_cause for pair in valid.pairs]
-    return utterance_scores(labels, [sum(labels) * 2 > len(labels)] * len(labels)).macro_f1
+    return PairCounts.of(labels, [sum(labels) * 2 > len(labels)] * len(labels)).scores()["macro_f1"]
 
 
 _LOCK = ".training.lock"

@@ -9,7 +9,7 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Corpus, Dialogue, Evidence, Utterance
 from kdecs.errors import PredictionError
 from kdecs.evaluation.baselines import trivial_predictions
-from kdecs.evaluation.metrics import evaluate, utterance_scores
+from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import Prediction, by_pair
 from kdecs.evaluation.rows import match, squad_f1
 
@@ -209,15 +209,6 @@ def test_the_rules_scores_are_those_of_their_predictions(universe):
 def test_empty_denominators_are_zero():
     scores = evaluate(corpus_of(dialogue_of(("a", "neutral", None))), {})
     assert set(scores.values.values()) == {0.0}
-
-
-def test_utterance_scores_of_labels():
-    scores = utterance_scores([True, True, False, False, False], [True, False, True, False, False])
-    assert (scores.positive_f1, scores.negative_f1) == (pytest.approx(50), pytest.approx(100 * 4 / 6))
-    assert scores.macro_f1 == (scores.positive_f1 + scores.negative_f1) / 2
-    assert utterance_scores([], []).macro_f1 == 0
-    with pytest.raises(ValueError, match="2 labels and 1"):
-        utterance_scores([True, False], [True])
 
 
 @pytest.mark.skipif(not RECCON.is_dir(), reason="the RECCON files are not here (KDECS_RECCON)")

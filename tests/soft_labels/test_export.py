@@ -18,7 +18,7 @@ from kdecs.artifact import read_manifest, verify_artifact, write_manifest
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped
-from kdecs.evaluation.metrics import utterance_scores
+from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.soft_labels import export as exporting
 from kdecs.soft_labels.claims import publish
@@ -319,15 +319,8 @@ def test_the_agreement_is_that_of_the_labels_with_gold(finished: Path) -> None:
         says = [
             np.exp(by_id[split, p.id][:4].astype(float)).sum() > np.exp(by_id[split, p.id][4]) for p in pairs
         ]
-        scores = utterance_scores([p.is_cause for p in pairs], says)
-        found = manifest.details["agreement"][split]
-        assert found == pytest.approx(
-            {
-                "positive_f1": scores.positive_f1,
-                "negative_f1": scores.negative_f1,
-                "macro_f1": scores.macro_f1,
-            }
-        )
+        counts = PairCounts.of([p.is_cause for p in pairs], says)
+        assert manifest.details["agreement"][split] == counts.scores()
 
 
 def test_the_warning_of_long_shards_names_a_number_of_shards() -> None:

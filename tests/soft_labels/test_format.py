@@ -13,9 +13,9 @@ from label_directories import WORDS, read_shard
 
 from kdecs.artifact import sha256_of_file
 from kdecs.errors import ArtifactError
+from kdecs.evaluation.counts import PairCounts
 from kdecs.soft_labels.format import (
     ROWS_PER_GROUP,
-    Agreement,
     ShardRecord,
     ShardTable,
     encode_shard,
@@ -141,7 +141,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_flipped_byte_of_a_record_makes_it_none(tmp_path: Path) -> None:
     """A flip in white space or in the case of an escape says the same; any other is no record."""
     path = tmp_path / "shard-00000.parquet"
-    record = write(path, table(), agreement={"valid": Agreement(true_positive=3, true_negative=4)})
+    record = write(path, table(), agreement={"valid": PairCounts(true_positive=3, true_negative=4)})
     assert published_record(path) == record
     whole = record_path(path, record).read_bytes()
     for position in range(len(whole)):

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import DependencyError, LabelError
-from kdecs.evaluation.metrics import utterance_scores
+from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.export import export_shards
@@ -84,8 +84,8 @@ def test_figures_are_those_of_a_loop(labels: Path) -> None:
         assert gold["calibration"][str(tau)]["nll"] == pytest.approx(nll, rel=1e-6)
         if tau == 1:
             assert [row["pairs"] for row in gold["reliability"]] == [len(bins[b]) for b in sorted(bins)]
-            scores = utterance_scores([pair.is_cause for pair in pairs], [p > 0.5 for p in p_cause])
-            assert gold["agreement"]["macro_f1"] == pytest.approx(scores.macro_f1)
+            counts = PairCounts.of([pair.is_cause for pair in pairs], [p > 0.5 for p in p_cause])
+            assert gold["agreement"]["macro_f1"] == pytest.approx(counts.scores()["macro_f1"])
     first = [int(np.argmax(rows[pair.id])) for pair in pairs]
     for place, word in enumerate(WORDS):
         hits = [pair.is_cause for pair, a in zip(pairs, first, strict=True) if a == place]

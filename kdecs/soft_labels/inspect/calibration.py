@@ -8,7 +8,7 @@ over [0, 1], n_m pairs, mean p(cause) p_m and share of gold causes g_m in bin m 
     ECE = Σ_m n_m / n · |p_m − g_m|
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
-from kdecs.corpus.pairs import pairs_of
-from kdecs.corpus.schema import Dialogue
 from kdecs.errors import LabelError
-from kdecs.evaluation.metrics import utterance_scores
+from kdecs.evaluation.counts import PairCounts
 
 SCORES = ("positive_f1", "negative_f1", "macro_f1")
 """The scores of an agreement, in percent."""
@@ -39,22 +37,6 @@ def is_causal(logits_nA: np.ndarray) -> np.ndarray:
     """Boolean (n,): whether the causal words together are more probable than `other`."""
     causal_n = np.logaddexp.reduce(logits_nA[:, :NUM_CAUSAL].astype(np.float32), axis=1)
     return causal_n > logits_nA[:, NUM_CAUSAL]
-
-
-def agreement_with_gold(
-    dialogues: Sequence[Dialogue], logits_by_id: Mapping[str, np.ndarray]
-) -> dict[str, float]:
-    """Utterance-level scores (percent) over the fold1 pairs, each once: the figure that selects teachers."""
-    pairs = [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1")]
-    if not pairs:
-        return {}
-    predicted = is_causal(np.stack([logits_by_id[pair.id] for pair in pairs]))
-    scores = utterance_scores([pair.is_cause for pair in pairs], predicted.tolist())
-    return {
-        "positive_f1": float(scores.positive_f1),
-        "negative_f1": float(scores.negative_f1),
-        "macro_f1": float(scores.macro_f1),
-    }
 
 
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
@@ -160,7 +142,7 @@ class GoldSums:
 
     def __init__(self, answer_words: tuple[str, ...]) -> None:
         self.answer_words = answer_words
-        self._confusion = np.zeros((2, 2), dtype=np.int64)  # gold, decided
+        self._counts = PairCounts()
         self._reliability_T = [Reliability.empty() for _ in TEMPERATURES]
         self._nll_T = np.zeros(len(TEMPERATURES))
         self._brier_T = np.zeros(len(TEMPERATURES))
@@ -169,7 +151,7 @@ class GoldSums:
 
     def add(self, logits_nA: np.ndarray, is_cause_n: np.ndarray) -> None:
         """Count a batch; `is_cause_n` (n,) bool is gold."""
-        np.add.at(self._confusion, (is_cause_n.astype(int), is_causal(logits_nA).astype(int)), 1)
+        self._counts += PairCounts.of(is_cause_n, is_causal(logits_nA))
         for index, temperature in enumerate(TEMPERATURES):
             p_nA = probabilities(logits_nA, temperature)
             p_cause_n = np.minimum(p_nA[:, :NUM_CAUSAL].sum(axis=1), 1.0)
@@ -187,7 +169,7 @@ class GoldSums:
     @property
     def num_pairs(self) -> int:
         """Pairs counted."""
-        return int(self._confusion.sum())
+        return self._counts.num_pairs
 
     @property
     def reliability(self) -> Reliability:
@@ -197,16 +179,12 @@ class GoldSums:
     def as_dict(self) -> dict[str, Any]:
         """F1 in percent, shares in [0, 1], NLL in nats a pair."""
         n = max(1, self.num_pairs)
-        positive, negative = _f1(self._confusion), _f1(self._confusion[::-1, ::-1])
-        golds = np.maximum(1, self._confusion.sum(axis=1))
+        num_causes = self._counts.true_positive + self._counts.false_negative
+        golds = np.maximum(1, [self.num_pairs - num_causes, num_causes])
         return {
             "num_pairs": self.num_pairs,
-            "num_causes": int(self._confusion[1].sum()),
-            "agreement": {
-                "positive_f1": positive,
-                "negative_f1": negative,
-                "macro_f1": (positive + negative) / 2,
-            },
+            "num_causes": num_causes,
+            "agreement": self._counts.scores(),
             "calibration": {
                 str(t): {
                     "ece": self._reliability_T[i].ece,
@@ -226,9 +204,3 @@ class GoldSums:
                 for a, word in enumerate(self.answer_words)
             },
         }
-
-
-def _f1(confusion: np.ndarray) -> float:
-    """F1 of class 1 in percent; 0/0 counts as 0."""
-    hits, misses, alarms = confusion[1, 1], confusion[1, 0], confusion[0, 1]
-    return float(200 * hits / (2 * hits + misses + alarms)) if hits else 0.0
