@@ -158,6 +158,7 @@ class _Sweep:
         write_config(config, self.config.output)
         write_environment(self.config.output)
         self.upload.begin(self.results(is_live=False))
+        # A grid has one stage. A search has two, and the second is known once the first is over.
         while True:
             stage = self.search.stage()
             missing = self.missing(stage)
@@ -167,7 +168,7 @@ class _Sweep:
                 return
             results = self.results(is_live=False)
             if stop.requested or any(r.status in ("waiting", "stopped") for r in results):
-                return
+                return  # survivors of a part of the search would not be those of the whole
             self.search.choose_survivors(results)
             print(
                 f"sweep {self.config.name}: search over {len(results)} trials is done, "
@@ -181,6 +182,7 @@ class _Sweep:
         """Have the missing trials of a stage trained, and show and upload how far they are."""
         config = self.config
         for trial in missing:
+            # A worker on any node reads this: nothing of a trial's settings crosses Ray.
             trial.directory.mkdir(parents=True, exist_ok=True)
             write_config(trial.config, trial.directory)
         before = self.results(is_live=False)
@@ -210,8 +212,7 @@ class _Sweep:
                 is_search=stage.name == "search",
             ),
         )
-        with SweepProgress(config, number, done) as progress:
-            progress.skip(before)
+        with SweepProgress(config, number, before) as progress:
 
             def follow() -> None:
                 results = self.results(is_live=True)

@@ -47,17 +47,25 @@ _USUAL_PARAMETERS = 0.125e9
 
 
 class SweepProgress:
-    """Shows the trials that run, the best so far and the time left. Use it as a context manager."""
+    """Shows the trials that run, the best so far and the time left. Use it as a context manager.
+
+    `before` are the results before this start. What had ended then is not printed, and its epochs do not count for the
+    rate. A failed trial is tried, and printed, again.
+    """
 
     def __init__(
-        self, config: SweepConfig, num_trials: int, already_done: int, *, console: Console | None = None
+        self,
+        config: SweepConfig,
+        num_trials: int,
+        before: list[TrialResult],
+        *,
+        console: Console | None = None,
     ) -> None:
         self._name = config.name
         self._num_trials = num_trials
-        self._already_done = already_done
         self._began = time.monotonic()
-        self._epochs_before: int | None = None
-        self._printed: set[str] = set()
+        self._epochs_before = _epochs_done(before)
+        self._printed = {result.id for result in before if result.status in ("complete", "pruned")}
         self._console = console or Console(file=sys.stdout, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
@@ -74,19 +82,12 @@ class SweepProgress:
 
     def update(self, results: list[TrialResult]) -> None:
         """Show the state; a trial that ended is printed once."""
-        if self._epochs_before is None:
-            self._epochs_before = _epochs_done(results)
         for result in results:
             if result.status in _ENDED and result.id not in self._printed:
                 self._printed.add(result.id)
                 self._console.print(self._ended_line(result), soft_wrap=True)
         if self._console.is_terminal:
             self._live.update(self.table(results), refresh=True)
-
-    def skip(self, results: list[TrialResult]) -> None:
-        """Do not print these: they had ended before this start. A failed trial is tried, and printed, again."""
-        self._printed.update(result.id for result in results if result.status in ("complete", "pruned"))
-        self._epochs_before = _epochs_done(results)
 
     def table(self, results: list[TrialResult]) -> Group:
         """What runs now, the best so far, and a line of totals."""
@@ -98,7 +99,10 @@ class SweepProgress:
         room = max(3, self._console.size.height - _NUM_BEST - 5)
         running = [result for result in results if result.status in _MOVING]
         for result in running[:room]:
-            table.add_row(result.label, _bar(result), _score(result), duration(self._age(result)))
+            # The first attempt's seconds are written at the end of each epoch only, so the clock shows its age.
+            since_start = time.time() - result.started if result.attempts == 1 and result.started else 0
+            age = duration(max(result.seconds, since_start))
+            table.add_row(result.label, _bar(result), _score(result), age)
         if len(running) > room:
             table.add_row(f"and {len(running) - room} more", "", "", "", style="dim")
         scored = [r for r in results if r.status == "complete" and r.has_score]
@@ -129,7 +133,7 @@ class SweepProgress:
 
     def seconds_left(self, results: list[TrialResult]) -> float | None:
         """The time for the epochs that are left, at this start's rate. None before its first epoch, and at the end."""
-        done = _epochs_done(results) - (self._epochs_before or 0)
+        done = _epochs_done(results) - self._epochs_before
         known = [result for result in results if result.status not in _ENDED]
         unknown = max(0, self._num_trials - len(results))  # trials of a search that are not chosen yet
         mean_epochs = sum(result.epochs for result in results) / max(1, len(results))
@@ -137,12 +141,6 @@ class SweepProgress:
         if done <= 0 or left <= 0:
             return None
         return (time.monotonic() - self._began) / done * left
-
-    @staticmethod
-    def _age(result: TrialResult) -> float:
-        return max(
-            result.seconds, time.time() - result.started if result.attempts == 1 and result.started else 0
-        )
 
     def _ended_line(self, result: TrialResult) -> str:
         line = f"trial {len(self._printed)}/{self._num_trials} {result.label}: "
@@ -195,7 +193,7 @@ def print_dry_run(config: SweepConfig) -> None:
         if not trial.config_hash:
             state = "no labels"
             left.append(trial)
-        elif state != "complete" and config.reuse_students and _is_stored(config, trial):
+        elif state != "complete" and config.reuse_students and _is_taken_from_store(config, trial):
             state, num_stored = "in the store", num_stored + 1
         elif state != "complete" and not (stage == "search" and state == "pruned"):
             left.append(trial)
@@ -250,10 +248,10 @@ def _print_hours(
     console.print(f"{when}{hours:.1f} {unit} hours ({estimate.source})", soft_wrap=True)
 
 
-def _is_stored(config: SweepConfig, trial: Trial) -> bool:
-    if read_points(trial.directory / METRICS_NAME):  # it goes on with its own epochs
-        return False
-    return find_student(config.student_store, trial.config_hash) is not None
+def _is_taken_from_store(config: SweepConfig, trial: Trial) -> bool:
+    """Whether the trial will take a finished student: only one without epochs of its own does."""
+    has_own_epochs = bool(read_points(trial.directory / METRICS_NAME))
+    return not has_own_epochs and find_student(config.student_store, trial.config_hash) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +272,13 @@ def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[T
     tflops = config.effective_tflops or (
         _GPU_TFLOPS * config.gpus_per_trial if config.gpus_per_trial else _CORE_TFLOPS * config.cpus_per_trial
     )
-    seconds = sum(_operations(trial) for trial in left) / (tflops * 1e12)
+    seconds = 0.0
+    for trial in left:
+        model, epochs = trial.config.model, trial.config.optimization.epochs
+        tokens = epochs * _training_tokens(trial.config.corpus.model_dump_json(), model.max_prompt_tokens)
+        seconds += (
+            6 * _parameters(model.base) * tokens / (tflops * 1e12)
+        )  # 6 operations per parameter and token
     return Estimate(seconds, f"arithmetic: {tflops:g} TFLOP/s per trial (set effective_tflops), all epochs")
 
 
@@ -287,12 +291,6 @@ def _seconds_per_epoch(config: SweepConfig, trial: Trial) -> float | None:
         if note and note.seconds and points:
             return note.seconds / len(points)
     return None
-
-
-def _operations(trial: Trial) -> float:
-    config = trial.config
-    tokens = _training_tokens(config.corpus.model_dump_json(), config.model.max_prompt_tokens)
-    return 6 * _parameters(config.model.base) * tokens * config.optimization.epochs
 
 
 @cache

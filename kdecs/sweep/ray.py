@@ -82,7 +82,9 @@ def train_stage(stage: StageRun) -> None:
     with _sweep_lock(stage) as is_wanted:
         if not is_wanted:
             return
-        temporary = Path(tempfile.mkdtemp(prefix="kdecs-ray-", dir=_short_temporary()))
+        usual = tempfile.gettempdir()
+        short = usual if len(usual) <= _LONGEST_TEMPORARY else "/tmp"
+        temporary = Path(tempfile.mkdtemp(prefix="kdecs-ray-", dir=short))
         try:
             _start_ray(config, temporary, stage.run.stop_file)
             if not _is_orphan(stage):
@@ -128,11 +130,6 @@ def _sweep_lock(stage: StageRun) -> Iterator[bool]:
 def _is_orphan(stage: StageRun) -> bool:
     """Whether the driver has died: without it nothing may begin."""
     return os.getppid() != stage.driver
-
-
-def _short_temporary() -> str:
-    usual = tempfile.gettempdir()
-    return usual if len(usual) <= _LONGEST_TEMPORARY else "/tmp"
 
 
 def _start_ray(config: SweepConfig, temporary: Path, stop_file: Path) -> None:
@@ -223,7 +220,7 @@ def _fit(stage: StageRun, config: SweepConfig) -> None:
             num_samples=search.num_trials if isinstance(search, TpeSearch) else 1,
             search_alg=searcher,
             scheduler=scheduler,
-            reuse_actors=True,
+            reuse_actors=True,  # a new worker would import torch again, for seconds per trial
             max_concurrent_trials=config.max_concurrent_trials,
         ),
         run_config=tune.RunConfig(

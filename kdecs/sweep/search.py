@@ -53,7 +53,7 @@ class Search:
         self.config = config
         self.space = Space(config, planned=planned)
         self._seeds = () if isinstance(config.search, GridSearch) else self.space.seeds()
-        # The driver asks every second, and hashing every trial's config takes longer than that.
+        # Trials by their points: the driver asks every second, and hashing their configs takes longer than that.
         self._made: dict[str, list[Trial]] = {}
         self._grid = self.space.trials() if isinstance(config.search, GridSearch) else None
 
@@ -255,8 +255,10 @@ class TpeSuggester:
             point[SEED_KEY] = self._search.search_seed
             trial = self._search.space.trial_at(point)
             if trial is None or trial.id in self._known:
+                # A refused point counts as failed and a repeated one with its value, so TPE looks elsewhere.
                 self._tell(asked, trial)
                 continue
+            # The config before the suggestion: a kill in between leaves a directory that nobody counts.
             trial.directory.mkdir(parents=True, exist_ok=True)
             write_config(trial.config, trial.directory)
             self._points.append(point)

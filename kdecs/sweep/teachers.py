@@ -5,20 +5,18 @@
 The stages skip what is complete and resume what is not, so the same command goes on after any stop.
 """
 
-from typing import Any
-
 import yaml
 
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.process import StopSignal, last_line, module_command, run_child
-from kdecs.sweep.config import StageCommand, SweepConfig, TeacherSource
+from kdecs.sweep.config import StageCommand, SweepConfig
 
 
 def refuse_missing(config: SweepConfig, names: list[str]) -> None:
     """Raise ArtifactError that names the teachers whose labels are missing, and how to get them."""
-    first = config.teachers[names[0]]
-    how = "--build trains and exports them" if _is_buildable(first) else "train and export them first"
+    is_buildable = config.teachers[names[0]].export is not None
+    how = "--build trains and exports them" if is_buildable else "train and export them first"
     listed = ", ".join(f"{name} ({config.teachers[name].labels})" for name in names)
     raise ArtifactError(f"the soft labels of {len(names)} teachers are missing: {listed}; {how}")
 
@@ -47,7 +45,7 @@ def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> N
 def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]]:
     """(stage, command) of a teacher: its training if it has one, then its export."""
     teacher = config.teachers[name]
-    if not _is_buildable(teacher):
+    if teacher.export is None:
         raise ConfigError(
             f"teachers.{name}: its labels are missing and it names no export that --build could run; add one, or "
             "export the labels first"
@@ -60,18 +58,18 @@ def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]
         values = dict(command.set)
         if stage == "export":
             values = {"output": str(teacher.labels), **values}
-        start = module_command(config.build_launcher, f"kdecs.launch.{entry}")
-        commands.append((stage, [*start, "--config", str(command.config), *_set(values)]))
+        arguments = [
+            *module_command(config.build_launcher, f"kdecs.launch.{entry}"),
+            "--config",
+            str(command.config),
+        ]
+        for key, value in values.items():
+            # --set reads YAML; the first line alone, since PyYAML ends a bare scalar with a line of three dots.
+            text = (
+                value
+                if isinstance(value, str)
+                else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+            )
+            arguments += ["--set", f"{key}={text}"]
+        commands.append((stage, arguments))
     return commands
-
-
-def _is_buildable(teacher: TeacherSource) -> bool:
-    return teacher.export is not None
-
-
-def _set(values: dict[str, Any]) -> list[str]:
-    return [part for key, value in values.items() for part in ("--set", f"{key}={_as_yaml(value)}")]
-
-
-def _as_yaml(value: Any) -> str:
-    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

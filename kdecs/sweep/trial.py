@@ -251,6 +251,7 @@ class _Attempt:
         self.note.write(self.directory)
         take_student(source, self.directory)
         self.note.status = "complete"
+        # If the source was killed before it noted its end, the manifest's time is that end.
         self.note.finished = found.finished or (source / MANIFEST_NAME).stat().st_mtime
         self.note.write(self.directory)
         print(f"taken from {source}, trained there with the same settings", flush=True)
@@ -299,6 +300,7 @@ def add_student(store: Path, digest: str, directory: Path) -> None:
 def take_student(source: Path, target: Path) -> None:
     """Make `target` a finished student from the files of `source`, without a second copy on disk where possible."""
     target.mkdir(parents=True, exist_ok=True)
+    # The manifest comes last: until then a kill leaves an unfinished student.
     for name in [*(entry.path for entry in read_manifest(source, "student").files), MANIFEST_NAME]:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -382,19 +384,14 @@ def environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpus": len(os.sched_getaffinity(0)),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "packages": _versions(),
+        "packages": {},
     }
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found["packages"][package] = version(package)
     cuda = _cuda()
     if cuda is not None:
         found["gpu"] = cuda.get_device_name(0)
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
     return found
 
 

@@ -1,8 +1,8 @@
-"""Sweeps under faults: trials, a Ray node, MLflow and the driver are killed; the end is that of a quiet run.
+"""Sweeps under faults: trials, a Ray node, MLflow and the driver are killed, and nothing is lost or doubled.
 
 Each round is one sweep of tiny students by the real command on a Ray cluster of several nodes on this machine, with a
-real MLflow server. Every fault of the round strikes while trials train. What counts as lost or double is compared with
-trainings of the same configs that nothing disturbed.
+real MLflow server. Every fault of the round strikes while trials train. Its end is compared with trainings of the same
+configs that nothing disturbed.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support import free_port, wait_until
 
 from kdecs.artifact import verify_artifact
 from kdecs.config import load_config, parse_config
@@ -45,20 +45,6 @@ Record = Callable[[str, dict[str, float | int | str]], None]
 
 class EndedEarlyError(Exception):
     """The sweep ended before all faults had struck: a fast machine; the trainings must be longer."""
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 600.0) -> Any:
-    ends = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < ends, f"waited in vain for {what}"
-        time.sleep(0.1)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +208,7 @@ class Rig:
                     return True
             return False
 
-        wait_until(kill_one if kind == "trial" else victims, f"trials that train, to hurt {kind}")
+        wait_until(kill_one if kind == "trial" else victims, f"trials train, to hurt {kind}", 600, poll_s=0.1)
         if kind != "trial":
             getattr(self, f"hurt_{kind}")()
 
@@ -309,17 +295,17 @@ def one_round(
     """One sweep under faults of these kinds, to its end and once more; what was lost or is double."""
     folder.mkdir()
     with rig(folder, values, rng) as made:
-        wait_until(made.is_answering, "MLflow's server")
+        wait_until(made.is_answering, "MLflow's server answers", 600, poll_s=0.1)
         done = 0
         for kind in kinds:
             made.hurt(kind, done)
             done = made.epochs_done() + 1
-        wait_until(lambda: made.driver.poll() is not None, "the sweep's end", 1200)
+        wait_until(lambda: made.driver.poll() is not None, "the sweep has ended", 1200, poll_s=0.1)
         log = (folder / "driver.log").read_text(errors="replace")
         assert made.driver.returncode == 0, log
         assert "Traceback" not in log
-        wait_until(made.is_answering, "MLflow's server")
-        # What a server that was away at the end did not get, the same command brings.
+        wait_until(made.is_answering, "MLflow's server answers", 600, poll_s=0.1)
+        # The same command uploads what a server that was away at the end did not get.
         again = made.start_driver()
         assert again.wait(600) == 0
         return check(made, quiet)

@@ -7,15 +7,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from support import free_port, wait_until
 
 from kdecs.sweep.status import read_results
 
@@ -23,19 +22,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 PASSWORD = "f81d4fae7dec"
 ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition, timeout_s=180.0):
-    ends = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends, "waited in vain"
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -102,7 +88,7 @@ def server(postgres, tmp_path):
             return False
 
     try:
-        wait_until(answers)
+        wait_until(answers, "MLflow's server answers", 180, poll_s=0.2)
         yield f"http://127.0.0.1:{port}", log
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -52,7 +52,7 @@ def console(*, is_terminal):
 def test_a_log_gets_one_line_a_trial_that_ended(states):
     config, results = states
     out = console(is_terminal=False)
-    with SweepProgress(config, 8, 0, console=out) as progress:
+    with SweepProgress(config, 8, [], console=out) as progress:
         progress.update(results)
         progress.update(results)
     lines = out.file.getvalue().splitlines()
@@ -67,10 +67,9 @@ def test_a_log_gets_one_line_a_trial_that_ended(states):
 def test_what_had_ended_before_is_not_printed_again(states):
     config, results = states
     out = console(is_terminal=False)
-    with SweepProgress(config, 8, 2, console=out) as progress:
-        progress.skip(results)
+    with SweepProgress(config, 8, results, console=out) as progress:
         progress.update(results)
-    assert out.file.getvalue().count("trial ") == 1, "a failed one is tried, and told of, again"
+    assert out.file.getvalue().count("trial ") == 1, "a failed one is tried, and printed, again"
 
 
 def test_a_terminal_shows_what_runs_and_the_time_left(states, monkeypatch):
@@ -78,9 +77,8 @@ def test_a_terminal_shows_what_runs_and_the_time_left(states, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("kdecs.sweep.progress.time.monotonic", lambda: clock[0])
     out = console(is_terminal=True)
-    progress = SweepProgress(config, 8, 0, console=out)
     before = [dataclasses.replace(result, epoch=0) for result in results]
-    progress.skip(before)
+    progress = SweepProgress(config, 8, before, console=out)
     clock[0] += 80
     # 3 + 1 + 2 + 1 + 1 epochs in 80 s, the taken student's cost nothing; 2 + 1 + 3 + 3 are left
     assert progress.seconds_left(results) == pytest.approx(90.0)
@@ -101,7 +99,7 @@ def test_many_running_trials_leave_room(states):
     config, results = states
     running = [dataclasses.replace(results[2], id=str(n)) for n in range(60)]
     out = console(is_terminal=True)
-    out.print(SweepProgress(config, 60, 0, console=out).table(running))
+    out.print(SweepProgress(config, 60, [], console=out).table(running))
     assert "and 40 more" in out.file.getvalue() and out.file.getvalue().count("\n") <= 30
 
 

@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from support import wait_until
 
 from kdecs.sweep.search import read_suggestions
 from kdecs.sweep.space import enumerate_trials
@@ -31,13 +31,6 @@ def drive(config, tmp_path, **behaviour):
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for(condition, timeout_s=400.0):
-    ends = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends, "waited in vain"
-        time.sleep(0.1)
 
 
 def epochs_written(config):
@@ -96,7 +89,7 @@ def test_killed_trials_resume_and_failing_ones_are_listed(make_config, uri, runs
 def test_stopped_or_killed_driver_goes_on(make_config, uri, runs_of, tmp_path, how):
     config = make_config(space={"optimization.seed": {"grid": [0, 1, 2]}, "teacher": {"grid": ["t5-tiny"]}})
     process = drive(config, tmp_path, epoch_s=6.0)  # so that the stop comes long before a trial ends
-    wait_for(lambda: epochs_written(config) >= 2)
+    wait_until(lambda: epochs_written(config) >= 2, "two trials have an epoch", 400, poll_s=0.1)
     if how == "kill":
         process.kill()
         process.communicate(timeout=240)
@@ -105,7 +98,7 @@ def test_stopped_or_killed_driver_goes_on(make_config, uri, runs_of, tmp_path, h
         _, err = process.communicate(timeout=240)
         assert process.returncode == 143, err
         assert err.count("\n") == 1 and "run the same command again" in err
-    wait_for(lambda: not ray_processes(config))
+    wait_until(lambda: not ray_processes(config), "the Ray process has ended", 400, poll_s=0.1)
     done_before = epochs_written(config)
     assert done_before >= 2
     process = drive(config, tmp_path)
@@ -156,15 +149,18 @@ def test_tpe_goes_on_after_its_driver_was_killed(make_config, uri, runs_of, tmp_
         search={"method": "tpe", "num_trials": 6, "startup_trials": 3, "survivors": 1},
     )
     process = drive(config, tmp_path, epoch_s=1.0)
-    wait_for(
+    wait_until(
         lambda: (
             len(read_suggestions(config.output)) >= 2
             and any(read_points(path) for path in config.output.glob("trials/*/metrics.jsonl"))
-        )
+        ),
+        "two points are suggested and one has an epoch",
+        400,
+        poll_s=0.1,
     )
     process.kill()
     process.communicate(timeout=240)
-    wait_for(lambda: not ray_processes(config))
+    wait_until(lambda: not ray_processes(config), "the Ray process has ended", 400, poll_s=0.1)
     before = read_suggestions(config.output)
     process = drive(config, tmp_path)
     out, err = process.communicate(timeout=900)
