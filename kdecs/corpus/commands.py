@@ -1,13 +1,12 @@
-"""`kdecs corpus …`: verify, stats, pairs, fetch. Imports what is slow inside the functions."""
+"""The commands `kdecs corpus verify | stats | pairs | fetch`. Slow imports stand inside the functions."""
 
 import json
 import sys
 from collections import Counter
 from dataclasses import asdict
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,26 +21,10 @@ app = typer.Typer(
 )
 
 
-class LabelSetChoice(StrEnum):
-    """Emotion labels that a file may use."""
-
-    any = "any"
-    coarse = "coarse"
-    fine = "fine"
-
-
-class UniverseChoice(StrEnum):
-    """Which pairs: see `kdecs.corpus.pairs`."""
-
-    fold1 = "fold1"
-    fold1_neutral = "fold1+neutral"
-    all = "all"
-
-
 Files = Annotated[list[Path], typer.Argument(metavar="FILE…", help="RECCON JSON or JSON lines")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Labels = Annotated[
-    LabelSetChoice,
+    Literal["any", "coarse", "fine"],
     typer.Option("--labels", help="known emotions: RECCON's (coarse), FG-RECCON's 16 (fine), or both (any)"),
 ]
 Unlabelled = Annotated[
@@ -50,30 +33,35 @@ Unlabelled = Annotated[
 Part = Annotated[
     str | None,
     typer.Option(
-        "--part", help="first word of row ids; default: iemocap by id or file name, else dailydialog"
+        "--part",
+        help="first word of the row ids; default: iemocap if the id or the file name says so, else dailydialog",
     ),
 ]
 Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions to coarse ones")]
 Table = Annotated[
     Path | None,
-    typer.Option("--table", metavar="FILE", help="--coarse with a JSON object {fine: coarse} over its table"),
+    typer.Option(
+        "--table",
+        metavar="FILE",
+        help="like --coarse, with a JSON object {fine: coarse} that overrides the built-in table",
+    ),
 ]
 DropCrossSplit = Annotated[
     bool,
     typer.Option(
         "--drop-cross-split",
-        help="count the first file (training) without dialogues whose text stands in a later one",
+        help="count the first file (training) without the dialogues whose text is also in a later file",
     ),
 ]
 Plots = Annotated[
-    Path | None, typer.Option("--plots", metavar="DIR", help="write figures (PNG) to a directory")
+    Path | None, typer.Option("--plots", metavar="DIR", help="also write figures (PNG) to this directory")
 ]
 TokenizerDirectory = Annotated[
     Path | None,
     typer.Option(
         "--tokenizer",
         metavar="DIR",
-        help="with --plots: prompt lengths in the tokens of this model, not in words",
+        help="with --plots: count prompt lengths in the tokens of this model instead of words",
     ),
 ]
 
@@ -82,9 +70,9 @@ TokenizerDirectory = Annotated[
     epilog="Examples: kdecs corpus verify train.json test.json · kdecs corpus verify my.jsonl --labels fine"
 )
 def verify(
-    files: Files, labels: Labels = LabelSetChoice.any, unlabelled: Unlabelled = False, as_json: Json = False
+    files: Files, labels: Labels = "any", unlabelled: Unlabelled = False, as_json: Json = False
 ) -> None:
-    """Check files against the schema; every fault with file, dialogue, turn, field, found and expected."""
+    """Check files against the schema and report every fault: file, dialogue, turn, field, found and expected."""
     from kdecs.corpus.reading import count_variants, scan_file
     from kdecs.corpus.splits import DuplicateFinder
 
@@ -92,7 +80,7 @@ def verify(
     faults: list[Fault] = []
     for file in files:
         add = partial(finder.add, str(file))
-        checked = scan_file(file, add, labelled=not unlabelled, label_set=labels.value)
+        checked = scan_file(file, add, labelled=not unlabelled, label_set=labels)
         faults += checked.faults
         if as_json:
             continue
@@ -121,7 +109,7 @@ def verify(
 )
 def stats(
     files: Files,
-    labels: Labels = LabelSetChoice.any,
+    labels: Labels = "any",
     coarse: Coarse = False,
     table: Table = None,
     drop_cross_split: DropCrossSplit = False,
@@ -135,13 +123,13 @@ def stats(
     from kdecs.corpus.statistics import statistics_of
 
     if tokenizer and not plots:
-        raise typer.BadParameter("--tokenizer needs --plots, the figures that it is for")
+        raise typer.BadParameter("--tokenizer has an effect on figures only; add --plots DIR")
     if drop_cross_split and len(files) < 2:
         raise typer.BadParameter(
-            "--drop-cross-split needs the training file first and another split after it"
+            "--drop-cross-split needs at least two files: the training file first, then the other splits"
         )
     mapping = read_table(table) if table else FINE_TO_COARSE
-    checked = [check_file(file, label_set=labels.value) for file in files]
+    checked = [check_file(file, label_set=labels) for file in files]
     corpora = [map_corpus(corpus, mapping) if coarse or table else corpus for corpus, _ in checked]
     if drop_cross_split:
         corpora[0] = _without_cross_split(corpora[0], corpora[1:])
@@ -174,17 +162,22 @@ def stats(
 )
 def pairs(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="RECCON JSON or JSON lines")],
-    universe: Annotated[UniverseChoice, typer.Option(help="which pairs")] = UniverseChoice.fold1,
-    labels: Labels = LabelSetChoice.any,
+    universe: Annotated[
+        Literal["fold1", "fold1+neutral", "all"],
+        typer.Option(
+            help="fold1: targets with annotated causes; fold1+neutral: also (i, i) of neutral targets"
+        ),
+    ] = "fold1",
+    labels: Labels = "any",
     part: Part = None,
 ) -> None:
     """Print a file's pairs as JSON lines: id, dialogue_id, target, candidate, label, spans (row_ids)."""
     from kdecs.corpus.pairs import pairs_of
     from kdecs.corpus.reading import read_corpus
 
-    corpus = read_corpus(file, label_set=labels.value, part=part)
+    corpus = read_corpus(file, label_set=labels, part=part)
     for dialogue in corpus.dialogues:
-        for pair in pairs_of(dialogue, universe.value):
+        for pair in pairs_of(dialogue, universe):
             record: dict[str, object] = {
                 "id": pair.id,
                 "dialogue_id": dialogue.id,
@@ -193,19 +186,19 @@ def pairs(
                 "label": int(pair.is_cause),
                 "spans": list(pair.spans),
             }
-            if universe is UniverseChoice.fold1:
+            if universe == "fold1":
                 record["row_ids"] = list(pair.row_ids)
             print(json.dumps(record, ensure_ascii=False))
 
 
 @app.command(epilog="Example: kdecs corpus fetch data/reccon && kdecs corpus verify data/reccon/*.json")
 def fetch(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="where the three files go")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="directory for the three files")],
     mirror: Annotated[
         str | None, typer.Option(help="URL of a folder with the same files; default: RECCON on GitHub")
     ] = None,
 ) -> None:
-    """Download RECCON's DailyDialog files (for research use: CC BY-NC-SA 4.0); resumes, checks sha256."""
+    """Download RECCON's DailyDialog files (for research use: CC BY-NC-SA 4.0) and check their sha256."""
     from tqdm import tqdm
 
     from kdecs.corpus.fetch import RECCON_FILES, RECCON_URL
@@ -214,7 +207,7 @@ def fetch(
     for file in RECCON_FILES:
         with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
             is_new = fetch_file(file, directory, base_url=mirror or RECCON_URL, on_bytes=bar.update)
-        print(f"{directory / file.name}: {'fetched' if is_new else 'was there'}, sha256 as pinned")
+        print(f"{directory / file.name}: {'downloaded' if is_new else 'already there'}, sha256 verified")
 
 
 def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":
@@ -258,7 +251,7 @@ def _print_statistics(counted: "list[CorpusStatistics]") -> None:
         shares = (100 * count / max(1, total) for count, total in zip(counts, totals, strict=True))
         emotions.add_row(emotion, *(f"{n:,} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)))
     console.print(emotions, "")
-    console.print("Rows are those of fold 1: one for each gold span, one for each pair without a cause.")
+    console.print("Rows are those of fold 1: one per gold span, and one per pair that is no cause.")
     for file in counted:
         for warning in file.warnings:
             console.print(Text(f"warning: {warning}"))

@@ -1,30 +1,14 @@
-"""`kdecs evaluate` and `kdecs compare`. Imports what is slow inside the functions."""
+"""The commands `kdecs evaluate` and `kdecs compare`. Slow imports stand inside the functions."""
 
 import json
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from kdecs.evaluation.metrics import Scores
-
-
-class ProtocolChoice(StrEnum):
-    """How a span counts: see `kdecs.evaluation.metrics`."""
-
-    reccon = "reccon"
-    reccon_released = "reccon-released"
-    squad = "squad"
-
-
-class ScoredUniverse(StrEnum):
-    """Which pairs are scored."""
-
-    fold1 = "fold1"
-    all = "all"
 
 
 CorpusFile = Annotated[Path, typer.Option("--corpus", metavar="FILE", help="labelled corpus file")]
@@ -33,27 +17,39 @@ PredictionFiles = Annotated[
     typer.Option(
         "--predictions",
         metavar="FILE",
-        help="prediction file: JSON lines, one a pair; several (one a seed) are summarised",
+        help="prediction file: JSON lines, one per pair; give several (one per seed) for mean and interval",
     ),
 ]
-Protocols = Annotated[ProtocolChoice, typer.Option(help="how a predicted span counts")]
-Universes = Annotated[
-    ScoredUniverse, typer.Option(help="fold1: targets that have annotated causes; all: every target")
+Protocols = Annotated[
+    Literal["reccon", "reccon-released", "squad"], typer.Option(help="how a predicted span counts")
 ]
-Samples = Annotated[int, typer.Option(min=100, help="samples of the bootstrap and of the permutation test")]
-Seed = Annotated[int, typer.Option(min=0, help="seed of the samples")]
+Universes = Annotated[
+    Literal["fold1", "all"], typer.Option(help="fold1: targets that have annotated causes; all: every target")
+]
+Samples = Annotated[
+    int, typer.Option(min=100, help="number of samples of the bootstrap and of the permutation test")
+]
+Seed = Annotated[int, typer.Option(min=0, help="seed of these samples")]
 Details = Annotated[
     bool,
-    typer.Option("--details", help="also F1 and confusions of emotions; scores by distance, emotion, length"),
+    typer.Option(
+        "--details", help="add F1 and confusions of emotions, and scores by distance, emotion and length"
+    ),
 ]
-Intervals = Annotated[bool, typer.Option("--intervals", help="also 95% intervals: bootstrap over dialogues")]
+Intervals = Annotated[
+    bool, typer.Option("--intervals", help="add 95% intervals by a bootstrap over dialogues")
+]
 Coarse = Annotated[
     bool,
-    typer.Option("--coarse", help="compare emotions as coarse ones: fine labels of both sides are mapped"),
+    typer.Option("--coarse", help="map the fine emotions of both sides to coarse ones before comparing"),
 ]
 Table = Annotated[
     Path | None,
-    typer.Option("--table", metavar="FILE", help="--coarse with a JSON object {fine: coarse} over its table"),
+    typer.Option(
+        "--table",
+        metavar="FILE",
+        help="like --coarse, with a JSON object {fine: coarse} that overrides the built-in table",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
 
@@ -61,8 +57,8 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
 def evaluate(
     corpus: CorpusFile,
     predictions: PredictionFiles,
-    protocol: Protocols = ProtocolChoice.reccon,
-    universe: Universes = ScoredUniverse.fold1,
+    protocol: Protocols = "reccon",
+    universe: Universes = "fold1",
     details: Details = False,
     intervals: Intervals = False,
     samples: Samples = 2000,
@@ -71,7 +67,7 @@ def evaluate(
     table: Table = None,
     as_json: Json = False,
 ) -> None:
-    """Score a prediction file of any system against a corpus; trivial rules' scores stand beside.
+    """Score the predictions of any system against a corpus, next to the scores of trivial rules.
 
     Examples: kdecs evaluate --corpus test.json --predictions mine.jsonl --details --intervals
 
@@ -87,9 +83,7 @@ def evaluate(
     found = []
     for file in predictions:
         given = read_predictions(file, gold)
-        scores = score(
-            gold, given, universe=universe.value, protocol=protocol.value, emotion_table=emotion_table
-        )
+        scores = score(gold, given, universe=universe, protocol=protocol, emotion_table=emotion_table)
         run: dict[str, Any] = scores.as_dict()
         if intervals:
             from kdecs.evaluation.significance import bootstrap_intervals
@@ -110,15 +104,15 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="prediction file of system A")],
     b: Annotated[Path, typer.Argument(metavar="B", help="prediction file of system B")],
     corpus: CorpusFile,
-    protocol: Protocols = ProtocolChoice.reccon,
-    universe: Universes = ScoredUniverse.fold1,
+    protocol: Protocols = "reccon",
+    universe: Universes = "fold1",
     samples: Samples = 2000,
     seed: Seed = 0,
     coarse: Coarse = False,
     table: Table = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two prediction files on one corpus: A minus B, 95% interval and p, paired by dialogue.
+    """Compare two prediction files on one corpus: A minus B with a 95% interval and p, paired by dialogue.
 
     Example: kdecs compare kd.jsonl joint.jsonl --corpus test.json
     """
@@ -133,8 +127,8 @@ def compare(
         score(
             gold,
             read_predictions(file, gold),
-            universe=universe.value,
-            protocol=protocol.value,
+            universe=universe,
+            protocol=protocol,
             emotion_table=emotion_table,
         )
         for file in (a, b)
@@ -167,7 +161,7 @@ def _show(scores: "Scores", run: dict[str, Any], as_json: bool) -> None:
 
 
 def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]", as_json: bool) -> None:
-    """Mean, standard deviation and interval over runs; each run whole in JSON."""
+    """Print mean, standard deviation and interval over runs; JSON also holds every run."""
     from kdecs.evaluation.metrics import SCORE_KEYS
     from kdecs.evaluation.significance import summarise_seeds
 
@@ -183,7 +177,7 @@ def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]",
 
 
 def _emotion_table(coarse: bool, table: Path | None) -> dict[str, str]:
-    """The table that `--coarse` and `--table` ask for; empty where labels are compared as they are."""
+    """The table that `--coarse` and `--table` ask for; empty if labels are compared unchanged."""
     from kdecs.corpus.reading import read_table
     from kdecs.corpus.schema import FINE_TO_COARSE
 

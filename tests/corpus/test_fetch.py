@@ -15,14 +15,13 @@ FILE = RemoteFile("corpus.json", hashlib.sha256(CONTENT).hexdigest())
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT; `cut_after` breaks that many first answers off in the middle."""
+    """Serves CONTENT; `is_cut` breaks answers off in the middle."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.ranges = []
-        self.cut_after = 0
+        self.num_requests = 0
+        self.is_cut = False
         self.content = CONTENT
-        self.ignores_ranges = False
         self.status = None
 
     @property
@@ -33,20 +32,14 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
-        wanted = self.headers.get("Range")
-        server.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and not server.ignores_ranges else 0
-        if server.status or start > len(server.content) - 1:
-            self.send_error(server.status or 416)
+        server.num_requests += 1
+        if server.status:
+            self.send_error(server.status)
             return
-        self.send_response(206 if start else 200)
-        body = server.content[start:]
-        self.send_header("Content-Length", str(len(body)))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(server.content)))
         self.end_headers()
-        if server.cut_after:
-            server.cut_after -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
+        self.wfile.write(server.content[: len(server.content) // 2] if server.is_cut else server.content)
 
     def log_message(self, *arguments):
         del arguments
@@ -63,7 +56,7 @@ def server():
 
 
 def get(server, directory, **options):
-    return fetch(FILE, directory, base_url=server.url, pause_s=0, **options)
+    return fetch(FILE, directory, base_url=server.url, **options)
 
 
 def test_a_file_is_fetched_once(server, tmp_path):
@@ -72,40 +65,20 @@ def test_a_file_is_fetched_once(server, tmp_path):
     assert (tmp_path / "new" / "corpus.json").read_bytes() == CONTENT
     assert sum(received) == len(CONTENT)
     assert not get(server, tmp_path / "new")
-    assert server.ranges == [None]
+    assert server.num_requests == 1
 
 
-def test_a_cut_download_goes_on(server, tmp_path):
-    server.cut_after = 2
-    assert get(server, tmp_path)
-    assert (tmp_path / "corpus.json").read_bytes() == CONTENT
-    assert server.ranges == [None, f"bytes={len(CONTENT) // 2}-", f"bytes={len(CONTENT) * 3 // 4}-"]
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
-
-
-def test_a_later_call_goes_on(server, tmp_path):
-    server.cut_after = 10
-    with pytest.raises(CorpusError, match="bytes are kept, the same command goes on") as refusal:
+def test_a_cut_download_is_refused_and_starts_again(server, tmp_path):
+    server.is_cut = True
+    with pytest.raises(
+        CorpusError, match=f"ended after {len(CONTENT) // 2} of {len(CONTENT)} bytes"
+    ) as refusal:
         get(server, tmp_path)
     assert "\n" not in str(refusal.value)
-    server.cut_after = 0
-    kept = (tmp_path / ".corpus.json.part").stat().st_size
+    assert list(tmp_path.iterdir()) == []
+    server.is_cut = False
     assert get(server, tmp_path)
-    assert server.ranges[-1] == f"bytes={kept}-"
-
-
-def test_a_whole_part_needs_its_check_alone(server, tmp_path):
-    (tmp_path / ".corpus.json.part").write_bytes(CONTENT)
-    assert get(server, tmp_path)
-    assert (tmp_path / "corpus.json").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("ignores_ranges", [False, True])
-def test_a_foreign_part_is_fetched_anew(server, tmp_path, ignores_ranges):
-    server.ignores_ranges = ignores_ranges
-    (tmp_path / ".corpus.json.part").write_bytes(b"something else")
-    assert get(server, tmp_path)
-    assert (tmp_path / "corpus.json").read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
 
 
 def test_another_content_is_refused_and_not_kept(server, tmp_path):
@@ -125,19 +98,18 @@ def test_a_file_of_the_user_is_not_overwritten(server, tmp_path):
 def test_no_internet_is_one_clear_line(server, tmp_path):
     server.status = 404
     with pytest.raises(
-        CorpusError, match="HTTP status 404; without internet here, download the file elsewhere"
+        CorpusError, match="HTTP status 404; if this machine has no internet access, download"
     ):
         get(server, tmp_path)
-    assert server.ranges == [None]
     closed = "http://127.0.0.1:1/folder"
-    with pytest.raises(CorpusError, match="refused; without internet here"):
-        fetch(FILE, tmp_path, base_url=closed, pause_s=0)
+    with pytest.raises(CorpusError, match="refused; if this machine has no internet access"):
+        fetch(FILE, tmp_path, base_url=closed)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mirror_that_is_no_url_is_one_clear_line(tmp_path):
     with pytest.raises(CorpusError, match=r"unknown url type.*expected a URL such as https://"):
-        fetch(FILE, tmp_path, base_url="nonsense", pause_s=0)
+        fetch(FILE, tmp_path, base_url="nonsense")
 
 
 def test_the_command_fetches_all_three(server, tmp_path, monkeypatch):
@@ -145,8 +117,8 @@ def test_the_command_fetches_all_three(server, tmp_path, monkeypatch):
     arguments = ["fetch", str(tmp_path), "--mirror", server.url]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("fetched, sha256 as pinned") == 3
-    assert CliRunner().invoke(app, arguments).stdout.count("was there") == 3
+    assert result.stdout.count("downloaded, sha256 verified") == 3
+    assert CliRunner().invoke(app, arguments).stdout.count("already there, sha256 verified") == 3
 
 
 def test_the_pinned_files_are_on_a_pinned_commit():
