@@ -91,23 +91,29 @@ def node_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MakeConfig = Callable[..., StudentConfig]
 
 
+@pytest.fixture(scope="session")
+def values(
+    base: Path, corpus_files: dict[str, Path], labels: Path, node_cache: Path
+) -> dict[str, dict[str, object] | str]:
+    """A student's config over the tiny base, without its output."""
+    return {
+        "cache": str(node_cache),
+        "corpus": {name: str(path) for name, path in corpus_files.items()},
+        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 256},
+        "distillation": {"mode": "kd", "labels": str(labels)},
+        "batches": {"global_batch_pairs": 16},
+        "optimization": {"learning_rate": 1e-3, "epochs": 2},
+    }
+
+
 @pytest.fixture
-def make_config(
-    tmp_path: Path, base: Path, corpus_files: dict[str, Path], labels: Path, node_cache: Path
-) -> MakeConfig:
-    """A student's config over the tiny base; keywords replace whole groups."""
+def make_config(tmp_path: Path, values: dict[str, object]) -> MakeConfig:
+    """A config of that student; keywords replace whole groups."""
 
     def make(output: str = "student", **groups: object) -> StudentConfig:
-        values: dict[str, object] = {
-            "output": str(tmp_path / output),
-            "cache": str(node_cache),
-            "corpus": {name: str(path) for name, path in corpus_files.items()},
-            "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 256},
-            "distillation": {"mode": "kd", "labels": str(labels)},
-            "batches": {"global_batch_pairs": 16},
-            "optimization": {"learning_rate": 1e-3, "epochs": 2},
-        }
-        return parse_config(StudentConfig, {**values, **groups}, source="test")
+        return parse_config(
+            StudentConfig, {**values, "output": str(tmp_path / output), **groups}, source="test"
+        )
 
     return make
 
@@ -126,23 +132,14 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory,
-    base: Path,
-    corpus_files: dict[str, Path],
-    labels: Path,
-    node_cache: Path,
-) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]) -> Trained:
     """A student trained once, for tests that only read it."""
-    values = {
-        "output": str(tmp_path_factory.mktemp("student") / "trained"),
-        "cache": str(node_cache),
-        "corpus": {name: str(path) for name, path in corpus_files.items()},
-        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 256},
-        "distillation": {"mode": "kd", "labels": str(labels)},
-        "optimization": {"learning_rate": 3e-3, "epochs": 3},
-    }
-    config, epochs = parse_config(StudentConfig, values, source="test"), []
+    output = tmp_path_factory.mktemp("student") / "trained"
+    optimization = {"learning_rate": 3e-3, "epochs": 3}
+    config = parse_config(
+        StudentConfig, {**values, "output": str(output), "optimization": optimization}, source="test"
+    )
+    epochs: list[dict[str, float]] = []
     train_student(config, Runtime(0, 0, 1, torch.device("cpu")), on_epoch=epochs.append)
     return Trained(config, epochs)
 

@@ -1,11 +1,18 @@
 """Every mode trains, resumes exactly, and predicts with the decision that its validation chose."""
 
+import contextlib
+import functools
+import io
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import StopAfter, weights
+from support import StopAfter, assert_same_weights, weights
 from transformers import AutoTokenizer
 
 from kdecs.artifact import read_manifest, verify_artifact
@@ -15,12 +22,14 @@ from kdecs.corpus.schema import Dialogue, Utterance, map_corpus
 from kdecs.errors import ConfigError, CorpusError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
+from kdecs.runtime import Runtime
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import load_training_data
 from kdecs.student.predict.predictor import Student
 from kdecs.student.product import load_student
 from kdecs.student.training import train_student
 
+RUNTIME = Runtime(0, 0, 1, torch.device("cpu"))
 KD = {"mode": "kd"}  # its labels are the fixture's
 MODES: dict[str, dict[str, object]] = {
     "kd": {"distillation": KD},
@@ -54,66 +63,104 @@ PARTS = {
 }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A training of two epochs: its config, what it printed, and a copy of its directory after the first epoch."""
+
+    config: StudentConfig
+    printed: list[str]
+    after_first: Path
+
+
+@pytest.fixture(scope="module")
+def config_of(values) -> Callable[..., StudentConfig]:
+    """The config of a mode for an output: the mode's groups laid over those of the tiny student."""
+
+    def make(mode: str, output: Path, **more: object) -> StudentConfig:
+        groups = {**values, "output": str(output)}
+        for name, value in {**MODES[mode], **more}.items():
+            groups[name] = value
+            if name in ("model", "corpus") or (name == "distillation" and value["mode"] == "kd"):
+                groups[name] = {**values[name], **value}
+        return parse_config(StudentConfig, groups, source="test")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained_in(config_of, tmp_path_factory) -> Callable[[str], Trained]:
+    """The training of a mode, made once for all tests of this file, which only read it."""
+
+    @functools.cache
+    def train(mode: str) -> Trained:
+        folder = tmp_path_factory.mktemp("mode")
+        config = config_of(mode, folder / "whole")
+
+        def copy_once(metrics: dict[str, float]) -> None:
+            if metrics["epoch"] == 1:
+                shutil.copytree(config.output, folder / "after_first")
+
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            train_student(config, RUNTIME, on_epoch=copy_once)
+        return Trained(config, printed.getvalue().splitlines(), folder / "after_first")
+
+    return train
+
+
 @pytest.fixture
-def make(make_config, labels, base, corpus_files):
-    """A config of a mode: its groups laid over the fixture's."""
-
-    def made(mode: str, output: str, **more: object) -> StudentConfig:
-        groups = {**MODES[mode], **more}
-        own = dict(groups.pop("distillation"))
-        if own["mode"] == "kd":
-            own.setdefault("labels", str(labels))
-        model = {"base": str(base), "span_head": "pointer", "max_prompt_tokens": 256}
-        corpus = {name: str(path) for name, path in corpus_files.items()}
-        return make_config(
-            output,
-            distillation=own,
-            model={**model, **groups.pop("model", {})},
-            corpus={**corpus, **groups.pop("corpus", {})},
-            **groups,
-        )
-
-    return made
+def make(config_of, tmp_path) -> Callable[..., StudentConfig]:
+    """A config of a mode by the name of its output."""
+    return lambda mode, output, **more: config_of(mode, tmp_path / output, **more)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mode_trains_resumes_exactly_and_predicts_as_it_was_validated(mode, make, runtime):
-    whole = train_student(make(mode, "whole"), runtime)
-    assert verify_artifact(whole) == []
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+def test_a_mode_learns_by_its_losses_and_predicts_as_it_was_validated(mode, trained_in):
+    config = trained_in(mode).config
+    assert verify_artifact(config.output) == []
+    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     found = {key[6:-5] for key in lines[0] if key.startswith("train_") and key.endswith("_loss")}
     assert found - {""} == PARTS[mode]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    config = make(mode, "stopped")
-    with pytest.raises(Stopped):
-        train_student(config, runtime, stop=StopAfter(9))
-    train_student(config, runtime)
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(config.output)[name]), name
-    for name in ("student.json", "valid-predictions.jsonl"):
-        assert (whole / name).read_bytes() == (config.output / name).read_bytes(), name
+    details = read_manifest(config.output, "student").details
+    assert (details["teacher"] is None) == (config.distillation.mode != "kd")
 
     corpus = read_corpus(config.corpus.valid)
     if config.corpus.emotions == "coarse":
         corpus = map_corpus(corpus)
-    predictions = Student.from_pretrained(whole).predict_pairs(corpus)
-    assert read_predictions(whole / "valid-predictions.jsonl", corpus) == predictions
+    predictions = Student.from_pretrained(config.output).predict_pairs(corpus)
+    assert read_predictions(config.output / "valid-predictions.jsonl", corpus) == predictions
     scores = evaluate(corpus, predictions, universe="fold1")
-    validated = read_manifest(whole, "student").details["valid"]
     keys = {"macro_f1", "exact_match", "utterance_macro_f1"}
     if config.model.given_emotions == "none":
         keys |= {"emotion_accuracy", "strict_macro_f1"}
     for key in keys:
-        assert scores[key] == pytest.approx(validated[key]), key
+        assert scores[key] == pytest.approx(details["valid"][key]), key
     # A student that is given the emotions has no score of theirs.
     about_emotions = {key for key in lines[0] if key == "emotion_accuracy" or key.startswith("strict_")}
-    assert bool(about_emotions) == bool(about_emotions & validated.keys()) == ("emotion_accuracy" in keys)
+    assert bool(about_emotions) == bool(about_emotions & details["valid"].keys())
+    assert bool(about_emotions) == ("emotion_accuracy" in keys)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_resumes_exactly(mode, trained_in):
+    """From the end of an epoch, as after a kill; some modes from within the next one, too."""
+    trained = trained_in(mode)
+    config = trained.config.model_copy(update={"output": trained.after_first})
+    if mode in ("priors", "share"):
+        with pytest.raises(Stopped, match="stopped at step 10, state saved; run the same command again"):
+            train_student(config, RUNTIME, stop=StopAfter(2))
+        assert not (config.output / "manifest.json").exists()
+    train_student(config, RUNTIME)
+    assert_same_weights(config.output, trained.config.output)
+    for name in ("student.json", "valid-predictions.jsonl"):
+        assert (config.output / name).read_bytes() == (trained.config.output / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("mode", ["kd", "priors"])
-def test_a_threshold_of_a_bfloat16_training_is_the_one_that_float32_prediction_uses(mode, make, runtime):
+def test_a_threshold_of_a_bfloat16_training_is_the_one_that_float32_prediction_uses(mode, make):
     config = make(mode, "bf16", precision="bfloat16", optimization={"learning_rate": 3e-3, "epochs": 1})
-    directory = train_student(config, runtime)
+    directory = train_student(config, RUNTIME)
     corpus = read_corpus(config.corpus.valid)
     scores = evaluate(corpus, Student.from_pretrained(directory).predict_pairs(corpus), universe="fold1")
     validated = read_manifest(directory, "student").details["valid"]
@@ -129,57 +176,56 @@ def test_a_threshold_of_a_bfloat16_training_is_the_one_that_float32_prediction_u
         ("given fine", ["valid macro F1", "EM"], ["emotion accuracy"]),
     ],
 )
-def test_the_terminal_shows_the_scores_that_the_mode_has_and_is_chosen_by(
-    mode, shown, hidden, make, runtime, capsys
-):
-    output = train_student(make(mode, "shown", optimization={"epochs": 1}), runtime)
-    metrics = read_manifest(output).details["valid"]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "valid " in line]
-    assert len(lines) == 2
+def test_the_terminal_shows_the_scores_that_the_mode_has_and_is_chosen_by(mode, shown, hidden, trained_in):
+    trained = trained_in(mode)
+    metrics = read_manifest(trained.config.output).details["valid"]
+    lines = [line for line in trained.printed if "valid " in line]
+    assert len(lines) == 3, "two epochs, and the best one at the end"
     for line in lines:
         assert all(word in line for word in shown) and not any(word in line for word in hidden)
-        level = "utterance_" if mode == "ecpe" else ""
-        figures = f"Pos {metrics[level + 'positive_f1']:.2f}, Neg {metrics[level + 'negative_f1']:.2f}"
-        assert f"macro F1 {metrics[level + 'macro_f1']:.2f} ({figures})" in line
+    level = "utterance_" if mode == "ecpe" else ""
+    figures = f"Pos {metrics[level + 'positive_f1']:.2f}, Neg {metrics[level + 'negative_f1']:.2f}"
+    assert f"macro F1 {metrics[level + 'macro_f1']:.2f} ({figures})" in lines[-1]
 
 
-def test_what_a_mode_predicts_by(make, runtime):
-    expected = {
-        "cls": ("cls", True, True),
-        "span_only": ("none", True, True),
-        "given fine": ("connective", False, True),
-        "ecpe": ("connective", True, False),
-    }
-    for mode, (cause_by, emotions, spans) in expected.items():
-        config = make(mode, mode.replace(" ", "-"), optimization={"epochs": 1})
-        model, tokenizer, card = load_student(train_student(config, runtime))
-        assert (model.outputs.cause_by, model.outputs.emotions, model.outputs.spans) == (
-            cause_by,
-            emotions,
-            spans,
-        )
-        assert card.prompt.has_connective == (cause_by == "connective")
-        dialogue = read_corpus(config.corpus.valid).dialogues[0]
-        student = Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
-        for found in student.predict([dialogue]):
-            gold = dialogue.utterances[found.target - 1].emotion
-            assert emotions or found.emotion == gold
-            assert spans or found.span == ""
+@pytest.mark.parametrize(
+    ("mode", "cause_by", "emotions", "spans"),
+    [
+        ("cls", "cls", True, True),
+        ("span_only", "none", True, True),
+        ("given fine", "connective", False, True),
+        ("ecpe", "connective", True, False),
+    ],
+)
+def test_what_a_mode_predicts_by(mode, cause_by, emotions, spans, trained_in):
+    config = trained_in(mode).config
+    model, tokenizer, card = load_student(config.output)
+    assert (model.outputs.cause_by, model.outputs.emotions, model.outputs.spans) == (
+        cause_by,
+        emotions,
+        spans,
+    )
+    assert card.prompt.has_connective == (cause_by == "connective")
+    assert card.prompt == config.prompt
+    dialogue = read_corpus(config.corpus.valid).dialogues[0]
+    student = Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
+    for found in student.predict([dialogue]):
+        gold = dialogue.utterances[found.target - 1].emotion
+        assert emotions or found.emotion == gold
+        assert spans or found.span == ""
 
 
-def test_a_student_of_given_emotions_refuses_a_dialogue_without(make, runtime):
-    config = make("given fine", "given", optimization={"epochs": 1})
-    student = Student.from_pretrained(train_student(config, runtime))
+def test_a_student_of_given_emotions_refuses_a_dialogue_without(trained_in):
+    student = Student.from_pretrained(trained_in("given fine").config.output)
     bare = Dialogue("d1", (Utterance(1, "A", "I won !", None, None),))
     with pytest.raises(CorpusError, match=r"dialogue d1, turn 1: no emotion.*give each utterance"):
         student.predict([bare])
 
 
-def test_two_equal_teachers_train_the_student_of_one(make, runtime, labels):
-    one = train_student(make("kd", "one", optimization={"learning_rate": 1e-3, "epochs": 1}), runtime)
+def test_two_equal_teachers_train_the_student_of_one(make, trained_in, labels):
+    one = trained_in("kd").config.output
     twice = {"mode": "kd", "labels": None, "teachers": [{"labels": str(labels)}] * 2}
-    config = make("kd", "two", distillation=twice, optimization={"learning_rate": 1e-3, "epochs": 1})
-    two = train_student(config, runtime)
+    two = train_student(make("kd", "two", distillation=twice), RUNTIME)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, atol=2e-4, rtol=1e-3)
     assert len(read_manifest(two).details["teacher"]["teachers"]) == 2
