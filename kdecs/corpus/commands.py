@@ -43,7 +43,7 @@ Table = Annotated[
     typer.Option(
         "--table",
         metavar="FILE",
-        help="like --coarse, with a JSON object {fine: coarse} that overrides the built-in table",
+        help="like --coarse, with a JSON object {fine: coarse} over the built-in table",
     ),
 ]
 DropCrossSplit = Annotated[
