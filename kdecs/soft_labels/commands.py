@@ -1,9 +1,8 @@
 """`kdecs soft-labels …`. Imports what is slow inside the functions."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,29 +13,6 @@ Cache = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="where joined label files lie or are kept; by default a scratch one"),
 ]
-
-
-class Rule(StrEnum):
-    """How several teachers become one: see `kdecs.soft_labels.derive.combine`."""
-
-    mean_probability = "mean-probability"
-    mean_logit = "mean-logit"
-    most_confident = "most-confident"
-    gold_correct = "gold-correct"
-
-
-class ScoresKind(StrEnum):
-    """What the scores of a table are."""
-
-    logits = "logits"
-    probabilities = "probabilities"
-
-
-class GoldUniverse(StrEnum):
-    """Which pairs of a corpus are compared with gold."""
-
-    fold1 = "fold1"
-    fold1_neutral = "fold1+neutral"
 
 
 @app.command("show")
@@ -52,8 +28,9 @@ def show(
         ),
     ] = None,
     universe: Annotated[
-        GoldUniverse, typer.Option(help="pairs compared; +neutral adds (i, i) of neutral targets")
-    ] = GoldUniverse.fold1,
+        Literal["fold1", "fold1+neutral"],
+        typer.Option(help="pairs compared; +neutral adds (i, i) of neutral targets"),
+    ] = "fold1",
     output: Annotated[
         Path | None, typer.Option(metavar="PNG", help="also write the reliability plot (needs a corpus)")
     ] = None,
@@ -71,7 +48,7 @@ def show(
     from kdecs.soft_labels.inspect.display import print_labels, write_reliability
     from kdecs.soft_labels.inspect.show import describe
 
-    found = describe(directory, corpus or [], universe=universe.value, cache_dir=cache)
+    found = describe(directory, corpus or [], universe=universe, cache_dir=cache)
     if output is not None and not found["gold"]:
         raise typer.BadParameter("the plot compares with gold: name --corpus FILE", param_hint="--output")
     if as_json:
@@ -87,9 +64,10 @@ def show(
 def combine(
     labels: Annotated[list[Path], typer.Argument(metavar="DIR DIR …", help="label directories, two or more")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="where the combined labels go")],
-    rule: Annotated[Rule, typer.Option(help="how the teachers' labels of a pair become one")] = (
-        Rule.mean_probability
-    ),
+    rule: Annotated[
+        Literal["mean-probability", "mean-logit", "most-confident", "gold-correct"],
+        typer.Option(help="how the teachers' labels of a pair become one"),
+    ] = ("mean-probability"),
     weight: Annotated[
         list[float] | None, typer.Option(metavar="W", help="one a directory, in their order; repeat it")
     ] = None,
@@ -117,13 +95,13 @@ def combine(
     from kdecs.soft_labels.derive.combine import combine as run
     from kdecs.soft_labels.derive.config import CombineConfig
 
-    values = {"labels": labels, "weights": weight or [], "rule": rule.value, "train": train, "output": output}
+    values = {"labels": labels, "weights": weight or [], "rule": rule, "train": train, "output": output}
     config = parse_config(CombineConfig, values, source="soft-labels combine")
     with tempfile.TemporaryDirectory(prefix="kdecs-combine-") as scratch:
         manifest = run(config, cache_dir=cache or Path(scratch))
     num_pairs = sum(manifest.details["num_pairs"].values())
     typer.echo(
-        f"soft labels {output.name}: {num_pairs:,} pairs of {len(labels)} teachers by {rule.value}: {output}"
+        f"soft labels {output.name}: {num_pairs:,} pairs of {len(labels)} teachers by {rule}: {output}"
     )
 
 
@@ -139,7 +117,9 @@ def import_table(
             help="labelled corpus file of train (where no split is named), valid= or test=; repeatable",
         ),
     ],
-    scores: Annotated[ScoresKind, typer.Option(help="what the table's scores are")] = ScoresKind.logits,
+    scores: Annotated[
+        Literal["logits", "probabilities"], typer.Option(help="what the table's scores are")
+    ] = "logits",
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="leave out rows of pairs that no corpus has")
     ] = False,
@@ -156,7 +136,7 @@ def import_table(
     from kdecs.soft_labels.derive.config import ImportConfig
     from kdecs.soft_labels.derive.importing import import_labels
 
-    values: dict[str, object] = {"table": table, "output": output, "scores": scores.value}
+    values: dict[str, object] = {"table": table, "output": output, "scores": scores}
     for item in corpus:
         name, _, file = (
             item.rpartition("=") if item.startswith(("train=", "valid=", "test=")) else ("", "", item)
