@@ -1,13 +1,13 @@
-"""What a sweep costs beyond its trainings: Ray, the driver, tracking, starting; and what a trial more costs in memory.
+"""What a sweep costs beyond its trainings (Ray, the driver, tracking, starting), and the memory of one more trial.
 
 - `sweep_overhead`: wall time of `tune/sweep.py` over eight trials, two at a time with one thread each, against the sum
   of the same trainings in one process with one thread, halved. Less is better: 1 is no overhead at all. Both sides must
   write the same metrics.
-- `sweep_data_memory`: private memory that the data of one more trial beside others takes, beyond model and optimizer:
-  the whole training split, in mode kd with soft labels for each of its pairs.
-- `sweep_trials_per_hour`: the same trials an hour, against a plain Ray Tune script with Hugging Face's Trainer.
+- `sweep_data_memory`: private memory for the data of one more trial beside others, without model and optimizer: the
+  whole training split, in mode kd with soft labels for each of its pairs.
+- `sweep_trials_per_hour`: the same trials per hour, against a plain Ray Tune script with Hugging Face's Trainer.
 
-Parts may run one by one (`--part`), with what they found kept under `--work`; the last writes the records.
+Parts can run one by one (`--part`); their figures are kept under `--work`, and the last part writes the records.
 """
 
 import argparse

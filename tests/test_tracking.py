@@ -1,6 +1,8 @@
 """Tracking against a real SQLite database: one run a record, one point an epoch, one champion a corpus."""
 
+import json
 import shutil
+import threading
 from urllib.parse import unquote
 
 import pytest
@@ -9,6 +11,7 @@ from support import empty_mlflow
 
 from kdecs.config import parse_config
 from kdecs.errors import ConfigError
+from kdecs.tracking.machine import load, read_samples, sampled_load
 from kdecs.tracking.mlflow import Tracker, tracking_uri
 from kdecs.tracking.record import RunRecord, TrackingConfig, read_points, without_password
 from kdecs.tracking.registry import mlflow_at
@@ -293,3 +296,16 @@ def test_registering_leaves_mlflow_where_it_was(users, config, tmp_path, monkeyp
         assert mlflow.get_tracking_uri() == mlflow.get_registry_uri() == config.uri
     assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
     assert tracking_uri(unnamed, tmp_path / "sweep") == where
+
+
+def test_load_is_sampled_to_the_end_and_cut_lines_are_left_out(tmp_path):
+    import psutil
+
+    with sampled_load(tmp_path, interval_s=0.05):
+        threading.Event().wait(0.2)
+    samples = read_samples(tmp_path / "system.jsonl")
+    assert len(samples) >= 2 and all(sample["system/trial_memory_usage_megabytes"] > 1 for sample in samples)
+    assert load(psutil.Process()).keys() == samples[0].keys() - {"time"}
+    with (tmp_path / "system.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 1.0})[:-3])
+    assert read_samples(tmp_path / "system.jsonl") == samples

@@ -46,7 +46,6 @@ from kdecs.sweep.status import (
 from kdecs.sweep.teachers import build_teachers, refuse_missing
 from kdecs.sweep.tracking import SweepUpload
 from kdecs.sweep.trial import (
-    ENVIRONMENT_NAME,
     OUT_OF_MEMORY,
     RAY_LOCK_NAME,
     StageRun,
@@ -54,8 +53,8 @@ from kdecs.sweep.trial import (
     TrialRun,
     settle,
     train_student_trial,
-    write_environment,
 )
+from kdecs.tracking.machine import ENVIRONMENT_NAME, write_environment
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 RAY_LOG_NAME = "ray.log"

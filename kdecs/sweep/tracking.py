@@ -13,7 +13,7 @@ from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial
 from kdecs.sweep.status import TrialResult
-from kdecs.sweep.trial import ENVIRONMENT_NAME, SYSTEM_NAME, read_samples
+from kdecs.tracking.machine import ENVIRONMENT_NAME, SYSTEM_NAME, read_samples
 from kdecs.tracking.mlflow import Tracker, Uploader
 from kdecs.tracking.record import METRICS_NAME, RunRecord, directory_identity, read_points
 

@@ -4,8 +4,7 @@ A trial's directory is a student artifact (its manifest makes it complete) that 
 
     trial.json         the last note of the process that trains here (kdecs.sweep.status)
     log.txt            what the training printed, over all attempts
-    environment.json   versions, host and device
-    system.jsonl       samples of the load on the machine and of this process
+    environment.json, system.jsonl   the machine and its load (kdecs.tracking.machine)
     .lock              held while a process trains here; the kernel releases it when that process dies
 
 `run_trial` is called in a worker on any node. It reads the trial's own `config.json`; what one start of the driver asks
@@ -13,42 +12,33 @@ for beyond that stands in TrialRun.
 """
 
 import contextlib
-import json
 import os
-import platform
 import shutil
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 from pydantic import BaseModel, ConfigDict, ImportString
 
-from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_json, write_text
+from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_text
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
 from kdecs.runtime import start_runtime
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.status import DIED, LOG_NAME, SELECTION_METRIC, TrialNote, read_note, trial_status
-from kdecs.tracking.record import METRICS_NAME, environment_tags, read_points
+from kdecs.tracking.machine import sampled_load, write_environment
+from kdecs.tracking.record import METRICS_NAME, read_points
 
-ENVIRONMENT_NAME = "environment.json"
-SYSTEM_NAME = "system.jsonl"
 RAY_LOCK_NAME = ".ray-lock"  # held by the Ray process of a sweep
 OUT_OF_MEMORY = 75  # exit code of the Ray process: Ray killed a worker for its memory
-_PACKAGES = ("kdecs", "torch", "transformers", "deepspeed", "peft", "ray", "mlflow", "pyarrow", "numpy")
-_SAMPLE_S = 10.0
 _LOCK_POLL_S = 1.0
 _STOP_POLL_S = 0.5
-_MIB = 1 << 20
 
 OnEpoch = Callable[[dict[str, float]], None]
 Trainer = Callable[[StudentConfig, OnEpoch, StopSignal], Path]
@@ -368,91 +358,3 @@ def _output_to(path: Path) -> Iterator[None]:
         for descriptor, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)
-
-
-def write_environment(directory: Path) -> None:
-    """Replace `environment.json` of a trial or sweep."""
-    write_json(directory / ENVIRONMENT_NAME, environment())
-
-
-def environment() -> dict[str, Any]:
-    """Versions, host and device of this process."""
-    found: dict[str, Any] = {
-        **environment_tags(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "packages": {},
-    }
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found["packages"][package] = version(package)
-    cuda = _cuda()
-    if cuda is not None:
-        found["gpu"] = cuda.get_device_name(0)
-    return found
-
-
-def _cuda() -> Any:
-    """torch.cuda if this process uses it; torch is not imported for this."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-
-@contextlib.contextmanager
-def sampled_load(directory: Path, *, interval_s: float = _SAMPLE_S) -> Iterator[None]:
-    """Append samples of the load on this machine and process to `system.jsonl`, every `interval_s` and at the end."""
-    ended = threading.Event()
-    process = psutil.Process()
-    psutil.cpu_percent(None)  # the first call measures nothing
-    process.cpu_percent(None)
-
-    def append() -> None:
-        line = json.dumps({"time": time.time(), **load(process)})
-        with (directory / SYSTEM_NAME).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def sample() -> None:
-        while not ended.wait(interval_s):
-            append()
-
-    sampler = threading.Thread(target=sample, daemon=True, name="load")
-    sampler.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        sampler.join()
-        append()
-
-
-def read_samples(path: Path) -> list[dict[str, float]]:
-    """The samples of a `system.jsonl`; one that a kill cut short is left out."""
-    found: list[dict[str, float]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
-
-
-def load(process: psutil.Process) -> dict[str, float]:
-    """The load now: percent and MiB since the last call of this process."""
-    memory = psutil.virtual_memory()
-    found = {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(None),
-        "system/system_memory_usage_megabytes": (memory.total - memory.available) / _MIB,
-        "system/trial_cpu_utilization_percentage": process.cpu_percent(None),
-        "system/trial_memory_usage_megabytes": process.memory_info().rss / _MIB,
-    }
-    cuda = _cuda()
-    if cuda is not None and cuda.is_initialized():
-        free, total = cuda.mem_get_info()
-        found["system/gpu_0_memory_usage_megabytes"] = (total - free) / _MIB
-        found["system/gpu_0_memory_usage_percentage"] = 100 * (total - free) / total
-        found["system/trial_gpu_memory_usage_megabytes"] = cuda.memory_reserved() / _MIB
-        with contextlib.suppress(ModuleNotFoundError):  # NVIDIA's own bindings are optional
-            found["system/gpu_0_utilization_percentage"] = float(cuda.utilization())
-    return found

@@ -15,10 +15,7 @@ from kdecs.sweep.trial import (
     TrialRun,
     add_student,
     find_student,
-    load,
-    read_samples,
     run_trial,
-    sampled_load,
     settle,
     take_student,
     training_lock,
@@ -276,16 +273,3 @@ def test_a_trial_that_the_scheduler_stops_is_pruned_wherever_it_was(trial, make_
     keeping = make_run(is_search=True)
     assert run_trial(trial.directory, keeping, lambda metrics: None).status == "pruned"
     assert run_trial(trial.directory, run, lambda metrics: None).status == "complete", "a survivor trains on"
-
-
-def test_load_is_sampled_at_both_ends_and_cut_lines_are_left_out(tmp_path):
-    import psutil
-
-    with sampled_load(tmp_path, interval_s=0.05):
-        threading.Event().wait(0.2)
-    samples = read_samples(tmp_path / "system.jsonl")
-    assert len(samples) >= 2 and all(sample["system/trial_memory_usage_megabytes"] > 1 for sample in samples)
-    assert load(psutil.Process()).keys() == samples[0].keys() - {"time"}
-    with (tmp_path / "system.jsonl").open("a") as file:
-        file.write(json.dumps({"time": 1.0})[:-3])
-    assert read_samples(tmp_path / "system.jsonl") == samples
