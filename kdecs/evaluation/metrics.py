@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 
 from kdecs.corpus.pairs import Universe
 from kdecs.corpus.schema import Corpus, map_corpus
-from kdecs.evaluation.baselines import ALL_NEGATIVE, MAJORITY_EMOTION, RULES, majority_emotion
+from kdecs.evaluation.baselines import (
+    ALL_NEGATIVE,
+    MAJORITY_EMOTION,
+    RULES,
+    majority_emotion,
+    trivial_predictions,
+)
 from kdecs.evaluation.counts import f1, ratio
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.evaluation.rows import (
@@ -179,6 +185,21 @@ def baseline_scores(corpus: Corpus, rows: Sequence[Row]) -> dict[str, dict[str, 
     majority = majority_emotion(corpus)
     share = sum(emotion == majority for emotion in emotions) / len(emotions) if emotions else 0.0
     found[MAJORITY_EMOTION] = {"emotion_accuracy": 100 * share, **found[ALL_NEGATIVE]}
+    return found
+
+
+def rule_scores(corpus: Corpus) -> dict[str, dict[str, float]]:
+    """Every score (fold1, protocol reccon, percent) of each trivial rule, whose span is its whole utterance.
+
+    A rule about causes has no emotion accuracy, and the majority emotion has nothing else.
+    """
+    found = {}
+    for name, predictions in trivial_predictions(corpus, "fold1").items():
+        values = evaluate(corpus, predictions).values
+        is_emotion = name == MAJORITY_EMOTION
+        found[name] = {
+            key: value for key, value in values.items() if (key == "emotion_accuracy") == is_emotion
+        }
     return found
 
 

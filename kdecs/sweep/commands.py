@@ -1,4 +1,4 @@
-"""`kdecs report`, and what the driver shares with it."""
+"""`kdecs report`, and the two functions that the driver shares with it. Drawing is imported when it is needed."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,18 +18,18 @@ def report(
 
 
 def write_report_of(sweep: Path) -> Path:
-    """Write a sweep's report and return its page. Raises DependencyError where a package for it is missing."""
+    """Write a sweep's report and return its page. Raises DependencyError if a package for it is missing."""
     try:
         from kdecs.sweep.report.page import write_report
     except ModuleNotFoundError as error:
         raise DependencyError(
-            f"{error.name} is not installed, which reports need; install it with: pip install 'kdecs[sweep]'"
+            f"a report needs {error.name}, which is not installed; install it with: pip install 'kdecs[sweep]'"
         ) from None
     return write_report(sweep)
 
 
 def is_report_of(sweep: Path, digest: str) -> bool:
-    """Whether the sweep's directory holds a whole report of this state of it."""
+    """Whether the sweep's directory holds a complete report of its present state."""
     try:
         return read_manifest(sweep / REPORT_FOLDER, "report").inputs.get("sweep") == digest
     except ArtifactError:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed, find_config
 from kdecs.tracking.record import TrackingConfig
 
+BASELINES_NAME = "baselines.json"
 REPORT_FOLDER = "report"
 
 

@@ -27,18 +27,17 @@ from kdecs.artifact import MANIFEST_NAME, claim, file_lock, is_complete, write_j
 from kdecs.config import CONFIG_NAME, input_checksums, write_config
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
+from kdecs.evaluation.metrics import rule_scores
 from kdecs.process import StopSignal, last_line, run_child
 from kdecs.sweep.commands import is_report_of, write_report_of
-from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.config import BASELINES_NAME, SweepConfig
 from kdecs.sweep.progress import SweepProgress, duration
 from kdecs.sweep.search import SEARCH_NAME, Search, Stage
 from kdecs.sweep.space import Trial, missing_teachers, trials_directory, with_absolute_paths
 from kdecs.sweep.status import (
-    BASELINES_NAME,
     TRIALS_NAME,
     TrialResult,
     is_trained,
-    rule_scores,
     selection_metric,
     trial_result,
     write_results,
@@ -111,9 +110,8 @@ def run_sweep(
         try:
             sweep.run(trainer, stop, runner or run_with_ray)
         except BaseException:
-            with contextlib.suppress(
-                KdecsError
-            ):  # the user is told what ended the sweep, not what came after
+            # What ended the sweep is raised; a failure to record it must not take its place.
+            with contextlib.suppress(KdecsError):
                 sweep.record_end("KILLED" if stop.requested else "FAILED")
             raise
         sweep.complete(digest, stop)
@@ -246,15 +244,15 @@ class _Sweep:
         failed_in_search = [r for r in results if r.status == "failed" and r.stage == "search"]
         failed = [r for r in results if r.status == "failed" and r.stage != "search"]
         waiting = [r for r in results if r.status in ("waiting", "stopped")]
-        is_whole = self.search.stage().name != "search" and not failed and not waiting
-        self.record_end("FINISHED" if is_whole else "KILLED" if stop.requested else "FAILED")
-        if not is_whole and stop.requested:
+        is_finished = self.search.stage().name != "search" and not failed and not waiting
+        self.record_end("FINISHED" if is_finished else "KILLED" if stop.requested else "FAILED")
+        if not is_finished and stop.requested:
             done = sum(r.status in ("complete", "pruned") for r in results)
             raise Stopped(
                 f"sweep {config.name} stopped with {done} of {number} trials complete; "
                 "run the same command again to go on"
             )
-        if not is_whole:
+        if not is_finished:
             failed = failed or failed_in_search
             parts = [f"{r.label}: {r.error} (log: {output / r.log})" for r in failed]
             if waiting:

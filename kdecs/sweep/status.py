@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdecs.artifact import is_complete, read_manifest, write_json
-from kdecs.corpus.schema import Corpus
 from kdecs.errors import ArtifactError
-from kdecs.evaluation.baselines import MAJORITY_EMOTION, trivial_predictions
-from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import Trial, settings_key, trials_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
@@ -25,7 +22,6 @@ from kdecs.tracking.record import METRICS_NAME, read_points
 NOTE_NAME = "trial.json"
 LOG_NAME = "log.txt"
 TRIALS_NAME = "trials.json"
-BASELINES_NAME = "baselines.json"
 SELECTION_METRIC = "macro_f1"
 DIED = "the process died without an error message (killed or out of memory)"
 
@@ -235,18 +231,3 @@ def by_settings(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
 def trial_directory(sweep: Path, result: TrialResult) -> Path:
     """The directory of a trial, wherever the sweep was moved to."""
     return trials_directory(sweep) / result.id
-
-
-def rule_scores(corpus: Corpus) -> dict[str, dict[str, float]]:
-    """All scores (fold1, protocol reccon, percent) of each trivial rule; `baseline_scores` has those of utterances.
-
-    A rule about causes has no emotion accuracy, and the majority emotion has nothing else.
-    """
-    found = {}
-    for name, predictions in trivial_predictions(corpus, "fold1").items():
-        values = evaluate(corpus, predictions).values
-        is_emotion = name == MAJORITY_EMOTION
-        found[name] = {
-            key: value for key, value in values.items() if (key == "emotion_accuracy") == is_emotion
-        }
-    return found

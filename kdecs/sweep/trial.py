@@ -53,7 +53,7 @@ def train_student_trial(config: StudentConfig, on_epoch: OnEpoch, stop: StopSign
 
 
 class TrialRun(BaseModel):
-    """What one start of a driver asks of its trials. It crosses to other nodes as JSON, the trainer by its name.
+    """What one start of a driver asks of its trials. It goes to the Ray process as JSON, the trainer by its name.
 
     `stop_file`, once it exists, stops trainings between steps; its name tells starts apart. `store` holds links to
     finished students. `max_failures` bounds the attempts in a row that finish no epoch. `is_search`: a trial that the

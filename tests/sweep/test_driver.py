@@ -286,6 +286,23 @@ def test_search_gives_all_seeds_to_the_survivors_alone(make_config, in_process, 
     assert "complete, skipped" in capfd.readouterr().out
 
 
+def test_a_search_ranks_by_the_metric_of_its_task_before_any_trial_is_known(make_config):
+    pytest.importorskip("optuna")
+    config = make_config(
+        student={**make_config().student, "task": "ecpe"},
+        teachers={},
+        space={"distillation.mode": {"grid": ["joint"]}, "distillation.alpha": {"uniform": [0.1, 0.9]}},
+        search={"method": "tpe", "num_trials": 2},
+    )
+
+    def runner(stage, stop, follow):
+        assert stage.metric == "utterance_macro_f1" and not stage.trials
+        raise TrainingError("seen")
+
+    with pytest.raises(TrainingError, match="seen"):
+        run_sweep(config, trainer=train, runner=runner)
+
+
 def test_a_failure_in_the_search_is_listed_and_ends_nothing(make_config, in_process, monkeypatch, capfd):
     space = {
         "teacher": {"grid": ["t5-tiny"]},

@@ -32,7 +32,7 @@ from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError, ConfigError
-from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.metrics import evaluate, rule_scores
 from kdecs.evaluation.predictions import PairKey, Prediction, read_predictions, write_predictions
 from kdecs.evaluation.significance import Comparison, bootstrap_intervals, compare_systems
 from kdecs.student.config import StudentConfig
@@ -50,7 +50,7 @@ from kdecs.sweep.selection.record import (
     rank_settings,
 )
 from kdecs.sweep.space import VARIANT_KEY, Trial
-from kdecs.sweep.status import TrialResult, read_results, rule_scores, trial_directory
+from kdecs.sweep.status import TrialResult, read_results, trial_directory
 from kdecs.sweep.tracking import sweep_record, trial_record
 from kdecs.tracking.mlflow import Tracker
 from kdecs.tracking.registry import register_student
