@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
-        item.add_marker(pytest.mark.xdist_group("ranks" if item.path in with_ranks else item.path.stem))
+        of_file = str(item.path.relative_to(ROOT / "tests").with_suffix(""))
+        item.add_marker(pytest.mark.xdist_group("ranks" if item.path in with_ranks else of_file))
 
 
 @pytest.fixture(scope="session")
