@@ -15,6 +15,7 @@ import pytest
 from export_campaign import Record
 from fake_teacher import files_of
 from real_teacher import ROOT, make_real_teacher, start_export, write_config
+from support import made_once
 
 from kdecs.artifact import verify_artifact
 from kdecs.corpus.reading import bundled_sample
@@ -32,7 +33,7 @@ KILLS_A_DIRECTORY = 4
 
 @pytest.fixture(scope="module")
 def real_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_real_teacher(tmp_path_factory.mktemp("real"))
+    return made_once(tmp_path_factory, "real-teacher", make_real_teacher) / "teacher"
 
 
 @pytest.fixture(scope="module")

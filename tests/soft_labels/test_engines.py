@@ -1,8 +1,6 @@
 """The export command with a real tiny teacher: partitioned over two ranks, and with top logits."""
 
-import contextlib
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 from fake_teacher import files_of
 from label_directories import read_shard
 from real_teacher import CORPUS, make_real_teacher, start_export, write_config
+from support import free_port, made_once
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.pairs import Pair, pairs_of
@@ -24,7 +23,7 @@ TOP_K = 3
 
 @pytest.fixture(scope="module")
 def real_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_real_teacher(tmp_path_factory.mktemp("real"))
+    return made_once(tmp_path_factory, "real-teacher", make_real_teacher) / "teacher"
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +35,6 @@ def replica(real_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     return directory / "labels"
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def test_a_partitioned_teacher_gives_the_labels_of_a_replica(

@@ -1,15 +1,18 @@
 """Two gloo ranks train the student that one rank trains."""
 
+import contextlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import free_port
 from transformers import RobertaForMaskedLM
 
 from kdecs.errors import Stopped
@@ -21,34 +24,51 @@ from kdecs.student.training import train_student
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def _train(rank: int, world_size: int, port: int, config: StudentConfig, stop: bool) -> None:
+def serve_rank(rank: int, port: int, orders: Connection) -> None:
+    """What a rank's process does: it trains each config that it is sent, and answers how that ended."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    runtime = Runtime(rank, rank, world_size, torch.device("cpu"))
-    signal = StopSignal(requested=stop and rank == 1)
-    try:
-        with process_group(runtime):
-            train_student(config, runtime, stop=signal)
-    except Stopped:
-        os._exit(Stopped.exit_code)
+    runtime = Runtime(rank, rank, 2, torch.device("cpu"))
+    with process_group(runtime):
+        while (order := orders.recv()) is not None:
+            config, stop = order
+            try:
+                train_student(config, runtime, stop=StopSignal(requested=stop and rank == 1))
+                orders.send("trained")
+            except Stopped:
+                orders.send("stopped")
     sys.stdout.flush()
     os._exit(0)  # as kdecs.process.leave ends a rank
 
 
-def _launch(config: StudentConfig, *, world_size: int = 2, stop: bool = False) -> list[int | None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+@pytest.fixture(scope="module")
+def train_on_two_ranks() -> Iterator[Callable[..., list[str]]]:
+    """A function that trains a config on two gloo ranks, of which one may be signalled: how that ended on each.
+
+    The two processes serve all tests of the module: their start takes longer than the trainings.
+    """
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    pipes = [context.Pipe() for _ in range(2)]
     ranks = [
-        context.Process(target=_train, args=(rank, world_size, port, config, stop))
-        for rank in range(world_size)
+        context.Process(target=serve_rank, args=(rank, port, theirs))
+        for rank, (_, theirs) in enumerate(pipes)
     ]
-    for rank in ranks:
+    for rank, (_, theirs) in zip(ranks, pipes, strict=True):
         rank.start()
-    for rank in ranks:
-        rank.join(timeout=600)
-    return [rank.exitcode for rank in ranks]
+        theirs.close()  # so that a rank that dies is the end of its pipe
+
+    def train(config: StudentConfig, *, stop: bool = False) -> list[str]:
+        for ours, _ in pipes:
+            ours.send((config, stop))
+        assert all(ours.poll(600) for ours, _ in pipes), "a rank gives no answer"
+        return [ours.recv() for ours, _ in pipes]
+
+    yield train
+    for rank, (ours, _) in zip(ranks, pipes, strict=True):
+        with contextlib.suppress(OSError):  # of a rank that is dead, which a test has said by then
+            ours.send(None)
+        rank.join(timeout=60)
+        rank.kill()
 
 
 @pytest.fixture
@@ -64,7 +84,9 @@ def base_without_dropout(base: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def test_two_ranks_train_what_one_trains_also_after_a_stop(make_config, runtime, base_without_dropout):
+def test_two_ranks_train_what_one_trains_also_after_a_stop(
+    make_config, runtime, base_without_dropout, train_on_two_ranks
+):
     groups = {
         "model": {"base": str(base_without_dropout), "span_head": "pointer", "max_prompt_tokens": 256},
         "batches": {
@@ -74,26 +96,28 @@ def test_two_ranks_train_what_one_trains_also_after_a_stop(make_config, runtime,
     }
     alone = train_student(make_config("alone", **groups), runtime)
     config = make_config("together", **groups)
-    assert _launch(config, stop=True) == [Stopped.exit_code] * 2
+    assert train_on_two_ranks(config, stop=True) == ["stopped"] * 2
     assert (config.output / "checkpoint.pt").is_file()
-    assert _launch(config) == [0, 0]
+    assert train_on_two_ranks(config) == ["trained"] * 2
     for file in ("model/model.safetensors", "heads.safetensors"):
         expected, found = load_file(alone / file), load_file(config.output / file)
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3)
 
 
-def test_losses_of_an_epoch_that_two_ranks_were_stopped_in_are_those_of_a_whole_one(make_config):
+def test_losses_of_an_epoch_that_two_ranks_were_stopped_in_are_those_of_a_whole_one(
+    make_config, train_on_two_ranks
+):
     """Stopped at step 20 of 33, where ranks look at one another: both have sums of their own then."""
     groups = {
         "batches": {"global_batch_pairs": 3},
         "optimization": {"learning_rate": 1e-3, "epochs": 1},
     }
     whole, stopped = make_config("whole", **groups), make_config("stopped", **groups)
-    assert _launch(whole) == [0, 0]
-    assert _launch(stopped, stop=True) == [Stopped.exit_code] * 2
+    assert train_on_two_ranks(whole) == ["trained"] * 2
+    assert train_on_two_ranks(stopped, stop=True) == ["stopped"] * 2
     assert not (stopped.output / "metrics.jsonl").read_text()
-    assert _launch(stopped) == [0, 0]
+    assert train_on_two_ranks(stopped) == ["trained"] * 2
     expected, found = (json.loads((c.output / "metrics.jsonl").read_text()) for c in (whole, stopped))
     losses = [key for key in expected if key.endswith("_loss")]
     assert len(losses) == 4
@@ -109,7 +133,7 @@ def test_losses_of_an_epoch_that_two_ranks_were_stopped_in_are_those_of_a_whole_
     ],
 )
 def test_two_ranks_train_a_mode_that_has_not_every_output(
-    make_config, runtime, base_without_dropout, mode, given, heads
+    make_config, runtime, base_without_dropout, train_on_two_ranks, mode, given, heads
 ):
     groups = {
         "model": {
@@ -123,7 +147,7 @@ def test_two_ranks_train_a_mode_that_has_not_every_output(
     }
     alone = train_student(make_config("alone", **groups), runtime)
     config = make_config("together", **groups)
-    assert _launch(config) == [0, 0]
+    assert train_on_two_ranks(config) == ["trained"] * 2
     expected, found = (load_file(place / "heads.safetensors") for place in (alone, config.output))
     assert set(expected) >= heads
     for name, tensor in expected.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import made_once
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from kdecs.config import parse_config
@@ -49,31 +50,26 @@ def runtime() -> Runtime:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> Callable[[str], Path]:
-    """Directory of a family's tiny base, made once a session."""
-    directory = tmp_path_factory.mktemp("bases")
+    """Directory of a family's tiny base. Read-only: copy it before damaging it."""
 
-    def base(family: str) -> Path:
-        output = directory / family
-        if not output.exists():
-            values = {
-                "name": family,
-                "output": str(output),
-                "corpus": {"train": str(bundled_sample("valid")), "valid": str(bundled_sample("test"))},
-                "architecture": ARCHITECTURES[family],
-                "vocabulary_size": 800,
-                "hidden_size": 32,
-                "num_layers": 2,
-                "num_heads": 2,
-                "max_positions": 512,
-                "max_steps": 3,
-                "batch_size": 4,
-                "sequence_tokens": 64,
-            }
-            config = parse_config(BaseModelConfig, values, source="test")
-            train_base_model(config, runtime, StopSignal())
-        return output
+    def make(output: Path) -> None:
+        values = {
+            "name": output.name,
+            "output": str(output),
+            "corpus": {"train": str(bundled_sample("valid")), "valid": str(bundled_sample("test"))},
+            "architecture": ARCHITECTURES[output.name],
+            "vocabulary_size": 800,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "max_positions": 512,
+            "max_steps": 3,
+            "batch_size": 4,
+            "sequence_tokens": 64,
+        }
+        train_base_model(parse_config(BaseModelConfig, values, source="test"), runtime, StopSignal())
 
-    return base
+    return lambda family: made_once(tmp_path_factory, family, make)
 
 
 @pytest.fixture(scope="session")

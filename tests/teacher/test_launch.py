@@ -19,7 +19,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support import ROOT, child_environment, free_port
+from support import ROOT, child_environment, flip_bit, free_port
 from transformers import AutoModelForCausalLM
 
 from kdecs.config import parse_config
@@ -354,7 +354,8 @@ def check_logits(logits: np.ndarray, network: torch.nn.Module, family: Family, p
 def trained(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     """A teacher trained by plain python in one process."""
     directory = tmp_path_factory.mktemp("teacher")
-    values = config_values(bases("causal"), directory / "out")
+    shutil.copytree(bases("causal"), directory / "base")  # the tests below damage it
+    values = config_values(directory / "base", directory / "out")
     done = run(values, directory, [sys.executable])
     assert done.returncode == 0, done.stderr[-3000:]
     return values, directory
@@ -413,8 +414,7 @@ def test_damaged_weights_are_refused(trained: tuple[dict, Path], runtime: Runtim
     values, directory = trained
     folder = Path(values["model"]["base"]) if of_base else directory / "out"
     weights = next(folder.glob("*.safetensors"))
-    data = weights.read_bytes()
-    weights.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    data = flip_bit(weights, -5)
     try:
         with pytest.raises(ArtifactError, match=rf"{weights.name}: sha256"):
             TeacherScorer.load(directory / "out", runtime=runtime, dtype="float32", micro_batch_tokens=512)
