@@ -1,8 +1,8 @@
-"""Cross-fit soft labels: train K teachers, each on all training dialogues but one fold's, have each label its own fold.
+"""Cross-fit soft labels: train K teachers, each on all training dialogues except one fold, which it then labels.
 
-One command runs the K trainings and exports one after another (each on all devices that the launcher gives it) and
-merges them into one label directory. The same command resumes: what is complete is skipped, a training goes on from
-its checkpoint.
+One command runs the K trainings and exports, one after another, each on all devices that the launcher gives it, and
+merges the labels into one directory. The same command resumes: complete stages are skipped, and a training continues
+from its checkpoint.
 """
 
 import shutil
@@ -33,7 +33,9 @@ def main() -> None:
     stop.install()
     with file_lock(config.work_directory / ".lock", blocking=False) as held:
         if not held:
-            raise KdecsError(f"{config.work_directory}: another cross-fitting works here; wait for it")
+            raise KdecsError(
+                f"{config.work_directory}: another cross-fitting uses this directory; wait until it has ended"
+            )
         run_folds(config, stop)
         stop.raise_if_requested(_stopped(config))
         finish(config)
@@ -76,13 +78,13 @@ def run_stage(
     stop.raise_if_requested(_stopped(config))
     if code != 0:
         raise KdecsError(
-            f"{config.name}: {title} failed with exit code {code}, its own message stands above; "
+            f"{config.name}: {title} failed with exit code {code}, see its message above; "
             "run the same command again to go on from there"
         )
 
 
 def is_done(stage: Config, output: Path, kind: Kind) -> bool:
-    """True if a stage's output is complete. Labels are read byte by byte, since their own command mends damage."""
+    """True if a stage's output is complete. Labels are read byte by byte, since their own command repairs damage."""
     if kind == "soft-labels":
         return verified_labels(output, config_hash(stage), show_progress=True) is not None
     return is_complete(output, kind, config_hash(stage))

@@ -1,8 +1,8 @@
 """Export a teacher's soft labels: raw answer-word logits of every pair of every split, in checked shards.
 
-Start it as often as there are devices: plain python, torchrun, the deepspeed launcher, or jobs of their own
-on one output directory. Workers share the shards among themselves; the same command resumes after any stop, and
-mends a finished directory: damaged shards are labelled again.
+Start one worker per device: with plain python, torchrun or the deepspeed launcher, or as independent jobs on one
+output directory. The workers divide the shards among themselves. The same command resumes after any stop, and repairs
+a finished directory by labelling damaged shards again.
 """
 
 import sys
@@ -12,13 +12,12 @@ from tqdm import tqdm
 
 from kdecs.artifact import read_manifest
 from kdecs.config import config_hash
-from kdecs.process import is_main_rank, run_entry, say_skipped, stage_config
+from kdecs.process import StopSignal, is_main_rank, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.claims import check_teacher_corpus, claim_output, remove_temporaries
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
 
 if TYPE_CHECKING:
-    from kdecs.process import StopSignal
     from kdecs.runtime import Runtime
 
 EXAMPLES = """\
@@ -49,8 +48,10 @@ def summary(config: ExportConfig, result: ExportResult) -> str:
     details = result.manifest.details
     num_pairs = sum(details["num_pairs"].values())
     agreement = details["agreement"]["valid"]
-    macro_f1 = f"{agreement['macro_f1']:.2f}" if agreement else "none, there are no pairs to judge"
-    rate = f"{result.pairs_per_second:,.1f} pairs per second" if result.num_new_pairs else "all there before"
+    macro_f1 = f"{agreement['macro_f1']:.2f}" if agreement else "none, it has no pairs with gold"
+    rate = (
+        f"{result.pairs_per_second:,.1f} pairs per second" if result.num_new_pairs else "all labelled before"
+    )
     return (
         f"soft labels {config.output.name}: {num_pairs:,} pairs in {len(result.manifest.files)} shards, {rate}; "
         f"agreement with gold on valid: macro F1 {macro_f1}; written to {config.output}"
@@ -63,11 +64,10 @@ def main() -> None:
         remove_temporaries(config.output, lease_s=config.lease_s)
         say_skipped(f"soft labels {config.output.name}: complete at {config.output}, skipped")
         return
-    # Refused here as well as in the export, which comes to it only after the teacher is loaded.
+    # The export checks this too, but only after minutes of loading the teacher.
     check_teacher_corpus(config, read_manifest(config.teacher, "teacher"))
     claim_output(config.output, config_hash(config))
-    # Torch takes seconds to import: not before it is known that there is work.
-    from kdecs.process import StopSignal
+    # Torch takes seconds to import, which a finished or refused export need not wait for.
     from kdecs.runtime import process_group, start_runtime, warn_of_emulation
 
     stop = StopSignal()
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def export_replica(
-    config: ExportConfig, runtime: "Runtime", stop: "StopSignal", bar: ExportBar
+    config: ExportConfig, runtime: "Runtime", stop: StopSignal, bar: ExportBar
 ) -> ExportResult:
     """Label with a whole teacher on this rank's device; other ranks are other workers."""
     from kdecs.teacher.scoring import TeacherScorer
@@ -106,9 +106,9 @@ def export_replica(
 
 
 def export_partitioned(
-    config: ExportConfig, runtime: "Runtime", stop: "StopSignal", bar: ExportBar
+    config: ExportConfig, runtime: "Runtime", stop: StopSignal, bar: ExportBar
 ) -> ExportResult:
-    """Label with a teacher whose parameters are shared out over the ranks, which compute in step."""
+    """Label with a teacher whose parameters are partitioned over the ranks, which compute in step."""
     from kdecs.teacher.scoring import load_partitioned
 
     scorer, lockstep = load_partitioned(

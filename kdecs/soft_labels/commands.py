@@ -1,4 +1,4 @@
-"""`kdecs soft-labels …`. Imports what is slow inside the functions."""
+"""`kdecs soft-labels …`. Slow imports are inside the functions, so that `--help` answers at once."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,17 @@ app = typer.Typer(help="Show, combine and import soft labels.", no_args_is_help=
 Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
 Cache = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="where joined label files lie or are kept; by default a scratch one"),
+    typer.Option(
+        metavar="DIR",
+        help="where joined label files are kept for the next command; default: not kept",
+    ),
 ]
+
+
+# The configs state the same choices, but importing them for `--help` would take pydantic along.
+Rule = Literal["mean-probability", "mean-logit", "most-confident", "gold-correct"]
+ScoresKind = Literal["logits", "probabilities"]
+GoldUniverse = Literal["fold1", "fold1+neutral"]
 
 
 @app.command("show")
@@ -23,21 +32,21 @@ def show(
         typer.Option(
             "--corpus",
             metavar="FILE",
-            help="labelled corpus file to compare with; repeatable; by default those that were labelled, "
-            "where they lie as config.json says, unchanged",
+            help="gold corpus file to compare with; repeatable; default: the files that were labelled, "
+            "if they are still where config.json says and unchanged",
         ),
     ] = None,
     universe: Annotated[
-        Literal["fold1", "fold1+neutral"],
-        typer.Option(help="pairs compared; +neutral adds (i, i) of neutral targets"),
+        GoldUniverse,
+        typer.Option(help="pairs to compare; +neutral adds the pair (i, i) of each neutral target"),
     ] = "fold1",
     output: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="also write the reliability plot (needs a corpus)")
+        Path | None, typer.Option(metavar="PNG", help="also write the reliability plot here (needs a corpus)")
     ] = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Lineage, entropy by τ and answer words; beside a corpus: agreement with gold, calibration, reliability.
+    """Show lineage, entropy by τ and answer words; with a corpus also agreement with gold, calibration, reliability.
 
     Examples: kdecs soft-labels show runs/demo/labels/llama-tiny
 
@@ -50,7 +59,9 @@ def show(
 
     found = describe(directory, corpus or [], universe=universe, cache_dir=cache)
     if output is not None and not found["gold"]:
-        raise typer.BadParameter("the plot compares with gold: name --corpus FILE", param_hint="--output")
+        raise typer.BadParameter(
+            "the plot compares labels with gold: pass --corpus FILE", param_hint="--output"
+        )
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -62,28 +73,28 @@ def show(
 
 @app.command("combine")
 def combine(
-    labels: Annotated[list[Path], typer.Argument(metavar="DIR DIR …", help="label directories, two or more")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="where the combined labels go")],
-    rule: Annotated[
-        Literal["mean-probability", "mean-logit", "most-confident", "gold-correct"],
-        typer.Option(help="how the teachers' labels of a pair become one"),
-    ] = ("mean-probability"),
+    labels: Annotated[list[Path], typer.Argument(metavar="DIR DIR …", help="two or more label directories")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="directory for the combined labels")],
+    rule: Annotated[Rule, typer.Option(help="how the teachers' labels of a pair become one")] = (
+        "mean-probability"
+    ),
     weight: Annotated[
-        list[float] | None, typer.Option(metavar="W", help="one a directory, in their order; repeat it")
+        list[float] | None,
+        typer.Option(metavar="W", help="weight of a teacher; repeat it, once per directory, in order"),
     ] = None,
     train: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="training corpus: gold-correct needs its gold; others never see it"
+            metavar="FILE", help="training corpus with gold; for gold-correct, no other rule takes one"
         ),
     ] = None,
     cache: Cache = None,
 ) -> None:
-    """Combine several teachers' labels of the same pairs into a directory that students take like any other.
+    """Combine several teachers' labels of the same pairs into one directory that students use like any other.
 
-    mean-probability: average of probabilities at τ = 1; mean-logit: their geometric mean; most-confident: the
-    teacher of lowest entropy, pair by pair; gold-correct: on training pairs the average of the teachers that are
-    right. Top logits (top_k) are not carried over.
+    mean-probability averages the probabilities at τ = 1, mean-logit the logits. most-confident takes, for each pair,
+    the teacher with the lowest entropy. gold-correct averages, for each training pair, the teachers that are right.
+    Top logits (top_k) are not carried over.
 
     Examples: kdecs soft-labels combine runs/labels/llama runs/labels/t5 --output runs/labels/both
 
@@ -107,24 +118,22 @@ def combine(
 
 @app.command("import")
 def import_table(
-    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Parquet or JSON lines, one row a pair")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="where the label directory goes")],
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Parquet or JSON lines, one row per pair")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="where to write the label directory")],
     corpus: Annotated[
         list[str],
         typer.Option(
             "--corpus",
             metavar="[SPLIT=]FILE",
-            help="labelled corpus file of train (where no split is named), valid= or test=; repeatable",
+            help="corpus file with the pairs of a split, train unless it begins with valid= or test=; repeatable",
         ),
     ],
-    scores: Annotated[
-        Literal["logits", "probabilities"], typer.Option(help="what the table's scores are")
-    ] = "logits",
+    scores: Annotated[ScoresKind, typer.Option(help="what the table's scores are")] = "logits",
     ignore_unknown: Annotated[
-        bool, typer.Option("--ignore-unknown", help="leave out rows of pairs that no corpus has")
+        bool, typer.Option("--ignore-unknown", help="leave out rows whose pair is in no corpus")
     ] = False,
 ) -> None:
-    """Make a checked label directory of scores made elsewhere: all pairs covered, once, finite, hashes agreeing.
+    """Import scores from elsewhere as a label directory, after checking that every pair has one finite row.
 
     Columns: pair_id; logits (a list) or because, as, since, thus, other; optional pair_hash, split, log_rest_mass.
 
@@ -142,7 +151,7 @@ def import_table(
             item.rpartition("=") if item.startswith(("train=", "valid=", "test=")) else ("", "", item)
         )
         if (split := name or "train") in values:
-            raise typer.BadParameter(f"names {split} twice", param_hint="--corpus")
+            raise typer.BadParameter(f"{split} is given twice", param_hint="--corpus")
         values[split] = file
     config = parse_config(
         ImportConfig, values | {"ignore_unknown": ignore_unknown}, source="soft-labels import"

@@ -1,4 +1,4 @@
-"""The config of an export of soft labels (`launch/export_soft_labels.py`)."""
+"""The config of an export of soft labels."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -10,36 +10,37 @@ from kdecs.corpus.splits import CorpusConfig
 
 
 class ExportConfig(Config):
-    """`launch/export_soft_labels.py`: raw logits of the answer words for every pair of every split."""
+    """`kdecs.launch.export_soft_labels`: raw logits of the answer words for every pair of every split."""
 
     method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
     teacher: InputPath
     base: Annotated[ModelReference | None, Unhashed()] = Field(
-        default=None, description="where the teacher's base lies on this machine, if not where it was trained"
+        default=None,
+        description="the teacher's base model on this machine, if it is not where it was at training",
     )
     corpus: CorpusConfig
     output: OutputPath
     num_shards: int = Field(default=8, ge=1, le=100_000)
     micro_batch_tokens: int = Field(default=4096, ge=16)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    threads_per_worker: int = Field(default=1, ge=1, description="fixed, since it can change last bits")
+    threads_per_worker: int = Field(default=1, ge=1, description="fixed, because it can change the last bits")
     engine: Literal["replica", "zero3"] = Field(
         default="replica",
         description="replica: the whole teacher on each rank; zero3: partitioned over the ranks of one launch",
     )
     persistence_threshold: Annotated[int | None, Unhashed()] = Field(
-        default=None, ge=0, description="zero3: parameters of up to so many values stay whole on each rank"
+        default=None, ge=0, description="zero3: parameters with up to this many values are not partitioned"
     )
     top_k: int = Field(
         default=0,
         ge=0,
         le=1000,
-        description="largest logits over the whole vocabulary to keep a pair; 0: none",
+        description="number of largest logits over the whole vocabulary to keep for each pair; 0: none",
     )
     lease_s: Annotated[float, Unhashed()] = Field(
         default=60.0,
         ge=1.0,
-        description="silence of another host's worker after which its shard is taken over",
+        description="seconds without a sign of life after which another host's shard is taken over",
     )
     allow_other_corpus: bool = Field(
         default=False, description="label a corpus the teacher was not trained on"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kdecs.artifact import (
     FileEntry,
@@ -52,7 +52,7 @@ from kdecs.soft_labels.format import (
     write_record,
 )
 from kdecs.soft_labels.plan import PLAN_DIRECTORY, Plan, PlanKind, batching_of, make_plan, open_plan
-from kdecs.soft_labels.scoring import Scorer, ShardScoring, TopScorer, WaitPolicy
+from kdecs.soft_labels.scoring import Scorer, ShardScoring, WaitPolicy
 from kdecs.soft_labels.verify import verified_labels
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ class _Worker:
         }
         if config.top_k:
             details["top_k"] = config.top_k
-            details["tokenizer_sha256"] = cast(TopScorer, self.scorer).tokenizer_sha256
+            details["tokenizer_sha256"] = self.scorer.tokenizer_sha256
         return build_manifest(
             KIND,
             config_hash=self.work_hash,

@@ -5,7 +5,7 @@ Shapes: n pairs of a chunk, A answer words, K top logits.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +16,11 @@ from kdecs.errors import LabelError
 from kdecs.evaluation.counts import PairCounts
 from kdecs.soft_labels.format import ShardTable
 from kdecs.soft_labels.plan import Plan, PlannedDialogue
+
+CHUNK_PAIRS = 256
+"""Pairs scored between two looks at the stop signal. They also fix a shard's batches, and so its last bits."""
+
+_COUNTED_SPLITS = ("train", "valid")
 
 
 class Scorer(Protocol):
@@ -28,7 +33,7 @@ class Scorer(Protocol):
 
     @property
     def lineage(self) -> Mapping[str, str]:
-        """What the labels depend on beside the corpus: teacher, prompt version, emotions shown."""
+        """What the labels depend on besides the corpus: teacher, prompt version, emotions shown."""
         ...
 
     @property
@@ -40,19 +45,15 @@ class Scorer(Protocol):
         """Raw logits (n, A) and log rest mass (n,), float32, in the order of `pairs`."""
         ...
 
-
-class TopScorer(Scorer, Protocol):
-    """A teacher that also gives the largest logits over its whole vocabulary."""
-
     @property
     def tokenizer_sha256(self) -> str:
-        """What the token ids mean: a student may use them only with a tokenizer of this checksum."""
+        """What the ids of top logits refer to: a student may use them only with a tokenizer of this checksum."""
         ...
 
     def score_with_top(
         self, pairs: Sequence[Pair], top_k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """As `score`, and the ids (n, K) int32 and logits (n, K) float32 of the K largest, largest first."""
+        """As `score`, and ids (n, K) int32 and logits (n, K) float32 of the K largest logits, largest first."""
         ...
 
 
@@ -74,14 +75,13 @@ class WaitPolicy:
         """Nothing is left for this worker; return once no other worker depends on it."""
 
 
-CHUNK_PAIRS = 256
-"""Pairs scored between two looks at the stop signal. They also fix a shard's batches, and so its last bits."""
-
-_COUNTED_SPLITS = ("train", "valid")
+def is_causal(logits_nA: np.ndarray) -> np.ndarray:
+    """Boolean (…,): whether the causal words together are more probable than `other`, for logits (…, A)."""
+    return np.logaddexp.reduce(logits_nA[..., :NUM_CAUSAL], axis=-1) > logits_nA[..., NUM_CAUSAL]
 
 
 class ShardScoring:
-    """Scores a shard as its tables are asked for; `agreement` counts those given so far, by split."""
+    """Scores one shard, chunk by chunk; `agreement` counts the fold1 pairs scored so far against gold, by split."""
 
     def __init__(
         self,
@@ -112,8 +112,7 @@ class ShardScoring:
         pairs = [pair for planned in chunk for pair in planned.pairs]
         top_ids = top_logits = None
         if self._top_k:
-            scorer = cast(TopScorer, self._scorer)
-            logits_nA, log_rest_mass_n, top_ids, top_logits = scorer.score_with_top(pairs, self._top_k)
+            logits_nA, log_rest_mass_n, top_ids, top_logits = self._scorer.score_with_top(pairs, self._top_k)
             assert top_ids.shape == top_logits.shape == (len(pairs), self._top_k)
         else:
             logits_nA, log_rest_mass_n = self._scorer.score(pairs)
@@ -133,8 +132,7 @@ class ShardScoring:
 
     def _count(self, chunk: Sequence[PlannedDialogue], logits_nA: np.ndarray) -> None:
         """Add a chunk's fold1 pairs to the agreement of its splits."""
-        causal_n = np.logaddexp.reduce(logits_nA[:, :NUM_CAUSAL].astype(np.float32), axis=1)
-        says_n = causal_n > logits_nA[:, NUM_CAUSAL]
+        is_causal_n = is_causal(logits_nA)
         row = 0
         for planned in chunk:
             first, row = row, row + len(planned.pairs)
@@ -143,7 +141,7 @@ class ShardScoring:
             utterances = planned.pairs[0].dialogue.utterances
             in_fold1 = [utterances[pair.target - 1].evidence is not None for pair in planned.pairs]
             gold = np.array([pair.is_cause for pair in planned.pairs])[in_fold1]
-            counts = PairCounts.of(gold, says_n[first:row][in_fold1])
+            counts = PairCounts.of(gold, is_causal_n[first:row][in_fold1])
             self.agreement[planned.split] = self.agreement.get(planned.split, PairCounts()) + counts
 
 
@@ -161,5 +159,5 @@ def _check_finite(
         raise LabelError(
             f"pair {pairs[first].id}: logits {logits_nA[first].tolist()} and log rest mass "
             f"{float(log_rest_mass_n[first])} are not all finite ({int(is_bad_n.sum())} such pairs in this "
-            "chunk); check the teacher, or export in float32"
+            "chunk of the shard); check the teacher, or export in float32"
         )

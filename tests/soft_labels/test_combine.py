@@ -188,9 +188,9 @@ def test_rules_that_lack_something_are_refused(parents: list[Path], tmp_path: Pa
     base = ["soft-labels", "combine", *map(str, parents), "--output", str(tmp_path / "out")]
     for extra, message in (
         (["--rule", "gold-correct"], "needs the training corpus"),
-        (["--train", str(bundled_sample("train"))], "no other rule reads it"),
+        (["--train", str(bundled_sample("train"))], "no other rule takes one"),
         (["--weight", "1"], "1 weights for 3 directories"),
-        (["--rule", "most-confident", *["--weight", "1"] * 3], "weights mean nothing"),
+        (["--rule", "most-confident", *["--weight", "1"] * 3], "weights have no effect"),
     ):
         result = CliRunner().invoke(app, [*base, *extra])
         assert isinstance(result.exception, ConfigError)

@@ -186,7 +186,7 @@ def test_share_and_faults_of_the_config(tmp_path: Path) -> None:
     assert config.teacher_config(0).corpus.train_share == 1
     with pytest.raises(CorpusError, match="dialogues for 100 folds; lower num_folds"):
         fold_of_dialogues(config_of(tmp_path / "labels", num_folds=100))
-    with pytest.raises(ConfigError, match=r"teacher\.output is not given here"):
+    with pytest.raises(ConfigError, match=r"teacher\.output cannot be set here"):
         config_of(tmp_path / "x", teacher={"model": {"family": "causal", "base": "b"}, "output": "y"})
     elsewhere = config_of(tmp_path / "other", work=str(tmp_path / "w"), launcher=["deepspeed"], corpus=corpus)
     assert config_hash(elsewhere) == config_hash(config)
@@ -232,5 +232,5 @@ def test_a_fold_s_export_is_told_what_an_export_can_be_told(tmp_path: Path) -> N
     (config.fold_directory(0) / "teacher").mkdir()
     assert config.export_config(0).lease_s == 7
     assert config_hash(config) == config_hash(config_of(tmp_path / "labels"))
-    with pytest.raises(ConfigError, match="top_k is not carried: merged labels hold"):
+    with pytest.raises(ConfigError, match="top_k is not supported: merged labels hold"):
         config_of(tmp_path / "labels", export={"top_k": 5})

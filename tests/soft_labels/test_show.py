@@ -173,9 +173,9 @@ def test_alone_it_compares_with_the_corpora_that_were_labelled(
     paths["valid"].unlink()
     result = show(output)
     assert result.exit_code == 0
-    assert "--corpus FILE adds" in result.output
+    assert "pass --corpus FILE" in result.output
     macro_f1 = agreement["valid"]["macro_f1"]
-    assert "valid, agreement with gold when exported: positive F1" in result.output
+    assert "valid, agreement with gold at export: positive F1" in result.output
     assert f"macro F1 {macro_f1:.2f}" in result.output
 
 

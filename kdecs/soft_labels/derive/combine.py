@@ -1,17 +1,17 @@
-"""Several teachers as one: their labels combined pair by pair into a directory like any other.
+"""Combines the labels of several teachers, pair by pair, into a directory that students use like any other.
 
-Legend: K teachers, n pairs of a batch, A answer words (causal first). p_k = softmax over the answer words of teacher
-k's logits at τ = 1, r_k its probability mass outside them, w_k its weight over the sum of weights.
+Shapes: K teachers, n pairs of a batch, A answer words (causal ones first). For teacher k, p_k is the softmax of its
+logits over the answer words at τ = 1, r_k its probability mass outside them, and w_k its share of the weights.
 
     mean-probability   p = Σ_k w_k p_k
-    mean-logit         p ∝ exp Σ_k w_k log p_k, the geometric mean: logits averaged, each teacher's constant apart
-    most-confident     the teacher of lowest entropy of p_k, as it is (the first named among equals)
-    gold-correct       training pairs: mean-probability over the teachers whose decision is the gold one, all of them
-                       where none is; a decision is "cause" where p_k(cause) > p_k(other). Pairs of other splits are
+    mean-logit         p ∝ exp Σ_k w_k log p_k, the geometric mean: the average of the logits up to a constant
+    most-confident     the labels of the teacher with the lowest entropy of p_k, the first named among equals
+    gold-correct       training pairs: mean-probability over the teachers that decide as gold does, or over all where
+                       none does; a teacher decides "cause" where p_k(cause) > p_k(other). Pairs of other splits are
                        never compared with gold: mean-probability
 
-Stored as logits log p (for most-confident the chosen teacher's raw logits) and log r = log Σ w_k r_k over the teachers
-that count (the chosen teacher's own). A student's softmax at τ = 1 gives p again.
+The directory stores log p as logits (for most-confident, the chosen teacher's raw logits), and log r = log Σ w_k r_k
+over the teachers that count (for most-confident, the chosen teacher's). A student's softmax at τ = 1 gives p again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 from tqdm import tqdm
 
 from kdecs.artifact import Manifest
 from kdecs.config import config_hash, input_checksums
-from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import LabelError
 from kdecs.soft_labels.corpora import pair_batches
@@ -32,15 +32,16 @@ from kdecs.soft_labels.derive.write import LabelDirectory, claim_output
 from kdecs.soft_labels.format import ShardTable, iter_directory
 from kdecs.soft_labels.inspect.calibration import require_cause_words
 from kdecs.soft_labels.labels import SoftLabels
+from kdecs.soft_labels.scoring import is_causal
 from kdecs.soft_labels.verify import verified_labels
 
 
 def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
-    """Write the combined directory; does nothing where it is whole.
+    """Write the combined directory, or return its manifest where it is complete and undamaged.
 
-    Every directory must label the same pairs (id, hash, split) over the same answer words; pairs come in the first
-    one's order. Raises LabelError naming the first pair that one of them lacks, ArtifactError for a damaged directory
-    or an output of other work, CorpusError for the training corpus.
+    All directories must label the same pairs (id, hash, split) over the same answer words; the pairs keep the order of
+    the first directory. Raises LabelError naming the first pair that a directory lacks, ArtifactError for a damaged
+    directory or an output of other work, and CorpusError for the training corpus.
     """
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
@@ -76,11 +77,11 @@ def combined_labels(
     weights_K: Sequence[float],
     gold_n: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, A) and log rest mass (n,), float32, by a rule of the module's head.
+    """Logits (n, A) and log rest mass (n,), float32, by one of the rules above.
 
-    `gold_n` (gold-correct): 1 cause, 0 other, -1 not to be compared with gold.
+    `gold_n` is for gold-correct: 1 cause, 0 other, -1 where a pair must not be compared with gold.
     """
-    log_p_KnA = _log_softmax(logits_KnA.astype(np.float64))
+    log_p_KnA = log_softmax(logits_KnA.astype(np.float64), axis=-1)
     n = logits_KnA.shape[1]
     weights_Kn = np.repeat(np.asarray(weights_K, dtype=np.float64)[:, None], n, axis=1)
     if rule == "most-confident":
@@ -89,16 +90,15 @@ def combined_labels(
         return logits_KnA[chosen_n, np.arange(n)], log_rest_Kn[chosen_n, np.arange(n)]
     if rule == "gold-correct":
         assert gold_n is not None
-        decided_Kn = np.logaddexp.reduce(log_p_KnA[..., :NUM_CAUSAL], axis=2) > log_p_KnA[..., NUM_CAUSAL]
-        agrees_Kn = decided_Kn == (gold_n == 1)
+        agrees_Kn = is_causal(log_p_KnA) == (gold_n == 1)
         counts_Kn = agrees_Kn | ~agrees_Kn.any(axis=0) | (gold_n < 0)
         weights_Kn = weights_Kn * counts_Kn
     weights_Kn = weights_Kn / weights_Kn.sum(axis=0)
-    with np.errstate(divide="ignore"):  # the log of a teacher that does not count
+    with np.errstate(divide="ignore"):  # a teacher that does not count has weight 0
         log_w_Kn = np.log(weights_Kn)
     log_rest_n = np.logaddexp.reduce(log_rest_Kn.astype(np.float64) + log_w_Kn, axis=0)
     if rule == "mean-logit":
-        mixed_nA = _log_softmax((weights_Kn[..., None] * log_p_KnA).sum(axis=0))
+        mixed_nA = log_softmax((weights_Kn[..., None] * log_p_KnA).sum(axis=0), axis=-1)
     else:
         mixed_nA = np.logaddexp.reduce(log_p_KnA + log_w_Kn[..., None], axis=0)
     return mixed_nA.astype(np.float32), log_rest_n.astype(np.float32)
@@ -111,7 +111,7 @@ def combined_rows(
     weights: Sequence[float],
     gold_n: np.ndarray | None = None,
 ) -> ShardTable:
-    """A batch of pairs with the labels that a rule makes of all teachers', found by id, hash and split."""
+    """A batch of pairs with their combined labels; each teacher's are found by id, hash and split."""
     shape = (len(teachers), len(table))
     logits_KnA = np.empty((*shape, table.logits.shape[1]), np.float32)
     log_rest_Kn = np.empty(shape, np.float32)
@@ -139,7 +139,7 @@ def _combined(
 
 
 def _gold(labels: SoftLabels, corpus: Path) -> np.ndarray:
-    """Gold of each row of a directory, (N,) int8: 1 cause, 0 other, -1 unknown. Raises CorpusError."""
+    """Gold of each row of a joined file, (N,) int8: 1 cause, 0 other, -1 unknown. Raises CorpusError."""
     gold_N = np.full(len(labels), -1, dtype=np.int8)
     for batch in pair_batches(corpus, EXPORT_UNIVERSE):
         rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch], split="train")
@@ -191,8 +191,3 @@ def _parent(labels: SoftLabels, weight: float) -> dict[str, Any]:
         "lineage": details.get("lineage", {}),
         "parents": details.get("parents", []),
     }
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""The config of a cross-fitting (`launch/cross_fit.py`)."""
+"""The configs of label directories that are derived from others: combined, imported and cross-fitted ones."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,7 +18,7 @@ class CombineConfig(Config):
     """`kdecs soft-labels combine`: several teachers as one (rules in `kdecs.soft_labels.derive.combine`)."""
 
     labels: tuple[InputPath, ...] = Field(min_length=2, description="the directories, in order")
-    weights: tuple[float, ...] = Field(default=(), description="one a directory; none: all 1")
+    weights: tuple[float, ...] = Field(default=(), description="one per directory; none: all 1")
     rule: CombineRule = "mean-probability"
     train: InputPath | None = Field(default=None, description="training corpus, for gold-correct")
     output: OutputPath
@@ -30,9 +30,9 @@ class CombineConfig(Config):
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights must be above 0")
         if self.weights and self.rule == "most-confident":
-            raise ValueError("most-confident takes one teacher a pair, so weights mean nothing")
+            raise ValueError("most-confident takes one teacher per pair, so weights have no effect")
         if (self.rule == "gold-correct") != (self.train is not None):
-            raise ValueError("the rule gold-correct needs the training corpus, and no other rule reads it")
+            raise ValueError("the rule gold-correct needs the training corpus; no other rule takes one")
         return self
 
 
@@ -55,7 +55,7 @@ class ImportConfig(Config):
 
 
 class FoldExport(Config):
-    """What `launch/export_soft_labels.py` is told for each fold, beside teacher, corpus and output."""
+    """The settings of each fold's export (`kdecs.launch.export_soft_labels`) besides teacher, corpus and output."""
 
     num_shards: int = Field(default=8, ge=1, le=100_000, description="shards of each fold's export")
     micro_batch_tokens: int = Field(default=4096, ge=16)
@@ -70,14 +70,14 @@ class FoldExport(Config):
     def _has_no_top_logits(cls, values: Any) -> Any:
         if isinstance(values, dict) and "top_k" in values:
             raise ValueError(
-                "top_k is not carried: merged labels hold the logits of the answer words alone; "
-                "export one teacher's with top_k for a student of its tokenizer"
+                "top_k is not supported: merged labels hold the logits of the answer words only; "
+                "for a student with a teacher's tokenizer, export that teacher with top_k"
             )
         return values
 
 
 class CrossFitConfig(Config):
-    """`launch/cross_fit.py`: K teachers, each labelling the fold of training dialogues that it did not see."""
+    """`kdecs.launch.cross_fit`: K teachers, each of which labels the fold of training dialogues that it did not see."""
 
     method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
     name: Name
@@ -97,7 +97,7 @@ class CrossFitConfig(Config):
     export: FoldExport = FoldExport()
     launcher: Annotated[tuple[str, ...], Unhashed()] = Field(
         default=(),
-        description="what starts the stages, such as [deepspeed, --no_local_rank]; empty: one process",
+        description="the command that starts each stage, such as [deepspeed, --no_local_rank]; empty: one process",
     )
 
     @model_validator(mode="before")
@@ -110,7 +110,7 @@ class CrossFitConfig(Config):
         given = values["teacher"]
         for key, value in own.items():
             if key in given and given[key] != value:
-                raise ValueError(f"teacher.{key} is not given here: each fold has its own")
+                raise ValueError(f"teacher.{key} cannot be set here: each fold has its own")
         return values | {"teacher": given | own}
 
     @model_validator(mode="after")
@@ -123,12 +123,12 @@ class CrossFitConfig(Config):
 
     @property
     def work_directory(self) -> Path:
-        """Where folds, teachers and their exports lie."""
+        """Where the folds, their teachers and exports are."""
         default = self.output.with_name(f"{self.output.name}.folds")
         return default if self.work is None else Path(self.work).expanduser().absolute()
 
     def fold_directory(self, fold: int) -> Path:
-        """Where one fold lies: its corpus files, configs, teacher and labels."""
+        """The directory of one fold: its corpus files, configs, teacher and labels."""
         return self.work_directory / f"fold-{fold}"
 
     def fold_corpus(self, fold: int, part: str) -> Path:
@@ -136,7 +136,7 @@ class CrossFitConfig(Config):
         return self.fold_directory(fold) / f"{part}{self.corpus.train.suffix or '.json'}"
 
     def teacher_config(self, fold: int) -> TeacherConfig:
-        """The training of a fold's teacher: on all training dialogues but the fold's."""
+        """The training of a fold's teacher, on all training dialogues except the fold's."""
         return self.teacher.model_copy(
             update={
                 "name": f"{self.name}-fold-{fold}",
@@ -146,7 +146,7 @@ class CrossFitConfig(Config):
         )
 
     def export_config(self, fold: int) -> ExportConfig:
-        """The export of a fold: the dialogues held out, and the evaluation splits where they are used."""
+        """The export of a fold: its held-out dialogues, and the evaluation splits where their labels are used."""
         uses_test = self.evaluation_labels in ("mean", fold)
         return ExportConfig(
             teacher=self.fold_directory(fold) / "teacher",

@@ -1,15 +1,15 @@
-"""Cross-fitting: a training pair's label comes from the teacher that did not train on its dialogue.
+"""Cross-fitting: the label of a training pair comes from a teacher that did not train on its dialogue.
 
-A teacher is over-sure of pairs that it was trained on, and what it is over-sure of teaches a student little. Here K
-teachers are trained, each on the training dialogues but one fold's, and each labels its own fold:
+A teacher is overconfident about pairs that it was trained on, and labels of which it is certain teach a student little.
+So K teachers are trained, each on all training dialogues except one fold's, and each labels the fold it did not see:
 
     WORK/fold-k/train.json      what teacher k is trained on         WORK/fold-k/teacher/   kind teacher
     WORK/fold-k/held-out.json   what it labels                       WORK/fold-k/labels/    kind soft-labels
-    OUTPUT/                     the merged labels, kind soft-labels; details.folds: fold by fold the teacher, the
-                                checksums of both files, and the shards that hold its pairs
+    OUTPUT/                     the merged labels, kind soft-labels; details.folds holds, for each fold, the teacher,
+                                the checksums of both files, and the shards with its pairs
 
-Labels of valid and test, which no teacher trained on: the mean probability of all K (`evaluation_labels: mean`), or
-those of one of them.
+No teacher trained on valid and test. Their labels are the mean probability of all K teachers (`evaluation_labels:
+mean`), or the labels of one of them.
 """
 
 import hashlib
@@ -99,10 +99,10 @@ def _write_object(source: Path, kept: set[str], target: Path) -> None:
 
 
 def merge_folds(config: CrossFitConfig) -> Manifest:
-    """Merge the exports of all folds into the output, lineage checked fold by fold.
+    """Merge the exports of all folds into the output, after checking each fold's lineage.
 
-    Raises ArtifactError where a fold's teacher was not trained on just its training file, or its labels are not that
-    teacher's of the held-out file; LabelError where the exports do not cover the same evaluation pairs.
+    Raises ArtifactError where a fold's teacher was not trained on exactly its training file, or where its labels are
+    not that teacher's labels of the held-out file; LabelError where the exports cover different evaluation pairs.
     """
     facts = [_checked_fold(config, fold) for fold in range(config.num_folds)]
     labels = [
@@ -140,7 +140,7 @@ def merge_folds(config: CrossFitConfig) -> Manifest:
 
 
 def _checked_fold(config: CrossFitConfig, fold: int) -> dict[str, Any]:
-    """The lineage of a fold, after it was held against the files. Raises ArtifactError."""
+    """The lineage of a fold, after comparing it with the files. Raises ArtifactError."""
     directory = config.fold_directory(fold)
     train, held_out = config.fold_corpus(fold, "train"), config.fold_corpus(fold, "held-out")
     teacher = read_manifest(directory / "teacher", "teacher")
@@ -174,7 +174,7 @@ def _split_rows(labels: SoftLabels, *, is_train: bool) -> Iterator[ShardTable]:
 
 
 def _evaluation_rows(config: CrossFitConfig, labels: list[SoftLabels]) -> Iterator[ShardTable]:
-    """Rows of valid and test in the first (or chosen) fold's order."""
+    """Rows of valid and test, in the order of the first fold's export, or of the chosen one."""
     chosen = 0 if config.evaluation_labels == "mean" else config.evaluation_labels
     for table in _split_rows(labels[chosen], is_train=False):
         if config.evaluation_labels == "mean" and len(table):

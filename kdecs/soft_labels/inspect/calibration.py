@@ -1,4 +1,4 @@
-"""How sure soft labels are, and whether rightly: sums over batches of pairs, so that memory does not grow.
+"""How confident soft labels are, and how well that agrees with gold: sums over batches, so that memory does not grow.
 
 Shapes: n pairs of a batch, A answer words (causal ones first), T temperatures, M bins.
 
@@ -18,30 +18,23 @@ import numpy as np
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.errors import LabelError
 from kdecs.evaluation.counts import PairCounts
+from kdecs.soft_labels.scoring import is_causal
 
 SCORES = ("positive_f1", "negative_f1", "macro_f1")
 """The scores of an agreement, in percent."""
+TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+NUM_BINS = 15
+_TINY = 1e-30  # in the place of a probability that underflows, so that the NLL stays finite (69 nats)
 
 
 def require_cause_words(directory: Path, answer_words: Sequence[str]) -> None:
-    """Raise LabelError where the answer words do not say cause or no cause: the causal ones, then the other."""
+    """Raise LabelError unless the answer words are the causal ones followed by one for "no cause"."""
     expected = NUM_CAUSAL + 1
     if len(set(answer_words)) != expected or len(answer_words) != expected:
         raise LabelError(
             f"{directory}: labels over {len(answer_words)} answer words, expected {expected} different ones, "
             f"such as {', '.join(CONNECTIVES)}: they cannot be compared with gold"
         )
-
-
-def is_causal(logits_nA: np.ndarray) -> np.ndarray:
-    """Boolean (n,): whether the causal words together are more probable than `other`."""
-    causal_n = np.logaddexp.reduce(logits_nA[:, :NUM_CAUSAL].astype(np.float32), axis=1)
-    return causal_n > logits_nA[:, NUM_CAUSAL]
-
-
-TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
-NUM_BINS = 15
-_TINY = 1e-30  # a probability that underflows: NLL stays finite at 69 nats
 
 
 def probabilities(logits_nA: np.ndarray, temperature: float) -> np.ndarray:
@@ -58,7 +51,7 @@ def entropies(probabilities_nA: np.ndarray) -> np.ndarray:
 
 
 class LabelSums:
-    """What labels are like, gold apart: decisions, words, mass of the rest, entropy by τ."""
+    """Labels by themselves: decisions, answer words, mass of the rest, entropy by τ."""
 
     def __init__(self, answer_words: tuple[str, ...]) -> None:
         self.answer_words = answer_words
@@ -106,7 +99,7 @@ class Reliability:
 
     @classmethod
     def empty(cls) -> "Reliability":
-        """Nothing counted."""
+        """Sums of no pair."""
         return cls(np.zeros(NUM_BINS, dtype=np.int64), np.zeros(NUM_BINS), np.zeros(NUM_BINS, dtype=np.int64))
 
     def add(self, p_cause_n: np.ndarray, is_cause_n: np.ndarray) -> None:
@@ -118,7 +111,7 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error (module's head), in [0, 1]."""
+        """Expected calibration error, in [0, 1]; the equation is at the top of the module."""
         gaps_M = np.abs(self.probability_M - self.causes_M)
         return float(gaps_M.sum() / max(1, self.counts_M.sum()))
 
@@ -138,7 +131,7 @@ class Reliability:
 
 
 class GoldSums:
-    """Labels beside the gold causes: agreement, calibration by τ, words by gold."""
+    """Labels compared with the gold causes: agreement, calibration by τ, answer words by gold."""
 
     def __init__(self, answer_words: tuple[str, ...]) -> None:
         self.answer_words = answer_words
@@ -173,11 +166,11 @@ class GoldSums:
 
     @property
     def reliability(self) -> Reliability:
-        """At τ = 1."""
+        """The bins at τ = 1."""
         return self._reliability_T[TEMPERATURES.index(1.0)]
 
     def as_dict(self) -> dict[str, Any]:
-        """F1 in percent, shares in [0, 1], NLL in nats a pair."""
+        """F1 in percent, shares in [0, 1], NLL in nats per pair."""
         n = max(1, self.num_pairs)
         num_causes = self._counts.true_positive + self._counts.false_negative
         golds = np.maximum(1, [self.num_pairs - num_causes, num_causes])

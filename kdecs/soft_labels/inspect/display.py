@@ -1,4 +1,4 @@
-"""Soft labels on a terminal and as a figure. JSON is what programs read; figures here are rounded."""
+"""Prints what `describe` found as tables, and draws the reliability plot. Numbers are rounded; programs read JSON."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,28 +18,28 @@ _INK, _ACCENT, _MUTED = "#1c2330", "#2457c5", "#9aa3b2"
 
 
 def print_labels(found: Mapping[str, Any]) -> None:
-    """Everything `describe` found, as tables."""
+    """Print everything that `describe` found as tables."""
     console = Console(soft_wrap=True, highlight=False)
     splits = ", ".join(f"{name} {item['num_pairs']:,}" for name, item in found["splits"].items())
     console.print(Text(f"{found['directory']}: {splits} pairs in {found['shards']} files"))
     lineage = found.get("lineage", {})
     if isinstance(lineage, Mapping):
-        console.print(Text("lineage: " + (_line(lineage) or "none on record")))
+        console.print(Text("lineage: " + (_line(lineage) or "not recorded")))
     for split, scores in found["agreement"].items():
-        console.print(Text(f"{_printable(split)}, agreement with gold when exported: {_scores(scores)}"))
+        console.print(Text(f"{_printable(split)}, agreement with gold at export: {_scores(scores)}"))
     for name, item in found["splits"].items():
         _print_split(console, name, item)
     for path, gold in found["gold"].items():
         _print_gold(console, path, gold)
     if not found["gold"]:
         console.print(
-            "--corpus FILE adds agreement with gold, calibration and the reliability plot "
-            "(the files that were labelled are not where config.json says)"
+            "The labelled corpus files are not where config.json says, or have changed: "
+            "pass --corpus FILE for agreement with gold, calibration and the reliability plot"
         )
 
 
 def write_reliability(gold: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """The reliability plot as PNG: for each corpus file, gold causes against p(cause), and pairs by bin.
+    """Write the reliability plot as PNG: for each corpus file, gold causes against p(cause), and pairs per bin.
 
     Raises DependencyError where matplotlib is missing.
     """
@@ -73,7 +73,7 @@ def _line(lineage: Mapping[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text without control characters: what a stranger's directory says must not steer a terminal."""
+    """Text without control characters: a directory from elsewhere must not control the terminal."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
@@ -90,7 +90,7 @@ def _short(value: str) -> str:
 
 
 def _print_split(console: Console, name: str, item: Mapping[str, Any]) -> None:
-    table = Table(title=f"{name}: labels alone", box=SIMPLE_HEAD)
+    table = Table(title=f"{name}: labels by themselves", box=SIMPLE_HEAD)
     table.add_column("answer word")
     for title in ("mean probability", "most likely word of"):
         table.add_column(title, justify="right")
@@ -125,7 +125,7 @@ def _print_gold(console: Console, path: str, gold: Mapping[str, Any]) -> None:
         table.add_row(tau, *(f"{values[key]:.4f}" for key in ("ece", "nll", "brier")))
     console.print(table)
     _print_reliability(console, gold["reliability"])
-    table = Table(title="Connectives beside gold", box=SIMPLE_HEAD)
+    table = Table(title="Answer words by gold", box=SIMPLE_HEAD)
     table.add_column("answer word")
     for title in ("p in causes", "p in others", "most likely of", "causes among these"):
         table.add_column(title, justify="right")

@@ -1,4 +1,4 @@
-"""What `kdecs soft-labels show` tells of a directory: its lineage, its labels by split, and how they stand to gold."""
+"""What `kdecs soft-labels show` reports: a directory's lineage, its labels by split, and how they compare with gold."""
 
 import tempfile
 from collections.abc import Sequence
@@ -28,10 +28,9 @@ def describe(
 ) -> dict[str, Any]:
     """Facts of the manifest, sums by split, and for each corpus file agreement and calibration; plain JSON values.
 
-    Without corpora those are taken that the labels were made from, where they are still there (`labelled_corpora`). A
-    corpus' pairs are found by id and hash in whatever split has them; pairs without a label are counted, and refused
-    only where no pair of a named corpus has one. Memory does not grow with the labels nor with JSON-lines corpora.
-    Raises ArtifactError, CorpusError, LabelError.
+    Without `corpora`, those that were labelled are used where they are still there (`labelled_corpora`). The pairs of
+    a corpus are found by id and hash in any split. Pairs without a label are counted; a named corpus of which no pair
+    has a label is refused. Raises ArtifactError, CorpusError, LabelError.
     """
     manifest = read_manifest(directory, "soft-labels")
     check_sizes(directory, manifest)
@@ -56,23 +55,23 @@ def describe(
                 sums[split].add(table.logits[rows_n], table.log_rest_mass[rows_n])
             bar.update(len(table))
     found["splits"] = {split: item.as_dict() for split, item in sums.items() if item.num_pairs}
-    if shown := list(corpora) or labelled_corpora(directory, manifest):
+    if compared := list(corpora) or labelled_corpora(directory, manifest):
         with tempfile.TemporaryDirectory(prefix="kdecs-labels-") as scratch:
             labels = SoftLabels.open(directory, cache_dir or Path(scratch))
-            for path in shown:
-                beside = _beside_gold(labels, path, universe)
-                if beside["num_pairs"]:
-                    found["gold"][str(path)] = beside
+            for path in compared:
+                against_gold = _compare_with_gold(labels, path, universe)
+                if against_gold["num_pairs"]:
+                    found["gold"][str(path)] = against_gold
                 elif corpora:
                     raise LabelError(
-                        f"{directory}: labels none of the {beside['missing']} pairs of {path}; "
+                        f"{directory}: labels none of the {against_gold['missing']} pairs of {path}; "
                         "name the corpus that was labelled (ids and texts must agree)"
                     )
     return found
 
 
 def _agreement_of(directory: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
-    """Agreement with gold by split as the export counted it. Raises ArtifactError for anything else."""
+    """Agreement with gold by split as the export counted it. Raises ArtifactError for malformed details."""
     found = manifest.details.get("agreement", {})
     scores: list[Any] = list(found.values()) if isinstance(found, dict) else [found]
     for item in scores:
@@ -82,7 +81,7 @@ def _agreement_of(directory: Path, manifest: Manifest) -> dict[str, dict[str, fl
     return {split: item for split, item in found.items() if item}
 
 
-def _beside_gold(labels: SoftLabels, path: Path, universe: Universe) -> dict[str, Any]:
+def _compare_with_gold(labels: SoftLabels, path: Path, universe: Universe) -> dict[str, Any]:
     sums = GoldSums(labels.answer_words)
     num_missing = 0
     with _bar(None, path.name) as bar:
