@@ -150,6 +150,7 @@ class _Sweep:
 
     def run(self, trainer: Trainer, stop: StopSignal, runner: Runner) -> None:
         """Train stage after stage. Ends early if a stop was asked for or a stage cannot be finished."""
+        # The Ray process, selection and report read this config, from whatever directory they start in.
         known = self.search.stage().trials  # none before TPE's first suggestion
         config = with_absolute_paths(self.config, known) if known else self.config
         write_config(config, self.config.output)
@@ -280,6 +281,7 @@ class _Sweep:
         output = self.config.output
         corpus = next(trial for trial, _ in self.search.trials().values()).config.corpus
         write_json(output / BASELINES_NAME, rule_scores(read_split(corpus, corpus.valid)))
+        # A student's manifest stands for its files, so the sweep's manifest is short and quick to check.
         manifests = [
             f"{result.directory}/{MANIFEST_NAME}" for result in results if result.status == "complete"
         ]

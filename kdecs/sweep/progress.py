@@ -96,6 +96,7 @@ class SweepProgress:
         table.add_column("epoch", no_wrap=True)
         for title in ("macro F1", "time"):
             table.add_column(title, justify="right", no_wrap=True)
+        # What a terminal's height leaves after the best trials, the head, the totals and the prompt.
         room = max(3, self._console.size.height - _NUM_BEST - 5)
         running = [result for result in results if result.status in _MOVING]
         for result in running[:room]:

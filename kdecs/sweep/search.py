@@ -111,6 +111,7 @@ class Search:
         scored = [result for result in results if result.has_score]
         if not scored:
             raise ConfigError(f"{self.config.output}: no trial of the search has a score; see their logs")
+        # A pruned trial had fewer epochs to score in, so it comes after every complete one.
         scored.sort(key=lambda result: (result.status != "complete", -result.score, result.label))
         kept = [result.settings for result in scored[: self.config.search.survivors]]
         write_json(self.config.output / SEARCH_NAME, {"survivors": kept, "search_of": self.search_digest})

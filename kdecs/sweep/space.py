@@ -169,6 +169,7 @@ class Space:
                 set_dotted(values, _LABELS_KEY, labels[0])
             else:
                 set_dotted(values, _TEACHERS_KEY, [{"labels": path} for path in labels])
+        # All trials of a sweep share one tokenised corpus.
         values.setdefault("cache", str(config.output / "cache"))
         values.setdefault("threads", max(1, math.floor(config.cpus_per_trial)))
         # The directory is named by the config's hash, which does not depend on it.
@@ -201,6 +202,7 @@ class Space:
     def _named_trial(self, student: StudentConfig, teacher: str | None, settings: dict[str, Any]) -> Trial:
         label = _label(student, teacher, settings)
         if any(not (item.labels / MANIFEST_NAME).is_file() for item in student.distillation.used_teachers):
+            # A hash needs the labels' content. In a dry run an id only has to tell trials apart.
             named = f"{label} {settings_key(settings)}"
             digest, identity = "", "planned-" + hashlib.sha256(named.encode()).hexdigest()[:_TRIAL_ID_DIGITS]
         else:

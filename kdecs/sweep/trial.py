@@ -281,6 +281,7 @@ def add_student(store: Path, digest: str, directory: Path) -> None:
     if find_student(store, digest):
         return
     store.mkdir(parents=True, exist_ok=True)
+    # In one step, because another sweep may look for the link at any moment.
     temporary = store / f".{digest}.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(directory, store))
@@ -306,6 +307,7 @@ def take_student(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def training_lock(store: Path, digest: str, should_stop: Callable[[], bool]) -> Iterator[bool]:
     """Hold the right to train this student, after any other sweep that does. Yields False once a stop is asked for."""
+    # Two sweeps that need the same student train it once: the second waits here, then finds it in the store.
     path = store / ".locks" / digest
     while True:
         with file_lock(path, blocking=False) as held:

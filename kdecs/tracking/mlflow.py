@@ -126,6 +126,7 @@ class Tracker:
         is_parent_sent = self.sync([parent], now=now, final=final)
         if not is_parent_sent and (self._is_away or self.run_id(parent.identity) is None):
             return False
+        # A parent that is only refused in part has a run, so its children can be nested below it.
         for child in children:
             child.parent = self.run_id(parent.identity)
         return self.sync(children, now=now, final=final) and is_parent_sent
@@ -298,6 +299,7 @@ class Tracker:
         client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
         experiment = client.get_experiment_by_name(self.config.experiment)
         if experiment is None:
+            # For a database MLflow would put artifacts into the current directory.
             location = self._artifacts.as_uri() if self.uri.startswith("sqlite:") else None
             self._experiment = client.create_experiment(self.config.experiment, artifact_location=location)
         else:
@@ -335,6 +337,7 @@ class _MlflowRun:
             digest.update(path.read_bytes())
         if self.tags.get(_DESCRIBED_TAG) == digest.hexdigest()[:16]:
             return
+        # A call that changes a parameter is refused as a whole, so only new ones are sent; tags tell what changed.
         new = [(key, value) for key, value in params.items() if key not in self.params]
         for first in range(0, len(new), _MAX_PARAMS_PER_CALL):
             batch = new[first : first + _MAX_PARAMS_PER_CALL]
@@ -351,7 +354,7 @@ class _MlflowRun:
         """Send the epochs after the last one that MLflow has."""
         for point in record.points:
             epoch = float(point["epoch"])
-            if epoch <= self.epoch:
+            if epoch <= self.epoch:  # MLflow would keep a second value of the same step
                 continue
             stamp = round(1000 * point["time"])
             values = {key: point[key] for key in point if key not in ("time", "epoch", "step")}
