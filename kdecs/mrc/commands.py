@@ -1,4 +1,4 @@
-"""`kdecs predict-mrc`. Imports what is slow inside the function."""
+"""`kdecs predict-mrc`. Torch is imported inside the function, so that `kdecs --help` stays fast."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,17 +9,23 @@ from kdecs.student.commands import BatchTokens, Device, Input, MaxDistance, Offs
 
 
 def predict_mrc(
-    model: Annotated[Path, typer.Option(metavar="DIR", help="directory of kind mrc (launch/train_mrc.py)")],
+    model: Annotated[Path, typer.Option(metavar="DIR", help="Directory of a trained MRC baseline.")],
     input: Input,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="predictions: JSON lines; - for stdout")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="Where to write the predictions: JSON lines; - writes to standard output."
+        ),
+    ],
     max_distance: MaxDistance = None,
     device: Device = "auto",
     batch_tokens: BatchTokens = 8192,
     offsets: Offsets = False,
 ) -> None:
-    """Predict causes and cause spans with the MRC baseline, for dialogues whose emotions are given.
+    """Predict causes and their spans with the MRC baseline, for dialogues whose emotions are given.
 
-    Its questions name the target's emotion, so the input must have emotions, and the predictions have none.
+    The baseline's questions name the emotion of the target. So every utterance of the input needs an emotion, and the
+    predictions have none.
 
     Example: kdecs predict-mrc --model runs/mrc-minilm --input test.json --output mrc.jsonl
     """

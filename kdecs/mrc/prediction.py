@@ -19,7 +19,7 @@ from kdecs.mrc.model import MrcCard, answer_logits, answers, load_product, quest
 from kdecs.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
 from kdecs.student.batches import batches_of_tokens
 from kdecs.student.decision import autocast
-from kdecs.student.predict.predictor import DEFAULT_BATCH_TOKENS, PairPrediction
+from kdecs.student.predict.streaming import DEFAULT_BATCH_TOKENS, PairPrediction
 
 _PAIRS_AT_ONCE = 2048
 

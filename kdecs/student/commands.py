@@ -1,4 +1,7 @@
-"""`kdecs predict`. Imports what is slow inside the function."""
+"""`kdecs predict`, and the options that `kdecs predict-mrc` shares with it.
+
+Torch is imported inside the function, so that `kdecs --help` stays fast.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,29 +10,36 @@ import typer
 
 Input = Annotated[
     Path,
-    typer.Option(metavar="FILE", help="dialogues: RECCON JSON or JSON lines; - reads JSON lines from stdin"),
+    typer.Option(
+        metavar="FILE",
+        help="Dialogues as RECCON JSON or as JSON lines; - reads JSON lines from standard input.",
+    ),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="predictions: JSON lines, one a pair; - writes them to stdout"),
+    typer.Option(
+        metavar="FILE",
+        help="Where to write the predictions: JSON lines, one per pair; - writes to standard output.",
+    ),
 ]
 MaxDistance = Annotated[
-    int | None, typer.Option(min=0, help="only candidates at most this many turns before the target")
+    int | None, typer.Option(min=0, help="Predict only candidates at most this many turns before the target.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-BatchTokens = Annotated[int, typer.Option(min=32, help="padded tokens a batch")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+BatchTokens = Annotated[int, typer.Option(min=32, help="Padded tokens per batch.")]
 Offsets = Annotated[
     bool,
     typer.Option(
-        "--offsets", help="add span_start and span_end, characters in the candidate's text, and score"
+        "--offsets",
+        help="Add the keys span_start and span_end (characters in the candidate's text) and score.",
     ),
 ]
-Show = Annotated[bool, typer.Option("--show", help="print every dialogue with its emotions and causes")]
-Example = Annotated[bool, typer.Option(help="print one dialogue with its causes at the end")]
+Show = Annotated[bool, typer.Option("--show", help="Print every dialogue with its emotions and causes.")]
+Example = Annotated[bool, typer.Option(help="Print one dialogue with its causes at the end.")]
 
 
 def predict(
-    student: Annotated[Path, typer.Option(metavar="DIR", help="student directory")],
+    student: Annotated[Path, typer.Option(metavar="DIR", help="Directory of a trained student.")],
     input: Input,
     output: Output = None,
     max_distance: MaxDistance = None,
@@ -39,7 +49,7 @@ def predict(
     show: Show = False,
     example: Example = True,
 ) -> None:
-    """Predict emotions, their causes and the cause spans for every pair of a file's dialogues.
+    """Predict who feels what in a file's dialogues, which utterances are the causes, and their spans.
 
     Examples:
 

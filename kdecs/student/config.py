@@ -1,4 +1,4 @@
-"""The config of a student's training (`launch/train_student.py`)."""
+"""The config of a student's training (`kdecs.launch.train_student`)."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -27,57 +27,62 @@ class StudentModelConfig(Config):
     )
     given_emotions: Literal["none", "fine", "coarse"] = Field(
         default="none",
-        description="Table 6: the target's gold emotion stands in the prompt, as it is (fine) or mapped (coarse), "
-        "and is not predicted",
+        description="Table 6: the prompt gives the target's gold emotion, as it is (fine) or mapped (coarse), and the "
+        "student does not predict it",
     )
     priors: Literal["none", "training"] = Field(
         default="none",
-        description="training: biases by distance, span edge and emotion that begin at the training pairs' "
-        "frequencies, so that a student begins at the distance rule",
+        description="training: biases by distance, span edge and emotion start at the frequencies of the training "
+        "pairs, so that a student starts from the distance rule",
     )
     stand_ins: dict[str, str] = Field(
-        default_factory=dict, description="emotion -> single-token word, where the emotion's own word splits"
+        default_factory=dict,
+        description="emotion -> a single-token word to use if the tokenizer splits the emotion's own word",
     )
 
     @field_validator("stand_ins")
     @classmethod
     def _are_for_emotions(cls, stand_ins: dict[str, str]) -> dict[str, str]:
         if unknown := sorted(set(stand_ins) - KNOWN_EMOTIONS):
-            raise ValueError(f"{unknown[0]} is no emotion; known: {', '.join(sorted(KNOWN_EMOTIONS))}")
+            raise ValueError(f"{unknown[0]} is not an emotion; known: {', '.join(sorted(KNOWN_EMOTIONS))}")
         return stand_ins
 
 
 class TeacherLabels(Config):
-    """One of several teachers of a student."""
+    """The soft labels of one of several teachers."""
 
     labels: InputPath
-    weight: float = Field(default=1.0, gt=0, description="its part in the mixture, before weighting")
+    weight: float = Field(default=1.0, gt=0, description="share in the mixture, before `teacher_weighting`")
 
 
 class Distillation(Config):
-    """What is learnt of causes at utterance level, beside emotion and span.
+    """How a student learns which utterances are causes, beside emotions and spans.
 
-    kd: Eq. 12-13 from soft labels. joint (w/o KD): hard cross-entropy on mask_cau, weight 1. cls (w/o
-    connectives): a binary classifier on the first token. span_only (w/o mask_cau): nothing.
+    kd: from soft labels (Eq. 12-13). joint (Table 5, w/o KD): from gold labels on mask_cau, weight 1. cls (w/o
+    connectives): with a binary classifier on the first token. span_only (w/o mask_cau): not at all.
     """
 
     mode: Mode = "kd"
     labels: InputPath | None = Field(default=None, description="soft-label directory of the teacher")
     teachers: tuple[TeacherLabels, ...] = Field(
-        default=(), description="several teachers in place of `labels`: their distributions are mixed"
+        default=(), description="several teachers instead of `labels`: their distributions are mixed"
     )
     alpha: float = Field(default=0.6, ge=0, le=1)
     temperature: float = Field(default=2.0, gt=0)
     teacher_weighting: Literal["uniform", "correct", "confidence"] = Field(
         default="uniform",
-        description="what a teacher counts for a pair whose gold is known: 1; 1 if it is right, else 0; its p(gold)",
+        description="weight of a teacher for a pair whose gold label is known: 1 (uniform); 1 if the teacher is right, "
+        "else 0 (correct); its p(gold) (confidence)",
     )
     dynamic: Literal["none", "temperature", "weight"] = Field(
         default="none",
-        description="by the gap g in [0, 1] of student and teacher: temperature x (1 + g), or weight x (1 - g)",
+        description="adapt to the gap g in [0, 1] between student and teacher: temperature x (1 + g), or "
+        "weight x (1 - g)",
     )
     hard_weight: float = Field(
-        default=0.0, ge=0, description="mode kd: weight of the hard cross-entropy on mask_cau beside Eq. 13"
+        default=0.0,
+        ge=0,
+        description="mode kd: weight of the loss on gold labels at mask_cau, added to Eq. 13",
     )
     hard_share: float = Field(
         default=1.0,
@@ -87,15 +92,16 @@ class Distillation(Config):
     )
     outside_share: Literal["distil", "drop"] = Field(
         default="distil",
-        description="mode kd, pairs outside hard_share: trained on L_KD alone, or left out (as in other modes)",
+        description="mode kd: train pairs outside hard_share on L_KD alone (distil), or leave them out, as the other "
+        "modes do",
     )
 
     @model_validator(mode="after")
     def _fits_the_mode(self) -> "Distillation":
         if self.mode == "kd" and self.labels is None and not self.teachers:
-            raise ValueError("mode kd needs labels, a soft-label directory; mode joint works without")
+            raise ValueError("mode kd needs labels, a soft-label directory; mode joint trains without")
         if self.labels is not None and self.teachers:
-            raise ValueError("labels and teachers exclude each other: name every teacher in teachers")
+            raise ValueError("labels and teachers exclude each other; list every teacher in teachers")
         if self.mode != "kd":
             for name in ("teacher_weighting", "dynamic", "hard_weight"):
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -104,22 +110,22 @@ class Distillation(Config):
 
     @property
     def used_teachers(self) -> tuple[TeacherLabels, ...]:
-        """The teachers that this mode reads: none, the one of `labels`, or several."""
+        """The teachers that this mode reads: none, that of `labels`, or several."""
         if self.mode != "kd":
             return ()
         return self.teachers or (TeacherLabels(labels=self.labels),)  # type: ignore[arg-type]
 
 
 class StudentBatches(Config):
-    """Pairs a step over all ranks; batches of like length are drawn from buckets."""
+    """Pairs per step over all ranks. Batches hold pairs of similar length, drawn from buckets."""
 
     global_batch_pairs: int = Field(default=16, ge=1)
-    bucket_batches: int = Field(default=50, ge=1, description="batches a length bucket")
+    bucket_batches: int = Field(default=50, ge=1, description="batches per length bucket")
     evaluation_batch_tokens: Annotated[int, Unhashed()] = Field(default=8192, ge=32)
 
 
 class StudentConfig(Config):
-    """`launch/train_student.py`: joint emotion, connective and span training with distillation (Eq. 5-13)."""
+    """Joint training of emotions, connectives and spans with distillation (Eq. 5-13)."""
 
     method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
     name: Name = "student"
@@ -128,53 +134,56 @@ class StudentConfig(Config):
     corpus: CorpusConfig
     task: Literal["ecspe", "ecpe"] = Field(
         default="ecspe",
-        description="ecspe: emotions and cause spans; ecpe: emotions and cause utterances, no L_span, "
-        "chosen by macro F1 at utterance level",
+        description="ecspe: emotions and cause spans; ecpe: emotions and cause utterances, without L_span, and the "
+        "best epoch is the one with the best macro F1 at utterance level",
     )
     model: StudentModelConfig
     distillation: Distillation
     batches: StudentBatches = StudentBatches()
     optimization: Optimization = Optimization(learning_rate=1e-5, weight_decay=0.01, epochs=10)
     head_rate_factor: float = Field(
-        default=1.0, gt=0, description="learning rate of span heads and priors, in multiples of the encoder's"
+        default=1.0,
+        gt=0,
+        description="learning rate of span heads and priors, as a multiple of the encoder's",
     )
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: Annotated[bool, Unhashed()] = Field(
-        default=False, description="torch.compile of the encoder: pays on GPUs over many epochs"
+        default=False, description="torch.compile the encoder: pays off on GPUs over many epochs"
     )
     patience_epochs: int | None = Field(
-        default=None, ge=1, description="stop after so many epochs without gain"
+        default=None, ge=1, description="stop after this many epochs without improvement"
     )
     neutral_share: float = Field(
         default=1.0, gt=0, le=1, description="share of the pairs (i, i) of neutral targets in training"
     )
     emotion_weight: Literal["pair", "target", "own"] = Field(
         default="pair",
-        description="what weighs the same in L_emo: every pair (Eq. 10); every target, over its pairs; "
-        "own: every target, at its pair (i, i) alone, where emotions are decided",
+        description="what has equal weight in L_emo: pair: every pair (Eq. 10); target: every target, spread over its "
+        "pairs; own: every target, at its pair (i, i) alone, where emotions are decided",
     )
     neutral_decision: Literal["argmax", "balanced", "macro_f1"] = Field(
         default="argmax",
-        description="when a target is neutral: the likeliest emotion; or after an offset to neutral's log-probability "
-        "that is chosen on validation for the mean of macro F1 and emotion accuracy, or for macro F1 alone",
+        description="how a target is found neutral: by its likeliest emotion (argmax), or after adding an offset to "
+        "neutral's log-probability that is chosen on the validation split for the mean of macro F1 and emotion "
+        "accuracy (balanced) or for macro F1 alone",
     )
     threshold_for: Literal["span", "utterance", "both"] = Field(
         default="span",
-        description="whose macro F1 the threshold of a cause serves on validation (task ecpe: utterance); both: "
-        "their mean. An epoch is chosen by macro F1 of spans all the same",
+        description="the macro F1 on the validation split that the threshold of causes maximises (task ecpe: always "
+        "utterance); both: the mean of the two. The best epoch is chosen by macro F1 of spans in any case",
     )
-    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="0: the library's choice")
+    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="CPU threads; 0: torch decides")
 
     @model_validator(mode="after")
     def _task_has_a_cause(self) -> "StudentConfig":
         if self.task == "ecpe" and self.distillation.mode == "span_only":
-            raise ValueError("task ecpe has no span loss, and mode span_only nothing else to find causes by")
+            raise ValueError("task ecpe has no span loss, so mode span_only has nothing to find causes by")
         if self.model.given_emotions == "coarse" and self.corpus.emotions == "coarse":
             raise ValueError(
-                "model.given_emotions coarse maps fine labels, and corpus.emotions coarse has none"
+                "model.given_emotions coarse maps fine labels, but corpus.emotions coarse has none; use fine"
             )
         if self.model.given_emotions != "none" and self.neutral_decision != "argmax":
-            raise ValueError("neutral_decision needs predicted emotions, and model.given_emotions gives them")
+            raise ValueError("neutral_decision needs predicted emotions, but model.given_emotions gives them")
         return self
 
     @property

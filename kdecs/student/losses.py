@@ -1,4 +1,8 @@
-"""One step's loss from logits, gold and config, and the optimizer with its schedule."""
+"""Eq. 10-13: the loss of one step from logits, targets and config.
+
+Legend: B pairs, E emotions, A connective answer words, S span places. Each loss below gives a value per pair (B,);
+`step_loss` takes their weighted means over the batch (`batch_mean`) and adds them up (`total_loss`). All in float32.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,16 +16,16 @@ from kdecs.student.config import Distillation
 from kdecs.student.data import Targets
 from kdecs.student.model import StudentOutput
 
-UNKNOWN = -1
+UNKNOWN = -1  # a label that is not known: no loss for this pair
 
 
 def emotion_loss(logits_BE: Tensor, labels_B: Tensor) -> Tensor:
-    """Eq. 10, L_emo a pair: -log softmax(logits)[label]; 0 where the label is -1. Shape (B,)."""
+    """Eq. 10, L_emo per pair: -log softmax(logits)[label]; 0 if the label is -1. Shape (B,)."""
     return functional.cross_entropy(logits_BE.float(), labels_B, ignore_index=UNKNOWN, reduction="none")
 
 
 def span_loss(start_BS: Tensor, end_BS: Tensor, start_B: Tensor, end_B: Tensor) -> Tensor:
-    """Eq. 11, L_span a pair: the sum of the cross-entropies of start and end; 0 where a place is -1. Shape (B,).
+    """Eq. 11, L_span per pair: the sum of the cross-entropies of start and end; 0 if a place is -1. Shape (B,).
 
     The logits are -inf at places beyond a pair's own tokens.
     """
@@ -31,9 +35,9 @@ def span_loss(start_BS: Tensor, end_BS: Tensor, start_B: Tensor, end_B: Tensor) 
 
 
 def connective_loss(logits_BA: Tensor, is_cause_B: Tensor) -> Tensor:
-    """Hard cross-entropy on mask_cau a pair. Shape (B,).
+    """Cross-entropy of the gold label on mask_cau, per pair. Shape (B,).
 
-    Causal pair: minus log of the summed probability of the causal words; other pair: minus log p("other").
+    For a causal pair this is -log of the summed probability of the causal words, for another -log p("other").
     """
     log_p_BA = functional.log_softmax(logits_BA.float(), dim=-1)
     causal_B = torch.logsumexp(log_p_BA[:, :NUM_CAUSAL], dim=-1)
@@ -47,10 +51,10 @@ def classifier_loss(logits_B2: Tensor, is_cause_B: Tensor) -> Tensor:
 
 
 def distillation_loss(teacher_BA: Tensor, student_BA: Tensor, temperature: float | Tensor) -> Tensor:
-    """Eq. 12, L_KD a pair: Σ_a q_t log(q_t / q_s), q = softmax(logits / τ) over the answer words. Shape (B,).
+    """Eq. 12, L_KD per pair: Σ_a q_t log(q_t / q_s), q = softmax(logits / τ) over the answer words. Shape (B,).
 
-    Logits are raw (τ = 1); `temperature` is a number, or one a pair (B,). The factor τ² is not in here: it belongs
-    to the sum (`total_loss`).
+    Logits are raw (τ = 1); `temperature` is one number, or one per pair (B,). The factor τ² of Eq. 13 is not
+    included: `total_loss` applies it.
     """
     tau = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     log_t_BA = functional.log_softmax(teacher_BA.float() / tau, dim=-1)
@@ -59,9 +63,9 @@ def distillation_loss(teacher_BA: Tensor, student_BA: Tensor, temperature: float
 
 
 def teacher_gap(teacher_BA: Tensor, student_BA: Tensor) -> Tensor:
-    """How far a student is from its teacher: the total variation ½ Σ_a |q_t - q_s| at τ = 1, in [0, 1]. Shape (B,).
+    """How far the student is from its teacher: the total variation ½ Σ_a |q_t - q_s| at τ = 1, in [0, 1]. Shape (B,).
 
-    No gradient passes: it steers the distillation, it is not learnt.
+    No gradient flows through it: it steers the distillation and is not itself minimised.
     """
     q_t_BA = functional.softmax(teacher_BA.float(), dim=-1)
     q_s_BA = functional.softmax(student_BA.detach().float(), dim=-1)
@@ -74,10 +78,11 @@ def dynamic_distillation_loss(
     temperature: float,
     dynamic: Literal["none", "temperature", "weight"],
 ) -> Tensor:
-    """L_KD a pair, steered by the gap g of student and teacher (`teacher_gap`). Shape (B,).
+    """L_KD per pair, steered by the gap g between student and teacher (`teacher_gap`). Shape (B,).
 
-    none: Eq. 12. temperature: Eq. 12 at τ' = τ (1 + g), times (τ'/τ)², so that the sum's τ² makes it τ'²: what the
-    student is far from is softened. weight: (1 - g) times Eq. 12: what it cannot follow yet counts less.
+    none: Eq. 12. temperature: Eq. 12 at τ' = τ (1 + g), which softens what the student is far from; the factor
+    (τ'/τ)² turns the τ² of Eq. 13 into τ'². weight: (1 - g) times Eq. 12, so that what the student cannot follow yet
+    counts less.
     """
     if dynamic == "none":
         return distillation_loss(teacher_BA, student_BA, temperature)
@@ -88,19 +93,19 @@ def dynamic_distillation_loss(
 
 
 def batch_mean(values_B: Tensor, weights_B: Tensor, count: float, world_size: int = 1) -> Tensor:
-    """Σ weight·value · world size / count.
+    """Σ weight · value · world_size / count, where `count` is the number of pairs in the global batch.
 
-    With `count` the number of pairs of the global batch, the mean over ranks (which gradients take) is the batch
-    mean, whatever the number of ranks. Weight 0 marks a row that only pads a rank's share.
+    DistributedDataParallel averages gradients over ranks, so this makes the result the mean over the global batch on
+    any number of ranks, even if their shares differ. Weight 0 marks a row that only pads a rank's share.
     """
     return (values_B * weights_B).sum() * (world_size / count)
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """Batch means of the parts; None: a part that the mode does not use.
+    """Batch means of the parts of the loss; None for a part that the mode does not use.
 
-    `cause` is the hard loss of the pair's cause: of mask_cau, or of the classifier on the first token.
+    `cause` is the loss on gold causes: on mask_cau, or of the classifier on the first token.
     """
 
     emotion: Tensor | None = None
@@ -110,10 +115,10 @@ class LossParts:
 
 
 def total_loss(parts: LossParts, *, alpha: float, temperature: float, cause_weight: float = 1.0) -> Tensor:
-    """Eq. 13: L = α (L_emo + L_span) + (1 - α) τ² L_KD + cause_weight · L_cause, over the parts that there are.
+    """Eq. 13: L = α (L_emo + L_span) + (1 - α) τ² L_KD + cause_weight · L_cause, over the parts that the mode has.
 
-    With distillation `cause_weight` is 0 as in the paper, or the weight of a hard-label mix; without it (Table 5)
-    it is 1.
+    With distillation `cause_weight` is 0, as in the paper, or that of a mix with gold labels; without (Table 5) it
+    is 1.
     """
     terms: list[Tensor] = [alpha * part for part in (parts.emotion, parts.span) if part is not None]
     if parts.distillation is not None:
@@ -126,10 +131,7 @@ def total_loss(parts: LossParts, *, alpha: float, temperature: float, cause_weig
 def step_loss(
     output: StudentOutput, targets: Targets, distillation: Distillation, *, count: int, world_size: int
 ) -> tuple[Tensor, LossParts]:
-    """Eq. 13 for this rank's share of a batch of `count` pairs, and its parts.
-
-    Which parts there are follows from the mode's outputs and targets.
-    """
+    """Eq. 13 for this rank's share of a batch of `count` pairs, and its parts, which depend on the mode."""
 
     def mean(values_B: Tensor, more_B: Tensor) -> Tensor:
         return batch_mean(values_B, targets.weights_B * more_B, count, world_size)

@@ -3,13 +3,13 @@
     model/              a Transformers masked language model (safetensors) with its tokenizer
     heads.safetensors   the tensors of the heads beside the language model (span, classifier, priors)
     student.json        StudentCard: what a predictor needs to know
-    valid-predictions.jsonl   what these weights say of the validation pairs (kdecs.evaluation.predictions)
+    valid-predictions.jsonl   predictions of these weights for the validation pairs (kdecs.evaluation.predictions)
     config.json         the resolved config of the training
-    metrics.jsonl       one JSON object an epoch
+    metrics.jsonl       one JSON object per epoch
     manifest.json       details: metrics on validation, threshold, emotions, teacher
 
-Nothing here is unpickled. The validation predictions are those that the best epoch was scored by; a student of an
-earlier version of kdecs has none.
+Loading unpickles nothing. The validation predictions are those that the best epoch was scored by; students of earlier
+versions of kdecs have none.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ STUDENT_NAMES = (MODEL_FOLDER, HEADS_NAME, CARD_NAME)
 
 
 class StudentCard(BaseModel):
-    """`student.json`: answer words, template version and decision threshold of a student."""
+    """`student.json`: what a predictor has to know beside the weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     emotions: tuple[str, ...] = Field(min_length=1)
@@ -56,7 +56,7 @@ class StudentCard(BaseModel):
     span_head: Literal["position", "pointer"]
     max_prompt_tokens: int = Field(ge=32)
     prompt_version: int
-    threshold: float = Field(ge=0, le=1, description="a pair is a cause where its score is at least this")
+    threshold: float = Field(ge=0, le=1, description="a pair is a cause if its score is at least this")
     neutral_offset: float = Field(
         default=0.0, description="added to neutral's log-probability in the decision"
     )
@@ -64,13 +64,13 @@ class StudentCard(BaseModel):
     task: Literal["ecspe", "ecpe"] = "ecspe"
     priors: bool = False
     given_emotions: dict[str, str] | None = Field(
-        default=None, description="not null: the prompt gives the target's emotion, taken through this table"
+        default=None, description="if not null, the prompt gives the target's emotion, mapped by this table"
     )
     history_utterances: int | None = None
 
     @property
     def outputs(self) -> Outputs:
-        """What the model predicts, by the mode."""
+        """What the model of this mode predicts."""
         cause_by: dict[str, CauseBy] = {"cls": "cls", "span_only": "none"}
         return Outputs(
             cause_by=cause_by.get(self.mode, "connective"),
@@ -81,7 +81,7 @@ class StudentCard(BaseModel):
 
     @property
     def prompt(self) -> PromptVariant:
-        """The prompt's variant, by the mode."""
+        """The variant of the prompt that this mode uses."""
         return PromptVariant(
             has_connective=self.mode in CONNECTIVE_MODES,
             given_emotions=self.given_emotions,
@@ -116,7 +116,9 @@ def load_student(directory: Path) -> tuple[StudentModel, Any, StudentCard]:
         _load_heads(model, load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{path}: not the heads of this student ({reason}); train it again") from None
+        raise ArtifactError(
+            f"{path}: does not hold the heads of this student ({reason}); train the student again"
+        ) from None
     return model.eval(), tokenizer, card
 
 
@@ -129,8 +131,8 @@ def _head_tensors(model: StudentModel) -> dict[str, Tensor]:
 
 
 def _load_heads(model: StudentModel, tensors: dict[str, Tensor]) -> None:
-    """Raises RuntimeError where a tensor is missing, too many, or of another shape."""
-    if model.priors is not None:  # a prior that the mode does not use says nothing
+    """Load the heads. Raises RuntimeError if a tensor is missing, unknown, or of another shape."""
+    if model.priors is not None:  # earlier versions saved priors that the mode does not use, too
         own = model.priors.state_dict()
         unused = {f"priors.{name}" for name in PRIOR_NAMES if name not in own}
         tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
@@ -144,7 +146,7 @@ def _load_heads(model: StudentModel, tensors: dict[str, Tensor]) -> None:
 def finish_student(
     directory: Path, *, config_hash: str, inputs: Mapping[str, str], details: Mapping[str, Any]
 ) -> None:
-    """Write the manifest over all files of the student: from now on the directory is complete."""
+    """Write the manifest over all files of the student, which makes the directory complete."""
     folder = directory / MODEL_FOLDER
     model_files = [p.relative_to(directory).as_posix() for p in folder.iterdir() if p.is_file()]
     rows = {METRICS_NAME: _num_lines(directory / METRICS_NAME)}
@@ -175,16 +177,17 @@ def _read_card(path: Path) -> StudentCard:
         raise ArtifactError(f"{path}: {field}: {first['msg']}; train the student again") from None
     if card.prompt_version != PROMPT_VERSION or card.connectives != CONNECTIVES:
         raise ArtifactError(
-            f"{path}: template version {card.prompt_version} with connectives {', '.join(card.connectives)}, "
-            f"this kdecs has {PROMPT_VERSION} with {', '.join(CONNECTIVES)}; train the student again"
+            f"{path}: the student was trained with prompt version {card.prompt_version} and the connectives "
+            f"{', '.join(card.connectives)}, but this kdecs uses version {PROMPT_VERSION} and "
+            f"{', '.join(CONNECTIVES)}; train the student again"
         )
     return card
 
 
 def teacher_lineage(config: StudentConfig) -> dict[str, Any] | None:
-    """What the soft labels say of where they come from; None without distillation.
+    """Where the soft labels come from, by their own manifests; None without distillation.
 
-    Of several teachers the first stands as one alone would, all of them in `teachers`, with their weights.
+    Of several teachers the first stands where a single one would, and `teachers` lists all with their weights.
     """
     used = config.distillation.used_teachers
     if not used:

@@ -1,8 +1,8 @@
-"""The student as a served model: MLflow loads this module by name (`loader_module`), it needs no mlflow itself.
+"""The student as a served model. MLflow loads this module by its name (`loader_module`); no mlflow is needed here.
 
-A request holds dialogues, one a row: a column `dialogue` of JSON texts, or the dialogues themselves, each
-`{"id": …, "utterances": [{"turn": …, "speaker": …, "utterance": …}, …]}`. `id` and `turn` may be left out.
-The answer holds a JSON text a dialogue: predictions as in `kdecs predict --offsets`.
+A request has one dialogue per row: a DataFrame with a column `dialogue` of JSON texts, or a list of JSON texts or
+objects, each `{"id": …, "utterances": [{"turn": …, "speaker": …, "utterance": …}, …]}`. `id` and `turn` are optional.
+The answer has one JSON text per dialogue, with predictions as in `kdecs predict --offsets`.
 """
 
 import json
@@ -14,7 +14,8 @@ from typing import Any
 
 from kdecs.corpus.reading import parse_dialogue
 from kdecs.errors import CorpusError
-from kdecs.student.predict.predictor import Student, offsets_of
+from kdecs.student.predict.predictor import Student
+from kdecs.student.predict.streaming import offsets_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,10 @@ class ServedStudent:
         self._student = student
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """One JSON text a dialogue: a list of predictions with the keys of a prediction file and the span's place.
+        """One JSON text per dialogue: a list of predictions.
 
-        `model_input` is a pandas DataFrame with the column `dialogue`, or a list of JSON texts or dicts.
-        `params` may hold `max_distance`, below 0 for no bound. Raises CorpusError for a dialogue that breaks the
-        schema: then nothing is answered.
+        `params` may hold `max_distance`, where a negative number means no bound. Raises CorpusError, and answers
+        nothing, if a dialogue breaks the schema.
         """
         bound = (params or {}).get("max_distance")
         dialogues = [parse_dialogue(row, f"row {number}") for number, row in enumerate(_rows(model_input))]
@@ -48,7 +48,7 @@ class ServedStudent:
 
 
 def _load_pyfunc(path: str) -> ServedStudent:
-    """MLflow's entry: the student in a directory."""
+    """MLflow's entry: load the student in a directory."""
     return ServedStudent(Student.from_pretrained(Path(path)))
 
 

@@ -275,7 +275,7 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
         ),
         (
             {"distillation": {"mode": "joint"}, "model": {"base": "b", "stand_ins": {"disaproval": "no"}}},
-            "model.stand_ins: disaproval is no emotion; known: .*disapproval",
+            "model.stand_ins: disaproval is not an emotion; known: .*disapproval",
         ),
     ],
 )

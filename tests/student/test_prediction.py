@@ -199,7 +199,7 @@ def test_a_card_of_another_template_or_heads_of_garbage_are_refused(directory, t
     other = copied(directory, tmp_path / "other")
     card = json.loads((other / "student.json").read_text())
     write_json(other / "student.json", {**card, "prompt_version": 9})
-    with pytest.raises(ArtifactError, match=r"template version 9"):
+    with pytest.raises(ArtifactError, match=r"trained with prompt version 9"):
         load_student(other)
 
 

@@ -21,7 +21,7 @@ from kdecs.errors import CorpusError
 from kdecs.evaluation.predictions import Prediction, read_predictions
 from kdecs.student.commands import predict
 from kdecs.student.predict import files as prediction_files
-from kdecs.student.predict.predictor import PairPrediction, num_candidates, stream
+from kdecs.student.predict.streaming import PairPrediction, num_candidates, stream
 from kdecs.student.pyfunc import ServedStudent
 
 
@@ -121,7 +121,7 @@ def test_without_a_distance_the_warning_names_it(monkeypatch, tmp_path, capsys):
     echo = Echo()
     prediction_files.predict_file(request, lambda runtime: echo, device="cpu")
     err = capsys.readouterr().err
-    assert "all 5151 pairs are predicted, --max-distance N bounds them" in err
+    assert "all 5151 pairs are predicted; set --max-distance N to predict fewer" in err
     assert err.count("--max-distance") == 3 and "5 dialogues in all" in err
     assert sum(echo.groups) == 5 * 5151
 
@@ -249,7 +249,7 @@ def test_nothing_to_do_is_a_usage_error(directory):
 
 def test_the_command_lines_answer_without_torch():
     code = (
-        "import sys, kdecs.cli\nfrom kdecs.student import streaming\n"
+        "import sys, kdecs.cli\nfrom kdecs.student.predict import streaming\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.evaluation.predictions import Prediction
-from kdecs.student.predict.predictor import PairPrediction
 from kdecs.student.predict.render import MARKS, render_dialogue
+from kdecs.student.predict.streaming import PairPrediction
 
 TEXTS = (
     "I got the job , after all those weeks of waiting by the telephone and hoping that somebody would call !",

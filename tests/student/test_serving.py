@@ -20,7 +20,7 @@ import pytest
 from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.reading import parse_dialogue
 from kdecs.corpus.schema import Dialogue, Utterance
-from kdecs.student.predict.predictor import offsets_of
+from kdecs.student.predict.streaming import offsets_of
 from kdecs.student.pyfunc import ServedStudent
 from kdecs.tracking.mlflow import Tracker
 from kdecs.tracking.record import RunRecord, TrackingConfig

@@ -1,7 +1,7 @@
-"""Files of dialogues in, files of predictions out (`kdecs predict` and its like), in constant memory.
+"""Predict files of dialogues (`kdecs predict`, `kdecs predict-mrc`) in constant memory.
 
-Input: RECCON JSON or JSON lines (kdecs.corpus.schema), or JSON lines on standard input ("-"). Output: prediction
-lines (kdecs.evaluation.predictions), on request with the keys span_start and span_end, the span's characters
+Input is RECCON JSON or JSON lines (kdecs.corpus.schema), or JSON lines on standard input ("-"). Output is one line per
+pair (kdecs.evaluation.predictions); on request each line also has span_start and span_end, the span's characters
 [start, end) in the candidate's text (null without a span), and score, in [0, 1].
 """
 
@@ -21,23 +21,23 @@ from kdecs.corpus.reading import iter_dialogues, parse_dialogue
 from kdecs.corpus.schema import Dialogue, Fault
 from kdecs.errors import CorpusError
 from kdecs.runtime import Runtime, start_runtime
-from kdecs.student.predict.predictor import (
+from kdecs.student.predict.render import render_dialogue
+from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
-    LongDialogues,
     PairPrediction,
     Predictor,
     num_candidates,
     offsets_of,
     stream,
+    warn_of_long_dialogues,
 )
-from kdecs.student.predict.render import render_dialogue
 
 STANDARD_STREAM = Path("-")
 
 
 @dataclass(frozen=True)
 class FileRequest:
-    """What is to be predicted and where it goes. `output` None: nothing but what `shows` prints."""
+    """What to predict and where to write it. With `output` None nothing is written; `shows` still prints."""
 
     input: Path
     output: Path | None
@@ -56,14 +56,14 @@ class _Counts:
 
 
 def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, device: str = "auto") -> None:
-    """Predict a file's dialogues with what `load` loads, and print what was done in one line.
+    """Predict the dialogues of a file with the predictor that `load` returns, and print a line that sums up.
 
-    A file is read through once before any work, so that a fault in its last dialogue is told first, and its
-    predictions are written whole or not at all. Raises CorpusError for a fault.
+    The predictions appear complete or not at all. Raises CorpusError if a dialogue breaks the schema.
     """
+    # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once.
     total = None if request.input == STANDARD_STREAM else _checked(request)
     predictor = load(start_runtime(device=device))
-    # Where predictions go to standard output nothing else may: it is a pipe's.
+    # Predictions on standard output are read by a program: everything for people goes to standard error.
     console = Console(stderr=request.output == STANDARD_STREAM)
     counts = _Counts()
     example: tuple[Dialogue, list[PairPrediction]] | None = None
@@ -99,22 +99,25 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
 
 
 def _checked(request: FileRequest) -> int:
-    """Read the whole file once; the number of pairs to predict. Warns of dialogues that are very long."""
-    watched = _long_dialogues(request).watched(
-        iter_dialogues(request.input, labelled=False), f"{request.input}: "
-    )
+    """Read the whole file and return the number of pairs to predict. Warns of very long dialogues."""
+    watched = _watched(request, iter_dialogues(request.input, labelled=False), f"{request.input}: ")
     return sum(num_candidates(len(dialogue.utterances), request.max_distance) for dialogue in watched)
 
 
-def _long_dialogues(request: FileRequest) -> LongDialogues:
+def _watched(request: FileRequest, dialogues: Iterable[Dialogue], place: str) -> Iterator[Dialogue]:
+    """The same dialogues, with warnings of very long ones on standard error."""
+
+    def warn(line: str) -> None:
+        print(f"kdecs: warning: {line}", file=sys.stderr, flush=True)
+
     bound = "--max-distance N" if request.max_distance is None else "--max-distance"
-    return LongDialogues(request.max_distance, _warn, bound=bound)
+    return warn_of_long_dialogues(dialogues, request.max_distance, warn, bound=bound, place=place)
 
 
 def _dialogues(request: FileRequest) -> Iterator[Dialogue]:
     if request.input != STANDARD_STREAM:
-        return iter_dialogues(request.input, labelled=False)  # it was looked at before
-    return _long_dialogues(request).watched(_from_standard_input(), "standard input: ")
+        return iter_dialogues(request.input, labelled=False)  # `_checked` has warned already
+    return _watched(request, _from_standard_input(), "standard input: ")
 
 
 def _from_standard_input() -> Iterator[Dialogue]:
@@ -148,9 +151,5 @@ def _lines(found: Iterable[PairPrediction], *, has_offsets: bool) -> Iterator[st
 
 
 def _needs_marks(console: Console) -> bool:
-    """Without colours (a pipe, a file, NO_COLOR) causes are marked by brackets."""
+    """True if the console has no colours (a pipe, a file, NO_COLOR): brackets then mark the causes."""
     return console.color_system is None or console.no_color
-
-
-def _warn(line: str) -> None:
-    print(f"kdecs: warning: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A dialogue with predictions for people: who feels what, and why, the cause spans marked in their utterances."""
+"""Render a dialogue with its predictions for people: who feels what, and why, with the cause spans marked."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kdecs.corpus.schema import NEUTRAL, Dialogue
-from kdecs.student.predict.predictor import PairPrediction
+from kdecs.student.predict.streaming import PairPrediction
 
 MAX_SHOWN = 14
 MARKS = ("⟦", "⟧")
-"""Around a cause span where there are no colours."""
+"""Marks around a cause span on a console without colours."""
 _MAX_SPEAKER = 16
 _COLOURS = {
     "happiness": "green",
@@ -46,10 +46,10 @@ def render_dialogue(
     limit: int | None = MAX_SHOWN,
     marks: bool = False,
 ) -> Group:
-    """A table for a rich console: turn, speaker, emotion, utterance; its causes below each, long lines wrapped.
+    """A table for a rich console: turn, speaker, emotion and utterance, with its causes below; long lines wrap.
 
-    Cause spans are underlined in the colour of the emotion that they cause, with `marks` also put between ⟦ and ⟧.
-    `limit` bounds the number of utterances.
+    Cause spans are underlined in the colour of the emotion that they cause, and with `marks` put between ⟦ and ⟧.
+    At most `limit` utterances are shown.
     """
     shown = dialogue.utterances[:limit]
     emotions = {p.prediction.target: p.prediction.emotion or "" for p in predictions}
@@ -61,7 +61,7 @@ def render_dialogue(
     table.add_column(ratio=1, overflow="fold")
     for utterance in shown:
         emotion = emotions.get(utterance.turn, "")
-        told = Group(
+        text = Group(
             _marked(dialogue, utterance.turn, causes, emotions, marks=marks),
             *(
                 Padding(_because(dialogue, cause), (0, 0, 0, 2))
@@ -73,7 +73,7 @@ def render_dialogue(
             str(utterance.turn),
             Text(printable(utterance.speaker), style="bold"),
             Text(emotion, style=emotion_colour(emotion)),
-            told,
+            text,
         )
     lines: list[Text | Table] = [Text(f"dialogue {printable(dialogue.id)}", style="bold"), table]
     if hidden := len(dialogue.utterances) - len(shown):
@@ -82,7 +82,7 @@ def render_dialogue(
 
 
 def printable(text: str) -> str:
-    """The text with a blank for each character that a terminal would obey, not show; of the same length."""
+    """The text, of the same length, with a blank for each control character that would act on the terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
@@ -105,9 +105,9 @@ def _marked(
 
 
 def _bracketed(text: Text, ranges: Sequence[tuple[int, int]]) -> Text:
-    """Each range between brackets; those of several targets nest or interleave as they fall."""
+    """The text with brackets around each range; ranges of several targets may nest or overlap."""
     places = sorted(set(ranges))
-    # At one place what ends comes before what begins.
+    # At the same place, closing brackets come before opening ones.
     inserts = sorted([(end, 0) for _, end in places] + [(start, 1) for start, _ in places])
     pieces = text.divide([place for place, _ in inserts])
     marked = Text()
