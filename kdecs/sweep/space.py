@@ -348,8 +348,9 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 def holds(constraint: str, values: Mapping[str, Any]) -> bool:
     """Whether a constraint holds for the nested config `values`, which have `teacher` and `variant` beside its keys.
 
-    A constraint is a Python expression of dotted keys, values, arithmetic and comparisons. It is walked here, not
-    evaluated: a config must not run code, and the error can name the key that is missing.
+    A constraint is a Python expression of dotted keys, values, arithmetic and comparisons. It is walked here, because a
+    config must not run code. Jinja's sandbox would not do: it refuses `teacher is 't5-large'`, and its errors do not
+    say which key is None.
     Raises ConfigError for an expression that does not parse or that the values do not fit.
     """
     try:
@@ -370,8 +371,8 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
             return value
         case ast.List(items) | ast.Tuple(items):
             return [_value(item, values) for item in items]
-        case ast.Name() | ast.Attribute():
-            return _lookup(_dotted(node), values)
+        case ast.Name() | ast.Attribute() if key := _dotted(node):
+            return _lookup(key, values)
         case ast.BoolOp(kind, parts):
             found = (_value(part, values) for part in parts)
             return all(found) if isinstance(kind, ast.And) else any(found)
@@ -390,26 +391,21 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
     )
 
 
-def _keys(node: ast.expr) -> list[str]:
-    """The dotted keys of an expression, in order."""
-    if isinstance(node, ast.Name | ast.Attribute):
-        return [_dotted(node)] if _is_key(node) else []
-    inner = [
-        key for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr) for key in _keys(child)
-    ]
-    return list(dict.fromkeys(inner))
+def _keys(node: ast.AST) -> list[str]:
+    """The dotted keys of an expression, in order, once each."""
+    if key := _dotted(node):
+        return [key]
+    return list(dict.fromkeys(key for child in ast.iter_child_nodes(node) for key in _keys(child)))
 
 
-def _is_key(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and _is_key(node.value))
-
-
-def _dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute):
-        return f"{_dotted(node.value)}.{node.attr}"
-    if isinstance(node, ast.Name):
-        return node.id
-    raise ValueError(f"{ast.unparse(node)} is not a key")
+def _dotted(node: ast.AST) -> str | None:
+    """The key that a node spells, such as `distillation.alpha`; None if it is not a key."""
+    match node:
+        case ast.Name(name):
+            return name
+        case ast.Attribute(value, name) if parent := _dotted(value):
+            return f"{parent}.{name}"
+    return None
 
 
 def _lookup(key: str, values: Mapping[str, Any]) -> Any:
