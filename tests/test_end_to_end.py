@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support import flip_bit
+
+from kdecs.artifact import verify_artifact
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -61,8 +64,9 @@ def test_every_artifact_is_whole(output: Path) -> None:
     assert kinds.count("student") == 8
     assert kinds.count("sweep") == kinds.count("report") == 1
     for path in [*manifests, *registered]:
-        done = kdecs("verify", str(path.parent))
-        assert done.returncode == 0, done.stderr
+        assert verify_artifact(path.parent) == []
+    done = kdecs("verify", str(output / "sweep"))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.timeout(3600)
@@ -127,10 +131,7 @@ def test_prediction_file_is_scored_like_the_selection_says(output: Path) -> None
 def test_flipped_byte_fails_verification_and_training(output: Path, tmp_path: Path) -> None:
     labels = output / "labels" / "llama-tiny"
     shard = next(labels.glob("*.parquet"))
-    data = shard.read_bytes()
-    damaged = bytearray(data)
-    damaged[len(data) // 2] ^= 1
-    shard.write_bytes(damaged)
+    data = flip_bit(shard)
     try:
         done = kdecs("verify", str(labels))
         assert done.returncode == 1

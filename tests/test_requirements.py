@@ -1,0 +1,41 @@
+"""The lock, the pins and pyproject.toml say the same: a change of one without `make lock` is caught here."""
+
+import re
+import tomllib
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support import ROOT
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version, of the lines that pin one."""
+    lines = (ROOT / name).read_text().splitlines()
+    found = [re.fullmatch(r"([\w.-]+)==(\S+)( \\)?", line) for line in lines if line[:1].isalnum()]
+    assert all(found), f"{name} holds a line that pins nothing"
+    return {canonicalize_name(line[1]): line[2] for line in found if line}
+
+
+def test_every_locked_version_is_the_pinned_one() -> None:
+    pinned, locked = pins("constraints.txt"), pins("requirements.lock")
+    assert locked.items() <= pinned.items()
+
+
+def test_every_locked_file_has_its_hash() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    blocks = re.split(r"\n(?=\w)", text)[1:]
+    assert len(blocks) == len(pins("requirements.lock"))
+    assert all("    --hash=sha256:" in block for block in blocks)
+
+
+def test_what_setup_installs_is_locked_and_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["teacher"], *extras["sweep"], *extras["dev"]]
+    pinned, locked = pins("constraints.txt"), pins("requirements.lock")
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        assert name in locked or name == "torch", f"{name}: run `make lock`"
+        assert requirement.specifier.contains(pinned[name]), (
+            f"{requirement}: constraints.txt has {pinned[name]}"
+        )
