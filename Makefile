@@ -51,7 +51,7 @@ models: $(SETUP)
 	@$(BIN)/python launch/fetch_models.py
 
 demo: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/demo.py --output "$(RUN)" $(if $(RECCON),--reccon "$(RECCON)")
+	@PATH="$(abspath $(BIN)):$$PATH" RECCON="$(RECCON)" launch/demo.sh "$(RUN)"
 
 test: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"

@@ -5,6 +5,8 @@ import atexit
 import contextlib
 import ctypes
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from kdecs.errors import (
     explain_disk_full,
     explain_os_error,
 )
+
+ERROR_PREFIX = "kdecs: error: "
 
 
 def launched_rank() -> tuple[int, int, int]:
@@ -122,7 +126,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 
 def _print_line(message: str) -> None:
-    print(f"kdecs: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{ERROR_PREFIX}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -178,9 +182,9 @@ def run_child(
 ) -> int:
     """Run a command to its end in a session of its own, and return its exit code.
 
-    Its output is appended to `log` if there is one. Once `stop` is requested, SIGTERM goes to the child's whole
-    process group, since the deepspeed launcher does not pass the signal on to its ranks. If this process dies, Linux
-    sends the child SIGTERM. On an exception, such as a second Ctrl-C, the group is ended first.
+    Command and output are appended to `log` if there is one. Once `stop` is requested, SIGTERM goes to the whole
+    process group of the child, since the deepspeed launcher does not pass the signal on to its ranks. If this process
+    dies, Linux sends the child SIGTERM. On an exception, such as a second Ctrl-C, the group is ended first.
 
     A child that ends by other means, such as a file, passes `on_stop`, which asks it to. Such a child watches its
     parent itself, and is waited for as long as it takes. `on_poll` is called about every `poll_s` seconds.
@@ -188,15 +192,17 @@ def run_child(
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        if hasattr(_libc, "prctl"):
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
         if os.getppid() != parent:  # it died before the kernel was asked
             os._exit(EXIT_STOPPED)
 
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(log.open("ab")) if log is not None else None
+        output = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(log.open("ab"))
+            output.write(f"$ {' '.join(shlex.join(command).split())}\n".encode())
+            output.flush()
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -237,7 +243,18 @@ def _signal_group(child: "subprocess.Popen[bytes]", number: signal.Signals) -> N
         os.killpg(child.pid, number)
 
 
-def last_line(log: Path) -> str:
-    """The last line of a child's log without the prefix of our errors, for the message that says it failed."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("kdecs: error: ") if lines else "it printed nothing"
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent of this process dies, however it dies; Linux only."""
+    if hasattr(_libc, "prctl"):
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def last_error(log: Path) -> str:
+    """Why the last child failed that wrote to a log: its own error line, else the last line that it printed.
+
+    A launcher still prints lines of its own after the error of a rank.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in re.split(r"(?m)^\$ .*$", text)[-1].splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    return (errors or lines or ["it printed nothing"])[-1].removeprefix(ERROR_PREFIX)

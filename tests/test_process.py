@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kdecs import process
-from kdecs.process import StopSignal, last_line, module_command, run_child
+from kdecs.process import StopSignal, last_error, module_command, run_child
 
 SCRIPT = """
 import atexit, os, sys, threading, time
@@ -74,17 +74,31 @@ def wait_for(condition, timeout_s: float = 20.0) -> None:
 
 
 def is_ready(log: Path) -> bool:
-    return log.exists() and "ready" in log.read_text()
+    return log.exists() and "\nready" in log.read_text()
 
 
 def test_a_childs_code_and_output_are_kept(tmp_path):
     log = tmp_path / "logs" / "stage.log"
     program = "import sys; print('one'); print(); sys.exit('kdecs: error: no such teacher')"
     assert run_child([sys.executable, "-c", program], StopSignal(), log=log) == 1
-    assert log.read_text().splitlines()[0] == "one"
-    assert last_line(log) == "no such teacher"
-    log.write_text("")
-    assert last_line(log) == "it printed nothing"
+    command, *lines = log.read_text().splitlines()
+    assert command.startswith(f"$ {sys.executable} -c 'import sys")
+    assert lines[0] == "one"
+    assert last_error(log) == "no such teacher"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("$ a\n", "it printed nothing"),
+        ("$ a\none\n\ntwo\n", "two"),
+        ("$ a\nkdecs: error: no such teacher\nrank 0 exits with return code = 1\n", "no such teacher"),
+        ("$ a\nkdecs: error: no such teacher\n$ b\nterminate called\n", "terminate called"),
+    ],
+)
+def test_the_error_in_a_log_is_that_of_its_last_command(tmp_path, text, found):
+    (tmp_path / "log").write_text(text)
+    assert last_error(tmp_path / "log") == found
 
 
 def test_a_stop_reaches_the_childs_children_too(tmp_path):
@@ -97,7 +111,7 @@ def test_a_stop_reaches_the_childs_children_too(tmp_path):
         stop.requested = is_ready(log)
 
     assert run_child([sys.executable, "-c", program], stop, log=log, on_poll=look, poll_s=0.05) == 143
-    assert last_line(log) == "saved"
+    assert last_error(log) == "saved"
 
 
 def test_a_stop_that_came_before_the_child_reaches_it():
@@ -141,7 +155,7 @@ def test_a_child_saves_when_its_parent_is_killed(tmp_path):
     finally:
         parent.kill()
         parent.wait()
-    wait_for(lambda: last_line(log) == "saved")
+    wait_for(lambda: last_error(log) == "saved")
 
 
 @pytest.mark.parametrize(

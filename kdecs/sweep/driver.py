@@ -28,7 +28,7 @@ from kdecs.config import CONFIG_NAME, input_checksums, write_config
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
 from kdecs.evaluation.metrics import rule_scores
-from kdecs.process import StopSignal, last_line, run_child
+from kdecs.process import StopSignal, last_error, run_child
 from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import BASELINES_NAME, SweepConfig
 from kdecs.sweep.progress import SweepProgress, duration
@@ -328,7 +328,7 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
         if code == 0:
             return
         if code != OUT_OF_MEMORY:
-            raise TrainingError(f"Ray ended with exit code {code}: {last_line(log)}; see {log}")
+            raise TrainingError(f"Ray ended with exit code {code}: {last_error(log)}; see {log}")
         if _epochs_trained(stage.sweep) == epochs:
             raise TrainingError(
                 "Ray killed trials for their memory before any finished an epoch; lower max_concurrent_trials and run "

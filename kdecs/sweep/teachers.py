@@ -9,7 +9,7 @@ import yaml
 
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError
-from kdecs.process import StopSignal, last_line, module_command, run_child
+from kdecs.process import StopSignal, last_error, module_command, run_child
 from kdecs.sweep.config import StageCommand, SweepConfig
 
 
@@ -34,7 +34,7 @@ def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> N
             code = run_child(arguments, stop, log=log)
             stop.raise_if_requested(f"{title} stopped; run the same command again to go on")
             if code != 0:
-                raise ArtifactError(f"{title} failed with exit code {code}: {last_line(log)} (log: {log})")
+                raise ArtifactError(f"{title} failed with exit code {code}: {last_error(log)} (log: {log})")
         if not (config.teachers[name].labels / MANIFEST_NAME).is_file():
             raise ArtifactError(
                 f"{config.teachers[name].labels}: missing after the export of teacher {name}; "
