@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from kdecs.evaluation.metrics import STRICT_KEYS, EmotionReport, Scores
 from kdecs.evaluation.significance import Comparison, SeedSummary
+from kdecs.tables import figures_table
 
 _MANY_LABELS = 8
 _MOST_WRONG = 3
@@ -19,10 +18,7 @@ _MOST_WRONG = 3
 def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
     """Scores beside the trivial rules; intervals, emotions and break-downs where `found` has them."""
     console = Console(soft_wrap=True)
-    table = Table(title="Scores beside trivial rules", box=SIMPLE_HEAD)
-    table.add_column("score (%)", no_wrap=True)
-    for name in ("system", "strict", *scores.baselines):
-        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    table = figures_table("Scores beside trivial rules", "score (%)", "system", "strict", *scores.baselines)
     for key in ("emotion_accuracy", "emotion_macro_f1", *STRICT_KEYS):
         rules = [f"{rule[key]:.2f}" if key in rule else "" for rule in scores.baselines.values()]
         strict = f"{found[f'strict_{key}']:.2f}" if key in STRICT_KEYS else ""
@@ -44,13 +40,8 @@ def print_comparison(
 ) -> None:
     """A, B, the difference with its interval, p and the best trivial rule, for each score."""
     console = Console(soft_wrap=True)
-    # Tight, as eight columns must fit into 80 characters.
-    table = Table(
-        box=SIMPLE_HEAD, title="A minus B, paired by dialogue", collapse_padding=True, pad_edge=False
-    )
-    table.add_column("score (%)", no_wrap=True)
-    for name in ("A", "B", "A − B", "95% interval", "p", "rule"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("A", "B", "A − B", "95% interval", "p", "rule")
+    table = figures_table("A minus B, paired by dialogue", "score (%)", *columns, tight=True)
     for key, found in compared.items():
         interval = f"{found.low:+.2f} … {found.high:+.2f}"
         figures = (f"{found.a:.2f}", f"{found.b:.2f}", f"{found.difference:+.2f}", interval, f"{found.p:.4f}")
@@ -65,9 +56,8 @@ def print_comparison(
 def print_seeds(files: Sequence[Path], runs: Sequence[Scores], summary: Mapping[str, SeedSummary]) -> None:
     """Mean, standard deviation and 95% interval of each score over runs, beside the best trivial rule."""
     console = Console(soft_wrap=True)
-    table = Table("score (%)", box=SIMPLE_HEAD, title=f"Over {len(runs)} runs")
-    for name in ("mean", "std", "95% interval", "best rule"):
-        table.add_column(name, justify="right")
+    columns = ("mean", "std", "95% interval", "best rule")
+    table = figures_table(f"Over {len(runs)} runs", "score (%)", *columns)
     for key, found in summary.items():
         interval = "" if found.low is None else f"{found.low:.2f} … {found.high:.2f}"
         std = "" if found.std is None else f"{found.std:.2f}"
@@ -98,9 +88,8 @@ def counts_line(scores: Scores) -> str:
 
 
 def _print_intervals(console: Console, found: Mapping[str, Any]) -> None:
-    table = Table("score (%)", box=SIMPLE_HEAD, title="95% intervals, bootstrap over dialogues")
-    for name in ("score", "low", "high"):
-        table.add_column(name, justify="right")
+    title = "95% intervals, bootstrap over dialogues"
+    table = figures_table(title, "score (%)", "score", "low", "high")
     for key, (low, high) in found["intervals"].items():
         table.add_row(key.replace("_", " "), f"{found[key]:.2f}", f"{low:.2f}", f"{high:.2f}")
     console.print(table)
@@ -110,10 +99,9 @@ def _print_emotions(console: Console, scores: Scores) -> None:
     report = scores.emotions
     if not report.labels:
         return
-    table = Table("gold \\ predicted", title="Confusions of emotions", box=SIMPLE_HEAD)
     shows_matrix = len(report.labels) <= _MANY_LABELS
-    for name in (*(report.labels if shows_matrix else ("utterances", "mostly taken for")), "F1"):
-        table.add_column(name, justify="right")
+    columns = report.labels if shows_matrix else ("utterances", "mostly taken for")
+    table = figures_table("Confusions of emotions", "gold \\ predicted", *columns, "F1")
     for label, row in zip(report.labels, report.confusion.tolist(), strict=True):
         cells = (
             [str(count) for count in row] if shows_matrix else [str(sum(row)), _taken_for(label, row, report)]
@@ -134,10 +122,8 @@ def _taken_for(label: str, row: Sequence[int], report: EmotionReport) -> str:
 
 def _print_breakdown(console: Console, title: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
     keys = ("positive_f1", "negative_f1", "macro_f1", "utterance_macro_f1")
-    table = Table(box=SIMPLE_HEAD, title=f"Scores by {title.replace('_', ' ')}")
-    table.add_column(title.split("_")[-1], no_wrap=True)
-    for name in ("positive rows", "negative rows", "Pos F1", "Neg F1", "macro F1", "utt. macro"):
-        table.add_column(name, justify="right")
+    columns = ("positive rows", "negative rows", "Pos F1", "Neg F1", "macro F1", "utt. macro")
+    table = figures_table(f"Scores by {title.replace('_', ' ')}", title.split("_")[-1], *columns)
     for group, values in groups.items():
         counts = (f"{values['num_positive']:,}", f"{values['num_negative']:,}")
         table.add_row(group, *counts, *(f"{values[key]:.2f}" for key in keys))

@@ -31,7 +31,7 @@ from kdecs.evaluation.metrics import rule_scores
 from kdecs.process import StopSignal, last_error, run_child
 from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import BASELINES_NAME, SweepConfig
-from kdecs.sweep.progress import SweepProgress, duration
+from kdecs.sweep.progress import SweepProgress
 from kdecs.sweep.search import SEARCH_NAME, Search, Stage
 from kdecs.sweep.space import Trial, missing_teachers, trials_directory, with_absolute_paths
 from kdecs.sweep.status import (
@@ -53,6 +53,7 @@ from kdecs.sweep.trial import (
     settle,
     train_student_trial,
 )
+from kdecs.tables import duration
 from kdecs.tracking.machine import ENVIRONMENT_NAME, write_environment
 from kdecs.tracking.record import METRICS_NAME, read_points
 

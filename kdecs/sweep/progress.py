@@ -32,6 +32,7 @@ from kdecs.sweep.space import Trial, missing_teachers
 from kdecs.sweep.status import TrialResult, is_trained, read_note, trial_result
 from kdecs.sweep.teachers import build_commands
 from kdecs.sweep.trial import find_student
+from kdecs.tables import duration
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 _MOVING = ("running", "stopped")
@@ -168,16 +169,6 @@ def _bar(result: TrialResult) -> str:
     share = 1.0 if result.status == "complete" else result.epoch / max(1, result.epochs)
     filled = round(_BAR_WIDTH * share)
     return f"{'━' * filled}{'╌' * (_BAR_WIDTH - filled)} {result.epoch}/{result.epochs}"
-
-
-def duration(seconds: float) -> str:
-    """Such as 12s, 1m40s, 2h05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def print_dry_run(config: SweepConfig) -> None:

@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from kdecs.sweep.progress import SweepProgress, duration
+from kdecs.sweep.progress import SweepProgress
 from kdecs.sweep.space import enumerate_trials
 from kdecs.sweep.status import trial_result
 
@@ -101,8 +101,3 @@ def test_many_running_trials_leave_room(states):
     out = console(is_terminal=True)
     out.print(SweepProgress(config, 60, [], console=out).table(running))
     assert "and 40 more" in out.file.getvalue() and out.file.getvalue().count("\n") <= 30
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(12, "12s"), (100, "1m40s"), (7500, "2h05m")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text

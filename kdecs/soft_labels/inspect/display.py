@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from kdecs.artifact import atomic_path
 from kdecs.errors import DependencyError
+from kdecs.tables import figures_table
 
 _BAR = 30
 _MAX_WORD = 60
@@ -90,10 +89,8 @@ def _short(value: str) -> str:
 
 
 def _print_split(console: Console, name: str, item: Mapping[str, Any]) -> None:
-    table = Table(title=f"{name}: labels by themselves", box=SIMPLE_HEAD)
-    table.add_column("answer word")
-    for title in ("mean probability", "most likely word of"):
-        table.add_column(title, justify="right")
+    columns = ("mean probability", "most likely word of")
+    table = figures_table(f"{name}: labels by themselves", "answer word", *columns)
     for word, values in item["words"].items():
         table.add_row(
             Text(_printable(word)), f"{values['probability']:.4f}", f"{100 * values['most_likely']:.2f}%"
@@ -118,17 +115,13 @@ def _print_gold(console: Console, path: str, gold: Mapping[str, Any]) -> None:
             f"{missing}; agreement with gold: {_scores(gold['agreement'])}"
         )
     )
-    table = Table(title="Calibration of p(cause) by τ", box=SIMPLE_HEAD)
-    for title in ("τ", "ECE", "NLL (nats)", "Brier"):
-        table.add_column(title, justify="right")
+    table = figures_table("Calibration of p(cause) by τ", "τ", "ECE", "NLL (nats)", "Brier")
     for tau, values in gold["calibration"].items():
         table.add_row(tau, *(f"{values[key]:.4f}" for key in ("ece", "nll", "brier")))
     console.print(table)
     _print_reliability(console, gold["reliability"])
-    table = Table(title="Answer words by gold", box=SIMPLE_HEAD)
-    table.add_column("answer word")
-    for title in ("p in causes", "p in others", "most likely of", "causes among these"):
-        table.add_column(title, justify="right")
+    columns = ("p in causes", "p in others", "most likely of", "causes among these")
+    table = figures_table("Answer words by gold", "answer word", *columns)
     for word, values in gold["words"].items():
         first = values["most_likely"]
         share = f"{100 * values['most_likely_causes'] / first:.2f}%" if first else "-"
@@ -143,9 +136,7 @@ def _print_gold(console: Console, path: str, gold: Mapping[str, Any]) -> None:
 
 
 def _print_reliability(console: Console, bins: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(title="Reliability at τ = 1", box=SIMPLE_HEAD)
-    for title in ("p(cause)", "pairs", "mean p", "gold"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = figures_table("Reliability at τ = 1", "p(cause)", "pairs", "mean p", "gold")
     table.add_column("█ gold causes, │ mean p(cause)", no_wrap=True)
     for row in bins:
         filled, mark = round(_BAR * row["causes"]), min(_BAR - 1, int(_BAR * row["probability"]))

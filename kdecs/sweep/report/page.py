@@ -21,7 +21,6 @@ from kdecs.artifact import read_manifest, write_manifest, write_text
 from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import ArtifactError
 from kdecs.sweep.config import BASELINES_NAME, REPORT_FOLDER, SweepConfig
-from kdecs.sweep.progress import duration
 from kdecs.sweep.report.figures import (
     Figure,
     alpha_temperature_figure,
@@ -41,6 +40,7 @@ from kdecs.sweep.selection.record import (
 )
 from kdecs.sweep.space import TEACHER_KEY
 from kdecs.sweep.status import TrialResult, read_results, trial_directory
+from kdecs.tables import duration
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 PAGE_NAME = "index.html"

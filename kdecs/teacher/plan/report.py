@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kdecs.tables import figures_table
 from kdecs.teacher.plan.memory import GIB, Limits
 from kdecs.teacher.plan.search import Candidate
 
@@ -64,9 +65,7 @@ def offload_name(candidate: Candidate) -> str:
 
 def memory_table(candidate: Candidate) -> Table:
     """The parts of one layout's peak."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Peak of a rank, GiB")
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
+    table = figures_table("Peak of a rank, GiB", "part", "GiB")
     for name, value in asdict(candidate.memory).items():
         if value:
             table.add_row(_PART_NAMES[name], f"{value / GIB:.2f}")

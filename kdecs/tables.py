@@ -1,0 +1,26 @@
+"""Tables of figures and lengths of time, as every command prints them on a terminal."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def figures_table(title: str, first: str, *columns: str, tight: bool = False) -> Table:
+    """A table with a left column of names and right-aligned columns of figures, whose headings keep whole words.
+
+    A `tight` one has no margins and never wraps a figure: for many columns in 80 characters.
+    """
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=tight, pad_edge=not tight)
+    table.add_column(first, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=tight, min_width=max(map(len, name.split())))
+    return table
+
+
+def duration(seconds: float) -> str:
+    """A length of time such as 12s, 1m40s or 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,26 @@
+"""What tables and durations look like on a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from kdecs.tables import duration, figures_table
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(12, "12s"), (100, "1m40s"), (7500, "2h05m")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_heading_breaks_between_words_and_figures_stand_right() -> None:
+    table = figures_table("Scores", "score (%)", "positive rows", "F1")
+    table.add_row("utterance macro F1", "1,234", "58.78")
+    output = io.StringIO()
+    Console(file=output, width=40).print(table)
+    lines = [line for line in output.getvalue().splitlines() if line.strip()]
+    title, first, second, _, row = lines
+    assert title.strip() == "Scores"
+    assert (first.split(), second.split()) == (["positive"], ["score", "(%)", "rows", "F1"])
+    assert row.split() == ["utterance", "macro", "F1", "1,234", "58.78"]
+    assert second.rstrip().endswith("F1") and len(second.rstrip()) == len(row.rstrip())
