@@ -1,8 +1,8 @@
-"""What the configs of all stages share: YAML file, then `--set a.b=value`, resolved once, frozen, no torch.
+"""What the configs of all stages share: a YAML file, then `--set a.b=value`, resolved once and frozen. No torch.
 
-Each stage's config stands in its folder's `config.py`.
+Each stage defines its config in its folder's `config.py`; the committed ones are in `kdecs/configs/STAGE/NAME.yaml`.
 Paths in a YAML file or in `--set` are relative to the current directory, and absolute once resolved.
-The resolved config is written beside a stage's outputs as `config.json`; workers read that.
+The resolved config is written beside a stage's outputs as `config.json`, which its workers read.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ ModelReference = Annotated[str, AfterValidator(_local_or_hub)]
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Unhashed()]
-"""What people call a run; no part of the config hash."""
+"""A run's name for people; no part of the config hash."""
 
 
 class Config(BaseModel):
@@ -57,7 +57,7 @@ class Config(BaseModel):
     # Defaults are validated too: a default of 32 for a float must hash as the 32.0 that config.json gives back.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
     method_versions: ClassVar[dict[str, int]] = {}
-    """Versions of what a stage computes with beside its config (prompt templates): part of the hash."""
+    """Versions of what a stage computes with besides its config, such as prompt templates: part of the hash."""
 
 
 class Optimization(Config):
@@ -135,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dicts in place, making the levels on the way."""
+    """Set `a.b.c` in nested dicts in place, creating missing levels."""
     *parents, last = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})
@@ -154,7 +154,7 @@ def config_hash(config: Config) -> str:
     """Hex sha256 of the work a config describes: the same work has the same hash on every machine.
 
     Content checksums stand in for paths; fields marked `Unhashed` are left out.
-    Raises ConfigError where an input path does not exist.
+    Raises ConfigError if an input path does not exist.
     """
     view = json.dumps({"config": _hash_view(config), "method": config.method_versions}, sort_keys=True)
     return hashlib.sha256(f"{type(config).__name__}\n{view}".encode()).hexdigest()

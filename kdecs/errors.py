@@ -1,7 +1,7 @@
 """Typed errors for what a user, a file or a cluster can cause.
 
 Every message is one line: the path or id, what was found, what was expected, and what to do.
-Entries print it on stderr and exit with `exit_code`; a traceback is for faults of our own.
+Entries print it on stderr and exit with `exit_code`; only bugs of kdecs itself end in a traceback.
 """
 
 import errno
@@ -12,7 +12,7 @@ EXIT_STOPPED = 143  # 128 + SIGTERM: what schedulers read as "preempted", not as
 
 
 class KdecsError(Exception):
-    """A refusal that the user can act on; the message is one line."""
+    """An error that the user can act on; its message is one line."""
 
     exit_code = EXIT_REFUSED
 
@@ -42,25 +42,25 @@ class ModelError(KdecsError):
 
 
 class DeviceError(KdecsError):
-    """A device that was asked for and is not there."""
+    """A requested device that is not available."""
 
 
 class TrainingError(KdecsError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training that cannot continue, for example after a loss that is not finite."""
 
 
 class DependencyError(KdecsError):
-    """An optional package that the command needs and that is not installed."""
+    """A command needs an optional package that is not installed."""
 
 
 class Stopped(KdecsError):
-    """SIGTERM or SIGINT was honoured: the state is saved and the same command goes on."""
+    """A stop by SIGTERM or SIGINT: the state is saved, and the same command goes on from it."""
 
     exit_code = EXIT_STOPPED
 
 
 def explain_disk_full(error: Exception) -> str | None:
-    """One line where a library's own error hides a full disk (safetensors, torch's checkpoint writer), else None."""
+    """One line if a library's own error hides a full disk (safetensors, torch's checkpoint writer), else None."""
     message = str(error)
     if "No space left on device" in message or "PytorchStreamWriter failed writing" in message:
         return "the disk is full: free some space and run the same command again"

@@ -39,6 +39,16 @@ def launched_rank() -> tuple[int, int, int]:
     )
 
 
+def launched_rendezvous() -> tuple[str, str]:
+    """Address and port at which the ranks of a launch meet, from MASTER_ADDR and MASTER_PORT; empty without one."""
+    return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+
+
+def thread_limit() -> str | None:
+    """OMP_NUM_THREADS as it was set for this process; None if it was not."""
+    return os.environ.get("OMP_NUM_THREADS")
+
+
 def is_main_rank() -> bool:
     """True if this process prints for the whole job; usable before torch is imported."""
     return launched_rank()[0] == 0

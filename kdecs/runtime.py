@@ -1,4 +1,4 @@
-"""Rank state, devices, threads, seeds, memory and stop signals."""
+"""The state of one rank: device, threads, process group, seeds, memory, and the collectives that stages share."""
 
 import ctypes
 import os
@@ -29,25 +29,26 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints and writes what belongs to the whole job."""
+        """True on the rank that prints and writes for the whole job."""
         return self.rank == 0
 
 
 def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
-    """The rank state from the launcher's environment (RANK, LOCAL_RANK, WORLD_SIZE; one rank without).
+    """The rank state from the launcher's RANK, LOCAL_RANK and WORLD_SIZE; without a launcher, a single rank.
 
-    `device` is auto, cpu or cuda; KDECS_DEVICE overrides auto. Raises DeviceError where CUDA is asked for and absent.
+    `device` is auto, cpu or cuda; KDECS_DEVICE overrides auto. Raises DeviceError if CUDA is asked for but absent.
     """
     rank, local_rank, world_size = launched_rank()
     wanted = os.environ.get("KDECS_DEVICE", "auto") if device == "auto" else device
     if wanted not in ("auto", "cpu", "cuda"):
         raise DeviceError(f"device {wanted!r}: expected auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device cuda was asked for, but torch sees no GPU; use cpu, or check the driver")
+        raise DeviceError("device cuda: torch sees no GPU; check the driver, or use device cpu")
     if wanted != "cpu" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise DeviceError(
-                f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}; start fewer ranks"
+                f"local rank {local_rank}: no GPU left for it, torch sees {torch.cuda.device_count()}; "
+                "start one rank per GPU"
             )
         torch.cuda.set_device(local_rank)
         chosen = torch.device("cuda", local_rank)
@@ -60,14 +61,14 @@ def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
 
 
 def warn_of_emulation(runtime: Runtime, dtype: str, key: str) -> None:
-    """One line on stderr, from rank 0, where torch only emulates a CPU's bfloat16; `key` is the config's.
+    """Warn once per job if torch only emulates bfloat16 on this CPU; `key` is the config's name of the dtype.
 
     Without AVX-512 a product of bfloat16 matrices took 50 times as long as one of float32 (torch 2.13).
     """
     emulated = torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
     if runtime.is_main and runtime.device.type == "cpu" and dtype == "bfloat16" and emulated:
         print(
-            f"{key} bfloat16 is emulated on this CPU (no AVX-512), tens of times slower; try --set {key}=float32",
+            f"{key}: this CPU emulates bfloat16 (it has no AVX-512), tens of times slower; try --set {key}=float32",
             file=sys.stderr,
             flush=True,
         )
@@ -75,9 +76,9 @@ def warn_of_emulation(runtime: Runtime, dtype: str, key: str) -> None:
 
 @contextmanager
 def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
-    """A torch process group over all ranks (NCCL on GPUs, gloo on CPUs), destroyed on leaving.
+    """Open a torch process group over all ranks (NCCL on GPUs, gloo on CPUs) and destroy it at the end.
 
-    With one rank there is none, unless `single`: DeepSpeed's engine wants a group of one.
+    A single rank gets none, unless `single`: DeepSpeed's engine needs a group even of one.
     """
     if runtime.world_size == 1 and not single:
         yield
@@ -101,12 +102,12 @@ def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         _forget_deepspeeds_group()
-        for name in added:  # processes started later would take this group's for their own
+        for name in added:  # a process started later would take this group's rendezvous for its own
             os.environ.pop(name, None)
 
 
 def _forget_deepspeeds_group() -> None:
-    """DeepSpeed keeps the group that it first saw; a second group of this process would be refused."""
+    """Make DeepSpeed accept another group: it keeps the first one it saw, in module globals."""
     if "deepspeed.comm.comm" in sys.modules:
         setattr(sys.modules["deepspeed.comm.comm"], "cdb", None)  # noqa: B010
     if "deepspeed.utils.groups" in sys.modules:
@@ -114,7 +115,7 @@ def _forget_deepspeeds_group() -> None:
 
 
 def any_rank(flag: bool, runtime: Runtime) -> bool:
-    """Whether the flag holds on any rank. Collective."""
+    """True on every rank if the flag is true on any. Collective."""
     if runtime.world_size == 1:
         return flag
     value = torch.tensor([int(flag)], device=runtime.device)
@@ -123,7 +124,7 @@ def any_rank(flag: bool, runtime: Runtime) -> bool:
 
 
 def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
-    """Every rank's value, by rank, on every rank. Collective; values are pickled within the job only."""
+    """The values of all ranks, by rank, on every rank. Collective; values are pickled within the job only."""
     if runtime.world_size == 1:
         return [value]
     gathered: list[Any] = [None] * runtime.world_size
@@ -139,9 +140,9 @@ def seed_everything(seed: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system, of all of glibc's arenas; nothing where the C library cannot.
+    """Return freed memory to the system from all of glibc's arenas; do nothing under another C library.
 
-    glibc keeps the free pages between what still lives, a training's activations above all.
+    Otherwise glibc keeps free pages that lie between live ones, above all those of a training's activations.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -149,7 +150,7 @@ def return_freed_memory() -> None:
 
 
 def on_main_first(action: Callable[[], Any], runtime: Runtime) -> Any:
-    """Run `action` on rank 0, then on the others (a cache that rank 0 builds and all read). Collective."""
+    """Run `action` on rank 0, then on the others, which read the cache that rank 0 has built. Collective."""
     result = action() if runtime.is_main else None
     if runtime.world_size > 1:
         dist.barrier()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
 from kdecs.errors import DependencyError, DeviceError
+from kdecs.process import launched_rendezvous
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family
@@ -74,7 +75,7 @@ def join_deepspeed(runtime: Runtime) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if runtime.device.type == "cuda" else "gloo")
     if dist.get_world_size() > 1:
         dist.barrier()
-    place = f"{os.getuid()}_{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
+    place = "_".join([str(os.getuid()), *launched_rendezvous()])
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
