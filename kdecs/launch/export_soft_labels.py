@@ -90,7 +90,7 @@ def main() -> None:
 def export_replica(
     config: ExportConfig, runtime: "Runtime", stop: StopSignal, bar: ExportBar
 ) -> ExportResult:
-    """Label with a whole teacher on this rank's device; other ranks are other workers."""
+    """Label with a teacher that is loaded whole on this rank's device; each rank is a worker."""
     from kdecs.teacher.scoring import TeacherScorer
 
     scorer = TeacherScorer.load(

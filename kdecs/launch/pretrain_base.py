@@ -1,4 +1,4 @@
-"""Train a small base model and its tokenizer on a corpus' text from scratch (for trying kdecs without a hub)."""
+"""Train a small base model and its tokenizer from scratch on the text of a corpus, to try kdecs without a model hub."""
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash

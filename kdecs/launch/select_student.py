@@ -1,6 +1,6 @@
-"""Choose a finished sweep's student on validation, score it on test once, register it in MLflow.
+"""Choose the best student of a finished sweep on validation, score it on test once, and register it in MLflow.
 
-A second call prints the record; the test split is not opened again.
+A second call prints the record and does not open the test split again.
 """
 
 import argparse

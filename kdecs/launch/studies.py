@@ -1,7 +1,7 @@
-"""Run the paper's five studies at small scale, on the models of a finished demo: sweep, selection and report of each.
+"""Run the paper's five studies at small scale on the models of a finished demo: a sweep, selection and report each.
 
-The spaces are those of the paper; teachers, base, corpus and tracking are the demo's, and there are fewer
-seeds, values and epochs, so that a laptop does it. What is complete is skipped; the same command goes on after a stop.
+The search spaces are those of the paper; teachers, base, corpus and tracking are the demo's. Fewer seeds, values and
+epochs make it fit on a laptop. Complete trials are skipped, so the same command goes on after a stop.
 """
 
 import argparse
@@ -33,9 +33,9 @@ def main() -> None:
         "--demo", type=Path, required=True, metavar="DIR", help="a finished demo's run directory"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="one sweep a study goes below it"
+        "--output", type=Path, required=True, metavar="DIR", help="gets one sweep directory per study"
     )
-    parser.add_argument("--only", choices=STUDIES, action="append", help="this study alone; repeatable")
+    parser.add_argument("--only", choices=STUDIES, action="append", help="run only this study; repeatable")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds of each setting (default 2)")
     parser.add_argument(
         "--epochs", type=int, default=2, metavar="N", help="epochs of each training (default 2)"

@@ -1,6 +1,6 @@
-"""Train a sweep of students over seeds, alpha, temperature, teacher and more, by Ray Tune, tracked in MLflow.
+"""Train a sweep of students over seeds, alpha, temperature, teacher and more with Ray Tune; track it in MLflow.
 
-Trials that are complete are skipped; the same command goes on after any stop or kill.
+Complete trials are skipped, so the same command goes on after any stop or kill.
 """
 
 from kdecs.config import find_config, load_config
@@ -20,10 +20,12 @@ def main() -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print trials, hours by estimate and what is done; train nothing",
+        help="print the trials, what is done and the estimated hours; train nothing",
     )
     parser.add_argument(
-        "--build", action="store_true", help="train and export teachers whose soft labels are missing, first"
+        "--build",
+        action="store_true",
+        help="first train and export the teachers whose soft labels are missing",
     )
     arguments = parser.parse_args()
     config = load_config(SweepConfig, find_config("spaces", arguments.config), arguments.overrides)

@@ -1,4 +1,4 @@
-"""Train the MRC baseline of RECCON: question answering over an encoder. The same command resumes after any stop."""
+"""Train the MRC baseline of RECCON, an encoder that answers questions. The same command resumes after any stop."""
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
@@ -17,7 +17,7 @@ def main() -> None:
     if is_complete(config.output, "mrc", config_hash(config)):
         say_skipped(f"MRC baseline {config.name}: complete at {config.output}, skipped")
         return
-    # torch takes seconds to import: not before it is known that there is work
+    # torch takes seconds to import, so it waits until there is work.
     from kdecs.mrc.training import train_mrc
     from kdecs.process import StopSignal
     from kdecs.runtime import start_runtime

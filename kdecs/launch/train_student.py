@@ -1,6 +1,6 @@
-"""Train a student: emotion, connective and cause span together, distilled from a teacher's soft labels.
+"""Train a student to predict emotion, connective and cause span together, distilled from a teacher's soft labels.
 
-One process, or one a GPU under torchrun or the deepspeed launcher. The same command resumes after any stop.
+Run one process, or one per GPU with torchrun or the deepspeed launcher. The same command resumes after any stop.
 """
 
 from kdecs.artifact import is_complete
@@ -21,7 +21,7 @@ def main() -> None:
     if is_complete(config.output, "student", config_hash(config)):
         say_skipped(f"student {config.name}: complete at {config.output}, skipped")
         return
-    # torch takes seconds to import: not before it is known that there is work
+    # torch takes seconds to import, so it waits until there is work.
     from kdecs.process import StopSignal
     from kdecs.runtime import process_group, start_runtime
     from kdecs.student.training import train_student
