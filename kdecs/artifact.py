@@ -43,7 +43,7 @@ _MAX_VERIFY_THREADS = 16
 
 
 class FileEntry(BaseModel):
-    """One file of an artifact: path relative to the directory, size, checksum, rows if a table."""
+    """One file of an artifact: its path in the directory, size, checksum, and rows if it is a table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
@@ -53,7 +53,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The parsed `manifest.json` of an artifact directory (format above)."""
+    """The parsed `manifest.json` of an artifact directory; the format is at the top of this module."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Kind
@@ -66,7 +66,7 @@ class Manifest(BaseModel):
 
 
 def sha256_of_file(path: Path, *, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex sha256 of a file's bytes, read in blocks of 1 MiB; `on_bytes` is told the size of each."""
+    """Hex sha256 of a file, read in blocks of 1 MiB; `on_bytes` is called with the size of each."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -81,7 +81,7 @@ def content_checksum(path: Path) -> str:
 
     A file: its sha256. An artifact directory: the sha256 of its manifest (which holds those of its files).
     Any other directory: the sha256 over the sorted (relative path, sha256) of its visible files.
-    Raises ArtifactError where the path does not exist.
+    Raises ArtifactError if the path does not exist.
     """
     if path.is_file():
         return _remembered_sha256(path)
@@ -97,7 +97,7 @@ def content_checksum(path: Path) -> str:
 
 
 def _remembered_sha256(path: Path) -> str:
-    """Inputs are hashed once a process: a sweep asks for the same base model at every trial."""
+    """Inputs are hashed once per process: a sweep needs the same base model's for every trial."""
     state = path.stat()
     return _sha256_at(path, state.st_ino, state.st_size, state.st_mtime_ns)
 
@@ -121,7 +121,7 @@ def fsync(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; on success fsync it and rename it to `path`.
 
-    On any error the temporary file is removed and `path` is as it was.
+    On any error the temporary file is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -151,7 +151,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, *, blocking: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock on `path` (made if missing); yields False where not blocking and taken.
+    """Hold an exclusive lock on `path`, a file that is made if missing; yield False if not `blocking` and it is taken.
 
     The kernel frees the lock when its holder dies. The file itself stays.
     """
@@ -238,7 +238,7 @@ def _checksum(manifest: Manifest) -> str:
 def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
     """Parse a directory's manifest and check its kind, version and paths (no checksums).
 
-    Raises ArtifactError, one line, where the directory is missing, unfinished or of another kind.
+    Raises ArtifactError, one line, if the directory is missing, unfinished or of another kind.
     """
     if not directory.is_dir():
         raise ArtifactError(
@@ -247,11 +247,11 @@ def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(
-            f"{directory}: no {MANIFEST_NAME}, so it is unfinished or no artifact directory; "
+            f"{directory}: has no {MANIFEST_NAME}, so it is unfinished or not an artifact directory; "
             "run the command that writes it again"
         )
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{path}: {path.stat().st_size} bytes, more than any manifest has")
+        raise ArtifactError(f"{path}: {path.stat().st_size} bytes, more than any manifest has; it is damaged")
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -271,7 +271,7 @@ def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
 
 
 def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
-    """Whether the directory holds this very work, finished: kind, config hash and file sizes agree."""
+    """True if the directory holds this work, finished: kind, config hash and file sizes agree; reads no checksum."""
     if not (directory / MANIFEST_NAME).is_file():
         return False
     manifest = read_manifest(directory, kind)
@@ -338,11 +338,11 @@ def read_verified_manifest(directory: Path, kind: Kind) -> Manifest:
 
 
 def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None = None) -> list[str]:
-    """Every fault of an artifact directory, one line each; an empty list if it is whole.
+    """Every fault of an artifact directory, one line each; an empty list if it is complete and undamaged.
 
-    Reads every byte, files side by side in threads (hashlib lets go of the interpreter). `on_bytes` is called, one
-    call at a time, with the bytes checked since the last (for a progress bar).
-    Raises ArtifactError where there is no readable manifest.
+    Reads every byte, several files at a time in threads, since hashlib releases the interpreter's lock. `on_bytes` is
+    called, one call at a time, with the bytes checked since the last call, for a progress bar.
+    Raises ArtifactError if there is no readable manifest.
     """
     manifest = read_manifest(directory)
     lock = threading.Lock()
@@ -365,7 +365,7 @@ def _file_fault(directory: Path, entry: FileEntry, on_bytes: Callable[[int], obj
         return fault
     try:
         found = sha256_of_file(path, on_bytes=on_bytes)
-    except OSError as error:  # a bad sector, say: the other files are still checked
+    except OSError as error:  # such as a bad sector: the other files are still worth checking
         return f"{path}: cannot be read ({error.strerror})"
     if found != entry.sha256:
         return f"{path}: sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…: the file is damaged"
@@ -382,7 +382,7 @@ def _size_fault(directory: Path, entry: FileEntry) -> str | None:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """The path of a listed file; refuses names that leave the directory, by `..`, root or link."""
+    """The path of a listed file. Raises ArtifactError for a name that leaves the directory by `..`, root or link."""
     pure = PurePosixPath(name)
     path = directory / name
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:

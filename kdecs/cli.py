@@ -55,10 +55,10 @@ def options(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Any artifact directory.")],
 ) -> None:
-    """Check every file of an artifact directory against its manifest: presence, size, sha256; files side by side.
+    """Check every file of an artifact directory against its manifest: presence, size and sha256.
 
-    Soft labels are decoded too: page checksums, columns, answer words, rows, splits, values that are not finite.
-    Needs nothing but the directory.
+    Soft labels are also decoded: page checksums, columns, answer words, rows, splits and non-finite values.
+    Nothing but the directory is needed.
 
     Example: kdecs verify runs/demo/labels/llama-tiny
     """
