@@ -44,11 +44,6 @@ def launched_rendezvous() -> tuple[str, str]:
     return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
 
 
-def thread_limit() -> str | None:
-    """OMP_NUM_THREADS as it was set for this process; None if it was not."""
-    return os.environ.get("OMP_NUM_THREADS")
-
-
 def is_main_rank() -> bool:
     """True if this process prints for the whole job; usable before torch is imported."""
     return launched_rank()[0] == 0
