@@ -157,7 +157,8 @@ class SweepConfig(Config):
     )
     ray_address: Annotated[str | None, Unhashed()] = Field(default=None, description="null: a local Ray")
     build_launcher: Annotated[tuple[str, ...], Unhashed()] = Field(
-        default=("python",), description="what runs launch scripts: [deepspeed, --no_local_rank] with GPUs"
+        default=("python",),
+        description="the command that starts each stage of --build: [deepspeed] with GPUs",
     )
     effective_tflops: Annotated[float | None, Unhashed()] = Field(
         default=None, gt=0, description="of a trial's device, for the first estimate of hours"

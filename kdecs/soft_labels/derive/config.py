@@ -97,7 +97,7 @@ class CrossFitConfig(Config):
     export: FoldExport = FoldExport()
     launcher: Annotated[tuple[str, ...], Unhashed()] = Field(
         default=(),
-        description="the command that starts each stage, such as [deepspeed, --no_local_rank]; empty: one process",
+        description="the command that starts each stage, such as [deepspeed]; empty: one process",
     )
 
     @model_validator(mode="before")
