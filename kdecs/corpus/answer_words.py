@@ -1,4 +1,4 @@
-"""Answer words (Table 3) and their tokens: each must be one token where it stands in the prompt."""
+"""The answer words of teacher and student (Table 3), and their token ids: each must be a single token in the prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from kdecs.errors import ModelError
 CAUSAL_CONNECTIVES = ("because", "as", "since", "thus")
 NON_CAUSAL_CONNECTIVE = "other"
 CONNECTIVES = (*CAUSAL_CONNECTIVES, NON_CAUSAL_CONNECTIVE)
-"""Order of the answer words wherever connective logits are stored: causal words first."""
+"""The order of connective logits wherever they are stored: causal words first."""
 
 NUM_CAUSAL = len(CAUSAL_CONNECTIVES)
 
@@ -23,14 +23,16 @@ def answer_token_ids(
 ) -> list[int]:
     """The token id of each answer word as it stands between `before` and `after`.
 
-    `tokenizer` is a fast Transformers tokenizer (offsets are needed). `stand_ins` maps a word that splits to a
-    single-token word that takes its place; None where the caller's config has none. Raises ModelError naming the
-    words that split, or two words that share a token.
+    `tokenizer` is a fast Transformers tokenizer, since offsets are needed. `stand_ins` maps a word that splits into
+    several tokens to a single-token word that replaces it; None if the caller's config has no such setting.
+    Raises ModelError, which names the words that split or that share a token.
     """
     takes_stand_ins = stand_ins is not None
     stand_ins = stand_ins or {}
     if unknown := sorted(set(stand_ins) - set(words)):
-        raise ModelError(f"stand-ins for {', '.join(unknown)}: not among the answer words {', '.join(words)}")
+        raise ModelError(
+            f"stand_ins: found {', '.join(unknown)}, expected some of the answer words {', '.join(words)}"
+        )
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     ids: list[int] = []
     split: list[str] = []
@@ -41,21 +43,24 @@ def answer_token_ids(
             split.append(f"{word} ({len(pieces)} tokens)")
     if split:
         advice = (
-            "name a single-token word for each in stand_ins, such as {disapproval: reject}"
+            "map each of them to a single-token word in stand_ins, such as {disapproval: reject}"
             if takes_stand_ins
-            else "choose a model whose tokenizer has each as one token"
+            else "choose a model whose tokenizer has each word as one token"
         )
         raise ModelError(
-            f"tokenizer {name}: answer words that are not one token each: {', '.join(split)}; {advice}"
+            f"tokenizer {name}: found answer words of several tokens: {', '.join(split)}, expected one token each; "
+            f"{advice}"
         )
     if len(set(ids)) != len(ids):
         twins = [word for word, token in zip(words, ids, strict=True) if ids.count(token) > 1]
-        raise ModelError(f"tokenizer {name}: the answer words {', '.join(twins)} share a token")
+        raise ModelError(
+            f"tokenizer {name}: the answer words {', '.join(twins)} share a token; choose another model"
+        )
     return ids
 
 
 def _pieces(tokenizer: Any, before: str, word: str, after: str) -> list[int]:
-    """Ids of the tokens that overlap the word's characters (a leading space may belong to the first)."""
+    """Ids of the tokens that overlap the word's characters; the first may include the space before the word."""
     encoded = tokenizer(before + word + after, return_offsets_mapping=True, add_special_tokens=False)
     start, end = len(before), len(before) + len(word)
     pieces = []

@@ -1,8 +1,8 @@
-"""The tokenised cache of one corpus file: built once a node, memory-mapped, shared by all trials.
+"""The tokenised cache of one corpus file: built once per node, memory-mapped, shared by all trials.
 
-An artifact directory of kind corpus-cache, `<cache>/corpus-<key>/`, its key made of the file's content, the
-tokenizer, the template's version and the maximum length. `pairs.arrow` is one uncompressed Arrow IPC file; its
-rows are the pairs of the universe fold1+neutral, by dialogue, target, candidate:
+The cache is an artifact directory of kind corpus-cache, `<cache>/corpus-<key>/`. Its key covers the file's content,
+the tokenizer, the template's version and the maximum length. `pairs.arrow` is one uncompressed Arrow IPC file whose
+rows are the pairs of the universe fold1+neutral by dialogue, target and candidate:
 
     pair_id, pair_hash     string (kdecs.corpus.pairs)
     dialogue, target, candidate   int32; `dialogue` is the index in the file
@@ -11,9 +11,11 @@ rows are the pairs of the universe fold1+neutral, by dialogue, target, candidate
     token_ids              list<int32>
     emotion_mask, connective_mask, start_mask, end_mask, candidate_first   int32, positions in token_ids
     span_start, span_end   int32, 1-based within u_j's copy; 0 none, -1 truncated away
-    candidate_offsets      list<int32>: start, end, start, end, … characters in u_j's text, two a token
+    candidate_offsets      list<int32>: start, end, start, end, … characters in u_j's text, two per token
 
-A mapped column costs no memory of its own: every process shares the pages of the file.
+Building reads the corpus on demand and writes 16,384 rows at a time, so its memory does not depend on the size of the
+corpus. Token lists stay in the mapped file, whose pages all processes share. The integer columns are copied if the
+file has several batches: about 60 bytes per pair and process (0.06 GiB per million pairs).
 """
 
 import hashlib
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 _FILE = "pairs.arrow"
-_ROWS_A_BATCH = 16_384
+_ROWS_PER_BATCH = 16_384
 _ENCODED_AT_ONCE = 256
 _INTEGERS = (
     "dialogue",
@@ -74,7 +76,7 @@ _SCHEMA = pa.schema(
 
 
 class CorpusCache:
-    """The rows of a cache file. Integer columns are arrays (P,) of int32; lists are read row by row."""
+    """The rows of a cache file. Integer columns are int32 arrays (P,); lists are read row by row."""
 
     def __init__(self, directory: Path, *, emotions: Sequence[str]) -> None:
         self.directory = directory
@@ -83,7 +85,7 @@ class CorpusCache:
         reader = pa.ipc.open_file(self._map)
         if reader.schema != _SCHEMA:
             raise ArtifactError(
-                f"{directory / _FILE}: its columns are not those of this version; remove {directory}"
+                f"{directory / _FILE}: found the columns of another version; remove {directory}, it will be built again"
             )
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._batches = batches
@@ -132,11 +134,11 @@ class CorpusCache:
 def open_cache(
     corpus_file: Path, encoder: PairEncoder, cache: Path, emotion_table: Mapping[str, str] | None = None
 ) -> CorpusCache:
-    """The tokenised cache of a corpus file, built first where it is missing (one process builds, others wait).
+    """The tokenised cache of a corpus file. If it is missing, one process builds it and the others wait.
 
     `emotion_table` maps the emotions (kdecs.corpus.splits.emotion_table); None keeps them.
 
-    Raises CorpusError for a faulty corpus, ModelError where the template does not fit the maximum length.
+    Raises CorpusError for a faulty corpus, ModelError if the template does not fit into the maximum length.
     """
     key = cache_key(corpus_file, encoder, emotion_table)
     directory = cache / f"corpus-{key[:16]}"
@@ -156,7 +158,7 @@ def cache_key(corpus_file: Path, encoder: PairEncoder, emotion_table: Mapping[st
 
 
 def ordered_emotions(labels: Iterable[str]) -> tuple[str, ...]:
-    """Distinct labels in canonical order: neutral, the coarse ones, the fine ones, any other by name."""
+    """Distinct labels in canonical order: neutral, the coarse ones, the fine ones, then any other by name."""
     canonical = list(dict.fromkeys((NEUTRAL, *COARSE_EMOTIONS, *FINE_EMOTIONS)))
     rank = {label: index for index, label in enumerate(canonical)}
     return tuple(sorted(set(labels), key=lambda label: (rank.get(label, len(rank)), label)))
@@ -179,13 +181,13 @@ def _build(
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, _SCHEMA) as writer,
     ):
-        for rows in _chunks(_encoded_rows(indexed, encoder, emotions), _ROWS_A_BATCH):
+        for rows in _chunks(_encoded_rows(indexed, encoder, emotions), _ROWS_PER_BATCH):
             num_pairs += len(rows)
             num_truncated += sum(row.pop("num_truncated") > 0 for row in rows)
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     if num_truncated:
         logger.warning(
-            "%s: %d of %d prompts exceed %d tokens without any history: ends of utterances were cut",
+            "%s: %d of %d prompts are longer than %d tokens even without history; ends of their utterances were cut",
             corpus_file,
             num_truncated,
             num_pairs,
@@ -248,7 +250,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _joined(parts: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
-    """One array of all batches: the mapped one where there is a single batch, else a copy."""
+    """One array of all batches: the mapped one if there is a single batch, otherwise a copy."""
     if not parts:
         return np.empty(0, dtype=np.int32)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,4 +1,10 @@
-"""The schema check: raw JSON values in, dialogues and every fault out."""
+"""Check corpus files: bytes to JSON values, then JSON values to dialogues, with every fault and its place.
+
+`decode_json` accepts any bytes and either returns a value or raises NotJson. `Checker` turns the decoded values of one
+file into dialogues and collects all faults instead of stopping at the first, so that a user can repair a file in one
+go. No content may crash either of them: repeated keys, huge integers, half of a surrogate pair and deep nesting are
+faults like any other.
+"""
 
 import json
 from collections import Counter
@@ -17,7 +23,7 @@ OTHER_ENCODING = "UTF-16 or UTF-32 text or binary data"
 
 
 class NotJson(ValueError):
-    """Bytes that hold no JSON; `found` and `expected` are the two halves of a fault."""
+    """The bytes are not JSON; `found` and `expected` are the two halves of a fault."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"{found}, expected {expected}")
@@ -26,20 +32,20 @@ class NotJson(ValueError):
 
 
 class RepeatedKeys(dict[str, Any]):
-    """A JSON object that gives a key more than once; `pairs` holds every occurrence."""
+    """A JSON object that contains a key more than once; `pairs` holds every occurrence."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
         self.pairs = pairs
 
     def repeated(self) -> list[str]:
-        """The keys that stand more than once, each once, in order."""
+        """The repeated keys, each once, in order."""
         counts = Counter(key for key, _ in self.pairs)
         return [key for key in self if counts[key] > 1]
 
 
 class AbsurdInteger:
-    """An integer literal with more digits than any count or turn needs."""
+    """An integer literal with more digits than any count or turn needs: kept as text, since parsing it costs n²."""
 
     def __init__(self, literal: str) -> None:
         self.num_digits = len(literal.lstrip("-"))
@@ -57,7 +63,7 @@ class Decoded:
 
 
 def decode_json(data: bytes) -> Decoded:
-    """Parse UTF-8 JSON; raises NotJson with what was found and expected, never anything else."""
+    """Parse UTF-8 JSON. Raises NotJson with what was found and expected, and no other exception."""
     text = decode_text(data)
     if not text.strip():
         raise NotJson("nothing", "JSON")
@@ -83,7 +89,7 @@ def decode_json(data: bytes) -> Decoded:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 text without its byte-order mark; raises NotJson for UTF-16 and for bytes that are not UTF-8."""
+    """Decode UTF-8 without its byte-order mark. Raises NotJson for UTF-16 and for bytes that are not UTF-8."""
     if is_other_encoding(data):
         raise NotJson(OTHER_ENCODING, "UTF-8; save the file as UTF-8")
     data = data.removeprefix(_BOM_UTF8)
@@ -99,7 +105,7 @@ def is_other_encoding(data: bytes) -> bool:
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of each line that is not blank, streamed; the byte-order mark is left out."""
+    """Yield number (from 1) and bytes of each line that is not blank, without the byte-order mark."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -109,7 +115,7 @@ def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def shorten(value: object) -> str:
-    """A value for a message: one line of at most about 60 characters."""
+    """A value as it appears in a message: one line of at most about 60 characters."""
     if isinstance(value, AbsurdInteger):
         return repr(value)
     if isinstance(value, dict):
@@ -135,14 +141,18 @@ def _refuse_constant(name: str) -> None:
 EVIDENCE_KEY = "expanded emotion cause evidence"
 SPAN_KEY = "expanded emotion cause span"
 OUTSIDE = "b"
-# Far above any real dialogue (RECCON's longest: 31 turns, 1,158 characters); the pairs of one grow as n².
+# Far above any real dialogue (RECCON's longest has 31 turns and 1,158 characters). The number of pairs grows as n²,
+# so a broken file could otherwise fill the memory.
 MAX_UTTERANCES = 2_000
 MAX_CHARACTERS = 100_000
 MAX_ID_CHARACTERS = 500
 
 
 class Checker:
-    """Checks the dialogues of one file; collects faults, replaced label variants and warnings."""
+    """Checks the dialogues of one file; collects faults, replaced label variants and warnings.
+
+    Memory grows by the ids of the dialogues, which must be unique.
+    """
 
     def __init__(
         self, file: str, *, labelled: bool = True, emotions: Collection[str] = KNOWN_EMOTIONS
@@ -170,11 +180,11 @@ class Checker:
 
     @property
     def num_dialogues(self) -> int:
-        """How many different dialogue ids were seen."""
+        """How many different dialogue ids the file has so far."""
         return len(self._ids)
 
     def dialogue(self, identifier: Any, utterances: Any, part: str) -> Dialogue | None:
-        """The dialogue of raw values, or None where it has any fault (all of them are noted)."""
+        """The dialogue of raw values, or None if it has a fault; all of its faults are noted."""
         before = len(self.faults)
         if not isinstance(identifier, str) or not identifier.strip() or not is_unicode(identifier):
             self.fault(shorten(identifier), "a dialogue id: a string that is not empty", field="id")
@@ -200,14 +210,14 @@ class Checker:
         return Dialogue(identifier, tuple(u for u in parsed if u is not None), part)
 
     def note_repeated(self, value: Any, *, dialogue: str | None, turn: int | None = None) -> None:
-        """Note the keys that an object of known place gives more than once."""
+        """Note the keys that an object at a known place contains more than once."""
         if isinstance(value, RepeatedKeys) and id(value) not in self._located:
             self._located.add(id(value))
             for key in value.repeated():
                 self.fault("the key more than once", "each key once", dialogue=dialogue, turn=turn, field=key)
 
     def note_unlocated_repeats(self, decoded: Decoded, *, dialogue: str | None = None) -> None:
-        """Note repeated keys inside values that no check looked into (free keys)."""
+        """Note repeated keys inside the values of free keys, which no other check looks into."""
         for value in decoded.repeated:
             self.note_repeated(value, dialogue=dialogue)
 
@@ -317,7 +327,7 @@ class Checker:
         else:
             assert isinstance(turn, int)
             text = texts[turn - 1]
-            # A text that is no string is a fault of its own.
+            # An utterance that is not a string has its own fault already.
             if not isinstance(text, str) or span in text:
                 return True
             found, expected = shorten(span), f"an exact substring of utterance {turn}"
@@ -326,7 +336,7 @@ class Checker:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8 (JSON escapes can smuggle in half of a surrogate pair)."""
+    """Whether a text can be written as UTF-8; JSON escapes can produce half of a surrogate pair, which cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""A pair as the student reads it: token ids, places of the four masks, tokens of u_j's copy, gold span.
+"""Encode a pair as the student reads it: token ids, positions of the masks, tokens of u_j's copy, gold span.
 
-Whole prompts are tokenised; every place is found by its character offset in the prompt.
-Over-long prompts lose their oldest history tokens, then the end of u_i, then the end of u_j.
+Prompts are tokenised as a whole, and every position is found by its character offset in the prompt. A prompt that is
+too long loses its oldest history tokens, then the end of u_i, then the end of u_j.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ from kdecs.errors import ModelError
 
 NO_SPAN = 0
 UNKNOWN_SPAN = -1
-"""The gold span lies in a part of u_j that was truncated: no span loss for this pair."""
+"""The gold span was truncated away, so this pair has no span loss."""
 
 _LONG_CHARACTERS_A_TOKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """One prompt in tokens. All positions are indices into `token_ids`; a mask that the variant has not is at 0.
+    """One prompt in tokens. All positions are indices into `token_ids`; masks missing from the variant have position 0.
 
-    `distance` is i - j. `candidate_first` is the first token of u_j's copy and `candidate_offsets` the characters
-    [start, end) in u_j's text of each of its M tokens. `span_start`, `span_end`: the longest gold span's first and
-    last token, 1-based within the copy; 0 no span, -1 truncated away. `num_truncated`: tokens lost beyond the
-    history.
+    `distance` is i - j. `candidate_first` is the first token of u_j's copy, and `candidate_offsets` holds the
+    characters [start, end) in u_j's text of each of its M tokens. `span_start` and `span_end` are the first and last
+    token of the longest gold span, 1-based within the copy; 0 stands for no span, -1 for one that was truncated away.
+    `num_truncated` counts the tokens lost beyond the history.
     """
 
     token_ids: list[int]
@@ -55,9 +55,9 @@ class EncodedPair:
 
 
 class HistoryWindow:
-    """Which of a long dialogue's turns can reach a prompt of `max_tokens`: the rest is not even tokenised.
+    """Finds the turns of a long dialogue that can be part of a prompt of `max_tokens`; the others are not tokenised.
 
-    Without it the cost of a dialogue of n turns grows with n³; with it the encoded prompts are the same.
+    The encoded prompts stay the same, but the cost of a dialogue of n turns no longer grows as n³.
     """
 
     def __init__(self, backend: Any, max_tokens: int) -> None:
@@ -66,20 +66,20 @@ class HistoryWindow:
         self._last: tuple[Dialogue | None, list[int]] = (None, [])
 
     def first_turn(self, dialogue: Dialogue, target: int) -> int:
-        """The latest turn from which on the history alone has at least twice `max_tokens` tokens; 1 if none."""
-        # Read once and replaced whole: threads that encode side by side see a dialogue with its own counts.
+        """The latest turn from which the history alone has at least twice `max_tokens` tokens; 1 if there is none."""
+        # Read once and replaced as a whole, so that threads never see a dialogue with the counts of another.
         last, tokens_before = self._last
         if dialogue is not last:
             tokens_before = self._counted(dialogue)
             self._last = (dialogue, tokens_before)
         if not tokens_before:
             return 1
-        # Twice: an utterance alone may have a token more or less than between its neighbours.
+        # Twice, since an utterance tokenised alone may have a few tokens more or fewer than inside the prompt.
         reach = tokens_before[target - 1] - 2 * self._max_tokens
         return max(1, bisect_right(tokens_before, reach))
 
     def _counted(self, dialogue: Dialogue) -> list[int]:
-        """Tokens before each turn; empty for a dialogue too short to be worth the counting."""
+        """Tokens before each turn; empty for a dialogue that is too short to be worth counting."""
         texts = [utterance.text for utterance in dialogue.utterances]
         if sum(map(len, texts)) <= _LONG_CHARACTERS_A_TOKEN * self._max_tokens:
             return []
@@ -88,7 +88,7 @@ class HistoryWindow:
 
 
 class PairEncoder:
-    """Encodes pairs for one tokenizer, one maximum length and one variant of the prompt. Thread-safe.
+    """Encodes pairs for one tokenizer, maximum length and variant of the prompt. Thread-safe.
 
     `tokenizer` is a fast Transformers tokenizer with a mask token. Raises ModelError otherwise.
     """
@@ -97,10 +97,12 @@ class PairEncoder:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
-                f"tokenizer {name}: not a fast tokenizer, expected one that gives character offsets"
+                f"tokenizer {name}: found a slow tokenizer, expected a fast one, which gives character offsets"
             )
         if tokenizer.mask_token is None:
-            raise ModelError(f"tokenizer {name}: it has no mask token, expected a masked language model's")
+            raise ModelError(
+                f"tokenizer {name}: found no mask token, expected the tokenizer of a masked language model"
+            )
         self.max_tokens = max_tokens
         self.variant = variant
         self._mask: str = tokenizer.mask_token
@@ -113,7 +115,7 @@ class PairEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over all that changes an encoding: tokenizer, template and variant, maximum length."""
+        """Hex sha256 over everything that changes an encoding: tokenizer, template, variant and maximum length."""
         parts = [
             self._backend.to_str(),
             self._mask,
@@ -128,7 +130,7 @@ class PairEncoder:
     def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedPair]:
         """The encoded pairs, in order.
 
-        Raises ModelError where even the bare template is too long, or an utterance has no token.
+        Raises ModelError if the bare template is too long already, or if an utterance has no token.
         """
         prompts = [
             student_prompt(
@@ -161,7 +163,7 @@ class PairEncoder:
         visible = _visible(prompt.text, prompt.candidate_range)
         if (tokens := _token_range(encoding, visible)) is None:
             raise ModelError(
-                f"dialogue {pair.dialogue.id}, turn {pair.candidate}: the tokenizer gives no token for the text "
+                f"dialogue {pair.dialogue.id}, turn {pair.candidate}: the tokenizer has no token for the text "
                 f"{prompt.text[slice(*visible)]!a}; give the utterance a visible character"
             )
         first, last = tokens
@@ -188,7 +190,7 @@ class PairEncoder:
         )
 
     def _removed(self, pair: Pair, prompt: StudentPrompt, encoding: Any, first: int) -> tuple[set[int], int]:
-        """Indices of the tokens to drop, and how many of them are not history."""
+        """Indices of the tokens to drop, and how many of them are not part of the history."""
         num_tokens = len(encoding.ids)
         if num_tokens <= self.max_tokens:
             return set(), 0
@@ -197,14 +199,14 @@ class PairEncoder:
         removed = set(range(num_tokens)).difference(kept)
         if len(kept) > self.max_tokens or first in removed:
             raise ModelError(
-                f"pair {pair.id}: {num_tokens} tokens, and {self.max_tokens} do not hold even the template "
-                "with its speakers; raise max_prompt_tokens or shorten the speakers' names"
+                f"pair {pair.id}: the prompt has {num_tokens} tokens, and the template with its speakers alone has "
+                f"more than {self.max_tokens}; raise max_prompt_tokens or shorten the speakers' names"
             )
         return removed, sum(offsets[token][0] >= prompt.history_end for token in removed)
 
 
 class _Shift:
-    """Where a kept token stands once others were dropped."""
+    """The new position of a kept token after others were dropped."""
 
     def __init__(self, removed: set[int]) -> None:
         self._removed = sorted(removed)
@@ -214,7 +216,7 @@ class _Shift:
 
 
 def _token_range(encoding: Any, characters: tuple[int, int]) -> tuple[int, int] | None:
-    """First and last token of a character range; None where no character of it has a token."""
+    """First and last token of a character range; None if none of its characters has a token."""
     start, end = characters
     first = last = None
     for place in range(start, end):
@@ -225,7 +227,7 @@ def _token_range(encoding: Any, characters: tuple[int, int]) -> tuple[int, int] 
             break
     if first is None or last is None:
         return None
-    # One character can be several tokens (an emoji in bytes); char_to_token names the first of them.
+    # One character can be several tokens (the bytes of an emoji), of which char_to_token names the first.
     while last + 1 < len(encoding.ids) and _starts_before(encoding, last + 1, end):
         last += 1
     return first, last
@@ -237,7 +239,7 @@ def _starts_before(encoding: Any, token: int, end: int) -> bool:
 
 
 def _covering_offsets(encoding: Any) -> list[tuple[int, int]]:
-    """Characters of each token; a token of white space alone, which a tokenizer may trim to nothing, covers one."""
+    """Characters of each token; a token of white space, whose range some tokenizers trim to nothing, covers one."""
     return [
         (left - 1, right) if left == right and not is_special and left > 0 else (left, right)
         for (left, right), is_special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
@@ -245,7 +247,7 @@ def _covering_offsets(encoding: Any) -> list[tuple[int, int]]:
 
 
 def _visible(text: str, characters: tuple[int, int]) -> tuple[int, int]:
-    """The range without white space at either end: it may hang together with what stands around it."""
+    """The range without white space at either end, which may be part of a neighbouring token."""
     start, end = characters
     inside = text[start:end]
     return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())

@@ -1,7 +1,7 @@
-"""Pairs (target, candidate): which ones there are, their ids and hashes, and the rows they count as.
+"""Pairs of a target utterance and a candidate cause: which pairs a universe has, their ids and hashes, and their rows.
 
-A pair's id is "dialogue/target/candidate"; its hash covers the texts and speakers of u_1 … u_target and no
-emotion, so that labels of a coarse teacher are found again for a fine student.
+A pair's id is "dialogue/target/candidate". Its hash covers the texts and speakers of u_1 … u_target but no emotion, so
+that a student with fine emotions finds the labels of a teacher with coarse ones.
 """
 
 import hashlib
@@ -14,11 +14,13 @@ from kdecs.corpus.schema import NEUTRAL, Dialogue, Utterance
 from kdecs.errors import ConfigError
 
 Universe = Literal["fold1", "fold1+neutral", "all"]
+EXPORT_UNIVERSE: Universe = "fold1+neutral"
+"""The pairs that an export labels in every split: students train on them, and are scored on them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One target with one candidate; `spans` holds the gold spans in the candidate, one a positive row."""
+    """One target with one candidate; `spans` holds the gold spans in the candidate, one per positive row."""
 
     dialogue: Dialogue
     target: int
@@ -43,7 +45,7 @@ class Pair:
 
     @property
     def row_ids(self) -> tuple[str, ...]:
-        """RECCON's row ids of this pair: one a gold span, or the one of a negative row."""
+        """RECCON's row ids of this pair: one per gold span, or a single one if the pair is no cause."""
         head = f"{self.dialogue.part}_{self.dialogue.id}_utt_{self.target}"
         if not self.is_cause:
             return (f"{head}_impossible_cause_utt_{self.candidate}",)
@@ -54,9 +56,9 @@ class Pair:
 
 
 def causes_of(target: Utterance) -> list[tuple[int, int, str]]:
-    """(k, turn, span) of the causes inside the dialogue and not in the future, in evidence order.
+    """(k, turn, span) of the causes that lie inside the dialogue and not in the future, in evidence order.
 
-    k counts over all causes inside the dialogue, those in the future included: the `span_k` of row ids.
+    k is the `span_k` of row ids, so it counts all causes inside the dialogue, including those in the future.
     """
     inside = [(e.turn, e.span) for e in target.evidence or () if e.turn is not None and e.span is not None]
     return [(k, turn, span) for k, (turn, span) in enumerate(inside) if turn <= target.turn]
@@ -65,8 +67,8 @@ def causes_of(target: Utterance) -> list[tuple[int, int, str]]:
 def pairs_of(dialogue: Dialogue, universe: Universe = "fold1") -> list[Pair]:
     """The pairs of a labelled dialogue, by target, then candidate.
 
-    fold1: targets that have the evidence key, every candidate up to the target. fold1+neutral: these and
-    (i, i) of neutral targets. all: every target. Causes outside the dialogue or in the future make no pair.
+    fold1: every candidate up to the target, for targets that have the evidence key. fold1+neutral: also (i, i) of
+    neutral targets. all: every target. A cause outside the dialogue or in the future makes no pair.
     """
     pairs: list[Pair] = []
     for target in dialogue.utterances:
@@ -78,7 +80,7 @@ def pairs_of(dialogue: Dialogue, universe: Universe = "fold1") -> list[Pair]:
 
 
 def candidate_pairs(dialogue: Dialogue, *, max_distance: int | None = None) -> list[Pair]:
-    """Every (i, j), j ≤ i, of a dialogue without labels, at most `max_distance` turns apart (None: any)."""
+    """Every (i, j) with j ≤ i of an unlabelled dialogue, at most `max_distance` turns apart (None: any distance)."""
     return [
         Pair(dialogue, i, j, False, ())
         for i in range(1, len(dialogue.utterances) + 1)
@@ -87,7 +89,7 @@ def candidate_pairs(dialogue: Dialogue, *, max_distance: int | None = None) -> l
 
 
 def count_rows(pairs: Iterable[Pair]) -> tuple[int, int]:
-    """(positive, negative) rows: a positive one for each gold span, a negative one for each pair without."""
+    """(positive, negative) rows: one positive row per gold span, one negative row per pair without a span."""
     positive = negative = 0
     for pair in pairs:
         if pair.is_cause:
@@ -98,7 +100,7 @@ def count_rows(pairs: Iterable[Pair]) -> tuple[int, int]:
 
 
 def training_subset(ids: Sequence[str], share: float, seed: int) -> list[int]:
-    """Positions of a share of the dialogue ids, ascending and at least one, chosen by the hash of seed and id.
+    """Positions of a share of the dialogue ids, ascending, at least one; the hash of seed and id decides.
 
     Nested: with one seed a smaller share is a subset of a larger one, whatever the order of the file.
     Raises ConfigError for a share outside (0, 1].
@@ -117,7 +119,3 @@ def _pairs_of_target(dialogue: Dialogue, target: Utterance) -> list[Pair]:
     return [
         Pair(dialogue, target.turn, j, j in spans, tuple(spans.get(j, ()))) for j in range(1, target.turn + 1)
     ]
-
-
-EXPORT_UNIVERSE: Universe = "fold1+neutral"
-"""What is exported: the pairs that students train on and predict for scoring, of every split."""

@@ -1,8 +1,8 @@
 """Prompt texts of teacher (Eq. 1) and student (Eq. 5), with the character ranges that training needs.
 
-Both begin with the history u_1 … u_{i-1}, joined by the tokenizer's separator (a newline where it has none).
-Whole prompts are tokenised at once; a mask is found by its character offset, never by searching for its id,
-so that a mask token typed by a speaker does no harm.
+Both begin with the history u_1 … u_{i-1}, joined by the tokenizer's separator, or by a newline if it has none. Prompts
+are tokenised as a whole. A mask is found by its character offset, not by its token id, since a speaker may have typed
+a mask token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,17 @@ from kdecs.corpus.schema import Dialogue
 from kdecs.errors import CorpusError
 
 PROMPT_VERSION = 1
-"""Part of every lineage: labels and caches of another template version do not mix."""
+"""Part of every lineage, so that labels and caches of different template versions are never mixed."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptVariant:
-    """What a student's prompt has beside or in place of Eq. 5.
+    """How a student's prompt differs from Eq. 5.
 
-    `has_connective` False leaves <mask_cau> out (Table 5's last two rows). `given_emotions` writes the target's
-    emotion in place of <mask_emo> (Table 6): a table from its label to the one shown, labels that it does not
-    name stay; None keeps the mask. `history_utterances` keeps only the last k utterances before the target.
+    If `has_connective` is false, <mask_cau> is left out (the last two rows of Table 5). `given_emotions` replaces
+    <mask_emo> with the target's emotion (Table 6), looked up in this table of labels to show; labels that it does not
+    name are shown unchanged, and None keeps the mask. `history_utterances` keeps only the last k utterances before
+    the target.
     """
 
     has_connective: bool = True
@@ -35,7 +36,7 @@ EQ_5 = PromptVariant()
 
 @dataclass(frozen=True, slots=True)
 class TeacherPrompt:
-    """Text up to and without the connective, and the character ranges that may be cut to fit a model."""
+    """The text before the connective, and the character ranges that may be cut to fit a model."""
 
     text: str
     history_end: int
@@ -45,9 +46,9 @@ class TeacherPrompt:
 
 @dataclass(frozen=True, slots=True)
 class StudentPrompt:
-    """Text with its masks. Character offsets: first of each mask; [start, end) of u_i's and u_j's copies.
+    """A text with masks: the character offset of each mask, and the ranges [start, end) of u_i's and u_j's copies.
 
-    `emotion_mask` and `connective_mask` are None where the variant has no such mask.
+    `emotion_mask` and `connective_mask` are None if the variant has no such mask.
     """
 
     text: str
@@ -61,7 +62,7 @@ class StudentPrompt:
 
 
 class _Writer:
-    """Joins pieces of text and tells where each began."""
+    """Joins pieces of text and returns where each begins."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
@@ -86,7 +87,7 @@ def history_text(dialogue: Dialogue, target: int, separator: str, last: int | No
 def teacher_prompt(
     dialogue: Dialogue, target: int, candidate: int, *, emotion: str, separator: str = "\n"
 ) -> TeacherPrompt:
-    """Eq. 1 up to the word `is`: the family adds the mask, or reads the next token's logits."""
+    """Eq. 1 up to the word `is`; the model family then adds the mask or reads the logits of the next token."""
     u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
     writer = _Writer()
     writer.add(history_text(dialogue, target, separator))
@@ -112,7 +113,7 @@ def student_prompt(
 ) -> StudentPrompt:
     """Eq. 5 with the tokenizer's mask token in all four places, or a variant of it.
 
-    Raises CorpusError where the variant gives emotions and the target has none.
+    Raises CorpusError if the variant shows emotions and the target has none.
     """
     u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
     writer = _Writer()
@@ -152,8 +153,8 @@ def _given(dialogue: Dialogue, target: int, variant: PromptVariant) -> str:
     emotion = dialogue.utterances[target - 1].emotion
     if emotion is None:
         raise CorpusError(
-            f"dialogue {dialogue.id}, turn {target}: no emotion, and this student reads the given one; "
-            "give each utterance its emotion, or use a student that predicts it"
+            f"dialogue {dialogue.id}, turn {target}: found no emotion, and this student reads the emotion "
+            "of its target; give each utterance an emotion, or use a student that predicts it"
         )
     return (variant.given_emotions or {}).get(emotion, emotion)
 
@@ -163,13 +164,13 @@ def kept_tokens(
 ) -> list[int]:
     """Indices of the tokens that stay when a prompt is cut to `max_tokens`.
 
-    The oldest history goes first; where none is left, the end of u_i, then the end of u_j (task: over-long prompts).
-    `offsets` are the characters of each token, (0, 0) for special tokens, which always stay.
+    The oldest history is dropped first, then the end of u_i, then the end of u_j. `offsets` are the characters of each
+    token, (0, 0) for special tokens, which always stay.
     """
     surplus = len(offsets) - max_tokens
     if surplus <= 0:
         return list(range(len(offsets)))
-    # Byte-level tokenizers trim white space off offsets: a token of spaces alone is (n, n), n > 0, and no special.
+    # Byte-level tokenizers trim white space off offsets: (n, n) with n > 0 is a token of spaces, not a special one.
     inside = [
         [n for n, (left, right) in enumerate(offsets) if right > 0 and left >= start and right <= end]
         for start, end in ((0, prompt.history_end), prompt.target_range, prompt.candidate_range)

@@ -1,13 +1,13 @@
-"""What a corpus is made of: emotion labels, utterances, dialogues, and the faults of a file.
+"""The parts of a corpus: emotion labels, utterances, dialogues, and the faults of a file.
 
 File formats (read by kdecs.corpus.reading):
 
     RECCON JSON   {dialogue id: [[utterance, …]]}, the outer list always of length 1
-    JSON lines    one dialogue a line: {"id": …, "utterances": [utterance, …]}
+    JSON lines    one dialogue per line: {"id": …, "utterances": [utterance, …]}
 
-    utterance     turn (1..n), speaker, utterance (the text), emotion; a non-neutral one may also have
+    utterance     turn (1..n), speaker, utterance (the text), emotion; an emotional one may also have
                   "expanded emotion cause evidence" (turns, or "b" for a cause outside the dialogue) and
-                  "expanded emotion cause span" (of the same length; "b" beside "b"); other keys are free
+                  "expanded emotion cause span" (of the same length, with "b" for each "b"); other keys are free
 
 Source of the schema: RECCON (Poria et al. 2021). The fine labels are those of Table 3 of Chen et al. 2024.
 """
@@ -32,7 +32,7 @@ COARSE_EMOTIONS: tuple[str, ...] = (
     "fear",
     NEUTRAL,
 )
-# In RECCON's annotation beside its six emotions: kept as labels of their own, never mapped silently.
+# RECCON's annotation has these, too. They stay separate labels: mapping them silently would change the counts.
 ADDITIONAL_EMOTIONS: tuple[str, ...] = ("excited", "frustrated")
 FINE_EMOTIONS: tuple[str, ...] = (
     "sadness",
@@ -54,7 +54,7 @@ FINE_EMOTIONS: tuple[str, ...] = (
 )
 KNOWN_EMOTIONS: frozenset[str] = frozenset(COARSE_EMOTIONS + ADDITIONAL_EMOTIONS + FINE_EMOTIONS)
 
-# Spelling variants in RECCON's files (16 utterances in all), replaced on reading and counted.
+# Spelling variants in RECCON's files (16 utterances in all): replaced and counted when a file is read.
 EMOTION_VARIANTS: dict[str, str] = {
     "happy": "happiness",
     "happines": "happiness",
@@ -63,9 +63,9 @@ EMOTION_VARIANTS: dict[str, str] = {
     "surprised": "surprise",
 }
 
-# A coarse label for each fine one. The grouping follows GoEmotions' map to Ekman's six (Demszky et al.
-# 2020), but for sympathy, which in these dialogues answers bad news; "others" has no kin, so it is neutral.
-# reading.read_table lays a user's entries over it.
+# The coarse label of each fine one. The grouping follows GoEmotions' map to Ekman's six (Demszky et al. 2020), except
+# for sympathy, which answers bad news in these dialogues. "others" fits none of the six, so it is neutral.
+# A user's table (reading.read_table) overrides entries.
 FINE_TO_COARSE: dict[str, str] = {
     "sadness": "sadness",
     "worry": "fear",
@@ -89,7 +89,7 @@ LabelSet = Literal["any", "coarse", "fine"]
 
 
 def emotions_of(label_set: LabelSet) -> frozenset[str]:
-    """The labels that a set knows; "any" holds all, "coarse" RECCON's, "fine" the 16 of FG-RECCON."""
+    """The labels of a set: "coarse" are RECCON's, "fine" the 16 of FG-RECCON, "any" are all of them."""
     if label_set == "coarse":
         return frozenset(COARSE_EMOTIONS + ADDITIONAL_EMOTIONS)
     if label_set == "fine":
@@ -99,9 +99,9 @@ def emotions_of(label_set: LabelSet) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One annotated cause: the turn it stands in and its span there.
+    """One annotated cause: its turn and its span in that turn.
 
-    `turn` and `span` are None together: a cause outside the dialogue ("b" in the file).
+    Both are None for a cause outside the dialogue ("b" in the file).
     """
 
     turn: int | None
@@ -110,7 +110,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One utterance; `evidence` is None where the file has no evidence key, `emotion` where unlabelled."""
+    """One utterance; `evidence` is None if the file has no evidence key, `emotion` is None if it has no label."""
 
     turn: int
     speaker: str
@@ -156,26 +156,26 @@ class Corpus:
 
 
 def map_emotion(emotion: str | None, table: Mapping[str, str] = FINE_TO_COARSE) -> str | None:
-    """A label through a table; labels that the table does not name (excited, fear, …) stay."""
+    """Look a label up in a table; labels that the table does not name (excited, fear, …) stay."""
     return None if emotion is None else table.get(emotion, emotion)
 
 
 def map_dialogue(dialogue: Dialogue, table: Mapping[str, str] = FINE_TO_COARSE) -> Dialogue:
-    """The dialogue with every emotion taken through the table; texts, evidence and pair hashes stay."""
+    """The dialogue with every emotion mapped by the table; texts, evidence and pair hashes stay."""
     utterances = tuple(replace(u, emotion=map_emotion(u.emotion, table)) for u in dialogue.utterances)
     return replace(dialogue, utterances=utterances)
 
 
 def map_corpus(corpus: Corpus, table: Mapping[str, str] = FINE_TO_COARSE) -> Corpus:
-    """The corpus with every emotion taken through the table (fine → coarse by default)."""
+    """The corpus with every emotion mapped by the table (fine to coarse by default)."""
     return replace(corpus, dialogues=tuple(map_dialogue(d, table) for d in corpus.dialogues))
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One breach of the schema: where it stands, what was found, what was expected.
+    """One violation of the schema: its place, what was found, and what was expected.
 
-    `dialogue`, `turn` and `field` are None where a fault concerns more than one; in JSON lines without a
+    `dialogue`, `turn` and `field` are None if a fault concerns more than one of them. In a JSON line without a
     readable id, `dialogue` is "line N".
     """
 
@@ -198,10 +198,10 @@ class Fault:
 
 
 def _one_line(name: str) -> str:
-    """A name as it is where it prints on one line, otherwise escaped."""
+    """A name unchanged if it prints on one line, otherwise escaped."""
     return name if name and name.isprintable() else repr(name)
 
 
 def _short_line(name: str) -> str:
-    """`_one_line` of a name that comes from inside a file, where it may be of any length."""
+    """`_one_line` of a name that comes from a file and may have any length."""
     return _one_line(name if len(name) <= _NAME_CHARACTERS else name[:_NAME_CHARACTERS] + "…")

@@ -34,14 +34,14 @@ class CorpusConfig(Config):
     train_share_seed: int = Field(default=0, ge=0)
     drop_cross_split: bool = Field(
         default=False,
-        description="leave out training dialogues whose text stands in another split named here",
+        description="leave out training dialogues whose text is part of another split named here",
     )
     emotions: Literal["as-is", "coarse"] = Field(
         default="as-is",
-        description="coarse: fine labels mapped to RECCON's, so that both tasks run from one corpus",
+        description="coarse: map fine labels to RECCON's, so that both tasks run from one corpus",
     )
     emotion_table: InputPath | None = Field(
-        default=None, description="JSON {label: coarse label} laid over the built-in table"
+        default=None, description="JSON {label: coarse label} that overrides the built-in table"
     )
 
     @model_validator(mode="after")
@@ -124,7 +124,7 @@ def training_split(config: CorpusConfig) -> Split:
         )
     if not kept:
         raise CorpusError(
-            f"{config.train}: every dialogue's text stands in another split too, none is left to train on; "
+            f"{config.train}: the text of every dialogue is part of another split, so none is left to train on; "
             "set drop_cross_split: false, or name other files"
         )
     chosen = training_subset(ids, config.train_share, config.train_share_seed)
@@ -148,7 +148,7 @@ def emotion_table(config: CorpusConfig) -> dict[str, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A dialogue of the first file whose text also is a dialogue of another file."""
+    """A dialogue whose text is also a dialogue of another file."""
 
     file: str
     dialogue: str
@@ -161,13 +161,13 @@ class Duplicate:
 
 
 def text_digest(dialogue: Dialogue) -> bytes:
-    """16 bytes of what makes two dialogues one: the texts in order, white space apart, no speakers or labels."""
+    """16 bytes that identify the texts in their order; white space, speakers and labels do not count."""
     text = "\n".join(" ".join(utterance.text.split()) for utterance in dialogue.utterances)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
 def find_duplicates(corpus: Corpus, others: Iterable[Corpus]) -> list[Duplicate]:
-    """The dialogues of a corpus that stand in another one too, each with its first namesake."""
+    """The dialogues of a corpus whose text is also in another one, each with the first match."""
     elsewhere: dict[bytes, tuple[str, str]] = {}
     for other in others:
         for dialogue in other.dialogues:
@@ -180,21 +180,21 @@ def find_duplicates(corpus: Corpus, others: Iterable[Corpus]) -> list[Duplicate]
 
 
 class DuplicateFinder:
-    """Finds texts in several files while these are streamed: 16 bytes and an id are kept of each dialogue."""
+    """Finds texts that several files share while the files are streamed; keeps a digest and an id per dialogue."""
 
     def __init__(self) -> None:
         self._seen: dict[bytes, tuple[str, str]] = {}
         self.duplicates: list[Duplicate] = []
 
     def add(self, file: str, dialogue: Dialogue) -> None:
-        """Note a dialogue; one whose text stands in an earlier file becomes a duplicate of that one."""
+        """Note a dialogue; if an earlier file has its text, it becomes a duplicate of that one."""
         first = self._seen.setdefault(text_digest(dialogue), (file, dialogue.id))
         if first[0] != file:
             self.duplicates.append(Duplicate(file, dialogue.id, *first))
 
 
 def drop_cross_split(train: Corpus, others: Iterable[Corpus]) -> tuple[Corpus, list[Duplicate]]:
-    """The training corpus without the dialogues that stand in another split, and what was dropped."""
+    """The training corpus without the dialogues whose text is in another split, and what was dropped."""
     duplicates = find_duplicates(train, others)
     dropped = {duplicate.dialogue for duplicate in duplicates}
     kept = tuple(dialogue for dialogue in train.dialogues if dialogue.id not in dropped)

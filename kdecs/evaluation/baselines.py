@@ -1,4 +1,4 @@
-"""Trivial rules that stand beside every score: what no model is worth less than."""
+"""Trivial rules whose scores are shown next to every system's: a useful model must beat them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from kdecs.evaluation.predictions import PairKey, Prediction
 ALL_NEGATIVE, SELF, SELF_AND_PREVIOUS = "all negative", "j = i", "j >= i-1"
 MAJORITY_EMOTION = "majority emotion"
 
-# Whether the candidate is a cause, by the turns of target and candidate alone.
+# Each rule decides from the turns of target and candidate alone.
 RULES: dict[str, Callable[[int, int], bool]] = {
     ALL_NEGATIVE: lambda target, candidate: False,
     SELF: lambda target, candidate: candidate == target,
@@ -19,10 +19,10 @@ RULES: dict[str, Callable[[int, int], bool]] = {
 
 
 def trivial_predictions(corpus: Corpus, universe: Universe) -> dict[str, dict[PairKey, Prediction]]:
-    """Predictions of each rule by name.
+    """The predictions of each rule, by its name.
 
-    "all negative", "j = i", "j >= i-1": a cause's span is its whole utterance, no emotion is predicted.
-    "majority emotion": every utterance has the most frequent emotion of this corpus, and no pair is a cause.
+    "all negative", "j = i" and "j >= i-1" predict the whole utterance as the span of a cause, and no emotion.
+    "majority emotion" predicts the most frequent emotion of this corpus for every utterance, and no cause.
     """
     pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, universe)]
     found = {
@@ -39,7 +39,7 @@ def trivial_predictions(corpus: Corpus, universe: Universe) -> dict[str, dict[Pa
 
 
 def majority_emotion(corpus: Corpus) -> str | None:
-    """The most frequent gold emotion (the first by name among equals), None where there is none."""
+    """The most frequent gold emotion (the first by name among equals); None if the corpus has no emotion."""
     counts = Counter(u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion is not None)
     return min(counts, key=lambda emotion: (-counts[emotion], emotion), default=None)
 

@@ -1,4 +1,4 @@
-"""Tables of scores for a terminal. JSON is what programs read; figures here are rounded."""
+"""Tables of scores for a terminal, rounded; programs read the JSON instead."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +16,9 @@ _MOST_WRONG = 3
 
 
 def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
-    """Scores beside the trivial rules; intervals, emotions and break-downs where `found` has them."""
+    """Print scores next to the trivial rules, with intervals, emotions and breakdowns if `found` has them."""
     console = Console(soft_wrap=True)
-    table = figures_table("Scores beside trivial rules", "score (%)", "system", "strict", *scores.baselines)
+    table = figures_table("Scores next to trivial rules", "score (%)", "system", "strict", *scores.baselines)
     for key in ("emotion_accuracy", "emotion_macro_f1", *STRICT_KEYS):
         rules = [f"{rule[key]:.2f}" if key in rule else "" for rule in scores.baselines.values()]
         strict = f"{found[f'strict_{key}']:.2f}" if key in STRICT_KEYS else ""
@@ -38,7 +38,7 @@ def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
 def print_comparison(
     a: Path, b: Path, scores_a: Scores, scores_b: Scores, compared: Mapping[str, Comparison]
 ) -> None:
-    """A, B, the difference with its interval, p and the best trivial rule, for each score."""
+    """Print, for each score, A, B, their difference with its interval, p, and the best trivial rule."""
     console = Console(soft_wrap=True)
     columns = ("A", "B", "A − B", "95% interval", "p", "rule")
     table = figures_table("A minus B, paired by dialogue", "score (%)", *columns, tight=True)
@@ -54,7 +54,7 @@ def print_comparison(
 
 
 def print_seeds(files: Sequence[Path], runs: Sequence[Scores], summary: Mapping[str, SeedSummary]) -> None:
-    """Mean, standard deviation and 95% interval of each score over runs, beside the best trivial rule."""
+    """Print mean, standard deviation and 95% interval of each score over runs, next to the best trivial rule."""
     console = Console(soft_wrap=True)
     columns = ("mean", "std", "95% interval", "best rule")
     table = figures_table(f"Over {len(runs)} runs", "score (%)", *columns)
@@ -68,14 +68,14 @@ def print_seeds(files: Sequence[Path], runs: Sequence[Scores], summary: Mapping[
 
 
 def _best_rule(scores: Scores, key: str) -> str:
-    """The best trivial rule's score, empty where no rule has one."""
+    """The score of the best trivial rule; empty if no rule has this score."""
     return max(
         (f"{rule[key]:.2f}" for rule in scores.baselines.values() if key in rule), key=float, default=""
     )
 
 
 def counts_line(scores: Scores) -> str:
-    """Universe, protocol and what was counted, in one line."""
+    """One line with the universe, the protocol and the counts."""
     line = (
         f"universe {scores.universe}, protocol {scores.protocol}: {scores.num_positive:,} positive and "
         f"{scores.num_negative:,} negative rows; {scores.missing:,} pairs without a prediction (taken as no "
@@ -83,7 +83,7 @@ def counts_line(scores: Scores) -> str:
         "predicted emotion"
     )
     if scores.scored.num_neutral:
-        line += f"; {scores.scored.num_neutral:,} causes dropped, as their target is predicted neutral"
+        line += f"; {scores.scored.num_neutral:,} causes dropped because their target is predicted neutral"
     return line
 
 
@@ -111,7 +111,7 @@ def _print_emotions(console: Console, scores: Scores) -> None:
 
 
 def _taken_for(label: str, row: Sequence[int], report: EmotionReport) -> str:
-    """The most frequent wrong predictions of a gold label."""
+    """The most frequent wrong predictions for a gold label."""
     wrong = [
         (count, other) for count, other in zip(row, report.labels, strict=True) if count and other != label
     ]

@@ -1,4 +1,9 @@
-"""Scores over parts of the rows: by distance of the cause, emotion of the target, length of the candidate."""
+"""Every score of a prediction file: RECCON's protocols over rows, utterance-level F1, emotions, breakdowns.
+
+`evaluate` compares predictions with a corpus and returns `Scores`. All scores are functions of sums over rows (see
+`kdecs.evaluation.rows`), which `metrics_of` computes for one sum or for many at once, as the bootstrap needs it. Scores
+are in percent. Rows and protocols are those of RECCON (Poria et al. 2021), utterance-level scores those of ECPE.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,10 +38,10 @@ from kdecs.evaluation.rows import (
 
 @dataclass(frozen=True)
 class EmotionReport:
-    """Scores over the utterances that have a predicted emotion.
+    """Scores of emotions over the utterances that have a predicted one.
 
-    `labels`: every label in gold or predicted, by falling gold count, then name. `confusion` (L, L) int64:
-    gold label in the row, predicted in the column. F1s in percent.
+    `labels` holds every gold or predicted label, by falling count, then name. `confusion` is (L, L) int64 with gold
+    labels in rows and predicted ones in columns. F1 and accuracy are in percent.
     """
 
     labels: tuple[str, ...]
@@ -46,7 +51,7 @@ class EmotionReport:
     f1: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON: accuracy, macro_f1, f1 and count by label, confusion as {gold: {predicted: count}}."""
+        """As JSON: accuracy, macro_f1, f1 and count by label, confusion as {gold: {predicted: count}}."""
         counts = self.confusion.tolist()
         return {
             "accuracy": self.accuracy,
@@ -63,10 +68,10 @@ class EmotionReport:
 def emotion_report(
     corpus: Corpus, predictions: Mapping[PairKey, Prediction], emotion_table: Mapping[str, str] = NO_TABLE
 ) -> EmotionReport:
-    """Compare predicted emotions, taken through a table of labels, with those of the corpus.
+    """Compare predicted emotions, mapped by a table of labels, with those of the corpus.
 
-    Macro F1 is the mean over the labels that occur, in gold or predicted; 0/0 counts as 0.
-    Raises PredictionError where a target has two predicted emotions.
+    Macro F1 is the mean over the labels that occur as gold or prediction; 0/0 counts as 0.
+    Raises PredictionError if a target has two predicted emotions.
     """
     decided = {key: emotion_table.get(label, label) for key, label in decide_emotions(predictions).items()}
     found = [
@@ -97,7 +102,7 @@ SCORE_KEYS = ("emotion_accuracy", *STRICT_KEYS, *(f"strict_{key}" for key in STR
 
 @dataclass(frozen=True)
 class Scores:
-    """All scores (`values`, keys SCORE_KEYS, percent), what they count over, and the trivial rules'."""
+    """All scores (`values`, by SCORE_KEYS, in percent), what they were counted over, and those of the trivial rules."""
 
     values: dict[str, float]
     universe: Universe
@@ -116,7 +121,7 @@ class Scores:
         return self.values[key]
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of `kdecs evaluate --json`; unrounded."""
+        """The unrounded values of `kdecs evaluate --json`."""
         return {
             **self.values,
             "universe": self.universe,
@@ -139,11 +144,11 @@ def evaluate(
     protocol: Protocol = "reccon",
     emotion_table: Mapping[str, str] = NO_TABLE,
 ) -> Scores:
-    """Score predictions by pair against a labelled corpus; the trivial rules' scores stand beside.
+    """Score predictions by pair against a labelled corpus, and the trivial rules with them.
 
-    `emotion_table` (FINE_TO_COARSE, say) maps the emotions of both sides before they are compared; a label
-    that it does not name stays. It changes no pair: which target is predicted neutral, and so has no cause,
-    is read from the system's own label. Raises PredictionError where a target has two predicted emotions.
+    `emotion_table` (such as FINE_TO_COARSE) maps the emotions of both sides before they are compared; labels that it
+    does not name stay. It changes no pair: a target is predicted neutral, and thus has no cause, if the system's own
+    label says so. Raises PredictionError if a target has two predicted emotions.
     """
     corpus = map_corpus(corpus, emotion_table) if emotion_table else corpus
     rows = rows_of(corpus, universe)
@@ -168,9 +173,10 @@ def evaluate(
 
 
 def baseline_scores(corpus: Corpus, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Utterance-level scores of each trivial rule on these rows; the majority emotion's accuracy beside.
+    """Utterance-level scores of each trivial rule on these rows, and the accuracy of the majority emotion.
 
-    The same figures as `evaluate` gives for `trivial_predictions`, without a look at any span.
+    They equal those of `evaluate` for `trivial_predictions`, but no span is compared, so that every evaluation can
+    afford them.
     """
     is_positive = np.array([row.gold is not None for row in rows], dtype=bool)
     found = {}
@@ -204,7 +210,7 @@ def rule_scores(corpus: Corpus) -> dict[str, dict[str, float]]:
 
 
 def metrics_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Every score (keys SCORE_KEYS, percent) of contributions summed to (…, K), each of shape (…)."""
+    """Every score (by SCORE_KEYS, in percent) of contributions summed to (…, K); each has the shape (…)."""
 
     def column(name: str) -> NDArray[np.float64]:
         return sums[..., COLUMN[name]]
@@ -237,10 +243,10 @@ Breakdown = dict[str, dict[str, Any]]
 
 
 def breakdowns(scores: Scores) -> dict[str, Breakdown]:
-    """{"distance", "emotion", "utterance_length"} → group → num_positive, num_negative and the row scores.
+    """Scores over parts of the rows: {"distance", "emotion", "utterance_length"} → group → counts and row scores.
 
-    distance: target minus candidate in turns. emotion: the target's gold emotion. utterance_length: words of
-    the candidate, in which a span is sought. A group's scores are those of its rows alone, in percent.
+    distance is target minus candidate in turns; emotion is the target's gold emotion; utterance_length is the number
+    of words of the candidate, in which the span is searched. A group's scores count its rows only, in percent.
     """
     return {
         "distance": _by(scores, _distance),

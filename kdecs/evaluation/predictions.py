@@ -1,11 +1,11 @@
-"""Prediction files: JSON lines, one object a pair.
+"""Prediction files: JSON lines, one object per pair.
 
     {"dialogue_id": "tr_1", "target": 3, "candidate": 2, "emotion": "happiness",
      "is_cause": true, "span": "…"}
 
-`emotion` is that of the target, or null for a system that predicts none. `span` is "" for no span; a system
-that decides by utterance gives `is_cause` true with span "". Other keys are free. Pairs outside the scored
-universe serve emotion accuracy only.
+`emotion` is that of the target, or null if the system predicts no emotion. `span` is "" for no span; a system that
+decides for whole utterances writes `is_cause` true with the span "". Other keys are free. Pairs outside the scored
+universe count for the emotion accuracy only.
 """
 
 import json
@@ -24,7 +24,7 @@ PairKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a system says of one pair; `emotion` is the target's (None: not predicted), `span` "" for none."""
+    """A system's decision about one pair; `emotion` is the target's (None: not predicted), `span` is "" for none."""
 
     dialogue_id: str
     target: int
@@ -43,11 +43,11 @@ _KEYS = tuple(Prediction.__dataclass_fields__)
 
 
 def read_predictions(path: Path | str, corpus: Corpus) -> dict[PairKey, Prediction]:
-    """The predictions of a file by (dialogue id, target, candidate), label variants replaced.
+    """Read a file's predictions by (dialogue id, target, candidate); label variants are replaced.
 
-    Raises PredictionError, one line, at the first fault: unreadable or not JSON lines, a key missing or of
-    the wrong type, an unknown dialogue, turn or emotion, a pair given twice, two emotions for one target,
-    `is_cause` false with a span.
+    Raises PredictionError, one line, at the first fault: the file is unreadable or not JSON lines, a key is missing
+    or has the wrong type, a dialogue, turn or emotion is unknown, a pair occurs twice, a target has two emotions, or
+    `is_cause` is false with a span.
     """
     path = Path(path)
     num_turns = {dialogue.id: len(dialogue.utterances) for dialogue in corpus.dialogues}
@@ -58,7 +58,7 @@ def read_predictions(path: Path | str, corpus: Corpus) -> dict[PairKey, Predicti
         _check_place(prediction, num_turns, place, corpus)
         if prediction.key in predictions:
             raise PredictionError(
-                f"{place}: the pair {_name(prediction)} is given a second time, expected once"
+                f"{place}: the pair {_name(prediction)} occurs a second time, expected it once"
             )
         _check_emotion(prediction, emotions, place)
         predictions[prediction.key] = prediction
@@ -66,7 +66,7 @@ def read_predictions(path: Path | str, corpus: Corpus) -> dict[PairKey, Predicti
 
 
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> int:
-    """Write the predictions as JSON lines, whole or not at all; returns how many."""
+    """Write predictions as JSON lines, all or nothing; returns their number."""
     count = 0
     with atomic_path(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
         for prediction in predictions:
@@ -76,11 +76,11 @@ def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> in
 
 
 def by_pair(predictions: Iterable[Prediction]) -> dict[PairKey, Prediction]:
-    """Predictions by pair, as `evaluate` takes them. Raises PredictionError for a pair given twice."""
+    """Predictions by pair, as `evaluate` takes them. Raises PredictionError for a pair that occurs twice."""
     found: dict[PairKey, Prediction] = {}
     for prediction in predictions:
         if prediction.key in found:
-            raise PredictionError(f"the pair {_name(prediction)} is given a second time, expected once")
+            raise PredictionError(f"the pair {_name(prediction)} occurs a second time, expected it once")
         found[prediction.key] = prediction
     return found
 
@@ -100,7 +100,7 @@ def _parse(line: bytes, place: str) -> Prediction:
         decoded = decode_json(line)
     except NotJson as error:
         raise PredictionError(
-            f"{place}: found {error.found}, expected {error.expected}, one object a line"
+            f"{place}: found {error.found}, expected {error.expected}, one object per line"
         ) from None
     value = decoded.value
     if not isinstance(value, dict):
@@ -149,7 +149,7 @@ def _check_place(prediction: Prediction, num_turns: Mapping[str, int], place: st
     if turns is None:
         raise PredictionError(
             f"{place}: the dialogue {shorten(prediction.dialogue_id)} is not in {corpus.path}; "
-            "score the file against the corpus it was predicted for"
+            "score the file against the corpus that it was predicted for"
         )
     for name, turn in (("target", prediction.target), ("candidate", prediction.candidate)):
         if not 1 <= turn <= turns:
@@ -170,7 +170,7 @@ def _check_emotion(prediction: Prediction, emotions: dict[tuple[str, int], str],
     if first != emotion:
         raise PredictionError(
             f"{place}: the target {prediction.dialogue_id}/{prediction.target} has the emotion {emotion!r} "
-            f"here and {first!r} in an earlier line, expected one for a target"
+            f"here and {first!r} in an earlier line, expected one per target"
         )
 
 

@@ -1,8 +1,7 @@
-"""Rows of a corpus and what each contributes to the scores.
+"""The rows of a corpus, and what each row contributes to the scores.
 
-A row is what RECCON scores: one a gold span of a pair, and one for each pair without a cause. Every score is
-a function of sums over rows (and, for emotion accuracy, over utterances), so break-downs and resampling only
-choose what to sum.
+RECCON scores rows: one per gold span of a pair, and one per pair that is no cause. Every score is a function of sums
+over rows (for emotion accuracy, over utterances), so that breakdowns and resampling only choose what to sum.
 
 Shapes: R rows, D dialogues, K = len(COLUMNS) contributions. All float64.
 """
@@ -33,7 +32,7 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def match(gold: str, predicted: str) -> Match:
     """ "correct" if equal after stripping, "similar" if one contains the other, else "incorrect".
 
-    The empty string is contained in every string: no span for a positive row is "similar".
+    The empty string is contained in every string, so a positive row without a predicted span is "similar".
     """
     gold, predicted = gold.strip(), predicted.strip()
     if gold == predicted:
@@ -82,7 +81,7 @@ NO_TABLE: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its pair and its gold span (None for a negative row)."""
+    """One row: a pair with one gold span, or with None for a negative row."""
 
     dialogue_index: int
     dialogue: Dialogue
@@ -103,16 +102,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRows:
-    """Rows in corpus order with their contributions (R, K), and how many pairs had no prediction."""
+    """Rows in corpus order with their contributions (R, K), and the number of pairs without a prediction."""
 
     rows: list[Row]
     contributions: NDArray[np.float64]
     num_missing: int
-    num_neutral: int  # pairs predicted causal whose target is predicted neutral, which makes them negative
+    num_neutral: int  # pairs predicted as causes whose target is predicted neutral: they count as negative
 
 
 def rows_of(corpus: Corpus, universe: Universe) -> list[Row]:
-    """Rows in corpus order: by dialogue, target, then positives by evidence and negatives by candidate."""
+    """Rows in corpus order: by dialogue and target, then positives in evidence order, negatives by candidate."""
     rows: list[Row] = []
     for index, dialogue in enumerate(corpus.dialogues):
         for target, group in groupby(pairs_of(dialogue, universe), key=lambda pair: pair.target):
@@ -123,7 +122,7 @@ def rows_of(corpus: Corpus, universe: Universe) -> list[Row]:
 
 
 def decide_emotions(predictions: Mapping[PairKey, Prediction]) -> dict[tuple[str, int], str]:
-    """The predicted emotion of each (dialogue id, target) that has one. Raises PredictionError for two."""
+    """The predicted emotion of each (dialogue id, target) that has one. Raises PredictionError if one has two."""
     emotions: dict[tuple[str, int], str] = {}
     for prediction in predictions.values():
         if prediction.emotion is None:
@@ -131,8 +130,8 @@ def decide_emotions(predictions: Mapping[PairKey, Prediction]) -> dict[tuple[str
         first = emotions.setdefault((prediction.dialogue_id, prediction.target), prediction.emotion)
         if first != prediction.emotion:
             raise PredictionError(
-                f"the target {prediction.dialogue_id}/{prediction.target} has two predicted emotions, "
-                f"{first!r} and {prediction.emotion!r}, expected one"
+                f"target {prediction.dialogue_id}/{prediction.target}: found two predicted emotions, {first!r} and "
+                f"{prediction.emotion!r}, expected one"
             )
     return emotions
 
@@ -145,11 +144,11 @@ def score_rows(
 ) -> ScoredRows:
     """Compare every row with its prediction; a pair without one is predicted "no cause".
 
-    Predicted emotions go through `emotion_table` before they meet the rows' (the rows' are mapped already).
-    Whether a target is predicted neutral, and so has no cause, is read from the system's own label.
+    Predicted emotions are mapped by `emotion_table` before they are compared with the rows', which are mapped already.
+    A target is predicted neutral, and thus has no cause, if the system's own label says so.
     """
     emotions = decide_emotions(predictions)
-    # Lists while they are filled: single assignments to an array cost ten times as much.
+    # Lists while they are filled, since single assignments to an array cost ten times as much.
     contributions = [[0.0] * len(COLUMNS) for _ in rows]
     missing: set[PairKey] = set()
     neutral: set[PairKey] = set()
@@ -182,6 +181,7 @@ def score_rows(
             token_f1(row.gold, span, protocol),
             emotion_is_right,
         )
+    # The released script reads a variable of its previous loop here, so the last "similar" row decides for them all.
     if protocol == "reccon-released" and last_similar_is_empty:
         for number in incorrect:
             contributions[number][COLUMN["empty_positives"]] = 1
@@ -195,7 +195,7 @@ def sums_by_dialogue(
     predictions: Mapping[PairKey, Prediction],
     emotion_table: Mapping[str, str] = NO_TABLE,
 ) -> NDArray[np.float64]:
-    """(D, K): the rows' contributions summed over each dialogue, and its utterances' emotion decisions."""
+    """The contributions of rows and emotion decisions of utterances, summed by dialogue: (D, K)."""
     sums = np.zeros((len(corpus.dialogues), len(COLUMNS)))
     np.add.at(sums, [row.dialogue_index for row in scored.rows], scored.contributions)
     emotions = decide_emotions(predictions)

@@ -1,8 +1,9 @@
-"""How sure a score is: bootstrap over dialogues, paired comparison of two systems, spread over seeds.
+"""The uncertainty of scores: bootstrap over dialogues, paired comparison of two systems, spread over seeds.
 
-Dialogues are the units that are drawn, as pairs of one dialogue depend on each other. D dialogues,
-K contributions (kdecs.evaluation.rows), S scores (SCORE_KEYS). Everything in percent points.
-Under protocol reccon-released the charge of incorrect positives is that of the whole corpus in every sample.
+Whole dialogues are drawn, since the pairs of one dialogue depend on each other. All scores are in percent. Under the
+protocol reccon-released, incorrect positives count in every sample as they do in the whole corpus.
+
+Shapes: D dialogues, K contributions (kdecs.evaluation.rows), S scores (SCORE_KEYS).
 """
 
 import math
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdecs.evaluation.metrics import SCORE_KEYS, metrics_of
 
-_BATCH_DIALOGUES = 50_000  # drawn at a time, over all samples: 6 MB of contributions
+_BATCH_DIALOGUES = 50_000  # drawn at a time over all samples, which bounds their contributions to 6 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """(low, high) of each score: percentile bootstrap over the D dialogues of (D, K) sums.
 
-    Fewer than two dialogues have no spread: both ends are the score.
+    With fewer than two dialogues there is no spread, and both ends equal the score.
     """
     low, high = _bootstrap(_scores_of(sums_by_dialogue), len(sums_by_dialogue), num_samples, seed, level)
     return {key: (float(low[n]), float(high[n])) for n, key in enumerate(SCORE_KEYS)}
@@ -60,12 +61,14 @@ def compare_systems(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Comparison]:
-    """A minus B on the same D dialogues, by score: paired bootstrap interval and paired permutation p.
+    """Compare A with B on the same D dialogues: for each score a paired bootstrap interval and permutation p.
 
-    The test swaps the two systems' results of random dialogues (scipy.stats.permutation_test, "samples").
+    The test swaps the results of both systems for random dialogues (scipy.stats.permutation_test, "samples").
     """
     if sums_a.shape != sums_b.shape:
-        raise ValueError(f"shapes {sums_a.shape} and {sums_b.shape}: not the same corpus")
+        raise ValueError(
+            f"found sums of the shapes {sums_a.shape} and {sums_b.shape}, expected two systems on the same corpus"
+        )
     num_dialogues = len(sums_a)
     score_a, score_b = _scores_of(sums_a), _scores_of(sums_b)
 
@@ -103,7 +106,7 @@ Statistic = Callable[..., NDArray[np.float64]]
 
 
 def _scores_of(sums: NDArray[np.float64]) -> Statistic:
-    """A statistic of dialogue indices (…, D) → (S, …): every score of the drawn dialogues."""
+    """A statistic that maps dialogue indices (…, D) to every score of the drawn dialogues (S, …)."""
 
     def statistic(index: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
         drawn = sums[np.moveaxis(index, axis, -1)].sum(axis=-2)

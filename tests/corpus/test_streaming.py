@@ -123,7 +123,7 @@ def test_a_corpus_that_can_be_labelled_can_be_trained_on(
         return dialogue
 
     monkeypatch.setattr(Checker, "dialogue", parse)
-    monkeypatch.setattr(cache_module, "_ROWS_A_BATCH", 200)
+    monkeypatch.setattr(cache_module, "_ROWS_PER_BATCH", 200)
     selection = {**corpus_of_lines, "train_share": 0.5, "drop_cross_split": True}
     labels = tmp_path / "labels"
     values = {

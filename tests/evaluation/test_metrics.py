@@ -180,7 +180,7 @@ def test_squad_protocol_scores_overlap_without_containment():
 def test_two_emotions_for_one_target_are_refused():
     corpus, predictions = worked_corpus()
     predictions[1] = Prediction("d", 2, 1, "fear", False, "")
-    with pytest.raises(PredictionError, match="d/2 has two predicted emotions"):
+    with pytest.raises(PredictionError, match="target d/2: found two predicted emotions"):
         evaluate(corpus, by_pair(predictions))
 
 

@@ -101,8 +101,8 @@ def test_a_missing_key_is_refused(path, key):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, GOOD], "line 2: the pair .*/2/1 is given a second time"),
-        ([GOOD, GOOD | {"span": "", "is_cause": False}], "line 2: the pair .*/2/1 is given a second time"),
+        ([GOOD, GOOD], "line 2: the pair .*/2/1 occurs a second time"),
+        ([GOOD, GOOD | {"span": "", "is_cause": False}], "line 2: the pair .*/2/1 occurs a second time"),
         (
             [GOOD, GOOD | {"candidate": 2, "emotion": "anger"}],
             "line 2: the target .*/2 has the emotion 'anger' here",

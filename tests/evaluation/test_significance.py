@@ -108,7 +108,7 @@ def test_a_real_difference_is_found_and_noise_is_not():
 
 
 def test_other_corpora_cannot_be_compared(sums):
-    with pytest.raises(ValueError, match="not the same corpus"):
+    with pytest.raises(ValueError, match="expected two systems on the same corpus"):
         compare_systems(sums[0], sums[1][:-1])
 
 

@@ -56,7 +56,7 @@ def test_rows_equal_fresh_encodings(tmp_path, corpus_files, encoder):
 
 
 def test_several_record_batches_read_the_same(tmp_path, corpus_files, encoder, monkeypatch):
-    monkeypatch.setattr(cache_module, "_ROWS_A_BATCH", 7)
+    monkeypatch.setattr(cache_module, "_ROWS_PER_BATCH", 7)
     cache = open_cache(corpus_files["valid"], encoder, tmp_path)
     check_against_encoding(cache, corpus_files["valid"], encoder)
 
@@ -116,7 +116,7 @@ def test_truncated_prompts_are_told(tmp_path, encoder, caplog, base):
     path.write_text(json.dumps(raw))
     cache = open_cache(path, PairEncoder(AutoTokenizer.from_pretrained(base), 64), tmp_path / "cache")
     assert np.array_equal(cache.num_tokens, [64])
-    assert "1 of 1 prompts exceed 64 tokens" in caplog.text
+    assert "1 of 1 prompts are longer than 64 tokens" in caplog.text
 
 
 def test_coarse_emotions_make_a_cache_of_their_own(

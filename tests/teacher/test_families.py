@@ -123,7 +123,7 @@ def test_a_split_answer_word_asks_for_another_model(families: Callable[..., Fami
     with pytest.raises(ModelError, match=r"flabbergasted.*choose a model whose tokenizer") as caught:
         answer_token_ids(tokenizer, ["flabbergasted"], before="is ")
     assert "stand_ins" not in str(caught.value)
-    with pytest.raises(ModelError, match="name a single-token word for each in stand_ins"):
+    with pytest.raises(ModelError, match="map each of them to a single-token word in stand_ins"):
         answer_token_ids(tokenizer, ["flabbergasted"], before="is ", stand_ins={})
 
 
