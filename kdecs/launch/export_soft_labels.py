@@ -61,7 +61,7 @@ def summary(config: ExportConfig, result: ExportResult) -> str:
 def main() -> None:
     config = stage_config(ExportConfig, "export", str(__doc__), EXAMPLES)
     if is_finished(config, show_progress=is_main_rank()):
-        remove_temporaries(config.output, lease_s=config.lease_s)
+        remove_temporaries(config.output, config.lease_s)
         say_skipped(f"soft labels {config.output.name}: complete at {config.output}, skipped")
         return
     # The export checks this too, but only after minutes of loading the teacher.

@@ -303,17 +303,17 @@ def _is_unlocked(file: BinaryIO) -> bool:
     return True
 
 
-def remove_temporaries(output: Path, *, lease_s: float) -> None:
+def remove_temporaries(output: Path, lease_s: float, claims: Claims | None = None) -> None:
     """Remove what killed workers left of a complete export, unless another worker does so; best effort.
 
-    Every shard is published, so nobody needs these files: a worker that still writes one finds its shard there. A
+    Every shard is published, so nobody needs these files: a worker whose file is removed finds its shard published. A
     directory that cannot be written to, or that was copied without its working files, stays as it is.
     """
     work = output / WORK_DIRECTORY
     if not work.is_dir():
         return
     with contextlib.suppress(OSError):
-        claims = Claims(work / LEASES_DIRECTORY, lease_s=lease_s)
+        claims = claims or Claims(work / LEASES_DIRECTORY, lease_s=lease_s)
         with claims.holding("manifest") as held:
             if held:
                 for folder in (output, work, work / PLAN_DIRECTORY):

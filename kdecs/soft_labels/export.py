@@ -148,7 +148,7 @@ def export_shards(
             stop.raise_if_requested(worker.stop_message())
             waiting.wait(poll_s)
     waiting.finish()
-    remove_temporaries(config.output, lease_s=config.lease_s)
+    remove_temporaries(config.output, config.lease_s, claims)
     manifest = manifest or read_manifest(config.output, KIND)
     return ExportResult(manifest, plan.num_pairs - pairs_before, time.monotonic() - started)
 
@@ -299,13 +299,14 @@ class _Worker:
                 device=str(getattr(self.runtime.device, "type", self.runtime.device)),
                 agreement=scoring.agreement,
             )
-            # Before the shard: a shard that could be seen without its record would be labelled again.
-            write_record(path, record)
             try:
+                # Before the shard: a shard that could be seen without its record would be labelled again.
+                write_record(path, record)
                 is_first = publish(temporary, path)
-            except (
-                FileNotFoundError
-            ):  # others completed the export meanwhile, and removed all temporary files
+            except FileNotFoundError:
+                # Others have completed the export meanwhile and removed all temporary files, also this worker's.
+                if not path.exists():
+                    raise
                 is_first = False
         except _ClaimLost:
             is_first = False

@@ -82,13 +82,13 @@ def pause(label: str) -> None:
 class World:
     """One run: a directory, a clock and two workers, driven by choices."""
 
-    def __init__(self, directory: Path, expiries: int, kills: int) -> None:
+    def __init__(self, directory: Path, expiries: int, kills: int, cleans: bool) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         (directory / ".work").mkdir(parents=True)
         self.directory, self.shard = directory, directory / shard_name(0)
         self.start = self.now = 1e9
         self.version = self.forced_ticks = 0
-        self.ticks, self.kills = expiries, kills
+        self.ticks, self.kills, self.cleans = expiries, kills, cleans
         self.published: bytes | None = None
         self.workers = [self._worker(name) for name in "AB"]
         self.actors = [
@@ -119,6 +119,8 @@ class World:
             if not worker.label_free_shards():
                 actor.seen_version = self.version
                 actor.pause("poll")
+        if self.cleans:
+            export.remove_temporaries(self.directory, LEASE_S, worker.claims)
 
     def stamp(self, path: Path) -> None:
         pause("stamp")
@@ -273,19 +275,27 @@ def tiny_writer(path: Path, *_: object) -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.parametrize(
-    ("expiries", "kills"),
-    [(1, 0), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(1, 1, marks=pytest.mark.slow)],
+    ("expiries", "kills", "cleans"),
+    [
+        (1, 0, False),
+        pytest.param(2, 0, False, marks=pytest.mark.slow),
+        pytest.param(1, 1, False, marks=pytest.mark.slow),
+        pytest.param(1, 0, True, marks=pytest.mark.slow),
+    ],
 )
 def test_no_order_of_events_loses_or_replaces_a_shard(
-    tmp_path: Path, stepped: None, expiries: int, kills: int
+    tmp_path: Path, stepped: None, expiries: int, kills: int, cleans: bool
 ) -> None:
-    """Leases expire at so many moments of any choice, and so many workers die; later ones expire when all wait."""
+    """Leases expire at `expiries` moments of any choice, and later whenever all wait; `kills` workers die.
+
+    With `cleans`, a worker also removes temporary files at the end, as if its shard were the last.
+    """
     seen: set[tuple[object, ...]] = set()
     pending: list[list[str]] = [[]]
     ends: Counter[str] = Counter()
     while pending:
         prefix = pending.pop()
-        world = World(tmp_path / "run", expiries, kills)
+        world = World(tmp_path / "run", expiries, kills, cleans)
         try:
             for choice in prefix:
                 world.do(choice)
