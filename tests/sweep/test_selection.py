@@ -4,10 +4,12 @@ import pytest
 
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
+from kdecs.student.predict.predictor import Student
 from kdecs.sweep.selection.choose import COMPARED, print_selection, scores_of_student, select_student
 from kdecs.sweep.selection.model_card import model_card
 from kdecs.sweep.selection.record import SelectionRecord, rank_settings
@@ -84,6 +86,35 @@ def test_emotions_that_were_given_are_not_compared(finish, make_labels, runs):
     assert tests["given fine"] == {*COMPARED} - {"emotion_accuracy"}
     assert "given fine" in record.runner_up.label + record.runner_up.against
     assert record.runner_up.tests.keys() == tests["given fine"]
+
+
+def test_a_student_that_cannot_be_loaded_leaves_test_unopened(finished, asked, monkeypatch):
+    select = Student.from_pretrained
+
+    def damaged_at_last(directory, device):
+        if len(asked) == 4:  # validation is compared, test comes next
+            raise ArtifactError(f"{directory}: damaged")
+        return select(directory, device)
+
+    monkeypatch.setattr(Student, "from_pretrained", damaged_at_last)
+    with pytest.raises(ArtifactError, match="damaged"):
+        select_student(finished)
+    assert not (finished / "selection.json").exists() and "test" not in asked
+
+
+def test_a_kill_while_test_is_read_leaves_it_open(finished, monkeypatch):
+    def killed(config, path):
+        if path == config.test:
+            raise KeyboardInterrupt
+        return read_split(config, path)
+
+    with monkeypatch.context() as kill:
+        kill.setattr("kdecs.sweep.selection.choose.read_split", killed)
+        with pytest.raises(KeyboardInterrupt):
+            select_student(finished)
+    left = SelectionRecord.model_validate_json((finished / "selection.json").read_bytes())
+    assert left.test is None and left.test_opened_at
+    assert select_student(finished).test_opened_at == left.test_opened_at
 
 
 def test_a_record_is_read_and_written_byte_for_byte(finished):

@@ -99,15 +99,7 @@ def select_student(sweep: Path) -> SelectionRecord:
         if "runner_up" not in record.model_fields_set:
             record = record.model_copy(update=_comparisons(sweep, results))
         if record.test is None:
-            config = load_config(StudentConfig, trial_directory(sweep, winner) / CONFIG_NAME)
-            if config.corpus.test is None:
-                path = trial_directory(sweep, winner) / CONFIG_NAME
-                raise ConfigError(f"{path}: corpus.test is missing, and selection scores the winner on it")
-            # That test is opened goes to disk before it is read: a kill in between must not hide that it was.
-            opened = record.test_opened_at or datetime.now(UTC).isoformat(timespec="seconds")
-            record = record.model_copy(update={"test_opened_at": opened})
-            write_json(sweep / SELECTION_NAME, record.as_json())
-            record = record.model_copy(update=_test_scores(sweep, winner, config))
+            record = _score_on_test(sweep, winner, record)
             write_json(sweep / SELECTION_NAME, record.as_json())
         if record.registered is None:
             registered = _register(sweep, results, winner, record)
@@ -217,22 +209,33 @@ def _kept_predictions(directory: Path, corpus: Corpus) -> dict[PairKey, Predicti
     return read_predictions(directory / VALIDATION_NAME, corpus) if is_same_work else None
 
 
-def _test_scores(sweep: Path, winner: TrialResult, config: StudentConfig) -> dict[str, Any]:
-    """Open the test split and score the winner and the trivial rules on it."""
+def _score_on_test(sweep: Path, winner: TrialResult, record: SelectionRecord) -> SelectionRecord:
+    """Open the test split, score the winner and the trivial rules on it, and return the record with the scores."""
     from kdecs.runtime import start_runtime
     from kdecs.student.predict.predictor import Student
 
-    assert config.corpus.test is not None
-    student = Student.from_pretrained(trial_directory(sweep, winner), device=start_runtime().device)
+    directory = trial_directory(sweep, winner)
+    config = load_config(StudentConfig, directory / CONFIG_NAME)
+    if config.corpus.test is None:
+        raise ConfigError(
+            f"{directory / CONFIG_NAME}: corpus.test is missing, and selection scores the winner on it"
+        )
+    student = Student.from_pretrained(directory, device=start_runtime().device)
+    # The record says that test is open before it is read: a kill in between must not hide that it was.
+    opened = record.test_opened_at or datetime.now(UTC).isoformat(timespec="seconds")
+    record = record.model_copy(update={"test_opened_at": opened})
+    write_json(sweep / SELECTION_NAME, record.as_json())
     corpus = read_split(config.corpus, config.corpus.test)
     predictions = student.predict_pairs(corpus)
     write_predictions(sweep / TEST_PREDICTIONS_NAME, predictions.values())
     scores = evaluate(corpus, predictions)
-    return {
-        "test": scores_of_student(scores.as_dict(), config),
-        "test_intervals": bootstrap_intervals(scores.sums_by_dialogue),
-        "test_baselines": rule_scores(corpus),
-    }
+    return record.model_copy(
+        update={
+            "test": scores_of_student(scores.as_dict(), config),
+            "test_intervals": bootstrap_intervals(scores.sums_by_dialogue),
+            "test_baselines": rule_scores(corpus),
+        }
+    )
 
 
 def scores_of_student(scores: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
