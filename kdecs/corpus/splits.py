@@ -1,8 +1,12 @@
 """The splits of a corpus as a config selects them, and the dialogues that two files share.
 
-A training split may be any size. JSON lines are read on demand (`kdecs.corpus.reading.LineDialogues`) by every stage
-that passes over the training split: labelling, cross-fitting, building the student's cache. Validation and test splits
-are held in memory, since scoring needs all their rows at once.
+A training split may be larger than memory if it is JSON lines: labelling, cross-fitting and a student's training read
+them on demand (`kdecs.corpus.reading.LineDialogues`). Validation and test splits are held in memory, since scoring
+needs all their rows at once, and so are the encoded prompts of a teacher's and of the MRC baseline's training.
+
+Measured on 300,000 dialogues of the bundled sample's kind (7.2 million pairs, 446 MiB): one checked pass over the JSON
+lines takes 27 MiB and 27 s of one core. Held in memory, a million pairs take 0.13 GiB, and reading them from RECCON
+JSON takes 0.34 GiB at its peak.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Figures of `kdecs corpus stats --plots`: emotions, cause distance, prompt length. Needs matplotlib."""
+"""Count what a corpus holds (`kdecs corpus stats`), and draw it (`--plots`): emotions, cause distances, prompt lengths.
+
+numpy, matplotlib and Transformers are imported by the functions that need them, since counting must answer at once.
+"""
 
 import math
 from collections import Counter
@@ -8,17 +11,80 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdecs.artifact import atomic_path
 from kdecs.corpus.pairs import Pair, count_rows, pairs_of
 from kdecs.corpus.prompts import student_prompt, teacher_prompt
 from kdecs.corpus.schema import Corpus
 from kdecs.errors import DependencyError
 
+_FAR = 10
+_NUM_BINS = 40
+
+
+@dataclass(frozen=True)
+class CorpusStatistics:
+    """The counts of one file: rows are those of fold 1, `pairs_all` the pairs of the universe "all"."""
+
+    file: str
+    dialogues: int
+    utterances: int
+    positive_rows: int
+    negative_rows: int
+    pairs_all: int
+    emotions: dict[str, int]
+    pairs_of_several_spans: int
+    targets_caused_outside_alone: int
+    normalised: dict[str, int]
+    warnings: tuple[str, ...]
+    faults: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values of one file in `kdecs corpus stats --json`."""
+        return {**vars(self), "warnings": list(self.warnings)}
+
+
+def statistics_of(corpus: Corpus, num_faults: int = 0) -> CorpusStatistics:
+    """Count a corpus; emotions are ordered by falling count, then name."""
+    utterances = [u for dialogue in corpus.dialogues for u in dialogue.utterances]
+    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue)]
+    positive, negative = count_rows(pairs)
+    emotions = Counter(u.emotion for u in utterances if u.emotion is not None)
+    return CorpusStatistics(
+        file=str(corpus.path),
+        dialogues=len(corpus.dialogues),
+        utterances=len(utterances),
+        positive_rows=positive,
+        negative_rows=negative,
+        pairs_all=sum(math.comb(len(dialogue.utterances) + 1, 2) for dialogue in corpus.dialogues),
+        emotions=dict(sorted(emotions.items(), key=lambda item: (-item[1], item[0]))),
+        pairs_of_several_spans=sum(len(pair.spans) > 1 for pair in pairs),
+        targets_caused_outside_alone=sum(
+            bool(u.evidence) and all(e.turn is None for e in u.evidence or ()) for u in utterances
+        ),
+        normalised=dict(sorted(corpus.normalised.items())),
+        warnings=corpus.warnings,
+        faults=num_faults,
+    )
+
+
+def cause_distances(corpus: Corpus) -> Counter[int]:
+    """Number of positive rows of fold 1 by target minus candidate; 0 is the target itself."""
+    return Counter(
+        pair.target - pair.candidate
+        for dialogue in corpus.dialogues
+        for pair in pairs_of(dialogue)
+        for _ in pair.spans
+    )
+
+
+def display_names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each file: its stem, or the whole path if two files share a stem."""
+    counts = Counter(path.stem for path in paths)
+    return [path.stem if counts[path.stem] == 1 else str(path) for path in paths]
+
 
 def prompt_words(corpus: Corpus) -> list[int]:
-    """Words (split at white space) of the student's prompt of every pair; each mask is a word."""
+    """Number of words (split at white space) of every pair's student prompt; a mask is one word."""
     return [
         len(_student_text(pair, "<mask>", "\n").split())
         for dialogue in corpus.dialogues
@@ -27,7 +93,7 @@ def prompt_words(corpus: Corpus) -> list[int]:
 
 
 def prompt_tokens(corpus: Corpus, tokenizer: Any) -> list[int]:
-    """Tokens of the whole prompt of every pair, special ones included, nothing truncated."""
+    """Number of tokens of every pair's whole prompt, with special tokens and without truncation."""
     text_of = _prompt_writer(tokenizer)
     lengths: list[int] = []
     for dialogue in corpus.dialogues:
@@ -52,81 +118,11 @@ def _student_text(pair: Pair, mask: str, separator: str) -> str:
     return prompt.text
 
 
-@dataclass(frozen=True)
-class CorpusStatistics:
-    """What `kdecs corpus stats` tells of one file; rows are those of fold 1, `pairs_all` of "all"."""
-
-    file: str
-    dialogues: int
-    utterances: int
-    positive_rows: int
-    negative_rows: int
-    pairs_all: int
-    emotions: dict[str, int]
-    pairs_of_several_spans: int
-    targets_caused_outside_alone: int
-    normalised: dict[str, int]
-    warnings: tuple[str, ...]
-    faults: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The keys of one file in `kdecs corpus stats --json`."""
-        return {**vars(self), "warnings": list(self.warnings)}
-
-
-def statistics_of(corpus: Corpus, num_faults: int = 0) -> CorpusStatistics:
-    """The counts of a corpus; emotions by falling count, then name."""
-    utterances = [u for dialogue in corpus.dialogues for u in dialogue.utterances]
-    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue)]
-    positive, negative = count_rows(pairs)
-    emotions = Counter(u.emotion for u in utterances if u.emotion is not None)
-    return CorpusStatistics(
-        file=str(corpus.path),
-        dialogues=len(corpus.dialogues),
-        utterances=len(utterances),
-        positive_rows=positive,
-        negative_rows=negative,
-        pairs_all=sum(_triangle(len(dialogue.utterances)) for dialogue in corpus.dialogues),
-        emotions=dict(sorted(emotions.items(), key=lambda item: (-item[1], item[0]))),
-        pairs_of_several_spans=sum(len(pair.spans) > 1 for pair in pairs),
-        targets_caused_outside_alone=sum(
-            bool(u.evidence) and all(e.turn is None for e in u.evidence or ()) for u in utterances
-        ),
-        normalised=dict(sorted(corpus.normalised.items())),
-        warnings=corpus.warnings,
-        faults=num_faults,
-    )
-
-
-def cause_distances(corpus: Corpus) -> Counter[int]:
-    """Positive rows of fold 1 by target minus candidate: 0 is the target itself."""
-    return Counter(
-        pair.target - pair.candidate
-        for dialogue in corpus.dialogues
-        for pair in pairs_of(dialogue)
-        for _ in pair.spans
-    )
-
-
-def display_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each file: its stem, or the whole path where two files share a stem."""
-    counts = Counter(path.stem for path in paths)
-    return [path.stem if counts[path.stem] == 1 else str(path) for path in paths]
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
-
-
-_FAR = 10
-_NUM_BINS = 40
-
-
 def write_plots(corpora: Sequence[Corpus], directory: Path, tokenizer: Any = None) -> list[Path]:
     """Write emotions.png, cause_distance.png and prompt_lengths.png; returns their paths.
 
     Prompts are counted in words, or in the tokens of a Transformers tokenizer.
-    Raises DependencyError where matplotlib is missing.
+    Raises DependencyError if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -182,6 +178,8 @@ def _draw_prompt_lengths(axes: Any, corpora: Mapping[str, Corpus], tokenizer: An
         name: prompt_words(corpus) if tokenizer is None else prompt_tokens(corpus, tokenizer)
         for name, corpus in corpora.items()
     }
+    import numpy as np
+
     longest = max((max(found, default=1) for found in lengths.values()), default=1)
     width = math.ceil((longest + 1) / _NUM_BINS)  # whole, so that every bar covers as many lengths
     bins = np.arange(0, longest + 1 + width, width)
@@ -196,7 +194,9 @@ def _draw_prompt_lengths(axes: Any, corpora: Mapping[str, Corpus], tokenizer: An
 
 
 def _grouped_bars(axes: Any, labels: Sequence[str], counts: dict[str, list[int]]) -> None:
-    """Bars of each group side by side, in percent of the group's total."""
+    """Draw the bars of all groups side by side, in percent of each group's total."""
+    import numpy as np
+
     width = 0.8 / max(1, len(counts))
     for number, (name, found) in enumerate(counts.items()):
         positions = np.arange(len(labels)) + (number - (len(counts) - 1) / 2) * width
