@@ -105,6 +105,34 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     assert broken_links(page) == ["#one", "other.md", "page.png"]
 
 
+@pages
+def test_named_files_exist(page: Path) -> None:
+    """Paths in code spans are of the repository, or of the package where they begin with one of its folders."""
+    folders = "|".join(
+        path.name for place in (ROOT, ROOT / "kdecs") for path in place.iterdir() if path.is_dir()
+    )
+    spans = re.findall(
+        rf"`((?:{folders})/[\w*./-]*[\w*/])`", re.sub(r"(?ms)^```.*?^```$", "", page.read_text("utf-8"))
+    )
+    made = ("runs/", "data/", "models/")
+    missing = [
+        span
+        for span in spans
+        if not span.startswith(made) and not any(any(place.glob(span)) for place in (ROOT, ROOT / "kdecs"))
+    ]
+    assert missing == []
+
+
+def test_search_spaces_in_the_documents_parse() -> None:
+    blocks = [
+        block for page in PAGES for block in re.findall(r"(?ms)^```yaml\n(.*?)^```$", page.read_text("utf-8"))
+    ]
+    spaces = [values for values in map(yaml.safe_load, blocks) if "space" in values]
+    assert len(spaces) == 2
+    for values in spaces:
+        parse_config(SweepConfig, values, source="docs")
+
+
 def shown_commands(text: str) -> Iterator[tuple[str, bool]]:
     """Commands of shell blocks and of code spans; the latter may leave out what a command needs."""
     fenced = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", text)
