@@ -172,7 +172,7 @@ def module_command(launcher: Sequence[str], module: str) -> list[str]:
 
 
 _KILL_AFTER_S = 10.0
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None)  # opened here: a child between fork and exec must not wait for the loader's lock
 
 
@@ -252,6 +252,19 @@ def end_with_parent() -> None:
     """Ask the kernel for SIGTERM when the parent of this process dies, however it dies; Linux only."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends first, such as a launcher's ranks; Linux only."""
+    if hasattr(_libc, "prctl"):
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def wait_for_orphans() -> None:
+    """Wait until every process that was adopted has ended; for a process that has no other children."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def last_error(log: Path) -> str:

@@ -11,8 +11,9 @@ import pytest
 from support import ROOT, child_environment
 
 SAVES = """#!/usr/bin/env bash
-trap 'sleep 0.3; echo saved; exit 143' TERM
-echo ready; sleep 60 & wait
+# A launcher that ends at once, and a rank that takes a moment to save its state.
+(trap 'sleep 0.7; echo saved; exit 143' TERM; echo ready; sleep 60 & wait) &
+wait
 """
 REFUSES = """#!/usr/bin/env bash
 echo "kdecs: error: no such dialogue" >&2; echo "the launcher has more to say"; exit 1

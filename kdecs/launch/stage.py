@@ -12,7 +12,16 @@ import sys
 from pathlib import Path
 
 from kdecs.errors import EXIT_STOPPED, KdecsError
-from kdecs.process import ERROR_PREFIX, StopSignal, end_with_parent, last_error, run_child, run_entry
+from kdecs.process import (
+    ERROR_PREFIX,
+    StopSignal,
+    adopt_orphans,
+    end_with_parent,
+    last_error,
+    run_child,
+    run_entry,
+    wait_for_orphans,
+)
 
 MAIN_LINES = re.compile(
     r"(base model|teacher|prompts|soft labels|student|sweep|selection|report|predict|kdecs: )"
@@ -28,6 +37,7 @@ def main() -> None:
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND…")
     arguments = parser.parse_args()
     end_with_parent()
+    adopt_orphans()
     stop = StopSignal()
     stop.install()
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +55,8 @@ def main() -> None:
                     print(f"  {line}", flush=True)
 
         code = run_child(arguments.command, stop, log=arguments.log, on_poll=show, poll_s=0.2)
+        if stop.requested:  # the launcher may end before its ranks have saved their state
+            wait_for_orphans()
         show()
     if stop.requested:
         sys.exit(EXIT_STOPPED)  # the script says so, once for all of its stages
