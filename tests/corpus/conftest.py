@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import made_once, save_tiny_encoder
+
+from kdecs.corpus.reading import bundled_sample
 
 RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
 
@@ -68,3 +71,20 @@ def valid_document() -> dict[str, Any]:
 @pytest.fixture(scope="session", name="make_valid_document")
 def valid_document_maker() -> Callable[[], dict[str, Any]]:
     return make_valid_document
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer RoBERTa with its tokenizer."""
+    return made_once(tmp_path_factory, "student-base", save_tiny_encoder)
+
+
+@pytest.fixture(scope="session")
+def corpus_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The first turns of three dialogues of the bundled sample's training and validation split."""
+    files = {}
+    for split in ("train", "valid"):
+        raw = json.loads(bundled_sample(split).read_text(encoding="utf-8"))
+        files[split] = tmp_path_factory.mktemp("corpus") / f"{split}.json"
+        files[split].write_text(json.dumps({key: [raw[key][0][:6]] for key in list(raw)[:3]}))
+    return files

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import made_once, save_tiny_encoder
 
 from kdecs.artifact import Manifest, read_manifest, write_manifest
 from kdecs.config import parse_config
@@ -103,9 +102,7 @@ def corpus_of_lines(tmp_path) -> dict[str, str]:
     return {split: str(tmp_path / f"{split}.jsonl") for split in files}
 
 
-def test_a_corpus_that_can_be_labelled_can_be_trained_on(
-    tmp_path, tmp_path_factory, corpus_of_lines, monkeypatch
-):
+def test_a_corpus_that_can_be_labelled_can_be_trained_on(tmp_path, base, corpus_of_lines, monkeypatch):
     """From the export's plan to a student's batch, a handful of the training dialogues is in memory at a time."""
     from transformers import AutoTokenizer
 
@@ -136,7 +133,6 @@ def test_a_corpus_that_can_be_labelled_can_be_trained_on(
     worker = SimpleNamespace(rank=0, world_size=1, device=SimpleNamespace(type="cpu"))
     export_shards(export, Scorer(tmp_path / "teacher"), worker, StopSignal())
 
-    base = made_once(tmp_path_factory, "student-base", save_tiny_encoder)
     values = {
         "output": str(tmp_path / "student"),
         "cache": str(tmp_path / "cache"),
