@@ -110,7 +110,7 @@ class SoftLabels:
         """Map the labels of a complete soft-label directory, and join them first where no reader has done so.
 
         Raises ArtifactError for a directory that is unfinished, damaged or of another kind, and LabelError for labels
-        that are not finite or for a pair that stands twice in one split.
+        that are not finite or for a pair that occurs twice in one split.
         """
         manifest = read_manifest(directory, "soft-labels")
         if CHECKSUM_KEY in manifest.details and not has_valid_checksum(manifest):
@@ -190,7 +190,7 @@ def split_numbers(splits: Sequence[str]) -> np.ndarray:
 
 
 def sort_by_key(keys_N: np.ndarray, splits_N: np.ndarray) -> tuple[np.ndarray, int | None]:
-    """The order of rows by split and key, (N,) int64, and a row whose pair stands twice in its split, if one does."""
+    """The order of rows by split and key, (N,) int64, and a row whose pair occurs twice in its split, if one does."""
     # Numbers sort ten times as fast as bytes; big-endian halves sort as the bytes do.
     halves_N2 = keys_N.view(">u8").reshape(-1, 2).astype(np.uint64)
     order_N = np.lexsort((halves_N2[:, 1], halves_N2[:, 0], splits_N))
@@ -207,11 +207,11 @@ def bounds_of(splits_N: np.ndarray) -> tuple[int, ...]:
 
 
 def repeated_pair(directory: Path, manifest: Manifest, row: int) -> LabelError:
-    """The refusal of a directory in which the pair of a row stands twice (a key cannot be turned back into an id)."""
+    """The refusal of a directory in which the pair of a row occurs twice (a key cannot be turned back into an id)."""
     for table in iter_directory(directory, manifest):
         if row < len(table):
             return LabelError(
-                f"{directory}: the pair {table.pair_ids[row]} stands twice in one split; "
+                f"{directory}: the pair {table.pair_ids[row]} occurs twice in one split; "
                 "the shards are not those of one export"
             )
         row -= len(table)
@@ -221,7 +221,7 @@ def repeated_pair(directory: Path, manifest: Manifest, row: int) -> LabelError:
 def join_shards(path: Path, directory: Path) -> JoinRecord:
     """Check every shard, join them into the .arrow file and write its record; call it under the file's lock.
 
-    Raises ArtifactError for a damaged directory, and LabelError for a pair that stands twice in one split or a label
+    Raises ArtifactError for a damaged directory, and LabelError for a pair that occurs twice in one split or a label
     that is not finite.
     """
     manifest = read_verified_manifest(directory, "soft-labels")

@@ -51,7 +51,7 @@ Batching = Literal["tree", "pairs"]
 
 @dataclass(frozen=True)
 class PlanKind:
-    """What fixes a plan beside the corpus."""
+    """What determines a plan, apart from the corpus."""
 
     work_hash: str
     num_shards: int

@@ -29,7 +29,7 @@ _MAX_THREADS = 16
 def verified_labels(directory: Path, work_hash: str, *, show_progress: bool = False) -> Manifest | None:
     """The manifest of the finished labels of this very work, after every byte was read and agreed; else None.
 
-    None also where the manifest cannot be read: whoever writes the directory reports what stands in its way.
+    None also where the manifest cannot be read: whoever writes the directory reports the reason.
     """
     try:
         if not is_complete(directory, "soft-labels", work_hash):
@@ -52,7 +52,7 @@ def content_faults(
     """The first fault of each shard, one line each: page checksums, columns, answer words, rows, splits, values.
 
     The manifest's own checksum is compared first. Where no shard has a fault, the rows of each split are compared with
-    the manifest's `num_pairs`, and a pair that stands twice in one split is a fault. Shards are decoded side by side in
+    the manifest's `num_pairs`, and a pair that occurs twice in one split is a fault. Shards are decoded side by side in
     threads; `on_rows` gets the number of rows of each batch, one call at a time. The keys of all pairs are held, about
     60 bytes per pair at the peak. Raises ArtifactError for a manifest without answer words.
     """

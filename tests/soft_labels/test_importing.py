@@ -101,7 +101,7 @@ def change(place: int, **values: Any) -> Any:
         (change(7, logits=[0.0, 1.0, 2.0, True, 1.0]), r"row 8: .* has the score true"),
         (change(7, pair_id=7), "row 8: pair_id is 7, expected text"),
         (lambda rows: rows[:-1], r"lacks the pair \S+ of .*train.json, and 0 more"),
-        (lambda rows: [*rows, rows[3]], r"the pair \S+ stands twice"),
+        (lambda rows: [*rows, rows[3]], r"the pair \S+ occurs twice"),
         (
             lambda rows: [*rows, rows[3] | {"pair_id": "x/1/1"}],
             r"1 rows refer to pairs that are in none .* \(first: row \d+, x/1/1\)",
@@ -167,20 +167,20 @@ def test_a_table_in_its_own_output_is_left_alone(rows: Rows, tmp_path: Path) -> 
     table = write(tmp_path / "labels" / "shard-00000.parquet", rows)
     before = table.read_bytes()
     assert run(write(tmp_path / "other.parquet", rows), tmp_path / "other").exit_code == 0
-    assert "lies in the output" in str(run(table, tmp_path / "labels").exception)
+    assert "is inside the output" in str(run(table, tmp_path / "labels").exception)
     elsewhere = write(tmp_path / "table.parquet", rows)
     assert "holds shard-00000.parquet but no record of the work" in str(
         run(elsewhere, tmp_path / "labels").exception
     )
     shutil.copy(tmp_path / "other" / "config.json", tmp_path / "labels")
-    assert "lies in the output" in str(run(table, tmp_path / "labels").exception)
+    assert "is inside the output" in str(run(table, tmp_path / "labels").exception)
     assert table.read_bytes() == before
 
 
 def test_an_id_of_two_splits_needs_the_column(rows: Rows, tmp_path: Path) -> None:
     table = write(tmp_path / "table.jsonl", rows)
     result = run(table, tmp_path / "labels", "--corpus", f"test={bundled_sample('train')}")
-    assert "stands in train and test; give the column" in str(result.exception)
+    assert "is in train and in test; add the column" in str(result.exception)
 
 
 def test_a_dialogue_that_stands_twice_is_refused(rows: Rows, tmp_path: Path) -> None:

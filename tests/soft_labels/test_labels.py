@@ -84,7 +84,7 @@ def test_a_pair_of_two_splits_is_told_apart(tmp_path: Path) -> None:
     [
         (
             [table(["d/1/1"], ["train"]), table(["d/1/1"], ["train"])],
-            "the pair d/1/1 stands twice in one split",
+            "the pair d/1/1 occurs twice in one split",
         ),
         ([table(["d/1/1"], ["train"], np.inf)], "labels that are not finite"),
         ([table(["d/1/1"], ["dev"])], "a row of the split 'dev', expected one of train, valid, test"),

@@ -84,7 +84,7 @@ class CrossFitConfig(Config):
     output: OutputPath
     work: Annotated[Path | None, Unhashed()] = Field(
         default=None,
-        description="folds, their teachers and exports; null: beside the output, with .folds added",
+        description="folds, their teachers and exports; null: next to the output, with .folds added",
     )
     corpus: CorpusConfig
     num_folds: int = Field(default=5, ge=2, le=100)

@@ -37,15 +37,9 @@ from kdecs.soft_labels.labels import SoftLabels
 def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:
     """The fold of each training dialogue by id, after `drop_cross_split` and `train_share`.
 
-    Raises CorpusError for a faulty corpus, an id that stands twice, or fewer texts than folds.
+    Raises CorpusError for a faulty corpus, or for fewer texts than folds.
     """
-    digests: dict[str, bytes] = {}
-    for dialogue in training_split(config.corpus):
-        if dialogue.id in digests:
-            raise CorpusError(
-                f"{config.corpus.train}: dialogue {dialogue.id} stands twice, ids must be unique"
-            )
-        digests[dialogue.id] = text_digest(dialogue)
+    digests = {dialogue.id: text_digest(dialogue) for dialogue in training_split(config.corpus)}
     seed = str(config.fold_seed).encode()
     items = sorted(set(digests.values()), key=lambda digest: hashlib.blake2b(seed + b"\0" + digest).digest())
     if len(items) < config.num_folds:

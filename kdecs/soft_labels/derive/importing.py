@@ -6,7 +6,7 @@ The table is Parquet or JSON lines, one row per pair:
     scores          `logits`, a list of one number per answer word (because, as, since, thus, other), or one column
                     (key) for each answer word
     pair_hash       optional: 32 hex characters, `Pair.hash`; where it is given it must agree with the corpus
-    split           optional: train, valid or test; needed where an id stands in two of the corpora
+    split           optional: train, valid or test; needed where an id occurs in two of the corpora
     log_rest_mass   optional: log probability mass outside the answer words; NO_REST_MASS where it is not given
 
 Scores are raw logits, or probabilities above 0 (stored as their logs). The table must have every pair that an export
@@ -51,12 +51,14 @@ def import_labels(config: ImportConfig) -> Manifest:
     """Write the label directory of a table, or return its manifest where it is complete and undamaged.
 
     Raises LabelError, one line, for a table that cannot be read, a row without what it needs, a score that is not
-    finite, a pair that stands twice, that no corpus has (unless such rows are left out) or that the table lacks;
+    finite, a pair that occurs twice, that no corpus has (unless such rows are left out) or that the table lacks;
     CorpusError, ArtifactError.
     """
     table_path, output = config.table.resolve(), config.output.resolve()
     if table_path.parent == output and table_path.match("shard-*.parquet"):  # it would be written over
-        raise LabelError(f"{config.table}: lies in the output {config.output}; choose another output")
+        raise LabelError(
+            f"{config.table}: is inside the output {config.output}, which would overwrite it; choose another output"
+        )
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
     claim_output(config, config.output)
@@ -94,7 +96,7 @@ class _ScoreTable:
         self.rows_N, repeated = sort_by_key(keys_N, splits_N)
         if repeated is not None:
             raise LabelError(
-                f"{path}: row {repeated + 1}: the pair {self.ids[repeated].as_py()} stands twice in one split; "
+                f"{path}: row {repeated + 1}: the pair {self.ids[repeated].as_py()} occurs twice in one split; "
                 "expected one row per pair"
             )
         self.index = KeyIndex(keys_N[self.rows_N], bounds_of(splits_N))
@@ -165,8 +167,8 @@ def _refuse_shared_ids(corpora: Mapping[str, Path], table: Path) -> None:
             first = split_of.setdefault(dialogue.id, split)
             if first != split:
                 raise LabelError(
-                    f"{table}: has no column split, and the dialogue {dialogue.id} stands in {first} and "
-                    f"{split}; give the column"
+                    f"{table}: has no column split, but the dialogue {dialogue.id} is in {first} and in {split}; "
+                    "add the column"
                 )
 
 
