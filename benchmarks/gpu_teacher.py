@@ -31,7 +31,7 @@ from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.hardware import gpu_of_device
 from kdecs.teacher.config import LoraConfig
-from kdecs.teacher.data import MicroBatch, fixed_batches, make_units, pairs_a_tree
+from kdecs.teacher.data import MicroBatch, fixed_batches, make_units, max_pairs_per_tree
 from kdecs.teacher.families import CausalFamily, EncodedPrompt
 from kdecs.teacher.metering import network_flops
 from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
@@ -221,7 +221,7 @@ def run(shape: str, device: torch.device, *, num_dialogues: int, rounds: int) ->
     """Measure training and scoring of one shape. Exits where trees and pairs do not agree."""
     bench = build(shape, device, num_dialogues)
     amount = len(bench.pairs)
-    trees = bench.batches(use_tree=True, max_pairs=pairs_a_tree(STEP_PAIRS))
+    trees = bench.batches(use_tree=True, max_pairs=max_pairs_per_tree(STEP_PAIRS))
     whole = bench.batches(use_tree=True, max_pairs=amount)
     padded = bench.batches(use_tree=False, max_pairs=1)
     # Also the warm-up: kernels are compiled here.

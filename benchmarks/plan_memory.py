@@ -168,10 +168,10 @@ def planned_peak(row: Row, model: Path) -> Any:
     from transformers import AutoConfig
 
     from kdecs.teacher.config import LoraConfig
-    from kdecs.teacher.network import meta_network
+    from kdecs.teacher.network import DTYPES, meta_network
     from kdecs.teacher.plan.activations import ActivationTracer, Shape
     from kdecs.teacher.plan.memory import PERSISTENCE_THRESHOLD, ZeroChoice, peak_memory, state_bytes
-    from kdecs.teacher.plan.shapes import TORCH_DTYPES, count_parameters
+    from kdecs.teacher.plan.shapes import count_parameters
     from kdecs.teacher.tree.prefix_tree import pack
 
     config = AutoConfig.from_pretrained(model)
@@ -182,7 +182,7 @@ def planned_peak(row: Row, model: Path) -> Any:
         shape = Shape(1, tree.num_tokens, row.prompts, tree)
     else:
         shape = Shape(row.prompts, max(len(prompt.tokens) for prompt in prompts), row.prompts)
-    tracer = ActivationTracer(config, lora, dtype=TORCH_DTYPES[row.dtype], attention="blocks")
+    tracer = ActivationTracer(config, lora, dtype=DTYPES[row.dtype], attention="blocks")
     activations = tracer.memory(shape, checkpointing=row.checkpointing)
     counts = count_parameters(meta_network(config, lora), persistence_threshold=PERSISTENCE_THRESHOLD)
     states = state_bytes(counts, ZeroChoice(row.stage, row.ranks, row.dtype), is_gpu=False)

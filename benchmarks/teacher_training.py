@@ -33,7 +33,7 @@ from _teacher_parts import (
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from kdecs.teacher.data import Unit, global_batches, make_units, pairs_a_tree, share_among_ranks
+from kdecs.teacher.data import Unit, global_batches, make_units, max_pairs_per_tree, share_among_ranks
 from kdecs.teacher.network import DTYPES, TeacherNetwork, add_lora, connective_loss, trainable_parameters
 from kdecs.teacher.tree.attention import use_tree_attention
 
@@ -122,7 +122,7 @@ def our_units(job: Job) -> list[Unit]:
         job.prompts,
         use_tree=True,
         max_tokens=batches.micro_batch_tokens,
-        max_pairs=pairs_a_tree(batches.global_batch_pairs),
+        max_pairs=max_pairs_per_tree(batches.global_batch_pairs),
     )
 
 

@@ -78,10 +78,11 @@ def _model_words(name: str) -> set[str]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """A known GPU by name. Raises ConfigError, one line, naming those that are known."""
+    """A known GPU by name. Raises ConfigError, which lists the known ones."""
     gpu = GPUS.get(name.lower())
     if gpu is None:
         raise ConfigError(
-            f"--gpu {name}: not in the table ({', '.join(GPUS)}); give --gpu-memory-gib and --peak-tflops instead"
+            f"--gpu {name}: not in the table of known GPUs ({', '.join(GPUS)}); "
+            "give --gpu-memory-gib and --set peak_tflops=NUMBER instead"
         )
     return gpu

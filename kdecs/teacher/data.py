@@ -1,4 +1,8 @@
-"""What a teacher trains and validates on: pairs, their prompts in tokens, and the units they form."""
+"""What a teacher trains and validates on: pairs, their tokenised prompts, and the batches that they form.
+
+Pairs are grouped into units (a prefix tree, or a single prompt), units into the global batch of an optimizer step, and
+each rank's share of that into micro-batches of at most `micro_batch_tokens` tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +24,7 @@ from kdecs.teacher.tree.prefix_tree import tree_size
 
 @dataclass(frozen=True)
 class Unit:
-    """Pairs (by index) that are computed together; tokens is the cost of a forward over them."""
+    """Pairs (by index) that are computed together. `tokens` is what their forward costs."""
 
     pairs: tuple[int, ...]
     tokens: int
@@ -29,7 +33,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward of one rank: pair indices; empty where other ranks have more to do."""
+    """The pair indices of one forward of one rank; empty if only other ranks have more to do."""
 
     pairs: tuple[int, ...]
 
@@ -37,7 +41,7 @@ class MicroBatch:
 def tree_units(
     pairs: Sequence[Pair], prompts: Sequence[EncodedPrompt], *, max_tokens: int, max_pairs: int
 ) -> list[Unit]:
-    """Chunks of a dialogue's targets, each a tree of at most max_tokens and max_pairs where targets allow it."""
+    """Trees of a dialogue's consecutive targets, within `max_tokens` and `max_pairs` unless one target exceeds them."""
     units: list[Unit] = []
     order = range(len(pairs))
     for _, of_dialogue in groupby(order, key=lambda n: id(pairs[n].dialogue)):
@@ -56,7 +60,7 @@ def tree_units(
 
 
 def pair_units(prompts: Sequence[EncodedPrompt]) -> list[Unit]:
-    """One unit a prompt."""
+    """A unit for each prompt."""
     return [Unit((n,), len(p.tokens), len(p.tokens)) for n, p in enumerate(prompts)]
 
 
@@ -69,19 +73,19 @@ def make_units(
     max_tokens: int,
     max_pairs: int,
 ) -> list[Unit]:
-    """Tree units where the family shares prefixes and they are wanted, single prompts otherwise."""
+    """Trees if they are wanted and the family shares prefixes, otherwise single prompts."""
     if use_tree and family.can_share_prefixes:
         return tree_units(pairs, prompts, max_tokens=max_tokens, max_pairs=max_pairs)
     return pair_units(prompts)
 
 
-def pairs_a_tree(batch_pairs: int) -> int:
+def max_pairs_per_tree(batch_pairs: int) -> int:
     """The most pairs of a tree in training: half of an optimizer step's.
 
-    A dialogue holds about as many pairs as a step, so with whole ones a step would be one dialogue, of pairs that
-    differ little. Halves mix two or three dialogues and keep the size near `batch_pairs`. Tokens are the cost, since
-    each part repeats its dialogue's history: over RECCON 10% more than parts of up to `batch_pairs` = 32 (6% at 64),
-    and still 3.8 times fewer than prompt by prompt; quarters cost 20%.
+    A dialogue holds about as many pairs as a step, so with whole dialogues a step would see just one, whose pairs
+    differ little. Halves mix two or three dialogues and keep the size near `batch_pairs`. The price is tokens, since
+    each part repeats its dialogue's history: over RECCON 10% more than with parts of up to `batch_pairs` = 32 (6% at
+    64), which is still 3.8 times fewer than prompt by prompt. Quarters would cost 20%.
     """
     return max(1, batch_pairs // 2)
 
@@ -89,18 +93,18 @@ def pairs_a_tree(batch_pairs: int) -> int:
 def global_batches(
     units: Sequence[Unit], *, batch_pairs: int, bucket_batches: int, seed: int, epoch: int
 ) -> list[list[Unit]]:
-    """An epoch's global batches, in a seeded order; every unit once.
+    """An epoch's global batches in a seeded order. Every unit comes once.
 
-    Their sizes are as near to `batch_pairs` as whole units allow, their mean is at most that. With one bucket a
-    batch a plain shuffle is cut; with more, units of like length share a batch: they are shuffled, sorted within
-    buckets of `bucket_batches` batches, cut, and the batches shuffled.
+    Sizes are as near to `batch_pairs` as whole units allow, and their mean is at most that. If `bucket_batches` is 1,
+    shuffled units are cut into batches. Otherwise units of like length share a batch, which saves padding: units are
+    shuffled, sorted within buckets of `bucket_batches` batches, cut, and the batches shuffled.
     """
     generator = np.random.default_rng([seed, epoch])
     shuffled = [units[n] for n in generator.permutation(len(units))]
     bucket = max(1, len(shuffled))
     if bucket_batches > 1:
-        pairs_a_unit = sum(len(u.pairs) for u in units) / max(1, len(units))
-        bucket = max(1, round(bucket_batches * batch_pairs / pairs_a_unit))
+        pairs_per_unit = sum(len(u.pairs) for u in units) / max(1, len(units))
+        bucket = max(1, round(bucket_batches * batch_pairs / pairs_per_unit))
     batches: list[list[Unit]] = []
     for start in range(0, len(shuffled), bucket):
         part = shuffled[start : start + bucket]
@@ -113,9 +117,9 @@ def global_batches(
 def share_among_ranks(
     batch: Sequence[Unit], *, world_size: int, micro_batch_tokens: int, padded: bool
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each rank: units by tokens, heaviest first to the lightest rank.
+    """The micro-batches of each rank. The heaviest unit goes first, always to the rank with the fewest tokens.
 
-    `padded`: a forward costs (number of prompts) × (longest), else the sum of tokens.
+    If `padded`, a forward costs (number of prompts) × (longest), otherwise the sum of tokens.
     """
     loads = [0] * world_size
     shares: list[list[Unit]] = [[] for _ in range(world_size)]
@@ -127,16 +131,16 @@ def share_among_ranks(
 
 
 def fixed_batches(units: Sequence[Unit], *, micro_batch_tokens: int, padded: bool) -> list[MicroBatch]:
-    """Micro-batches for scoring: like lengths together, depending on the units alone."""
+    """Micro-batches for scoring, like lengths together. They depend on the units alone."""
     ordered = sorted(units, key=lambda u: (u.longest, u.pairs)) if padded else list(units)
     return _micro_batches(ordered, micro_batch_tokens, padded)
 
 
 def _cut(units: Sequence[Unit], batch_pairs: int) -> list[list[Unit]]:
-    """Consecutive units in as few batches as `batch_pairs` pairs each need, cut where a unit ends nearest.
+    """Cut consecutive units into the fewest batches of about `batch_pairs` pairs.
 
-    The k-th cut looks for its share of all pairs, so a batch that came out large makes no other one small. A unit
-    above `batch_pairs` may swallow a cut: then there is a batch less.
+    The k-th cut falls at the unit that ends nearest to k shares of all pairs, so a large batch makes no other one
+    small. A unit of more than `batch_pairs` may swallow a cut, which makes one batch fewer.
     """
     ends = np.cumsum([len(unit.pairs) for unit in units])
     num_batches = -(-int(ends[-1]) // batch_pairs)
@@ -162,7 +166,7 @@ def _micro_batches(units: Sequence[Unit], budget: int, padded: bool) -> list[Mic
 
 
 def _split_target(group: list[int], prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[list[int]]:
-    """A target whose tree is over the budget is halved until each part fits or is one prompt."""
+    """Halve a target whose tree exceeds the budget, until each part fits or is a single prompt."""
     if len(group) == 1 or _size(group, prompts) <= max_tokens:
         return [group]
     middle = len(group) // 2
@@ -195,7 +199,7 @@ class PromptSet:
 
     @property
     def num_cut(self) -> dict[str, int]:
-        """How many prompts were over-long: those that lost history alone, and those that lost text of an utterance."""
+        """How many over-long prompts lost only history, and how many lost text of an utterance."""
         return {part: sum(prompt.cut == part for prompt in self.prompts) for part in ("history", "text")}
 
     @property
@@ -206,9 +210,9 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class TeacherData:
-    """Training and validation prompts, and the plan of all optimizer steps.
+    """Training and validation prompts, and the global batch of every optimizer step.
 
-    `accumulation_steps` is the most that any step takes on this world size.
+    `accumulation_steps` is the most micro-batches that any step takes on this number of ranks.
     """
 
     train: PromptSet
@@ -222,7 +226,7 @@ class TeacherData:
 def prepare_data(
     config: TeacherConfig, family: Family, *, use_tree: bool, world_size: int, show_progress: bool
 ) -> TeacherData:
-    """Read the corpus, encode the prompts, plan every step of every epoch."""
+    """Read the corpus, encode the prompts, and deal the pairs to every step of every epoch."""
     corpus = config.corpus
     train_pairs = [
         pair for dialogue in training_split(corpus) for pair in pairs_of(dialogue, config.train_pairs)
@@ -232,8 +236,10 @@ def prepare_data(
     ]
     for path, pairs in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
         if not pairs:
-            raise CorpusError(f"{path}: no pairs to train or validate on, expected targets with causes")
-    tree_pairs = pairs_a_tree(config.batches.global_batch_pairs)
+            raise CorpusError(
+                f"{path}: no pairs to train or validate on; expected dialogues with targets and their causes"
+            )
+    tree_pairs = max_pairs_per_tree(config.batches.global_batch_pairs)
     train = _prompt_set(
         config, family, train_pairs, use_tree, max_pairs=tree_pairs, show_progress=show_progress
     )
@@ -274,7 +280,7 @@ def _prompt_set(
     max_pairs: int,
     show_progress: bool,
 ) -> PromptSet:
-    """Tokenise every pair's prompt and form units."""
+    """Encode every pair's prompt and form units."""
     progress = tqdm(pairs, desc="prompts", unit="pair", disable=not show_progress)
     prompts = [family.encode(pair) for pair in progress]
     units = make_units(
@@ -291,7 +297,7 @@ def _prompt_set(
 def prompts_and_gold(
     data: PromptSet, micro: MicroBatch, runtime: Runtime
 ) -> tuple[list[EncodedPrompt], torch.Tensor]:
-    """Prompts and gold of a micro-batch; an empty one computes the shortest prompt, for the collectives."""
+    """Prompts and gold labels of a micro-batch. An empty one gets the shortest prompt, so that collectives match."""
     indices = micro.pairs or (data.shortest,)
     is_cause_P = torch.tensor([data.pairs[n].is_cause for n in indices], device=runtime.device)
     return [data.prompts[n] for n in indices], is_cause_P

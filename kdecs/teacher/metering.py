@@ -1,18 +1,27 @@
-"""What a training costs and where its numbers go: throughput, memory, MFU, `metrics.jsonl`, MLflow.
+"""What a training costs: operations of a network, throughput, memory, MFU, and `metrics.jsonl`, which records them.
 
-`metrics.jsonl`: one JSON object a line, every `log_every_steps` steps and at every validation: step, epoch, time
-(unix s), train_loss (of the step), learning_rate, pairs_seen and tokens_seen (since the first step), pairs_per_second
-and tokens_per_second (of training alone, since the line before, over all ranks), memory_peak_gib (the greatest of any
-rank: of its GPU, or of its process), mfu (share of the devices' peak, null where that is unknown), and at validations
-valid_loss and valid_*_f1.
-A resume cuts the file back to its checkpoint, so that each step stands in it once.
+`metrics.jsonl` has a JSON object per line, every `log_every_steps` steps and at every validation:
+
+    step, epoch, time (unix seconds), learning_rate
+    train_loss                             of this step
+    pairs_seen, tokens_seen                since the first step
+    pairs_per_second, tokens_per_second    of training alone, since the line before, over all ranks
+    memory_peak_gib                        the greatest of any rank: of its GPU, or of its process on a CPU
+    mfu                                    share of the devices' peak (Chowdhery et al. 2022); null if that is unknown
+    valid_loss, valid_*_f1                 at validations
+
+A resume cuts the file back to its checkpoint, so that each step has one line.
+
+Operations are counted by our own rules rather than by torch's FlopCounterMode. A training needs the cost per token, per
+attended pair and per answer, of a live network whose weights may be partitioned or packed in 4 bits, without running
+it. Tests hold both counts equal.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +32,7 @@ from kdecs.artifact import write_text
 from kdecs.config import CONFIG_NAME
 from kdecs.hardware import gpu_of_device
 from kdecs.runtime import Runtime
-from kdecs.teacher.config import LoraConfig, TeacherConfig
+from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import PromptSet, Unit
 from kdecs.teacher.tree.prefix_tree import pack
 from kdecs.tracking.mlflow import Tracker, Uploader, is_mlflow_installed
@@ -35,7 +44,7 @@ NUM_DECODER_TOKENS = 2
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward and backward of one unit (a token, an attended pair, an answer)."""
+    """Operations of a forward and of a backward, per unit (a token, an attended pair, an answer)."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -54,24 +63,27 @@ class Flops:
 
 @dataclass(frozen=True)
 class NetworkFlops:
-    """What one token, one attended (query, key) pair over all layers, and one answer cost."""
+    """What a token, an attended (query, key) pair over all layers, and an answer cost."""
 
     per_token: Flops = field(default_factory=Flops)
     per_attended_pair: Flops = field(default_factory=Flops)
     per_answer: Flops = field(default_factory=Flops)
 
     def of(self, *, tokens: float, attended_pairs: float, answers: float) -> Flops:
-        """Cost of a batch. `attended_pairs`: the sum over queries of the keys each one looks at."""
+        """Cost of a batch. `attended_pairs` is the sum over queries of the keys that each one attends to.
+
+        In a tree these are a token's ancestors and itself, under a dense mask all N², and for an encoder T² per prompt.
+        """
         return self.per_token * tokens + self.per_attended_pair * attended_pairs + self.per_answer * answers
 
 
 def network_flops(network: nn.Module, *, checkpointing: bool) -> NetworkFlops:
-    """The costs of a network, adapted or not, on any device (meta, or partitioned by ZeRO-3).
+    """Count a network's operations, with or without LoRA, on any device (meta, or partitioned by ZeRO-3).
 
-    `checkpointing` adds the recomputed forward of the main stack to the backward: operations of the hardware (torch
-    spares the last product of each recomputed layer, which is not subtracted). For MFU (Chowdhery et al. 2022)
-    leave it False. Trained are the modules whose weights require a gradient. The gradient of the stack's first
-    input is counted, although only checkpointing or full tuning needs it.
+    A module counts as trained if its weights require a gradient. `checkpointing` adds the recomputed forward of the
+    main stack to the backward; leave it False for MFU, which counts what the task needs. The count is slightly high in
+    two places: torch skips the last product of each recomputed layer, and plain LoRA needs no gradient of the first
+    input.
     """
     config = network.config
     per_token = Flops()
@@ -89,57 +101,13 @@ def network_flops(network: nn.Module, *, checkpointing: bool) -> NetworkFlops:
     attention = Flops(4.0 * width, (8.0 + 4.0 * checkpointing) * width)
     if getattr(config, "is_encoder_decoder", False):
         layers = config.num_decoder_layers
-        per_token += attention * (layers * NUM_DECODER_TOKENS)  # the decoder looks at every encoder token
+        per_token += attention * (layers * NUM_DECODER_TOKENS)  # the decoder attends to every encoder token
         per_answer += attention * (layers * NUM_DECODER_TOKENS**2)
     return NetworkFlops(per_token, attention * config.num_hidden_layers, per_answer)
 
 
-def model_flops_per_token(
-    config: Any,
-    *,
-    trainable: Literal["lora", "full"],
-    checkpointing: bool,
-    lora: LoraConfig | None = None,
-) -> tuple[float, float]:
-    """(forward, backward) of one token of the main stack without attention, from a Transformers config alone.
-
-    `lora` (default: rank 16 on all linear layers) counts where trainable is "lora".
-    """
-    flops = flops_of_config(config, trainable=trainable, checkpointing=checkpointing, lora=lora).per_token
-    return flops.forward, flops.backward
-
-
-def training_flops(
-    config: Any,
-    lora: LoraConfig | None,
-    *,
-    tokens: float,
-    attended_pairs: float,
-    answers: float,
-    checkpointing: bool = False,
-) -> float:
-    """Operations of forward and backward over a batch; `lora` None is full fine-tuning.
-
-    `attended_pairs` is the number of ancestors (each token is its own) of a tree's tokens for what the task needs,
-    N² for what a dense mask computes, and the sum of T² over padded prompts for encoders.
-    """
-    trainable: Literal["lora", "full"] = "full" if lora is None else "lora"
-    flops = flops_of_config(config, trainable=trainable, checkpointing=checkpointing, lora=lora)
-    return flops.of(tokens=tokens, attended_pairs=attended_pairs, answers=answers).total
-
-
-def flops_of_config(
-    config: Any, *, trainable: Literal["lora", "full"], checkpointing: bool, lora: LoraConfig | None = None
-) -> NetworkFlops:
-    """As `network_flops`, over a network built on the meta device (under a second for 13 B parameters)."""
-    from kdecs.teacher.network import meta_network
-
-    wanted = (lora or LoraConfig()) if trainable == "lora" else None
-    return network_flops(meta_network(config, wanted), checkpointing=checkpointing)
-
-
 def attention_width(config: Any) -> int:
-    """Heads times head size, as the attention products see it."""
+    """Heads times head size, the width of the attention products."""
     if hasattr(config, "d_kv"):
         return config.num_heads * config.d_kv
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -147,17 +115,17 @@ def attention_width(config: Any) -> int:
 
 
 def _matrices(network: nn.Module) -> Iterator[tuple[str, int, int, bool]]:
-    """Name, inputs, outputs and whether it is trained, of every matrix product; heads included."""
+    """Name, inputs, outputs, and whether it is trained, of every linear layer including heads."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
-            # Attributes, not the weight's shape: ZeRO-3 leaves an empty tensor, 4-bit a packed one.
+            # Attributes, not the weight's shape: ZeRO-3 leaves an empty tensor, 4 bits leave a packed one.
             yield f".{name}", module.in_features, module.out_features, module.weight.requires_grad
         elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer
             yield f".{name}", module.nx, module.nf, module.weight.requires_grad
 
 
 def _runs_per_answer(name: str, config: Any) -> int:
-    """How often a matrix runs a prompt; 0 for those of the main stack, which run once a token."""
+    """How many rows of a layer run per answer; 0 for the main stack, which runs a row per token."""
     if ".lm_head" in name or ".cls." in name or ".embed_out" in name:
         return 1
     if not getattr(config, "is_encoder_decoder", False) or ".decoder." not in name:
@@ -171,7 +139,7 @@ _CROSS = ("k", "v", "k_proj", "v_proj")
 
 
 def peak_flops(config: TeacherConfig, device: torch.device) -> float | None:
-    """Peak FLOP/s of one device at the config's dtype: from the config, or of a known GPU; None where unknown."""
+    """Peak FLOP/s of one device at the config's dtype, from the config or the table of GPUs; None if unknown."""
     if config.device_peak_tflops is not None:
         return config.device_peak_tflops * 1e12
     if device.type != "cuda":
@@ -238,7 +206,7 @@ class Meter:
         self._seconds, self._pairs, self._tokens, self._flops = 0.0, 0, 0, 0.0
 
     def _attended_pairs(self, unit: Unit) -> int:
-        """Query-key pairs that the mask lets through: each token's depth in its tree; all of an encoder's prompt."""
+        """(query, key) pairs that the mask lets through: ancestors in a tree, all of a prompt for an encoder."""
         if not self._is_causal:
             return sum(len(self._train.prompts[n].tokens) ** 2 for n in unit.pairs)
         if unit.pairs not in self._attended:
@@ -254,7 +222,7 @@ class MetricsFile:
         self.path = directory / METRICS_NAME
 
     def cut_back(self, step: int) -> None:
-        """Leave the lines up to a step; what an attempt wrote after its last checkpoint is done again."""
+        """Keep the lines up to a step: what an attempt wrote after its last checkpoint will be written again."""
         if self.path.is_file():
             kept = [point for point in read_points(self.path) if point["step"] <= step]
             write_text(self.path, "".join(json.dumps(point) + "\n" for point in kept))

@@ -12,8 +12,8 @@ from kdecs.teacher.data import (
     Unit,
     fixed_batches,
     global_batches,
+    max_pairs_per_tree,
     pair_units,
-    pairs_a_tree,
     share_among_ranks,
     tree_units,
 )
@@ -71,7 +71,7 @@ def test_steps_of_trees_hold_the_pairs_asked_for_of_several_dialogues(
     many_dialogues: tuple[list, list], batch_pairs: int
 ) -> None:
     pairs, prompts = many_dialogues
-    units = tree_units(pairs, prompts, max_tokens=4096, max_pairs=pairs_a_tree(batch_pairs))
+    units = tree_units(pairs, prompts, max_tokens=4096, max_pairs=max_pairs_per_tree(batch_pairs))
     for epoch in (0, 1):
         batches = global_batches(units, batch_pairs=batch_pairs, bucket_batches=1, seed=3, epoch=epoch)
         assert indices([unit for batch in batches for unit in batch]) == list(range(len(pairs)))

@@ -20,8 +20,8 @@ from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import Unit, share_among_ranks
 from kdecs.teacher.engine import check_device, deepspeed_config, start_engine
 from kdecs.teacher.families import Family, language_model
-from kdecs.teacher.metering import Meter, MetricsFile, peak_flops, training_flops
-from kdecs.teacher.network import check_config
+from kdecs.teacher.metering import Meter, MetricsFile, network_flops, peak_flops
+from kdecs.teacher.network import check_config, meta_network
 from kdecs.teacher.training import train_teacher
 
 
@@ -112,10 +112,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
 
 
 def write_again(
-    engine: Any, config: TeacherConfig, progress: checkpoint.Progress, work: str, runtime: Runtime
+    engine: Any, config: TeacherConfig, state: checkpoint.TeacherState, work: str, runtime: Runtime
 ) -> None:
-    (config.output / "checkpoints" / f"step-{progress.step}" / "state.json").unlink()
-    checkpoint.save_checkpoint(engine, config, progress, work, runtime)
+    (config.output / "checkpoints" / f"step-{state.step}" / "state.json").unlink()
+    checkpoint.save_checkpoint(engine, config, state, work, runtime)
 
 
 STAGES = [
@@ -195,16 +195,19 @@ def test_a_step_takes_as_many_micro_batches_as_its_own_batch_fills(
     config = make_config(batches__micro_batch_tokens=200, optimization__epochs=1, validate_per_epoch=1)
     forwards: list[int] = []
     expected: list[int] = []
-    real = training.prompts_and_gold
-    monkeypatch.setattr(training, "prompts_and_gold", lambda *a: forwards.append(1) or real(*a))
-    real_step = training._train_step
+    real_loss, real_step = training.connective_loss, training.TeacherTraining.step
 
-    def step(engine: Any, config: TeacherConfig, data: Any, batch: list[Unit], *rest: Any) -> Any:
-        (share,) = share_among_ranks(batch, world_size=1, micro_batch_tokens=200, padded=data.padded)
+    def loss(logits_PA: torch.Tensor, is_cause_P: torch.Tensor) -> torch.Tensor:
+        forwards.extend([1] * logits_PA.requires_grad)  # not those of a validation
+        return real_loss(logits_PA, is_cause_P)
+
+    def step(run: training.TeacherTraining, batch: list[Unit]) -> tuple[float, float]:
+        (share,) = share_among_ranks(batch, world_size=1, micro_batch_tokens=200, padded=run.data.padded)
         expected.append(len(share))
-        return real_step(engine, config, data, batch, *rest)
+        return real_step(run, batch)
 
-    monkeypatch.setattr(training, "_train_step", step)
+    monkeypatch.setattr(training, "connective_loss", loss)
+    monkeypatch.setattr(training.TeacherTraining, "step", step)
     train(config, runtime)
     assert len(set(expected)) > 1
     assert len(forwards) == sum(expected) < len(expected) * max(expected)
@@ -265,9 +268,9 @@ def test_a_second_training_in_one_directory_is_refused(
     make_config: Callable[..., TeacherConfig], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
-    monkeypatch.setattr(training, "_LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(training, "LOCK_WAIT_S", 0.0)
     with (
-        training._only_training(config.output, runtime),
+        training.lock_output(config.output, runtime),
         pytest.raises(ArtifactError, match="another training is at work"),
     ):
         train_teacher(config, runtime, StopSignal())
@@ -309,7 +312,8 @@ def test_mfu_counts_the_operations_of_the_tree(
         sum(1 for k in range(q + 1) if q < tree.ends_N[k]) for q in range(tree.num_tokens)
     )  # the slow count: who may look at whom
     llama = LlamaConfig.from_pretrained(config.model.base)
-    flops = training_flops(llama, config.lora, tokens=tree.num_tokens, attended_pairs=ancestors, answers=6)
+    costs = network_flops(meta_network(llama, config.lora), checkpointing=False)
+    flops = costs.of(tokens=tree.num_tokens, attended_pairs=ancestors, answers=6).total
     assert line["mfu"] == pytest.approx(flops / (0.5 * 0.002e12))
     assert line["pairs_per_second"] == pytest.approx(12.0)
     assert line["tokens_per_second"] == pytest.approx(2 * tree.num_tokens)
@@ -340,9 +344,8 @@ def test_mfu_counts_all_of_an_encoders_prompt(
     )
     meter.add(units, 0.5)
     lengths = [len(prompt.tokens) for prompt in prompts]
-    flops = training_flops(
-        base.config, config.lora, tokens=sum(lengths), attended_pairs=sum(n * n for n in lengths), answers=6
-    )
+    costs = network_flops(meta_network(base.config, config.lora), checkpointing=False)
+    flops = costs.of(tokens=sum(lengths), attended_pairs=sum(n * n for n in lengths), answers=6).total
     assert meter.line()["mfu"] == pytest.approx(flops / (0.5 * 0.002e12))
 
 

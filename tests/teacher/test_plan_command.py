@@ -19,13 +19,13 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import KdecsError
 from kdecs.hardware import GPUS, gpu_of_device
 from kdecs.process import exit_code_of
-from kdecs.teacher.config import LoraConfig, TeacherConfig
+from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.metering import peak_flops
 from kdecs.teacher.plan.activations import Shape
-from kdecs.teacher.plan.planning import DEFAULT_GPU, _gpu_here, dry_run
+from kdecs.teacher.plan.planning import DEFAULT_GPU, PlanRequest, dry_run, gpu_here, make_plan
 from kdecs.teacher.plan.search import Planner, Speed, Training, full_tree
 from kdecs.teacher.plan.shapes import resolve_architecture
-from kdecs.teacher.plan.workload import estimated_prompts, measure_workload
+from kdecs.teacher.plan.workload import CountedPrompts, estimated_prompts, measure_workload
 
 
 def run_plan(*arguments: str) -> int:
@@ -38,25 +38,33 @@ def run_plan(*arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def llama_7b() -> dict[str, Any]:
-    """The plan of the example, as JSON."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "kdecs.cli",
-            "plan",
-            "--teacher",
-            "llama-7b",
-            *("--gpus", "4", "--gpu-memory-gib", "40"),
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
+    """The plan of the documentation's example, as JSON has it."""
+    return make_plan(PlanRequest("llama-7b", gpus=4, gpu_memory_gib=40)).as_record()
+
+
+def test_the_command_prints_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["batches.micro_batch_tokens=1024", "zero.dtype=float32", "mfu=0.3"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert run_plan("--teacher", "smollm2-135m", "--gpu", "l4", "--json", *options) == 0
+    expected = make_plan(PlanRequest("smollm2-135m", gpu="l4", settings=settings)).as_record()
+    assert json.loads(capsys.readouterr().out) == expected
+    assert (expected["gpu_memory_gib"], expected["assumptions"]["share of it"]) == (22, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [(3, ["model.load_in_4bit=true"]), (0, ["zero.dtype=float16"])],
+)
+def test_the_configs_stage_excludes_no_setting(
+    stage: int, settings: list[str], tmp_path: Path, bases: Callable[[str], Path]
+) -> None:
+    path = _config_file(tmp_path, str(bases("causal")))
+    path.write_text(path.read_text().replace("stage: 2", f"stage: {stage}"))
+    request = PlanRequest(
+        str(path), gpus=2, gpu_memory_gib=4, settings=[*settings, "batches.micro_batch_tokens=700"]
     )
-    assert done.stderr == ""
-    return json.loads(done.stdout)
+    stages = {layout.choice.stage for layout in make_plan(request).layouts}
+    assert stages == ({0, 1, 2} if stage == 3 else {1, 2, 3})
 
 
 def test_the_example_fits_and_the_best_is_the_fastest(llama_7b: dict[str, Any]) -> None:
@@ -95,7 +103,7 @@ def test_more_checkpointing_less_memory_more_time(llama_7b: dict[str, Any]) -> N
 
 
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--gpu-memory-gib", "2", "--micro-batch-tokens", "4096")
+    arguments = ("--gpu-memory-gib", "2", "--set", "batches.micro_batch_tokens=4096")
     assert run_plan("--teacher", "llama-13b", *arguments) == 1
     error = capsys.readouterr().err
     assert "nothing fits" in error and "GiB of 2.0" in error and error.count("\n") == 1
@@ -104,7 +112,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_would_fit_fits(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--teacher", "roberta-large", "--full", "--gpu-memory-gib", "6")
-    arguments += ("--host-memory-gib", "0.5", "--micro-batch-tokens", "512", "--gpus")
+    arguments += ("--set", "host_memory_gib=0.5", "--set", "batches.micro_batch_tokens=512", "--gpus")
     assert run_plan(*arguments, "1") == 1
     advice = capsys.readouterr().err.rpartition("; ")[2]
     assert "GPUs would do" in advice
@@ -115,8 +123,10 @@ def test_what_would_fit_fits(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "code", "words"),
     [
         (["--teacher", "llama-7b"], 2, "--gpu-memory-gib"),
-        (["--teacher", "llama-7b", "--gpu", "a100-40g", "--full", "--rank", "8"], 2, "--rank"),
-        (["--teacher", "llama-8b", "--gpu", "a100-40g"], 1, "none of the shipped architectures"),
+        (["--teacher", "llama-7b", "--gpu", "l4", "--full", "--set", "lora.rank=8"], 1, "lora is None"),
+        (["--teacher", "llama-7b", "--gpu", "l4", "--set", "mfu=2"], 1, "mfu: found 2"),
+        (["--teacher", "llama-7b", "--gpu", "l4", "--set", "zero.dtyp=float16"], 1, "zero.dtyp: unknown key"),
+        (["--teacher", "llama-8b", "--gpu", "a100-40g"], 1, "nor one of the shipped architectures"),
         (["--teacher", "llama-7b", "--gpu", "z9000"], 1, "not in the table"),
         (["--teacher", "llama-7b", "--gpu", "v100-32g"], 1, "no bfloat16"),
         (["--teacher", "/nowhere/model", "--gpu", "l4"], 1, "found no config.json"),
@@ -139,7 +149,8 @@ def test_a_model_directory_needs_no_weights(
 ) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((bases("causal") / name).read_bytes())
-    arguments = ("--gpu-memory-gib", "4", "--json", "--dtype", "float32", "--micro-batch-tokens", "512")
+    arguments = ("--gpu-memory-gib", "4", "--json", "--set", "zero.dtype=float32")
+    arguments += ("--set", "batches.micro_batch_tokens=512")
     assert run_plan("--teacher", str(tmp_path), *arguments) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["family"] == "causal" and record["tokens_are_estimated"] is False
@@ -264,33 +275,33 @@ def test_dry_run_refuses_what_training_refuses(
         dry_run(load_config(TeacherConfig, path), world_size=1)
 
 
-def test_the_attention_over_trees_is_the_configs(
-    tmp_path: Path, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_attention_over_trees_is_the_configs(tmp_path: Path, bases: Callable[[str], Path]) -> None:
     peaks = {}
     for attention in ("auto", "flex", "mask"):
         path = _config_file(tmp_path, str(bases("causal")), attention=attention)
         run = dry_run(load_config(TeacherConfig, path), world_size=1)
-        arguments = ("--gpu-memory-gib", "4", "--json", "--micro-batch-tokens", "700")
-        capsys.readouterr()
-        assert run_plan("--teacher", str(path), *arguments) == 0
-        record = json.loads(capsys.readouterr().out)
-        peaks[attention] = run.memory.activations, record["best"]["memory"]["activations_gib"]
+        plan = make_plan(
+            PlanRequest(str(path), gpu_memory_gib=4, settings=["batches.micro_batch_tokens=700"])
+        )
+        assert plan.best is not None
+        peaks[attention] = run.memory.activations, plan.best.memory.activations
     assert peaks["auto"] == peaks["flex"]
     assert all(mask > flex for mask, flex in zip(peaks["mask"], peaks["flex"], strict=True))
 
 
-def test_a_line_of_traces_is_kept_for_its_number_of_answers(bases: Callable[[str], Path]) -> None:
+def test_a_line_of_traces_is_kept_for_its_number_of_answers(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
     pairs = _sample_pairs()[:40]
+    config = load_config(
+        TeacherConfig, _config_file(tmp_path, str(bases("causal"))), ["zero.dtype=float32", "lora.rank=4"]
+    )
+    prompts = estimated_prompts(pairs, max_prompt_tokens=128)
     training = Training(
+        config=config,
         architecture=resolve_architecture(str(bases("causal"))),
-        lora=LoraConfig(rank=4),
+        counted=CountedPrompts(pairs, prompts, are_estimated=True, max_prompt_tokens=128),
         gpus=1,
-        dtype="float32",
-        in_4bit=False,
-        global_batch_pairs=16,
-        pairs=pairs,
-        prompts=estimated_prompts(pairs, max_prompt_tokens=128),
         speed=Speed(1e12, 1e9),
         reserve_bytes=0.0,
     )
@@ -299,8 +310,8 @@ def test_a_line_of_traces_is_kept_for_its_number_of_answers(bases: Callable[[str
         return Shape(1, 1024, answers, full_tree(1024, 128))
 
     used = Planner(training)
-    few, many = (used._traced(shape(answers), False) for answers in (16, 512))
-    assert many == Planner(training)._traced(shape(512), False) != few
+    few, many = (used.activations(shape(answers), checkpointing=False) for answers in (16, 512))
+    assert many == Planner(training).activations(shape(512), checkpointing=False) != few
 
 
 DEVICES = [
@@ -337,7 +348,7 @@ def test_a_peak_that_is_not_known_is_said_to_be_assumed(
     properties = SimpleNamespace(name=device, total_memory=int(memory_gib * 2**30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    gpu, said = _gpu_here()
+    gpu, said = gpu_here()
     assert gpu.name == device
     assert ("assumed" in said) == (name is None)
     config = load_config(TeacherConfig, _config_file(tmp_path, "huggyllama/llama-7b"))
@@ -347,7 +358,7 @@ def test_a_peak_that_is_not_known_is_said_to_be_assumed(
 
 
 def test_dry_run_of_a_hub_name_downloads_and_writes_nothing(tmp_path: Path, root: Path) -> None:
-    path = _config_file(tmp_path, "huggyllama/llama-7b")
+    path = _config_file(tmp_path, "HuggingFaceTB/SmolLM2-135M")
     before = sorted(tmp_path.iterdir())
     environment = {**os.environ, "HF_HOME": str(tmp_path.parent / "no_hub"), "PYTHONPATH": str(root)}
     environment |= {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
@@ -361,7 +372,8 @@ def test_dry_run_of_a_hub_name_downloads_and_writes_nothing(tmp_path: Path, root
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "6,778,392,576 parameters" in done.stdout
+    assert "139,399,488 parameters" in done.stdout
+    assert done.stderr == ""
     assert "estimated, since the tokenizer is not on this machine" in done.stdout
     assert "nothing was started, nothing was written" in done.stdout
     assert sorted(tmp_path.iterdir()) == before

@@ -11,12 +11,9 @@ from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.families import FAMILIES
 from kdecs.teacher.metering import (
     NUM_DECODER_TOKENS,
-    flops_of_config,
-    model_flops_per_token,
     network_flops,
-    training_flops,
 )
-from kdecs.teacher.network import add_lora, family_of
+from kdecs.teacher.network import add_lora, family_of, meta_network
 
 PROMPTS, LENGTH = 3, 24
 LORA = LoraConfig(rank=4)
@@ -72,8 +69,7 @@ def _counted(config: Any, *, full: bool, checkpointing: bool) -> tuple[int, int]
 def test_counts_are_torchs(name: str, full: bool, checkpointing: bool) -> None:
     config = CONFIGS[name]
     forward, backward = _counted(config, full=full, checkpointing=checkpointing)
-    trainable = "full" if full else "lora"
-    flops = flops_of_config(config, trainable=trainable, checkpointing=checkpointing, lora=LORA)
+    flops = network_flops(meta_network(config, None if full else LORA), checkpointing=checkpointing)
     # The oracle runs its head at every position, a teacher once a prompt.
     head_rows = PROMPTS * (NUM_DECODER_TOKENS if name == "t5" else LENGTH)
     head_runs = head_rows - PROMPTS
@@ -116,15 +112,13 @@ def test_without_required_input_gradients_the_first_products_alone_differ() -> N
     assert counter.get_total_flops() < whole <= counter.get_total_flops() * (1 + 1 / config.num_hidden_layers)
 
 
-def test_training_flops_of_a_batch() -> None:
+def test_an_attended_pair_costs_two_products_and_their_backward() -> None:
     config = CONFIGS["llama"]
-    forward, backward = model_flops_per_token(config, trainable="lora", checkpointing=False, lora=LORA)
-    assert training_flops(config, LORA, tokens=10, attended_pairs=0, answers=0) == 10 * (forward + backward)
-    full_forward, full_backward = model_flops_per_token(config, trainable="full", checkpointing=False)
-    assert full_backward == 2 * full_forward
-    assert full_forward < forward
-    width = 3 * 48
-    assert training_flops(config, None, tokens=0, attended_pairs=7, answers=0) == 7 * 12 * width
+    lora, full = (network_flops(meta_network(config, tuned), checkpointing=False) for tuned in (LORA, None))
+    assert full.per_token.backward == 2 * full.per_token.forward
+    assert full.per_token.forward < lora.per_token.forward
+    layers, width = 3, 48
+    assert full.of(tokens=0, attended_pairs=7, answers=0).total == 7 * 12 * layers * width
 
 
 def test_counts_survive_empty_weights() -> None:

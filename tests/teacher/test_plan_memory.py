@@ -1,6 +1,7 @@
 """The plan's memory: traces against real CPU runs, states against DeepSpeed, counts against published ones."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_every_shipped_architecture_is_checked() -> None:
 def test_names_are_matched() -> None:
     assert shipped_name("huggyllama/llama-7b") == "llama-7b"
     assert shipped_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "smollm2-135m"
-    with pytest.raises(ModelError, match="none of the shipped architectures"):
+    with pytest.raises(ModelError, match="nor one of the shipped architectures"):
         resolve_architecture("someone/something")
 
 
@@ -142,14 +143,20 @@ CONFIGS = {
 }
 
 
+@cache
+def tracer_of(name: str, *, full: bool = False, attention: TreeKind = "flex") -> ActivationTracer:
+    """A tracer, whose networks serve every test."""
+    lora = None if full else LoraConfig()
+    return ActivationTracer(CONFIGS[name], lora, dtype=torch.bfloat16, attention=attention)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lora", [LoraConfig(), None])
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_depth_lies_on_the_line_of_two(name: str, lora: LoraConfig | None, checkpointing: bool) -> None:
-    config = CONFIGS[name]
-    tracer = ActivationTracer(config, lora, dtype=torch.bfloat16, attention="flex")
+def test_every_depth_lies_on_the_line_of_two(name: str, full: bool, checkpointing: bool) -> None:
+    tracer = tracer_of(name, full=full)
     shape = Shape(1, 1024, 40, full_tree(1024, 256)) if name == "llama" else Shape(8, 256, 8)
-    whole = tracer.memory_at_depth(shape, config.num_hidden_layers, checkpointing=checkpointing)
+    whole = tracer.memory_at_depth(shape, tracer.config.num_hidden_layers, checkpointing=checkpointing)
     line = tracer.memory(shape, checkpointing=checkpointing)
     assert line.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
     assert line.backward_end_bytes == pytest.approx(whole.backward_end_bytes, rel=0.01)
@@ -158,7 +165,7 @@ def test_every_depth_lies_on_the_line_of_two(name: str, lora: LoraConfig | None,
 
 @pytest.mark.parametrize("kind", ["flex", "mask", "blocks"])
 def test_only_flex_grows_with_the_tokens_alone(kind: TreeKind) -> None:
-    tracer = ActivationTracer(CONFIGS["llama"], LoraConfig(), dtype=torch.bfloat16, attention=kind)
+    tracer = tracer_of("llama", attention=kind)
     small, large = (
         tracer.memory(Shape(1, n, n // 16, full_tree(n, n // 2)), checkpointing=False) for n in (1024, 4096)
     )
@@ -172,9 +179,7 @@ def test_only_flex_grows_with_the_tokens_alone(kind: TreeKind) -> None:
 def test_checkpointing_holds_less_and_flex_less_than_a_mask() -> None:
     shape = Shape(1, 1024, 40, full_tree(1024, 256))
     peaks = {
-        (kind, checkpointing): ActivationTracer(
-            CONFIGS["llama"], LoraConfig(), dtype=torch.bfloat16, attention=kind
-        )
+        (kind, checkpointing): tracer_of("llama", attention=kind)
         .memory(shape, checkpointing=checkpointing)
         .peak_bytes
         for kind in ("flex", "mask")

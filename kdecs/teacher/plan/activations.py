@@ -1,7 +1,8 @@
-"""Memory of a forward and a backward: the teacher's own network, run on the meta device with a small number of layers.
+"""Memory of a forward and a backward, traced on the teacher's own network with a few layers on the meta device.
 
-Nothing is computed and nothing but shapes is held, so a 13 B network takes a fraction of a second. Layers are alike,
-so two depths give the line on which every depth lies. Frozen weights, adapters and gradients are counted elsewhere.
+On meta nothing is computed and only shapes exist, so tracing a 13B network takes a fraction of a second. Layers are
+alike, so memory is linear in the number of layers, and two depths determine the line. Frozen weights, adapters and
+gradients are not counted here but in `memory`.
 
 Shapes: N packed tokens, P prompts (rows), T tokens of a padded row, A answer words.
 """
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.teacher.config import LoraConfig
+from kdecs.teacher.families import language_model
 from kdecs.teacher.metering import NUM_DECODER_TOKENS
 from kdecs.teacher.network import family_of, meta_network
 from kdecs.teacher.tree import attention as tree_attention
@@ -30,7 +32,10 @@ from kdecs.teacher.tree.prefix_tree import PackedTree
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts operators, and live bytes of storages made inside the `with` block; `known` tensors are left out."""
+    """Counts the operators run inside a `with` block, and the live bytes of the storages that they make.
+
+    `known` tensors are left out.
+    """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -50,13 +55,14 @@ class TensorMemory(TorchDispatchMode):
         del types
         self.num_operators += 1
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
+        # Most operators return one tensor: a tree walk for each of some 10,000 operators would cost as much as they do.
+        for value in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
         return result
 
     def release(self, tensor: Tensor) -> None:
-        """Stop counting a tensor that from now on belongs to something counted elsewhere (a gradient)."""
+        """Stop counting a tensor that is counted elsewhere from now on (a gradient)."""
         storage = tensor.untyped_storage()
         if self._counted.pop(storage._cdata, None) is not None:
             self.live_bytes -= storage.nbytes()
@@ -72,7 +78,7 @@ class TensorMemory(TorchDispatchMode):
 
     def _forget(self, key: int, num_bytes: int) -> Callable[[Any], None]:
         def forget(reference: Any) -> None:
-            # An address is used again once its storage is gone: only the entry of this very storage is dropped.
+            # Addresses are reused once a storage is gone, so drop only the entry of this very storage.
             if self._counted.get(key) is reference:
                 del self._counted[key]
                 self.live_bytes -= num_bytes
@@ -81,7 +87,7 @@ class TensorMemory(TorchDispatchMode):
 
 
 TreeKind = Literal["flex", "blocks", "mask"]
-"""How a tree attends, as `kdecs.teacher.tree.attention` has it: flex on CUDA, blocks on CPU."""
+"""The attention over a tree (see `kdecs.teacher.tree.attention`): by default flex on CUDA, blocks on CPU."""
 
 _DEPTHS = (3, 5)
 META = torch.device("meta")
@@ -89,7 +95,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Shape:
-    """One micro-batch: a packed tree (rows 1), or `rows` prompts padded to `tokens` each; answers at leaves."""
+    """A micro-batch: a packed tree (one row), or `rows` prompts padded to `tokens`; `answers` logits are read."""
 
     rows: int
     tokens: int
@@ -99,9 +105,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Activations:
-    """Highest bytes until the backward has left the upper layers, and at its end, where all gradients stand.
+    """Highest bytes until the backward reaches the second layer, and from there to its end, when all gradients exist.
 
-    `launches`: operators that a forward and a backward run.
+    `launches` counts the operators of a forward and a backward.
     """
 
     peak_bytes: int
@@ -110,9 +116,9 @@ class Activations:
 
 
 class ActivationTracer:
-    """Traces micro-batches of one training. `config` is a Transformers config of any depth.
+    """Traces micro-batches of one training. `config` is a Transformers config of any depth, `lora` None is full tuning.
 
-    `lora` None is full tuning; `attention` is a tree's. Networks are kept between traces.
+    Networks are kept between traces, since building one costs as much as tracing it.
     """
 
     def __init__(
@@ -122,23 +128,23 @@ class ActivationTracer:
         self.lora = lora
         self.dtype = dtype
         self.attention: TreeKind = attention
-        self._networks: dict[tuple[int, bool], Any] = {}
+        self._networks: dict[int, Any] = {}
 
     def memory(self, shape: Shape, *, checkpointing: bool) -> Activations:
-        """Highest bytes of activations and temporaries of a micro-batch, forward and backward."""
+        """Highest bytes of activations and temporaries of a micro-batch's forward and backward."""
         shallow, deep = (self.memory_at_depth(shape, depth, checkpointing=checkpointing) for depth in _DEPTHS)
         layers = (self.config.num_hidden_layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
         return between(shallow, deep, layers, end=deep.backward_end_bytes)
 
     def memory_at_depth(self, shape: Shape, depth: int, *, checkpointing: bool) -> Activations:
-        """The same for a network of `depth` layers (at least 3), run as it is."""
+        """The same for a network of `depth` layers (at least 3), without extrapolation."""
         network = self._network(depth, checkpointing)
-        base = _base_of(network)
+        base = language_model(network)
         memory = TensorMemory([*network.parameters(), *network.buffers()])
         peaks: list[int] = []
 
         def accumulated(parameter: nn.Parameter, is_second_layer: bool) -> None:
-            memory.release(parameter.grad)  # a gradient is counted by ZeRO's rules, not here
+            memory.release(parameter.grad)  # `memory.state_bytes` counts gradients, by ZeRO's rules
             if is_second_layer and not peaks:
                 peaks.append(memory.peak_bytes)
                 memory.peak_bytes = memory.live_bytes
@@ -161,24 +167,28 @@ class ActivationTracer:
         return Activations(peaks[0], memory.peak_bytes, memory.num_operators)
 
     def _network(self, depth: int, checkpointing: bool) -> Any:
-        if (depth, checkpointing) not in self._networks:
+        if depth not in self._networks:
             network = meta_network(_of_depth(self.config, depth), self.lora, dtype=self.dtype)
             # DeepSpeed casts adapters, which PEFT makes in float32, to the dtype of the engine.
             for parameter in network.parameters():
                 parameter.data = parameter.data.to(self.dtype)
-            base = _base_of(network)
+            base = language_model(network)
             base.config.use_cache = False
             if family_of(self.config) == "causal":
                 use_tree_attention(base)
-            if checkpointing:
-                base.activation_checkpointing_enable()
-                base.enable_input_require_grads()
-            self._networks[depth, checkpointing] = network.train()
-        return self._networks[depth, checkpointing]
+            self._networks[depth] = network.train()
+        base = language_model(self._networks[depth])
+        if base.is_activation_checkpointing and not checkpointing:
+            base.activation_checkpointing_disable()
+            base.disable_input_require_grads()
+        elif checkpointing and not base.is_activation_checkpointing:
+            base.activation_checkpointing_enable()
+            base.enable_input_require_grads()
+        return self._networks[depth]
 
 
 def between(a: Activations, b: Activations, position: float, *, end: int | None = None) -> Activations:
-    """The point of the line through a (position 0) and b (position 1); `end` where the end does not lie on it."""
+    """The point at `position` on the line through a (0) and b (1). `end` replaces a value that is not on the line."""
     values = {
         name: round(getattr(a, name) + (getattr(b, name) - getattr(a, name)) * position)
         for name in ("peak_bytes", "backward_end_bytes", "launches")
@@ -186,12 +196,8 @@ def between(a: Activations, b: Activations, position: float, *, end: int | None 
     return Activations(**values if end is None else {**values, "backward_end_bytes": end})
 
 
-def _base_of(network: Any) -> Any:
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
-
-
 def _of_depth(config: Any, depth: int) -> Any:
-    """The config with that many layers (in encoder and decoder each)."""
+    """The config with this number of layers, in encoder and decoder each."""
     shallow = deepcopy(config)
     shallow.num_hidden_layers = depth
     if getattr(shallow, "is_encoder_decoder", False):
@@ -202,7 +208,7 @@ def _of_depth(config: Any, depth: int) -> Any:
 
 
 def _is_second_layer(name: str, config: Any) -> bool:
-    """Whether a parameter is of the stack's second layer from below (the encoder's, where there are two)."""
+    """Whether a parameter belongs to the second layer from below (of the encoder, if there is a decoder, too)."""
     if getattr(config, "is_encoder_decoder", False) and ".decoder." in f".{name}":
         return False
     found = re.search(r"\.(?:layers?|block|h)\.(\d+)\.", f".{name}")
@@ -210,7 +216,7 @@ def _is_second_layer(name: str, config: Any) -> bool:
 
 
 def _answer_logits(model: Any, shape: Shape, attention: TreeKind) -> Tensor:
-    """What a family's forward does, by shape: logits (P, V) at the answers."""
+    """A family's forward over made-up inputs of this shape: logits (P, V) at the answers."""
     ids_PT = torch.zeros(shape.rows, shape.tokens, dtype=torch.long, device=META)
     answers_P = torch.zeros(shape.answers, dtype=torch.long, device=META)
     if shape.tree is not None:
@@ -221,7 +227,7 @@ def _answer_logits(model: Any, shape: Shape, attention: TreeKind) -> Tensor:
             **_tree_mask(shape.tree, attention),
         )
         return model.lm_head(output.last_hidden_state[0, answers_P])
-    # Already four-dimensional, as Transformers makes it where lengths differ: it cannot look at values on meta.
+    # Four-dimensional already, as Transformers makes it for unequal lengths: on meta it cannot look at the values.
     mask_P1TT = torch.ones(shape.rows, 1, shape.tokens, shape.tokens, dtype=torch.bool, device=META)
     rows_P = torch.arange(shape.rows, device=META)
     family = family_of(model.config)
@@ -246,13 +252,13 @@ def _head(model: Any) -> nn.Module:
 
 
 def _tree_mask(tree: PackedTree, attention: TreeKind) -> dict[str, Any]:
-    """As the family's forward makes it. FlexAttention's mask is looked at while it is made, so not on meta."""
+    """The mask that the family's forward makes. FlexAttention reads values while it makes its mask: never on meta."""
     return mask_arguments(tree, attention, torch.device("cpu") if attention == "flex" else META)
 
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On meta, attention would write out every score: have it allocate what the fused kernels do."""
+    """Make attention allocate what the fused kernels do; on meta it would write out every score."""
     scaled_dot_product, flex = nn.functional.scaled_dot_product_attention, tree_attention._flex
 
     def fused(
@@ -265,7 +271,9 @@ def _fused_attention() -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if attn_mask is not None and attn_mask.requires_grad:  # T5's learned bias: no fused kernel takes it
+        if (
+            attn_mask is not None and attn_mask.requires_grad
+        ):  # T5's learned bias, which no fused kernel takes
             return scaled_dot_product(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
@@ -274,13 +282,13 @@ def _fused_attention() -> Iterator[None]:
         if enable_gqa:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        # Without dropout: on CUDA its mask is one seed, and the CPU kernel takes none.
+        # Dropout is left out: on CUDA its mask is a single seed, and the CPU kernel has none.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
 
     def fused_flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
-        """Saves queries, keys, values, output and the logarithm of each row's sum, as the compiled kernel does."""
+        """Saves queries, keys, values, output and the log-sum of each row, as the compiled kernel does."""
         del mask
         output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=None, scale=scale

@@ -1,11 +1,11 @@
-"""The peak of a rank: what DeepSpeed holds, and what a micro-batch adds at the worst moment.
+"""The peak memory of a rank: what DeepSpeed holds, and what a micro-batch adds at the worst moment.
 
     peak = held states + the greatest of
-             activations at the start of the backward + buffers as far as they are there + what ZeRO-3 has gathered
+             activations at the start of the backward + buffers that exist by then + what ZeRO-3 has gathered
              the last layers' activations at its end + buffers + what ZeRO-3 has gathered
-             temporaries of the optimizer's step (nothing of a forward is left then)
+             temporaries of the optimizer's step (by then nothing of a forward is left)
 
-Gradients are counted as held throughout: they are, from the second micro-batch of a step on.
+Gradients count as held throughout, which they are from the second micro-batch of a step on.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,12 +19,12 @@ PERSISTENCE_THRESHOLD = 100_000
 MAX_LIVE = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
 SUB_GROUP = 1_000_000_000
-"""DeepSpeed's defaults (elements), which the teacher's engine leaves as they are."""
+"""DeepSpeed's defaults in elements, which the teacher's engine does not change."""
 
 
 @dataclass(frozen=True)
 class ZeroChoice:
-    """How a training is laid out over ranks."""
+    """How ZeRO lays out a training over ranks."""
 
     stage: int
     ranks: int
@@ -35,9 +35,9 @@ class ZeroChoice:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a rank on its device; `host` is beside it in main memory, where states are offloaded.
+    """Bytes of a rank on its device, and in main memory (`host`) if states are offloaded.
 
-    `empty_buffers`: what of `buffers` is not there yet when a backward starts.
+    `empty_buffers` is the part of `buffers` that does not exist yet when a backward starts.
     """
 
     weights: float
@@ -52,14 +52,14 @@ class StateBytes:
 
     @property
     def held(self) -> float:
-        """What stands from one step to the next."""
+        """Bytes held from one step to the next."""
         return self.weights + self.adapters + self.gradients + self.optimizer
 
 
 def state_bytes(
     counts: ParameterCounts, choice: ZeroChoice, *, in_4bit: bool = False, is_gpu: bool = True
 ) -> StateBytes:
-    """States and buffers of the rank that holds most. A full tuning has its weights under `adapters`."""
+    """States and buffers of the rank that holds the most. Full tuning counts its weights as `adapters`."""
     size = DTYPE_BYTES[choice.dtype]
     trained, ranks, stage = counts.trained, choice.ranks, choice.stage
     share = trained / ranks if stage >= 1 else trained
@@ -67,7 +67,7 @@ def state_bytes(
     frozen = counts.frozen_bytes(choice.dtype, in_4bit=in_4bit)
     optimizer = share * (12 if has_master else 8)
     gradients = size * (share if stage >= 2 else trained)
-    # Gradients become fp32 in the step, a sub-group of ZeRO-3 at a time; AdamW has two temporaries.
+    # The step converts gradients to fp32 (ZeRO-3: a sub-group at a time), and AdamW needs two temporaries.
     step_share = min(share, SUB_GROUP) if stage == 3 else share
     step = step_share * (4 * has_master + 8)
     bucket = REDUCE_BUCKET if is_gpu else min(REDUCE_BUCKET, trained)
@@ -92,13 +92,13 @@ def state_bytes(
 
 
 def _gathered(counts: ParameterCounts, choice: ZeroChoice) -> float:
-    """Elements that ZeRO-3 holds whole at once: small ones always, the rest up to its bounds.
+    """Elements that ZeRO-3 holds whole at once: small ones always, the others up to its bounds.
 
-    What it fetches ahead lies there twice until the last of a batch is used: in the gathered buffer, and copied out of
-    it. A batch ends with the parameter that fills its bucket, at the end of a forward the output embedding.
+    What it prefetches exists twice until the last parameter of a batch is used: in the gathered buffer, and copied out
+    of it. A batch ends with the parameter that fills its bucket; at the end of a forward, that is the output embedding.
     """
     if choice.ranks == 1 and not choice.offload_parameters:
-        return 0.0  # a single rank's part is the whole, used where it lies
+        return 0.0  # a single rank's part is the whole parameter, used in place
     large = counts.total - counts.small
     batch = min(large, PREFETCH_BUCKET + counts.largest_module)
     return counts.small + min(large, MAX_LIVE) + batch
@@ -109,7 +109,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes of a rank at its peak, by part; `reserve` is what the driver and the libraries take of a GPU."""
+    """Bytes of a rank at its peak, by part. `reserve` is what the driver and the libraries take of a GPU."""
 
     weights: float
     adapters: float
@@ -124,7 +124,7 @@ class PeakMemory:
 
     @property
     def total(self) -> float:
-        """Bytes of the device; activations and the step's temporaries never stand together."""
+        """Bytes of the device. Activations and the step's temporaries never exist at the same time."""
         held = self.weights + self.adapters + self.gradients + self.optimizer + self.reserve
         return held + max(self.activations + self.buffers + self.gathered, self.step)
 
@@ -135,7 +135,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rank may take: bytes of its device, and of main memory (None: not limited)."""
+    """What a rank may take: bytes of its device and of main memory (None: not limited)."""
 
     device: float
     host: float | None = None
@@ -146,7 +146,7 @@ class Limits:
 
 
 def peak_memory(states: StateBytes, activations: Activations, *, reserve: float = 0.0) -> PeakMemory:
-    """States and activations of a rank together, in bytes; activations and buffers are those of the worse moment."""
+    """States and activations of a rank together; activations and buffers are those of the worse moment."""
     start = (activations.peak_bytes, states.buffers - states.empty_buffers)
     end = (activations.backward_end_bytes, states.buffers)
     active, buffers = max(start, end, key=sum)

@@ -1,4 +1,7 @@
-"""The prompts that a plan counts: with the teacher's own tokenizer where it is on this machine, else estimated."""
+"""What a training epoch computes: the prompts of a corpus, and their tokens per step and rank.
+
+Prompts are encoded with the teacher's own tokenizer if it is on this machine; otherwise their tokens are estimated.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,8 +21,8 @@ from kdecs.teacher.data import (
     MicroBatch,
     Unit,
     global_batches,
+    max_pairs_per_tree,
     pair_units,
-    pairs_a_tree,
     share_among_ranks,
     tree_units,
 )
@@ -33,9 +36,9 @@ _PIECES = re.compile(r"[^\W\d_]{1,7}|\d|[^\w\s]|\n")
 class Workload:
     """An epoch of optimizer steps on some number of ranks.
 
-    `tokens` are computed ones, padding included; `rank_tokens`, `rank_attended` and `rank_answers` those of the busiest
-    rank of each step. `micro_steps` are forwards of a rank, empty ones included. `attended` counts what a dense mask
-    computes, `ancestors` what the prompts need. `largest_*` describe the micro-batch that needs most memory.
+    `tokens` includes padding. `rank_*` are sums over steps of the busiest rank's. `attended` counts the (query, key)
+    pairs that a dense mask computes, `ancestors` those that the prompts need. `micro_steps` counts the forwards of a
+    rank, empty ones included. `largest_*` describe the micro-batch that needs the most memory.
     """
 
     pairs: float
@@ -53,14 +56,14 @@ class Workload:
     largest_answers: int
 
     def scaled(self, factor: float) -> "Workload":
-        """The same for `factor` times as many dialogues: sums grow, the largest micro-batch stays."""
+        """The same for `factor` times as many dialogues: the sums grow, the largest micro-batch stays."""
         sums = ("pairs", "steps", "tokens", "ancestors", "micro_steps")
         ranks = ("rank_tokens", "rank_attended", "rank_ancestors", "rank_answers")
         return replace(self, **{name: getattr(self, name) * factor for name in (*sums, *ranks)})
 
 
 def estimated_prompts(pairs: Sequence[Pair], *, max_prompt_tokens: int) -> list[EncodedPrompt]:
-    """Stand-ins for tokenised prompts: as long, about, and alike where the texts are."""
+    """Stand-ins for encoded prompts: about as long, and with equal tokens wherever the texts are equal."""
     prompts = []
     for pair in pairs:
         text = teacher_prompt(pair.dialogue, pair.target, pair.candidate, emotion=str(pair.emotion)).text
@@ -81,9 +84,14 @@ def measure_workload(
     seed: int = 0,
     epochs: int = 1,
 ) -> Workload:
-    """An epoch as the training cuts it with this seed: the mean over so many epochs, the most micro-batches of any."""
+    """An epoch as the training deals it with this seed, averaged over `epochs`.
+
+    `accumulation` is the greatest of any step.
+    """
     units = (
-        tree_units(pairs, prompts, max_tokens=micro_batch_tokens, max_pairs=pairs_a_tree(global_batch_pairs))
+        tree_units(
+            pairs, prompts, max_tokens=micro_batch_tokens, max_pairs=max_pairs_per_tree(global_batch_pairs)
+        )
         if use_tree
         else pair_units(prompts)
     )
@@ -139,7 +147,7 @@ def measure_workload(
 
 @dataclass(frozen=True)
 class _Cost:
-    """A forward: rows × length tokens, (query, key) pairs with and without what the mask hides, prompts."""
+    """What a forward computes: tokens (rows × length), (query, key) pairs with and without hidden ones, prompts."""
 
     tokens: int
     attended: int
@@ -149,7 +157,7 @@ class _Cost:
 
 
 class _Costs:
-    """What micro-batches cost, from the units that they are made of."""
+    """What micro-batches cost, summed over their units."""
 
     def __init__(self, units: Sequence[Unit], prompts: Sequence[EncodedPrompt], *, use_tree: bool) -> None:
         self.use_tree = use_tree
@@ -175,9 +183,9 @@ class _Costs:
 
 @dataclass(frozen=True)
 class CountedPrompts:
-    """Pairs with their prompts. `scale`: the whole corpus has that many times as many pairs.
+    """Pairs with their prompts. The whole corpus has `scale` times as many pairs.
 
-    `max_prompt_tokens`: the config's limit, or the tokenizer's where that is lower.
+    `max_prompt_tokens` is the config's limit, or the tokenizer's if that is lower.
     """
 
     pairs: list[Pair]
@@ -199,11 +207,16 @@ def count_prompts(
     max_dialogues: int | None = None,
     show_progress: bool = False,
 ) -> CountedPrompts:
-    """The training pairs of (evenly drawn) dialogues with their prompts. Raises CorpusError where there are none."""
+    """The training pairs of up to `max_dialogues` evenly drawn dialogues, with their prompts.
+
+    Raises CorpusError if there are none.
+    """
     pairs_by_dialogue = [pairs_of(dialogue, config.train_pairs) for dialogue in dialogues]
     num_pairs = sum(len(pairs) for pairs in pairs_by_dialogue)
     if num_pairs == 0:
-        raise CorpusError("no pairs to plan for, expected dialogues with targets and causes")
+        raise CorpusError(
+            "the corpus has no pairs to plan for; expected dialogues with targets and their causes"
+        )
     if max_dialogues is not None and len(pairs_by_dialogue) > max_dialogues:
         every = len(pairs_by_dialogue) / max_dialogues
         pairs_by_dialogue = [pairs_by_dialogue[int(n * every)] for n in range(max_dialogues)]
@@ -222,7 +235,7 @@ def count_prompts(
 
 
 def has_tokenizer(reference: str) -> bool:
-    """Whether a model's tokenizer is in a local directory or in the hub's cache; nothing is downloaded."""
+    """Whether a model's tokenizer is in a local directory or in the hub's cache. Nothing is downloaded."""
     if Path(reference).is_dir():
         return any(Path(reference, name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return _is_cached(reference)
