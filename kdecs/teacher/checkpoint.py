@@ -1,14 +1,14 @@
-"""Training states of a teacher, and the product that goes with each best one.
+"""Training states of a teacher, each with the product if that step was the best so far.
 
     checkpoints/step-N/
-        *_model_states.pt, *_optim_states.pt   DeepSpeed's format, frozen weights left out, each rank its own part
-        product/                               the adapter or model, where step N is the best on validation so far
+        *_model_states.pt, *_optim_states.pt   DeepSpeed's format without frozen weights; each rank writes its part
+        product/                               the adapter or model, if step N is the best on validation so far
         state.json                             step, best so far, world size, ZeRO stage, config hash, file sizes
 
-`state.json` is written last, by rename: a folder without one does not count, so training state and best product are
-one unit at every moment. Kept are the newest `keep_last` of them and the best of each. A start with other ranks,
-another stage or another offload goes through DeepSpeed's universal checkpoint (kdecs.teacher.checkpoint).
-There are no random states: batches are drawn from (seed, epoch), dropout from (seed, step, rank).
+`state.json` is written last, by rename, and a folder without one does not count: so training state and best product are
+one unit at every moment. The newest `keep_last` folders are kept, and the best of each. A start with another number of
+ranks, stage or offload goes through DeepSpeed's universal checkpoint (`load_universal`).
+There are no random states: batches depend on (seed, epoch), dropout on (seed, step, rank).
 """
 
 import argparse
@@ -16,7 +16,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,169 @@ from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.network import trainable_parameters
 from kdecs.teacher.product import save_product
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+CHECKPOINTS = "checkpoints"
+PRODUCT = "product"
+STATE = "state.json"
 UNIVERSAL = "universal"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's states of a parameter."""
+
+
+@dataclass
+class TeacherState:
+    """All that a resume needs beside DeepSpeed's own state: finished steps, what they saw, the best validation."""
+
+    step: int = 0
+    pairs_seen: int = 0
+    tokens_seen: int = 0
+    best_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+
+    def keep_if_best(self, scores: dict[str, float]) -> None:
+        """Record a validation after `step` if its macro F1 is the highest so far; a lower loss breaks ties."""
+
+        def rank(each: dict[str, float]) -> tuple[float, float]:
+            return each["valid_macro_f1"], -each["valid_loss"]
+
+        if not self.best or rank(scores) > rank(self.best):
+            self.best_step, self.best = self.step, scores
+
+
+def product_directory(config: TeacherConfig, step: int) -> Path:
+    """Where the product of a step is kept that was the best on validation."""
+    return _folder(config, step) / PRODUCT
+
+
+def save_checkpoint(
+    engine: Any, config: TeacherConfig, state: TeacherState, work: str, runtime: Runtime
+) -> None:
+    """Write the state after `state.step`, with the product if that step is the best. Collective.
+
+    If trained weights are not finite, raises TrainingError on every rank and leaves older checkpoints untouched.
+    """
+    folder = _folder(config, state.step)
+    if any_rank(runtime.is_main and _is_finished(folder), runtime):
+        return  # stopped again before the first step of a resume
+    if any_rank(not _are_finite(engine.module, runtime.rank), runtime):
+        raise TrainingError(
+            f"step {state.step}: trained weights are not finite: training stopped before it wrote the checkpoint; "
+            "lower optimization.learning_rate"
+        )
+    if runtime.is_main and folder.exists():
+        shutil.rmtree(folder)  # unfinished: the parts of another world size must not mix with these
+    any_rank(False, runtime)
+    if state.best and state.best_step == state.step:  # before the first validation there is no best
+        save_product(
+            engine.module.network, folder / PRODUCT, runtime, zero_stage=engine.zero_optimization_stage()
+        )
+    # save_latest would name this folder the newest before the other ranks' files are complete. state.json names it,
+    # after the barrier below.
+    engine.save_checkpoint(
+        str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
+    )
+    any_rank(False, runtime)
+    if runtime.is_main:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        for path in files:
+            fsync(path)
+        steps = next((float(values["step"]) for values in base_optimizer(engine).state.values()), 0.0)
+        holder = loss_scale_holder(engine)
+        record = {
+            "work": work,
+            "layout": save_layout(config, runtime),
+            "optimizer_steps": steps,
+            "loss_scale": float(holder.cur_scale) if holder is not None else None,
+            "progress": asdict(state),
+            "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        }
+        write_json(folder / STATE, record)
+        _prune(folder.parent, config.keep_last)
+    any_rank(False, runtime)  # no rank may end the job while rank 0 removes old checkpoints
+
+
+def resume(
+    engine: Any, config: TeacherConfig, work: str, runtime: Runtime, *, prime: Callable[[], None]
+) -> TeacherState:
+    """Load the newest finished checkpoint into the engine, or return a new state if there is none. Collective.
+
+    `prime` makes the engine take a step that moves nothing, so that its optimizer has its states. Raises ArtifactError
+    for a checkpoint of other work, or if files are missing or truncated.
+    """
+    root = config.output / CHECKPOINTS
+    if runtime.is_main and root.is_dir():
+        _prune(root, config.keep_last)
+    any_rank(False, runtime)
+    finished = _finished(root)
+    if not finished:
+        return TeacherState()
+    folder = finished[-1]
+    record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    _check_record(record, folder, work)
+    if record["layout"] == save_layout(config, runtime):
+        engine.load_checkpoint(str(root), tag=folder.name, load_module_strict=False)
+    else:
+        prime()
+        load_universal(engine, folder, record, runtime)
+    return TeacherState(**record["progress"])
+
+
+def _check_record(record: dict[str, Any], folder: Path, work: str) -> None:
+    if record["work"] != work:
+        raise ArtifactError(
+            f"{folder.parent}: these checkpoints belong to other work (the config or its inputs changed); "
+            "choose another output, or remove them"
+        )
+    for name, size in record["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise ArtifactError(
+                f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes: the checkpoint "
+                f"is damaged; remove {folder} to resume from an older one if it was kept, or from the start"
+            )
+
+
+def _are_finite(module: nn.Module, rank: int) -> bool:
+    """Whether the trained weights that this rank holds are finite."""
+    for parameter in trainable_parameters(module):
+        held = parameter
+        if hasattr(parameter, "ds_tensor"):
+            # ZeRO-3's part of the parameter. The last rank's is padded with whatever the memory held.
+            part = parameter.ds_tensor
+            held = part.flatten()[: max(0, min(part.numel(), parameter.ds_numel - rank * part.numel()))]
+        if not torch.isfinite(held).all():
+            return False
+    return True
+
+
+def _folder(config: TeacherConfig, step: int) -> Path:
+    return config.output / CHECKPOINTS / f"step-{step}"
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / STATE).is_file()
+
+
+def _finished(root: Path) -> list[Path]:
+    """Finished folders, by step."""
+    folders = [folder for folder in root.glob("step-*") if _is_finished(folder)]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _prune(root: Path, keep_last: int) -> None:
+    kept = _finished(root)[-keep_last:]
+    states = [json.loads((folder / STATE).read_text(encoding="utf-8")) for folder in kept]
+    names = {folder.name for folder in kept} | {f"step-{s['progress']['best_step']}" for s in states}
+    for path in root.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# Loading under another number of ranks, stage or offload.
 
 
 def save_layout(config: TeacherConfig, runtime: Runtime) -> dict[str, int | bool]:
-    """What a plain load has to share with the save."""
+    """The settings under which DeepSpeed can load a checkpoint directly: they must equal those of the save."""
     return {
         "world_size": runtime.world_size,
         "stage": config.zero.stage,
@@ -49,36 +206,38 @@ def save_layout(config: TeacherConfig, runtime: Runtime) -> dict[str, int | bool
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The AdamW inside DeepSpeed's wrapper, where there is one."""
+    """The AdamW inside DeepSpeed's wrapper, or the optimizer itself if there is no wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def loss_scale_holder(engine: Any) -> Any:
-    """What keeps float16's loss scale as `cur_scale`, under its stage's name; None for plain float32."""
+    """The object whose `cur_scale` is float16's loss scale (stages name it differently); None in plain float32."""
     kept = (getattr(engine.optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
     return next((holder for holder in kept if hasattr(holder, "cur_scale")), None)
 
 
-def load_universal(engine: Any, folder: Path, state: dict[str, Any], runtime: Runtime) -> None:
-    """Put a checkpoint's weights and moments into an engine of another layout. Collective.
+def load_universal(engine: Any, folder: Path, record: dict[str, Any], runtime: Runtime) -> None:
+    """Load a checkpoint's weights and moments into an engine of another layout. Collective.
 
-    The engine's optimizer must have its states already (one step was taken). Raises ArtifactError where the
-    checkpoint does not hold the engine's parameters.
+    The engine's optimizer must have its states already (after one step). Raises ArtifactError if the checkpoint lacks
+    one of the engine's parameters.
     """
     target = folder / UNIVERSAL
     if runtime.is_main:
-        _convert(engine, folder, target, stage=state["layout"]["stage"])
+        _convert(engine, folder, target, stage=record["layout"]["stage"])
     any_rank(False, runtime)
     for name, parameter in _trainable(engine.module):
         path = target / "zero" / name
         if not (path / "fp32.pt").is_file():
-            raise ArtifactError(f"{folder}: holds no parameter {name}; remove {folder.parent} to begin anew")
+            raise ArtifactError(
+                f"{folder}: has no parameter {name}, which this training needs; remove {folder.parent} to start over"
+            )
         _set(engine, parameter, *(_read(path / f"{key}.pt") for key in ("fp32", *MOMENTS)))
     for values in base_optimizer(engine).state.values():
-        values["step"] = torch.full_like(values["step"], state["optimizer_steps"])
+        values["step"] = torch.full_like(values["step"], record["optimizer_steps"])
     holder = loss_scale_holder(engine)
-    if holder is not None and state["loss_scale"] is not None:
-        holder.cur_scale = state["loss_scale"]
+    if holder is not None and record["loss_scale"] is not None:
+        holder.cur_scale = record["loss_scale"]
     any_rank(False, runtime)
     if runtime.is_main:
         shutil.rmtree(target)
@@ -92,7 +251,7 @@ def _convert(engine: Any, folder: Path, target: Path, *, stage: int) -> None:
     arguments = argparse.Namespace(
         input_folder=str(folder),
         output_folder=str(target),
-        num_extract_workers=1,  # in this process: a forked one would share the ranks' sockets
+        num_extract_workers=1,  # in this process, since a forked one would share the ranks' sockets
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
@@ -104,7 +263,10 @@ def _convert(engine: Any, folder: Path, target: Path, *, stage: int) -> None:
 
 
 def _convert_replicated(engine: Any, folder: Path, target: Path) -> None:
-    """Stage 0 keeps torch's own optimizer state, by position; ds_to_universal only knows the sharded stages."""
+    """Convert a checkpoint of stage 0, which keeps torch's own optimizer state by position.
+
+    ds_to_universal only knows the sharded stages.
+    """
     saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     optimizer = saved["optimizer"]
     in_half = "fp32_groups" in optimizer  # a bf16 or fp16 wrapper around AdamW
@@ -141,7 +303,7 @@ def _set(engine: Any, parameter: nn.Parameter, weights: Tensor, *moments: Tensor
 
 
 def _master_of(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """Stage 0: the float32 copy of a half-precision parameter, or the parameter itself."""
+    """At stage 0: the float32 copy of a half-precision parameter, or the parameter itself."""
     optimizer = engine.optimizer
     for half, masters in zip(
         getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
@@ -157,159 +319,6 @@ def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _read(path: Path) -> Tensor:
-    """One tensor that this job's rank 0 has just written."""
+    """A tensor that rank 0 of this job has just written (so unpickling it is safe)."""
     value = torch.load(path, map_location="cpu", weights_only=False)
     return (value["param"] if isinstance(value, dict) else value).float()
-
-
-CHECKPOINTS = "checkpoints"
-PRODUCT = "product"
-STATE = "state.json"
-
-
-@dataclass
-class Progress:
-    """All that a resume needs beside DeepSpeed's state: finished steps, what they took, the best validation."""
-
-    step: int = 0
-    pairs_seen: int = 0
-    tokens_seen: int = 0
-    best_step: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-
-    def keep_if_best(self, scores: dict[str, float]) -> None:
-        """Note a validation after `step` where its macro F1 is the highest so far; of equals the lower loss counts."""
-        if not self.best or _rank(scores) > _rank(self.best):
-            self.best_step, self.best = self.step, scores
-
-
-def product_directory(config: TeacherConfig, step: int) -> Path:
-    """Where the product of a step lies that was the best on validation."""
-    return _folder(config, step) / PRODUCT
-
-
-def save_checkpoint(
-    engine: Any, config: TeacherConfig, progress: Progress, work: str, runtime: Runtime
-) -> None:
-    """Write the state after `progress.step`, with the product where that step is the best. Collective.
-
-    Raises TrainingError on every rank, with older checkpoints untouched, where trained weights are not finite.
-    """
-    folder = _folder(config, progress.step)
-    if any_rank(runtime.is_main and _is_finished(folder), runtime):
-        return  # stopped before the first step of a resume
-    if any_rank(not _are_finite(engine.module, runtime.rank), runtime):
-        raise TrainingError(
-            f"step {progress.step}: trained weights are not finite: stopped before the checkpoint was written; "
-            "lower optimization.learning_rate"
-        )
-    if runtime.is_main and folder.exists():
-        shutil.rmtree(folder)  # unfinished: parts of another world size must not mix with ours
-    any_rank(False, runtime)
-    if progress.best and progress.best_step == progress.step:  # before the first step nothing is the best
-        save_product(
-            engine.module.network, folder / PRODUCT, runtime, zero_stage=engine.zero_optimization_stage()
-        )
-    # DeepSpeed names the newest tag without waiting for the other ranks' files: state.json does, after a barrier.
-    engine.save_checkpoint(
-        str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
-    )
-    any_rank(False, runtime)
-    if runtime.is_main:
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        for path in files:
-            fsync(path)
-        steps = next((float(state["step"]) for state in base_optimizer(engine).state.values()), 0.0)
-        holder = loss_scale_holder(engine)
-        state = {
-            "work": work,
-            "layout": save_layout(config, runtime),
-            "optimizer_steps": steps,
-            "loss_scale": float(holder.cur_scale) if holder is not None else None,
-            "progress": asdict(progress),
-            "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
-        }
-        write_json(folder / STATE, state)
-        _prune(folder.parent, config.keep_last)
-    any_rank(False, runtime)  # no rank may end the job while rank 0 tidies up
-
-
-def resume(engine: Any, config: TeacherConfig, work: str, runtime: Runtime, *, prime: Any) -> Progress:
-    """Load the newest finished checkpoint into the engine; fresh progress where there is none. Collective.
-
-    `prime` makes the engine take one step that moves nothing, so that its optimizer has its states. Raises
-    ArtifactError for a checkpoint of other work or with missing or cut files.
-    """
-    root = config.output / CHECKPOINTS
-    if runtime.is_main and root.is_dir():
-        _prune(root, config.keep_last)
-    any_rank(False, runtime)
-    finished = _finished(root)
-    if not finished:
-        return Progress()
-    folder = finished[-1]
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    _check_state(state, folder, work)
-    if state["layout"] == save_layout(config, runtime):
-        engine.load_checkpoint(str(root), tag=folder.name, load_module_strict=False)
-    else:
-        prime(engine)
-        load_universal(engine, folder, state, runtime)
-    return Progress(**state["progress"])
-
-
-def _check_state(state: dict[str, Any], folder: Path, work: str) -> None:
-    if state["work"] != work:
-        raise ArtifactError(
-            f"{folder.parent}: checkpoints of other work (config or inputs changed); "
-            "choose another output or remove them"
-        )
-    for name, size in state["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise ArtifactError(
-                f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes: the checkpoint "
-                f"is damaged; remove {folder} to go on from the one before, if kept, or from the start"
-            )
-
-
-def _are_finite(module: nn.Module, rank: int) -> bool:
-    """Whether the trained weights that this rank holds are finite."""
-    for parameter in trainable_parameters(module):
-        held = parameter
-        if hasattr(
-            parameter, "ds_tensor"
-        ):  # ZeRO-3's part; the last one is filled up with whatever memory held
-            part = parameter.ds_tensor
-            held = part.flatten()[: max(0, min(part.numel(), parameter.ds_numel - rank * part.numel()))]
-        if not torch.isfinite(held).all():
-            return False
-    return True
-
-
-def _rank(scores: dict[str, float]) -> tuple[float, float]:
-    return scores["valid_macro_f1"], -scores["valid_loss"]
-
-
-def _folder(config: TeacherConfig, step: int) -> Path:
-    return config.output / CHECKPOINTS / f"step-{step}"
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / STATE).is_file()
-
-
-def _finished(root: Path) -> list[Path]:
-    """Finished folders, by step."""
-    folders = [folder for folder in root.glob("step-*") if _is_finished(folder)]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
-
-
-def _prune(root: Path, keep_last: int) -> None:
-    kept = _finished(root)[-keep_last:]
-    states = [json.loads((folder / STATE).read_text(encoding="utf-8")) for folder in kept]
-    names = {folder.name for folder in kept} | {f"step-{s['progress']['best_step']}" for s in states}
-    for path in root.iterdir():
-        if path.name not in names:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()

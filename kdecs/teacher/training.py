@@ -1,8 +1,11 @@
-"""Fine-tuning of a teacher under DeepSpeed ZeRO, by LoRA or whole (Eq. 1-4).
+"""Fine-tune a teacher under DeepSpeed ZeRO, with LoRA or whole (Eq. 1-4).
 
-One optimizer step is one global batch, whose composition depends on seed and config alone. The engine averages
-gradients over ranks, so each rank's loss sum is scaled by world size / (pairs of the global batch): the gradient is
-that of the mean over all its pairs. A step takes as many micro-batches as its own batch fills on the fullest rank.
+`train_teacher` is the whole story: prepare the data and the engine, resume, run the remaining steps, install the best
+product. `TeacherTraining` holds what the steps share.
+
+An optimizer step takes one global batch, whose composition depends only on the seed and the config. DeepSpeed averages
+gradients over ranks, so each rank scales its loss sum by world size / (pairs of the global batch): the gradient is that
+of the mean over all pairs. A step takes as many micro-batches as its own batch fills on the fullest rank.
 """
 
 import contextlib
@@ -23,7 +26,7 @@ from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, any_rank, gather_objects, seed_everything, warn_of_emulation
-from kdecs.teacher.checkpoint import Progress, product_directory, resume, save_checkpoint
+from kdecs.teacher.checkpoint import product_directory, resume, save_checkpoint
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import (
     MicroBatch,
@@ -52,10 +55,10 @@ from kdecs.training.loop import learning_rate_at
 
 
 def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[TeacherData, Any]:
-    """Data and engine; with a tree only where this very model takes one exactly. Collective.
+    """Prepare data and engine, with prefix trees only if this model gives the same logits over them. Collective.
 
-    Raises ModelError for a model whose logits are not those of its head, or that does not take the tree that the
-    config insists on.
+    Raises ModelError if the model changes its logits after the head, or if the config insists on trees that the model
+    does not take.
     """
     if config.batches.batching == "pairs" or not family.can_share_prefixes:
         return _start(config, family, runtime, use_tree=False)
@@ -67,13 +70,13 @@ def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[Te
         return data, engine
     if config.batches.batching == "tree":
         raise ModelError(
-            f"model {config.model.base}: a prefix tree does not give the logits of its prompts (a sliding window, "
-            "ALiBi or the like); set batches.batching=pairs"
+            f"model {config.model.base}: gives other logits over a prefix tree than over single prompts (it may use "
+            "a sliding window or ALiBi); set batches.batching=pairs"
         )
     if runtime.is_main:
         print(f"teacher {config.name}: this model does not take a prefix tree exactly; going on with pairs")
     engine.destroy()
-    del data, engine  # before the next one: two networks may not fit
+    del data, engine  # before the next one is loaded: two networks may not fit
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -96,9 +99,9 @@ def _start(
 def validate(
     engine: Any, valid: PromptSet, config: TeacherConfig, *, padded: bool, runtime: Runtime
 ) -> dict[str, float]:
-    """valid_loss, valid_positive_f1, valid_negative_f1, valid_macro_f1; every pair counts once. Collective.
+    """valid_loss, valid_positive_f1, valid_negative_f1 and valid_macro_f1; every pair counts once. Collective.
 
-    Raises TrainingError on every rank where the loss is not finite.
+    Raises TrainingError on every rank if the loss is not finite.
     """
     engine.eval()
     budget = config.batches.micro_batch_tokens
@@ -121,7 +124,7 @@ def validate(
         total += part_loss
     if not math.isfinite(total):
         raise TrainingError(
-            f"validation loss {total}: training stopped before anything was saved; lower optimization.learning_rate"
+            f"validation loss {total}: training stopped before it saved anything; lower optimization.learning_rate"
         )
     labels = [pair.is_cause for pair in valid.pairs]
     counts = PairCounts.of(labels, [merged[n] for n in range(len(labels))])
@@ -130,27 +133,219 @@ def validate(
     }
 
 
-def majority_macro_f1(valid: PromptSet) -> float:
-    """Macro F1 of giving every pair the more frequent label."""
-    labels: Sequence[bool] = [pair.is_cause for pair in valid.pairs]
-    return PairCounts.of(labels, [sum(labels) * 2 > len(labels)] * len(labels)).scores()["macro_f1"]
+def validation_steps(num_steps: int, num_validations: int) -> set[int]:
+    """The steps (counted from 1) to validate after: evenly spread, the last one after the last step."""
+    return {max(1, round(num_steps * (n + 1) / num_validations)) for n in range(num_validations)}
 
 
-_LOCK = ".training.lock"
-_LOCK_WAIT_S = 60.0
+class TeacherTraining:
+    """A training on this rank. `state` is all that a resume needs beside DeepSpeed's own state."""
+
+    def __init__(
+        self, config: TeacherConfig, data: TeacherData, engine: Any, work: str, runtime: Runtime
+    ) -> None:
+        self.config, self.data, self.engine, self.work, self.runtime = config, data, engine, work, runtime
+        self.state = resume(engine, config, work, runtime, prime=self.prime)
+
+    def run(self, metrics: MetricsFile, upload: MetricsUpload | None, stop: StopSignal) -> None:
+        """Take all remaining steps, with validations, metrics and checkpoints between them. Collective.
+
+        Raises Stopped after a stop signal, once the state is saved.
+        """
+        config, data, state, runtime = self.config, self.data, self.state, self.runtime
+        num_steps = len(data.steps)
+        validated = validation_steps(num_steps, config.optimization.epochs * config.validate_per_epoch)
+        meter = Meter(config, self.engine.module.network, data.train, runtime)
+        bar = tqdm(
+            total=num_steps,
+            initial=state.step,
+            desc=f"teacher {config.name}",
+            unit="step",
+            disable=not runtime.is_main,
+        )
+        while state.step < num_steps:
+            if any_rank(stop.requested, runtime):
+                save_checkpoint(self.engine, config, state, self.work, runtime)
+                raise Stopped(
+                    f"teacher {config.name}: stopped at step {state.step} of {num_steps}, checkpoint written; "
+                    "run the same command again to resume"
+                )
+            batch = data.steps[state.step]
+            started = time.monotonic()
+            loss, rate = self.step(batch)
+            meter.add(batch, time.monotonic() - started)
+            state.step += 1
+            state.pairs_seen += sum(len(unit.pairs) for unit in batch)
+            state.tokens_seen += sum(unit.tokens for unit in batch)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", pairs_per_s=f"{meter.pairs_per_second:.1f}")
+
+            validates = state.step in validated
+            if validates or state.step % config.log_every_steps == 0:
+                point: dict[str, float | None] = {
+                    "step": state.step,
+                    "train_loss": loss,
+                    "learning_rate": rate,
+                    "pairs_seen": state.pairs_seen,
+                    "tokens_seen": state.tokens_seen,
+                    "epoch": state.step / data.steps_per_epoch,
+                    "time": time.time(),
+                    **meter.line(),
+                }
+                if validates:
+                    scores = validate(self.engine, data.valid, config, padded=data.padded, runtime=runtime)
+                    point |= scores
+                    state.keep_if_best(scores)
+                if upload:  # rank 0
+                    metrics.add(point)
+                    upload.sync()
+                    if validates:
+                        tqdm.write(_validation_line(config, point))
+            # After the metrics line: a resume cuts the lines back to its checkpoint, so that none is missing or double.
+            if validates or state.step % config.checkpoint_every_steps == 0:
+                save_checkpoint(self.engine, config, state, self.work, runtime)
+        bar.close()
+
+    def step(self, batch: Sequence[Unit]) -> tuple[float, float]:
+        """Take an optimizer step over a global batch: the mean loss over its pairs, and the rate. Collective.
+
+        Raises TrainingError on every rank if the loss or the gradient is not finite.
+        """
+        config, data, engine, runtime, step = (
+            self.config,
+            self.data,
+            self.engine,
+            self.runtime,
+            self.state.step,
+        )
+        # Dropout depends on seed, step and rank alone, so that a resume needs no random states.
+        seed_everything(config.optimization.seed * 1_000_003 + step * runtime.world_size + runtime.rank)
+        rate = learning_rate_at(step, len(data.steps), config.optimization)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        shares = share_among_ranks(
+            batch,
+            world_size=runtime.world_size,
+            micro_batch_tokens=config.batches.micro_batch_tokens,
+            padded=data.padded,
+        )
+        num_micro_steps = max(len(share) for share in shares)
+        micro_batches = shares[runtime.rank]
+        num_pairs = sum(len(unit.pairs) for unit in batch)
+        engine.train()
+        loss_sum = torch.zeros((), device=runtime.device)
+        for number in range(num_micro_steps):
+            micro = micro_batches[number] if number < len(micro_batches) else MicroBatch(())
+            # The engine cannot count them itself: the number of micro-steps differs between steps.
+            engine.set_gradient_accumulation_boundary(number == num_micro_steps - 1)
+            prompts, is_cause_P = prompts_and_gold(data.train, micro, runtime)
+            loss = connective_loss(engine(prompts), is_cause_P)
+            if not micro.pairs:  # computed only because the other ranks' collectives wait for this rank
+                loss = loss * 0.0
+            loss_sum += loss.detach()
+            engine.backward(loss * (runtime.world_size / num_pairs), scale_wrt_gas=False)
+
+        mean_loss = loss_sum / num_pairs
+        if runtime.world_size > 1:
+            dist.all_reduce(mean_loss)
+        # This waits for the device. It has to: DeepSpeed's step cannot be taken back once it has moved the weights.
+        if not math.isfinite(mean_loss):
+            raise TrainingError(
+                f"loss {float(mean_loss)} at step {step + 1}: training stopped before the optimizer moved; "
+                "lower optimization.learning_rate or use zero.dtype bfloat16"
+            )
+        if engine.zero_optimization_stage() == 0 and config.zero.dtype == "float32":
+            # Here DeepSpeed clips without returning the norm, and AdamW would take what it made of an infinite one.
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            self._check_norm(float(torch.nn.utils.get_total_norm(gradients)))
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        # In float16 an infinite norm is how the loss scale is found: DeepSpeed skips that step.
+        if norm is not None and config.zero.dtype != "float16":
+            self._check_norm(float(norm))
+        return float(mean_loss), rate
+
+    def _check_norm(self, norm: float) -> None:
+        if any_rank(not math.isfinite(norm), self.runtime):
+            raise TrainingError(
+                f"gradient norm {norm} at step {self.state.step + 1}: training stopped before it saved anything; "
+                "lower optimization.learning_rate"
+            )
+
+    def prime(self) -> None:
+        """Take a step that moves nothing, after which the optimizer has its states. Collective."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.engine.train()
+        self.engine.set_gradient_accumulation_boundary(True)
+        prompts, is_cause_P = prompts_and_gold(self.data.train, MicroBatch(()), self.runtime)
+        loss = connective_loss(self.engine(prompts), is_cause_P)
+        self.engine.backward(loss * 0.0, scale_wrt_gas=False)
+        self.engine.step()
+
+    def finish(self, family: Family) -> None:
+        """Put the best product into the teacher directory, and the manifest last. Rank 0 alone."""
+        config, data, state = self.config, self.data, self.state
+        labels = [pair.is_cause for pair in data.valid.pairs]
+        majority = [sum(labels) * 2 > len(labels)] * len(labels)
+        majority_f1 = PairCounts.of(labels, majority).scores()["macro_f1"]
+        files = install_product(product_directory(config, state.best_step), family, config.output)
+        write_manifest(
+            config.output,
+            "teacher",
+            config_hash=self.work,
+            inputs=input_checksums(
+                base=config.model.base, corpus_train=config.corpus.train, corpus_valid=config.corpus.valid
+            ),
+            files=[*files, CONFIG_NAME, METRICS_NAME],
+            details={
+                "name": config.name,
+                "family": config.model.family,
+                "tuning": "full" if config.lora is None else "lora",
+                "emotions_shown": config.emotions_shown,
+                "best_step": state.best_step,
+                "valid": state.best,
+                "majority_macro_f1": majority_f1,
+                "train_pairs": len(data.train.pairs),
+                "prompts_cut": data.train.num_cut,
+                "batching": "pairs" if data.padded else "tree",
+                "zero_stage": config.zero.stage,
+                "world_size": self.runtime.world_size,
+            },
+        )
+        print(
+            f"teacher {config.name}: {state.step} steps on {self.runtime.world_size} ranks, "
+            f"ZeRO-{config.zero.stage}; best valid macro F1 {state.best['valid_macro_f1']:.2f} at step "
+            f"{state.best_step} (majority baseline {majority_f1:.2f}); written to {config.output}",
+            flush=True,
+        )
+
+
+def _validation_line(config: TeacherConfig, point: dict[str, float | None]) -> str:
+    mfu = "" if point["mfu"] is None else f", MFU {100 * point['mfu']:.1f}%"
+    return (
+        f"teacher {config.name}: step {point['step']}, train loss {point['train_loss']:.4f}, "
+        f"valid loss {point['valid_loss']:.4f}, valid macro F1 {point['valid_macro_f1']:.2f}; "
+        f"{point['pairs_per_second']:.1f} pairs/s, {point['tokens_per_second']:.0f} tokens/s, "
+        f"peak {point['memory_peak_gib']:.2f} GiB{mfu}"
+    )
+
+
+LOCK_NAME = ".training.lock"
+LOCK_WAIT_S = 60.0
 
 
 def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> Path:
     """Train, validate, keep the best, and write the teacher directory. Collective.
 
-    Resumes from the directory's own checkpoints, at any number of ranks and any ZeRO stage. Raises Stopped after a
+    Resumes from the directory's own checkpoints, with any number of ranks and any ZeRO stage. Raises Stopped after a
     stop signal, once the state is saved.
     """
     check_device(config, runtime.device)
     warn_of_emulation(runtime, config.zero.dtype, "zero.dtype")
     work = config_hash(config)
     claim(config.output, "teacher", work)
-    with _only_training(config.output, runtime):
+    with lock_output(config.output, runtime):
         seed_everything(config.optimization.seed)
         family = make_family(
             config.model,
@@ -160,42 +355,53 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
         )
         check_config(config.model.base, config.model.family, family.max_prompt_tokens)
         data, engine = prepare(config, family, runtime)
-        progress = resume(engine, config, work, runtime, prime=lambda e: _prime(e, data, runtime))
+        training = TeacherTraining(config, data, engine, work, runtime)
         metrics = MetricsFile(config.output)
         if runtime.is_main:
             write_config(config, config.output)
-            metrics.cut_back(progress.step)
-            _say_start(config, data, progress)
+            metrics.cut_back(training.state.step)
+            for prompts, split in ((data.train, "train"), (data.valid, "valid")):
+                cut = prompts.num_cut
+                if any(cut.values()):
+                    tqdm.write(
+                        f"teacher {config.name}: {split}: of {len(prompts.prompts)} prompts {sum(cut.values())} were "
+                        f"longer than {config.batches.max_prompt_tokens} tokens: {cut['history']} lost their oldest "
+                        f"history, {cut['text']} text of an utterance too"
+                    )
+            if training.state.step:
+                tqdm.write(
+                    f"teacher {config.name}: resumed at step {training.state.step} of {len(data.steps)}"
+                )
         with _upload(config, work, runtime) as upload:
-            _run_steps(engine, config, data, progress, runtime, stop, work, metrics, upload)
+            training.run(metrics, upload, stop)
             if runtime.is_main:
-                _finish(config, family, data, progress, work, runtime)
+                training.finish(family)
         if runtime.world_size > 1:
-            dist.barrier()
+            dist.barrier()  # no rank may end the job while rank 0 writes the manifest
     return config.output
 
 
 @contextlib.contextmanager
-def _only_training(output: Path, runtime: Runtime) -> Iterator[None]:
+def lock_output(output: Path, runtime: Runtime) -> Iterator[None]:
     """Hold the directory: ranks of a killed launcher may still be at work there. Collective."""
     with contextlib.ExitStack() as stack:
         is_ours = True
         if runtime.is_main:
-            waited_until = time.monotonic() + _LOCK_WAIT_S
-            is_ours = stack.enter_context(file_lock(output / _LOCK, blocking=False))
+            waited_until = time.monotonic() + LOCK_WAIT_S
+            is_ours = stack.enter_context(file_lock(output / LOCK_NAME, blocking=False))
             while not is_ours and time.monotonic() < waited_until:
                 time.sleep(0.5)
-                is_ours = stack.enter_context(file_lock(output / _LOCK, blocking=False))
+                is_ours = stack.enter_context(file_lock(output / LOCK_NAME, blocking=False))
         if any_rank(not is_ours, runtime):
             raise ArtifactError(
-                f"{output}: another training is at work in this directory; wait for its end or stop it"
+                f"{output}: another training is at work in this directory; wait until it ends, or stop it"
             )
         yield
 
 
 @contextlib.contextmanager
 def _upload(config: TeacherConfig, work: str, runtime: Runtime) -> Iterator[MetricsUpload | None]:
-    """Rank 0's upload to MLflow, closed with how the training ended."""
+    """Rank 0's upload to MLflow, closed with how the training ended; None on the other ranks."""
     if not runtime.is_main:
         yield None
         return
@@ -210,208 +416,3 @@ def _upload(config: TeacherConfig, work: str, runtime: Runtime) -> Iterator[Metr
         raise
     finally:
         upload.close(status, time.time())
-
-
-def _say_start(config: TeacherConfig, data: TeacherData, progress: Progress) -> None:
-    for prompts, split in ((data.train, "train"), (data.valid, "valid")):
-        cut = prompts.num_cut
-        if any(cut.values()):
-            tqdm.write(
-                f"teacher {config.name}: {split}: of {len(prompts.prompts)} prompts {sum(cut.values())} were longer "
-                f"than {config.batches.max_prompt_tokens} tokens: {cut['history']} lost their oldest history, "
-                f"{cut['text']} text of an utterance too"
-            )
-    if progress.step:
-        tqdm.write(f"teacher {config.name}: resumed at step {progress.step} of {len(data.steps)}")
-
-
-def _run_steps(
-    engine: Any,
-    config: TeacherConfig,
-    data: TeacherData,
-    progress: Progress,
-    runtime: Runtime,
-    stop: StopSignal,
-    work: str,
-    metrics: MetricsFile,
-    upload: MetricsUpload | None,
-) -> None:
-    """All steps that are left, with validations, metrics and checkpoints between them. Collective."""
-    num_steps = len(data.steps)
-    validated = validation_steps(num_steps, config.optimization.epochs * config.validate_per_epoch)
-    meter = Meter(config, engine.module.network, data.train, runtime)
-    bar = tqdm(
-        total=num_steps,
-        initial=progress.step,
-        desc=f"teacher {config.name}",
-        unit="step",
-        disable=not runtime.is_main,
-    )
-    while progress.step < num_steps:
-        if any_rank(stop.requested, runtime):
-            save_checkpoint(engine, config, progress, work, runtime)
-            raise Stopped(
-                f"teacher {config.name}: stopped at step {progress.step} of {num_steps}, checkpoint written; "
-                "run the same command again to go on"
-            )
-        batch = data.steps[progress.step]
-        started = time.monotonic()
-        loss, rate = _train_step(engine, config, data, batch, progress.step, runtime)
-        meter.add(batch, time.monotonic() - started)
-        progress.step += 1
-        progress.pairs_seen += sum(len(unit.pairs) for unit in batch)
-        progress.tokens_seen += sum(unit.tokens for unit in batch)
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}", pairs_per_s=f"{meter.pairs_per_second:.1f}")
-        validates = progress.step in validated
-        if validates or progress.step % config.log_every_steps == 0:
-            point: dict[str, float | None] = {
-                "step": progress.step,
-                "train_loss": loss,
-                "learning_rate": rate,
-            }
-            point |= {"pairs_seen": progress.pairs_seen, "tokens_seen": progress.tokens_seen}
-            point |= {"epoch": progress.step / data.steps_per_epoch, "time": time.time(), **meter.line()}
-            if validates:
-                scores = validate(engine, data.valid, config, padded=data.padded, runtime=runtime)
-                point |= scores
-                progress.keep_if_best(scores)
-            if upload:
-                metrics.add(point)
-                upload.sync()
-                if validates:
-                    tqdm.write(_validation_line(config, point))
-        if validates or progress.step % config.checkpoint_every_steps == 0:
-            save_checkpoint(engine, config, progress, work, runtime)
-    bar.close()
-
-
-def validation_steps(num_steps: int, num_validations: int) -> set[int]:
-    """After which steps (counted from 1) to validate: evenly spread, the last one after the last step."""
-    return {max(1, round(num_steps * (n + 1) / num_validations)) for n in range(num_validations)}
-
-
-def _validation_line(config: TeacherConfig, point: dict[str, float | None]) -> str:
-    mfu = "" if point["mfu"] is None else f", MFU {100 * point['mfu']:.1f}%"
-    return (
-        f"teacher {config.name}: step {point['step']}, train loss {point['train_loss']:.4f}, "
-        f"valid loss {point['valid_loss']:.4f}, valid macro F1 {point['valid_macro_f1']:.2f}; "
-        f"{point['pairs_per_second']:.1f} pairs/s, {point['tokens_per_second']:.0f} tokens/s, "
-        f"peak {point['memory_peak_gib']:.2f} GiB{mfu}"
-    )
-
-
-def _train_step(
-    engine: Any, config: TeacherConfig, data: TeacherData, batch: Sequence[Unit], step: int, runtime: Runtime
-) -> tuple[float, float]:
-    """One optimizer step over a global batch: the mean loss over its pairs, and the learning rate. Collective."""
-    seed_everything(config.optimization.seed * 1_000_003 + step * runtime.world_size + runtime.rank)
-    rate = learning_rate_at(step, len(data.steps), config.optimization)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    shares = share_among_ranks(
-        batch,
-        world_size=runtime.world_size,
-        micro_batch_tokens=config.batches.micro_batch_tokens,
-        padded=data.padded,
-    )
-    num_micro_steps = max(len(share) for share in shares)
-    micro_batches = shares[runtime.rank]
-    num_pairs = sum(len(unit.pairs) for unit in batch)
-    engine.train()
-    total = torch.zeros((), device=runtime.device)
-    for number in range(num_micro_steps):
-        micro = micro_batches[number] if number < len(micro_batches) else MicroBatch(())
-        # Told, not counted by the engine: the number of micro-steps differs between steps.
-        engine.set_gradient_accumulation_boundary(number == num_micro_steps - 1)
-        prompts, is_cause_P = prompts_and_gold(data.train, micro, runtime)
-        loss = connective_loss(engine(prompts), is_cause_P)
-        if not micro.pairs:
-            loss = loss * 0.0
-        total += loss.detach()
-        engine.backward(loss * (runtime.world_size / num_pairs), scale_wrt_gas=False)
-    mean_loss = _finite_mean(total / num_pairs, step, runtime)
-    _move(engine, config, step, runtime)
-    return mean_loss, rate
-
-
-def _move(engine: Any, config: TeacherConfig, step: int, runtime: Runtime) -> None:
-    """The optimizer's step; stops every rank where the gradient's norm is not finite. Collective."""
-    if engine.zero_optimization_stage() == 0 and config.zero.dtype == "float32":
-        # DeepSpeed clips here without telling the norm, and AdamW would take what it made of an infinite one.
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        _check_norm(float(torch.nn.utils.get_total_norm(gradients)), step, runtime)
-    engine.step()
-    norm = engine.get_global_grad_norm()
-    # An infinite norm in float16 is how the loss scale is found: DeepSpeed skips that step.
-    if norm is not None and config.zero.dtype != "float16":
-        _check_norm(float(norm), step, runtime)
-
-
-def _check_norm(norm: float, step: int, runtime: Runtime) -> None:
-    if any_rank(not math.isfinite(norm), runtime):
-        raise TrainingError(
-            f"gradient norm {norm} at step {step + 1}: training stopped before anything was saved; "
-            "lower optimization.learning_rate"
-        )
-
-
-def _finite_mean(share: torch.Tensor, step: int, runtime: Runtime) -> float:
-    """Sum of the ranks' shares of the mean loss; stops every rank before the optimizer moves if not finite."""
-    if runtime.world_size > 1:
-        dist.all_reduce(share)
-    mean = float(share)
-    if not math.isfinite(mean):
-        raise TrainingError(
-            f"loss {mean} at step {step + 1}: training stopped before the optimizer moved; "
-            "lower optimization.learning_rate or use zero.dtype bfloat16"
-        )
-    return mean
-
-
-def _prime(engine: Any, data: TeacherData, runtime: Runtime) -> None:
-    """One step that moves nothing, after which the optimizer has its states. Collective."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 0.0
-    engine.train()
-    engine.set_gradient_accumulation_boundary(True)
-    prompts, is_cause_P = prompts_and_gold(data.train, MicroBatch(()), runtime)
-    engine.backward(connective_loss(engine(prompts), is_cause_P) * 0.0, scale_wrt_gas=False)
-    engine.step()
-
-
-def _finish(
-    config: TeacherConfig, family: Family, data: TeacherData, progress: Progress, work: str, runtime: Runtime
-) -> None:
-    """Put the best product into the teacher directory, and the manifest last. Rank 0 alone."""
-    majority = majority_macro_f1(data.valid)
-    files = install_product(product_directory(config, progress.best_step), family, config.output)
-    write_manifest(
-        config.output,
-        "teacher",
-        config_hash=work,
-        inputs=input_checksums(
-            base=config.model.base, corpus_train=config.corpus.train, corpus_valid=config.corpus.valid
-        ),
-        files=[*files, CONFIG_NAME, METRICS_NAME],
-        details={
-            "name": config.name,
-            "family": config.model.family,
-            "tuning": "full" if config.lora is None else "lora",
-            "emotions_shown": config.emotions_shown,
-            "best_step": progress.best_step,
-            "valid": progress.best,
-            "majority_macro_f1": majority,
-            "train_pairs": len(data.train.pairs),
-            "prompts_cut": data.train.num_cut,
-            "batching": "pairs" if data.padded else "tree",
-            "zero_stage": config.zero.stage,
-            "world_size": runtime.world_size,
-        },
-    )
-    print(
-        f"teacher {config.name}: {progress.step} steps on {runtime.world_size} ranks, ZeRO-{config.zero.stage}; "
-        f"best valid macro F1 {progress.best['valid_macro_f1']:.2f} at step {progress.best_step} "
-        f"(majority baseline {majority:.2f}); written to {config.output}",
-        flush=True,
-    )

@@ -15,7 +15,7 @@ from kdecs.runtime import Runtime
 from kdecs.teacher import training
 from kdecs.teacher.config import TeacherConfig, ZeroConfig
 from kdecs.teacher.data import Unit
-from kdecs.teacher.training import train_teacher, validation_steps
+from kdecs.teacher.training import TeacherTraining, train_teacher, validation_steps
 
 
 def checkpoints(config: TeacherConfig) -> list[str]:
@@ -49,15 +49,13 @@ class _Spoiled:
     """A loss of the real value whose gradient is NaN, from a step on."""
 
     def __init__(self, step: int) -> None:
-        self.real_loss, self.real_step = training.connective_loss, training._train_step
+        self.real_loss, self.real_step = training.connective_loss, TeacherTraining.step
         self.from_step, self.step = step, 0
         self.engine: Any = None
 
-    def train_step(
-        self, engine: Any, config: TeacherConfig, data: Any, batch: list[Unit], step: int, *rest: Any
-    ) -> Any:
-        self.engine, self.step = engine, step
-        return self.real_step(engine, config, data, batch, step, *rest)
+    def take_step(self, training: TeacherTraining, batch: list[Unit]) -> tuple[float, float]:
+        self.engine, self.step = training.engine, training.state.step
+        return self.real_step(training, batch)
 
     def loss(self, logits_PA: torch.Tensor, is_cause_P: torch.Tensor) -> torch.Tensor:
         loss = self.real_loss(logits_PA, is_cause_P)
@@ -83,7 +81,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(
     config = make_config(zero__stage=stage, zero__dtype=dtype, checkpoint_every_steps=1, keep_last=5)
     spoiled = _Spoiled(2)
     monkeypatch.setattr(training, "connective_loss", spoiled.loss)
-    monkeypatch.setattr(training, "_train_step", spoiled.train_step)
+    monkeypatch.setattr(TeacherTraining, "step", lambda *a: spoiled.take_step(*a))
     with pytest.raises(TrainingError, match=r"gradient norm (nan|inf|-1\.0) at step 3"):
         train_teacher(config, runtime, StopAfter())
     assert checkpoints(config) == ["step-1", "step-2"]
@@ -95,10 +93,13 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(
 def test_a_validation_loss_that_is_not_finite_stops_before_anything_is_saved(
     make_config: Callable[..., TeacherConfig], runtime: Runtime, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdecs.teacher import training as validation
-
     config = make_config(checkpoint_every_steps=1, validate_per_epoch=1)
-    monkeypatch.setattr(validation, "connective_loss", lambda logits_PA, gold_P: logits_PA.sum() * torch.nan)
+    real = training.connective_loss
+
+    def nan_without_gradients(logits_PA: torch.Tensor, is_cause_P: torch.Tensor) -> torch.Tensor:
+        return real(logits_PA, is_cause_P) * (1 if torch.is_grad_enabled() else torch.nan)
+
+    monkeypatch.setattr(training, "connective_loss", nan_without_gradients)
     with pytest.raises(TrainingError, match="validation loss nan"):
         train_teacher(config, runtime, StopAfter())
     (kept,) = checkpoints(config)
@@ -118,16 +119,16 @@ def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(
     stage: int,
 ) -> None:
     config = make_config(zero__stage=stage, checkpoint_every_steps=1, validate_per_epoch=1)
-    real = training._train_step
+    real = TeacherTraining.step
 
-    def spoil(engine: Any, config: TeacherConfig, data: Any, batch: list[Unit], step: int, *rest: Any) -> Any:
-        result = real(engine, config, data, batch, step, *rest)
-        if step == 2:
-            weights = next(p for p in engine.module.parameters() if p.requires_grad)
+    def spoil(training: TeacherTraining, batch: list[Unit]) -> tuple[float, float]:
+        result = real(training, batch)
+        if training.state.step == 2:
+            weights = next(p for p in training.engine.module.parameters() if p.requires_grad)
             getattr(weights, "ds_tensor", weights).data.view(-1)[0] = torch.inf
         return result
 
-    monkeypatch.setattr(training, "_train_step", spoil)
+    monkeypatch.setattr(TeacherTraining, "step", spoil)
     with pytest.raises(TrainingError, match="step 3: trained weights are not finite"):
         train_teacher(config, runtime, StopAfter())
     assert checkpoints(config) == ["step-2"]
