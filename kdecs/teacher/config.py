@@ -10,11 +10,11 @@ from kdecs.corpus.splits import CorpusConfig
 from kdecs.tracking.record import TrackingConfig
 
 BATCHES_VERSION = 2
-"""Of how pairs are dealt to optimizer steps: a checkpoint of other steps must not go on."""
+"""Version of how pairs are dealt to optimizer steps: part of the config hash, so that no other steps resume."""
 
 
 class LoraConfig(Config):
-    """LoRA (Hu et al. 2021). Dropout is 0: tokens shared in a prefix tree would share its mask."""
+    """LoRA (Hu et al. 2021). Dropout is fixed at 0, because tokens shared in a prefix tree would share its mask."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
@@ -23,11 +23,11 @@ class LoraConfig(Config):
 
 
 class PretrainedModel(Config):
-    """The pretrained network that is tuned."""
+    """The pretrained network to fine-tune."""
 
     base: ModelReference
     load_in_4bit: bool = Field(
-        default=False, description="frozen weights in 4 bits (NF4): CUDA, bitsandbytes and LoRA"
+        default=False, description="keep frozen weights in 4 bits (NF4); needs CUDA, bitsandbytes and LoRA"
     )
 
 
@@ -38,7 +38,7 @@ class CausalModel(PretrainedModel):
 
 
 class Seq2SeqModel(PretrainedModel):
-    """An encoder-decoder teacher (T5): the connective is generated in the place of `<extra_id_0>`."""
+    """An encoder-decoder teacher (T5): it generates the connective in place of `<extra_id_0>`."""
 
     family: Literal["seq2seq"]
 
@@ -53,7 +53,7 @@ ModelConfig = Annotated[CausalModel | Seq2SeqModel | MaskedModel, Field(discrimi
 
 
 class ZeroConfig(Config):
-    """DeepSpeed ZeRO: stage, CPU offload, and precision of the frozen weights and activations."""
+    """DeepSpeed ZeRO: stage, CPU offload, and the precision of frozen weights and activations."""
 
     stage: Annotated[Literal[0, 1, 2, 3], Unhashed()] = 2
     offload_optimizer: Annotated[bool, Unhashed()] = False
@@ -69,8 +69,8 @@ class ZeroConfig(Config):
             raise ValueError("offload_optimizer needs stage 1, 2 or 3, found stage 0")
         if self.dtype == "float16" and self.stage == 0:
             raise ValueError(
-                "dtype float16 needs stage 1, 2 or 3, found stage 0, where DeepSpeed scales neither the loss nor the "
-                "gradients back; set zero.stage=1, or zero.dtype=bfloat16"
+                "dtype float16 needs stage 1, 2 or 3, found stage 0, where DeepSpeed does not scale the loss; "
+                "set zero.stage=1, or zero.dtype=bfloat16"
             )
         return self
 
@@ -79,7 +79,7 @@ TreeAttention = Literal["auto", "flex", "blocks", "mask"]
 
 
 class TeacherBatches(Config):
-    """How pairs become micro-batches. A global batch counts pairs; world size does not change it."""
+    """How pairs become micro-batches. A global batch counts pairs, whatever the number of ranks."""
 
     global_batch_pairs: int = Field(default=64, ge=1)
     micro_batch_tokens: int = Field(default=4096, ge=16, description="token budget of one forward")
@@ -95,7 +95,7 @@ class TeacherBatches(Config):
 
 
 class TeacherConfig(Config):
-    """`launch/train_teacher.py`: fine-tuning of a teacher on connectives (Eq. 1-4), by LoRA or whole."""
+    """Fine-tuning of a teacher on connectives (Eq. 1-4), with LoRA or whole."""
 
     method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION, "batches": BATCHES_VERSION}
     name: Name
@@ -103,40 +103,44 @@ class TeacherConfig(Config):
     corpus: CorpusConfig
     model: ModelConfig
     lora: LoraConfig | None = Field(
-        default=LoraConfig(), description="null: full tuning, all parameters are trained"
+        default=LoraConfig(), description="null: full tuning, which trains all parameters"
     )
     zero: ZeroConfig = ZeroConfig()
     batches: TeacherBatches = TeacherBatches()
     optimization: Optimization = Optimization()
     train_pairs: Literal["fold1", "fold1+neutral"] = Field(
         default="fold1+neutral",
-        description="fold1+neutral adds (i, i) of neutral targets, which are exported and so should be known",
+        description="fold1+neutral adds the pairs (i, i) of neutral targets, since the export labels them, too",
     )
     emotions_shown: Literal["coarse", "fine"] = Field(
-        default="coarse", description="coarse maps fine labels to RECCON's in the teacher's prompt"
+        default="coarse", description="coarse: the prompt shows RECCON's labels in place of fine ones"
     )
-    validate_per_epoch: int = Field(default=1, ge=1, description="validations an epoch")
+    validate_per_epoch: int = Field(default=1, ge=1, description="validations per epoch")
     checkpoint_every_steps: Annotated[int, Unhashed()] = Field(default=200, ge=1)
     keep_last: Annotated[int, Unhashed()] = Field(
-        default=1, ge=1, description="newest checkpoints that are kept, beside the best on validation"
+        default=1, ge=1, description="number of newest checkpoints to keep, beside the best on validation"
     )
     log_every_steps: Annotated[int, Unhashed()] = Field(
-        default=20, ge=1, description="a line of metrics.jsonl every so many steps, and at every validation"
+        default=20, ge=1, description="steps per line of metrics.jsonl; every validation writes one, too"
     )
     device_peak_tflops: Annotated[float | None, Unhashed()] = Field(
-        default=None, gt=0, description="of one device, for MFU; null: from a table of known GPUs"
+        default=None, gt=0, description="peak of one device, for MFU; null: from the table of known GPUs"
     )
     tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
-        default=None, description="MLflow; null: metrics.jsonl alone"
+        default=None, description="MLflow; null: write only metrics.jsonl"
     )
     threads_per_rank: Annotated[int, Unhashed()] = Field(
-        default=0, ge=0, description="0: the library's choice"
+        default=0, ge=0, description="CPU threads per rank; 0: the library's choice"
     )
 
     @model_validator(mode="after")
     def _four_bits_are_frozen(self) -> "TeacherConfig":
         if self.model.load_in_4bit and self.lora is None:
-            raise ValueError("model.load_in_4bit freezes the base, so it needs lora; full tuning trains it")
+            raise ValueError(
+                "model.load_in_4bit freezes the base, so it needs lora, whereas full tuning trains it"
+            )
         if self.model.load_in_4bit and self.zero.stage == 3:
-            raise ValueError("model.load_in_4bit cannot be partitioned: use zero.stage 0, 1 or 2, found 3")
+            raise ValueError(
+                "model.load_in_4bit: a 4-bit base cannot be partitioned; set zero.stage to 0, 1 or 2, found 3"
+            )
         return self

@@ -1,6 +1,6 @@
-"""Model families: how each kind of teacher is shown a pair and asked for the connective.
+"""Model families (decoder, encoder-decoder, encoder): how each kind of teacher reads a pair and gives the connective.
 
-Behind one interface: encode a pair's prompt, run a batch of prompts, give the hidden state at the answer.
+All share one interface: encode a pair's prompt, run a batch of prompts, return the hidden states at the answers.
 
 Shapes: P prompts, T tokens of the longest, N packed tokens, H hidden, A answer words, V vocabulary.
 """
@@ -37,9 +37,9 @@ HEADS = ("lm_head.", "cls.")  # names that a language model's head begins with
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A pair's prompt in tokens; `answer` is the index whose output predicts the connective.
+    """A pair's prompt in tokens. `answer` is the index of the token whose output predicts the connective.
 
-    `cut`: what an over-long prompt lost, its oldest history alone or text of u_i or u_j too.
+    `cut` is what an over-long prompt lost: only its oldest history, or text of u_i or u_j as well.
     """
 
     tokens: np.ndarray
@@ -55,7 +55,7 @@ class Family(ABC):
     lora_task: ClassVar[str]
     can_share_prefixes: ClassVar[bool] = False
     answer_context: ClassVar[tuple[str, str]]
-    """Text before and after the connective where it stands in the prompt."""
+    """The text of the prompt right before and after the connective."""
     tree_attention: TreeAttention = "auto"
 
     def __init__(self, reference: str, *, max_prompt_tokens: int, emotions_shown: str) -> None:
@@ -67,13 +67,15 @@ class Family(ABC):
 
     @property
     def separator(self) -> str:
-        """What joins the utterances of the history: the tokenizer's separator, a newline where it has none."""
+        """What joins the utterances of the history: the tokenizer's separator, or a newline if it has none."""
         return self.tokenizer.sep_token or "\n"
 
     def encode(self, pair: Pair) -> EncodedPrompt:
         """The tokens of a pair's prompt, cut to `max_prompt_tokens` by dropping the oldest history."""
         if pair.emotion is None:
-            raise ModelError(f"pair {pair.id}: the target has no emotion, which the teacher's prompt shows")
+            raise ModelError(
+                f"pair {pair.id}: the target has no emotion, but the teacher's prompt has to show one"
+            )
         emotion = pair.emotion
         if self.emotions_shown == "coarse":
             emotion = FINE_TO_COARSE.get(emotion, emotion)
@@ -107,9 +109,9 @@ class Family(ABC):
         """Logits (P, V) over the whole vocabulary."""
 
     def answer_logits(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
-        """Logits (P, A) of the answer words in float32, from their rows of the output embedding alone.
+        """Logits (P, A) of the answer words in float32, from only their rows of the output embedding.
 
-        Where that embedding is partitioned (ZeRO-3) or adapted, all of its rows are multiplied.
+        If that embedding is partitioned (ZeRO-3) or has an adapter, all of its rows are multiplied.
         """
         output = language_model(network).get_output_embeddings()
         if not _has_plain_rows(output):
@@ -118,7 +120,7 @@ class Family(ABC):
         return self._rows_of_head(network, output, output.weight[self.answer_ids], bias_A, hidden_PH)
 
     def model_logits(self, network: nn.Module, prompt: EncodedPrompt, device: torch.device) -> Tensor:
-        """A prompt through the whole model: its own logits, and what its output embedding gave, (2, V)."""
+        """Run a prompt through the whole model: the model's own logits, and those of its output embedding, (2, V)."""
         model = language_model(network)
         given: list[Tensor] = []
         hook = model.get_output_embeddings().register_forward_hook(lambda _, __, output: given.append(output))
@@ -133,7 +135,7 @@ class Family(ABC):
         return torch.stack([own_PTV[0, answer], given[0].reshape(own_PTV.shape)[0, answer].to(own_PTV.dtype)])
 
     def _decoder_inputs(self, model: Any, device: torch.device) -> dict[str, Tensor]:
-        """What a model is given beside its prompt."""
+        """Further inputs of the model, besides the prompt."""
         del model, device
         return {}
 
@@ -146,15 +148,15 @@ class Family(ABC):
         bias_A: Tensor | None,
         hidden_PH: Tensor,
     ) -> Tensor:
-        """`answer_logits` over rows of the output embedding."""
+        """`answer_logits` from rows of the output embedding."""
 
     def load_network(
         self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
     ) -> nn.Module:
         """The pretrained network from a local directory or a hub name. Raises ModelError, one line.
 
-        With `new_head` a model that comes without the language model's head gets a random one, which is logged.
-        `options` go to Transformers as they are (quantisation, device map).
+        With `new_head`, a model without the language model's head gets a random one, which is logged. `options` go to
+        Transformers unchanged (quantisation, device map).
         """
         network, missing = load_pretrained(self.auto_model, reference, self.name, dtype=dtype, **options)
         _check_weights(reference, missing, new_head=new_head)
@@ -175,21 +177,21 @@ class Family(ABC):
 
 
 def _check_weights(reference: str, missing: Collection[str], *, new_head: bool) -> None:
-    """Raise ModelError where weights are random that should have been read; log a head that is new and may be.
+    """Raise ModelError if weights are random that the model should have; log a head that may be, and is, new.
 
-    `missing`: names as Transformers reports them, without the second ones of tied tensors.
+    `missing` are names as Transformers reports them, without the second names of tied tensors.
     """
     lacking = sorted(key for key in missing if ".pooler." not in key)
     of_body = [key for key in lacking if not key.startswith(HEADS)]
     if of_body:
         raise ModelError(
             f"model {reference}: has no weights for {of_body[0]} ({len(of_body)} are missing), expected a whole model; "
-            "fetch or save it again"
+            "download or save it again"
         )
     if lacking and not new_head:
         raise ModelError(
-            f"model {reference}: has no weights for the language model's head ({lacking[0]}), and LoRA would leave a "
-            "random one as it is; set lora: null, which trains it, or choose another model"
+            f"model {reference}: has no weights for the language model's head ({lacking[0]}), and LoRA would not train "
+            "a random one; set lora: null, which trains it, or choose another model"
         )
     if lacking:
         logger.warning(
@@ -213,17 +215,17 @@ def language_model(network: nn.Module) -> Any:
 
 
 def _has_plain_rows(output: nn.Module) -> bool:
-    """Whether an output embedding is a whole linear map of its own, whose rows may be taken.
+    """Whether an output embedding is a plain linear layer, held whole, so that single rows can be read.
 
-    Parameters are listed, not read as `output.weight`: DeepSpeed gathers a partitioned one for whoever reads it outside
-    its module, and from then on for the whole forward.
+    Do not read `output.weight` here: outside its own module, DeepSpeed would gather a partitioned one, and keep it
+    gathered for the whole forward.
     """
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in output.parameters())
     return type(output) is nn.Linear and not is_partitioned
 
 
 class _LinearHead(Family):
-    """A family whose head is one linear map: its answer rows are multiplied in float32, whatever the dtype."""
+    """A family whose head is a linear layer: its answer rows are multiplied in float32, whatever the dtype."""
 
     def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
         """The language model's head."""
@@ -237,7 +239,7 @@ class _LinearHead(Family):
         bias_A: Tensor | None,
         hidden_PH: Tensor,
     ) -> Tensor:
-        """In float32: a bfloat16 product would keep steps of 0.1 in logits of 20."""
+        """Multiply in float32: a bfloat16 product would round logits of 20 to steps of 0.1."""
         del network, output
         bias_A = None if bias_A is None else bias_A.float()
         return nn.functional.linear(hidden_PH.float(), weight_AH.float(), bias_A)
@@ -253,12 +255,12 @@ class CausalFamily(_LinearHead):
     answer_context = ("The connective word between 3 and 2 is ", "")
 
     def answer_index(self, tokens: np.ndarray, offsets: Sequence[tuple[int, int]], text_end: int) -> int:
-        """The last token of the text (a tokenizer may close with a special token)."""
+        """The last token of the text (a tokenizer may append a special token)."""
         del tokens
         return max(n for n, (left, right) in enumerate(offsets) if right > left and right <= text_end)
 
     def encode(self, pair: Pair) -> EncodedPrompt:
-        """As the base class, without anything after the last token of the text."""
+        """As the base class, but without anything after the last token of the text."""
         encoded = super().encode(pair)
         return replace(encoded, tokens=encoded.tokens[: encoded.answer + 1])
 
@@ -273,7 +275,7 @@ class CausalFamily(_LinearHead):
     def load_network(
         self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
     ) -> nn.Module:
-        """As the base class, attending along a prefix tree where a forward is given one."""
+        """As the base class, and ready to attend along a prefix tree."""
         network = super().load_network(reference, dtype=dtype, new_head=new_head, **options)
         use_tree_attention(network)
         return network
@@ -286,7 +288,7 @@ class CausalFamily(_LinearHead):
         decoder = _decoder(network)
         kind = resolve(self.tree_attention, decoder, device)
         if kind == "flex":
-            tree = tree.padded_to(FLEX_BLOCK)  # a new length may compile the kernel anew: few different ones
+            tree = tree.padded_to(FLEX_BLOCK)  # each new length may compile the kernel again, so allow few
         output = decoder(
             input_ids=torch.from_numpy(tree.tokens_N).to(device)[None],
             position_ids=torch.from_numpy(tree.positions_N).to(device)[None],
@@ -297,7 +299,7 @@ class CausalFamily(_LinearHead):
 
 
 class Seq2SeqFamily(_LinearHead):
-    """Encoder-decoder (T5): `<extra_id_0>` in the mask's place; logits at the decoder's second position."""
+    """Encoder-decoder (T5): `<extra_id_0>` stands for the connective; logits at the decoder's second position."""
 
     name = "seq2seq"
     auto_model = AutoModelForSeq2SeqLM
@@ -308,7 +310,9 @@ class Seq2SeqFamily(_LinearHead):
         super().__init__(reference, max_prompt_tokens=max_prompt_tokens, emotions_shown=emotions_shown)
         self.sentinel_id = self.tokenizer.convert_tokens_to_ids("<extra_id_0>")
         if self.sentinel_id in (None, self.tokenizer.unk_token_id):
-            raise ModelError(f"tokenizer {reference}: has no <extra_id_0>, which a seq2seq teacher fills")
+            raise ModelError(
+                f"tokenizer {reference}: has no token <extra_id_0>, which a seq2seq teacher fills; choose a T5 model"
+            )
 
     @property
     def answer_suffix(self) -> str:
@@ -356,7 +360,10 @@ class MaskedFamily(Family):
     def __init__(self, reference: str, *, max_prompt_tokens: int, emotions_shown: str) -> None:
         super().__init__(reference, max_prompt_tokens=max_prompt_tokens, emotions_shown=emotions_shown)
         if self.tokenizer.mask_token is None:
-            raise ModelError(f"tokenizer {reference}: has no mask token, which a masked teacher fills")
+            raise ModelError(
+                f"tokenizer {reference}: has no mask token, which a masked teacher fills; "
+                "choose a masked language model"
+            )
         longest = min(self.tokenizer.model_max_length, max_prompt_tokens)
         self.max_prompt_tokens = longest
 
@@ -366,7 +373,7 @@ class MaskedFamily(Family):
         return f" {self.tokenizer.mask_token}."
 
     def answer_index(self, tokens: np.ndarray, offsets: Sequence[tuple[int, int]], text_end: int) -> int:
-        """The mask token behind the text (its offsets may or may not cover the space before it)."""
+        """The mask token after the text (its offsets may or may not cover the space before it)."""
         found = [n for n, (left, right) in enumerate(offsets) if right > left and right > text_end + 1]
         index = found[0]
         if tokens[index] != self.tokenizer.mask_token_id:
@@ -396,7 +403,7 @@ class MaskedFamily(Family):
         bias_A: Tensor | None,
         hidden_PH: Tensor,
     ) -> Tensor:
-        """The head with the answer words' rows in the place of its output embedding."""
+        """The head with its output embedding replaced by the answer words' rows."""
         head = _masked_head(network)
         place = next(name for name, module in head.named_modules() if module is output)
         rows = {f"{place}.weight": weight_AH} | ({} if bias_A is None else {f"{place}.bias": bias_A})

@@ -1,6 +1,6 @@
-"""A LoRA adapter made elsewhere becomes a teacher directory, once it was seen to work on its base.
+"""Turn a LoRA adapter that was trained elsewhere into a teacher directory, after trying it on its base.
 
-Only safetensors and JSON are read of the adapter: a pickled one (adapter_model.bin) is refused.
+Only safetensors and JSON files of the adapter are read; a pickled one (adapter_model.bin) is refused.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ from kdecs.teacher.network import (
 from kdecs.teacher.product import ADAPTER_FILE, check_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
-_PAIRS_A_FORWARD = 16
+_PAIRS_PER_FORWARD = 16
 
 
 @dataclass(frozen=True)
 class AdapterImport:
-    """What is imported, and what is said of it; `is_of_corpus`: it was trained on just these corpus files."""
+    """What to import, and how it was trained. `is_of_corpus`: on exactly these corpus files."""
 
     adapter: Path
     base: str
@@ -59,11 +59,11 @@ class AdapterImport:
 
 
 def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Manifest:
-    """Write the teacher directory of an adapter; does nothing where it is complete.
+    """Write the teacher directory of an adapter, unless it is complete already.
 
-    The adapter is loaded onto the base, every one of its tensors must have found its place, and the fold1 pairs of
-    the validation split are scored. Raises ModelError where it does not fit, TrainingError for one that is not finite
-    or does nothing, ConfigError, CorpusError, ArtifactError for an output that holds another teacher.
+    The adapter is loaded onto the base, each of its tensors must find its place there, and the fold1 pairs of the
+    validation split are scored. Raises ModelError if it does not fit, TrainingError if it is not finite or does
+    nothing, ArtifactError if the output holds another teacher, and ConfigError or CorpusError.
     """
     values = _adapter_values(wanted.adapter)
     config = _config(wanted, values)
@@ -73,7 +73,9 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
     claim(wanted.output, "teacher", work_hash)
     pairs = [p for d in read_split(config.corpus, wanted.valid).dialogues for p in pairs_of(d, "fold1")]
     if not pairs:
-        raise CorpusError(f"{wanted.valid}: no pairs to try the adapter on, expected targets with causes")
+        raise CorpusError(
+            f"{wanted.valid}: no pairs to try the adapter on; expected dialogues with targets and their causes"
+        )
     family = make_family(
         config.model, max_prompt_tokens=wanted.max_prompt_tokens, emotions_shown=wanted.emotions_shown
     )
@@ -93,7 +95,7 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
 
 
 def _adapter_values(directory: Path) -> dict[str, Any]:
-    """The adapter's own config. Raises ModelError where the directory holds no LoRA adapter in safetensors."""
+    """The adapter's own config. Raises ModelError if the directory holds no LoRA adapter in safetensors."""
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         raise ModelError(
@@ -102,9 +104,9 @@ def _adapter_values(directory: Path) -> dict[str, Any]:
     if not (directory / ADAPTER_FILE).is_file():
         has_pickle = (directory / "adapter_model.bin").exists()
         hint = (
-            "its pickled adapter_model.bin is not opened; save it with safe_serialization=True"
+            "a pickled adapter_model.bin is never opened; save the adapter with safe_serialization=True"
             if has_pickle
-            else ("save the adapter with PEFT's save_pretrained")
+            else "save the adapter with PEFT's save_pretrained"
         )
         raise ModelError(f"{directory}: no {ADAPTER_FILE}; {hint}")
     try:
@@ -112,7 +114,7 @@ def _adapter_values(directory: Path) -> dict[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: not a JSON object")
+        raise ModelError(f"{path}: not a JSON object; save the adapter with PEFT's save_pretrained")
     if values.get("peft_type") != "LORA":
         raise ModelError(f"{path}: peft_type is {values.get('peft_type')!r}, expected 'LORA'")
     return values
@@ -139,7 +141,7 @@ def _config(wanted: AdapterImport, values: dict[str, Any]) -> TeacherConfig:
 
 
 def _work_hash(wanted: AdapterImport, config: TeacherConfig) -> str:
-    """Not that of a training with the same config: the weights came from elsewhere."""
+    """Differs from that of a training with the same config, since the weights came from elsewhere."""
     for path in (wanted.train, wanted.valid):
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
@@ -149,7 +151,7 @@ def _work_hash(wanted: AdapterImport, config: TeacherConfig) -> str:
 
 
 def _load(adapter: Path, config: TeacherConfig, family: Family, runtime: Runtime, dtype: str) -> nn.Module:
-    """Base with adapter. Raises ModelError where a tensor of the adapter has no place in the base, or another shape."""
+    """Base with adapter. Raises ModelError if a tensor of the adapter has no place in the base, or another shape."""
     try:
         tensors = load_file(adapter / ADAPTER_FILE)
     except (OSError, SafetensorError) as error:
@@ -165,8 +167,8 @@ def _load(adapter: Path, config: TeacherConfig, family: Family, runtime: Runtime
     placed = set(get_peft_model_state_dict(network))
     if strangers := sorted(set(tensors) ^ placed):
         raise ModelError(
-            f"{adapter}: does not fit the base {config.model.base}: {strangers[0]} is in one and not in the other "
-            f"({len(strangers)} such tensors); name the base that it was trained on"
+            f"{adapter}: does not fit the base {config.model.base}: only one of them has {strangers[0]} "
+            f"({len(strangers)} such tensors); name the base that the adapter was trained on"
         )
     return network
 
@@ -177,11 +179,11 @@ def _scores(
 ) -> dict[str, float]:
     predicted: list[bool] = []
     with tqdm(total=len(pairs), desc="try adapter", unit="pair", disable=None) as bar:
-        for start in range(0, len(pairs), _PAIRS_A_FORWARD):
-            logits_PA = teacher(prompts[start : start + _PAIRS_A_FORWARD])
+        for start in range(0, len(pairs), _PAIRS_PER_FORWARD):
+            logits_PA = teacher(prompts[start : start + _PAIRS_PER_FORWARD])
             if not torch.isfinite(logits_PA).all():
                 raise ModelError(
-                    f"pair {pairs[start].id} or one after it: the adapter gives logits that are not finite"
+                    f"pair {pairs[start].id} or one shortly after it: the adapter's logits are not finite"
                 )
             predicted += is_causal(logits_PA).tolist()
             bar.update(len(logits_PA))

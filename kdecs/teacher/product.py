@@ -1,11 +1,11 @@
-"""Teacher directories: what a training makes, and how it is read.
+"""Teacher directories: what a training writes, how it is read, and the lineage of the labels that it makes.
 
 adapter_model.safetensors, adapter_config.json   LoRA: as PEFT writes and reads them
 model/                                           full tuning: a Transformers model (safetensors) with its tokenizer
 tokenizer files                                  as Transformers writes them
 config.json                                      the resolved TeacherConfig
 metrics.jsonl                                    training loss, throughput and validation scores
-checkpoints/                                     training states (kdecs.teacher.checkpoint); no part of the product
+checkpoints/                                     training states (`kdecs.teacher.checkpoint`), not part of the product
 manifest.json                                    names the base by checksum
 """
 
@@ -51,7 +51,7 @@ _OTHER_FILES = ("config.json", "generation_config.json", "metrics.jsonl", "READM
 def lineage_of(
     directory: Path, manifest: Manifest, config: TeacherConfig, family: Family, *, dtype: str
 ) -> dict[str, str]:
-    """The lineage of labels that this teacher makes (module's head)."""
+    """What this teacher's labels depend on, by name and checksum. Exports refuse to mix labels of unequal lineage."""
     weights = [entry for entry in manifest.files if _is_weight(entry)]
     tokenizer = [e for e in manifest.files if not _is_weight(e) and Path(e.path).name not in _OTHER_FILES]
     return {
@@ -69,7 +69,7 @@ def lineage_of(
 
 
 def template_digest(family: Family) -> str:
-    """Checksum of what a family's prompt looks like: of a dialogue of two turns, target 2, candidates 1 and 2."""
+    """Checksum of a family's prompts for a fixed dialogue of two turns, target 2, candidates 1 and 2."""
     turns = tuple(Utterance(n, speaker, f"text {n}", "neutral", ()) for n, speaker in ((1, "A"), (2, "B")))
     dialogue = Dialogue("template", turns)
     texts = [
@@ -93,7 +93,7 @@ MODEL_FOLDER = "model"
 
 
 def save_product(network: nn.Module, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
-    """Write the whole adapter, or the whole model, from rank 0. Collective: ZeRO-3's parts are gathered."""
+    """Write the whole adapter, or the whole model, from rank 0. Collective, since it gathers ZeRO-3's parts."""
     if isinstance(network, PeftModel):
         _save_adapter(network, directory, runtime, zero_stage=zero_stage)
     else:
@@ -101,7 +101,7 @@ def save_product(network: nn.Module, directory: Path, runtime: Runtime, *, zero_
 
 
 def install_product(source: Path, family: Family, output: Path) -> list[str]:
-    """Copy a kept product into the teacher directory, the tokenizer beside it; the relative paths of its files."""
+    """Copy a checkpoint's product and the tokenizer into the teacher directory; return the files' relative paths."""
     is_adapter = (source / ADAPTER_FILE).is_file()
     folder = output if is_adapter else output / MODEL_FOLDER
     files = sorted(path for path in source.rglob("*") if path.is_file())
@@ -116,10 +116,12 @@ def install_product(source: Path, family: Family, output: Path) -> list[str]:
 
 
 def check_adapter(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Raise TrainingError for an adapter that is empty, not finite, or was never moved (every B is zero)."""
+    """Raise TrainingError for an adapter that is empty, not finite, or was never trained (every B is zero)."""
     _check_tensors(tensors.items(), directory)
     if not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name):
-        raise TrainingError(f"{directory}: every lora_B is zero, so the adapter does nothing")
+        raise TrainingError(
+            f"{directory}: every lora_B of the adapter is zero, so it does nothing; train it again"
+        )
 
 
 def read_teacher_config(directory: Path) -> TeacherConfig:
@@ -134,8 +136,8 @@ def load_trained(
 ) -> tuple[Family, nn.Module]:
     """Family and trained network of a finished teacher: base with adapter, or the fully tuned model.
 
-    `base` names an adapter's base where it lies elsewhere than in training. Raises ArtifactError where the base is
-    another, ModelError where weights do not load.
+    `base` names an adapter's base if it has moved since the training. Raises ArtifactError if the base is a different
+    one, ModelError if weights do not load.
     """
     tuned_whole = config.lora is None
     reference = str(directory / MODEL_FOLDER) if tuned_whole else base or config.model.base
@@ -158,16 +160,16 @@ def load_trained(
 
 
 def check_base(directory: Path, base: str) -> None:
-    """Raise ArtifactError where the base model is not the one that the adapter was trained on."""
+    """Raise ArtifactError if the base model is not the one that the adapter was trained on."""
     expected = read_manifest(directory, "teacher").inputs["base"]
     if (Path(base) / MANIFEST_NAME).is_file():
         read_verified_manifest(
             Path(base), "base-model"
-        )  # its manifest stands for it, so the files must agree with that
+        )  # the checksum is that of its manifest, so the files must agree with it
     if (found := input_checksums(base=base)["base"]) != expected:
         raise ArtifactError(
-            f"{directory}: its adapter was trained on a base with checksum {expected[:12]}…, "
-            f"{base} has {found[:12]}…; put the original base back or train the teacher again"
+            f"{directory}: its adapter was trained on a base with checksum {expected[:12]}…, but {base} has "
+            f"{found[:12]}…; restore the original base, or train the teacher again"
         )
 
 
@@ -211,7 +213,7 @@ def _save_model(model: nn.Module, directory: Path, runtime: Runtime, *, zero_sta
     tensors |= {name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers() if name in stored}
     _check_tensors(tensors.items(), directory)
     use_cache, model.config.use_cache = model.config.use_cache, True
-    # Names as they are: a partitioned load keeps the renaming of old checkpoints (LayerNorm.gamma), and would undo it.
+    # Keep the names: a model that was loaded partitioned would undo the renaming of old checkpoints (LayerNorm.gamma).
     model.save_pretrained(str(directory), state_dict=tensors, save_original_format=False)
     model.config.use_cache = use_cache
     _check_written(tensors, directory)
@@ -226,13 +228,15 @@ def _check_written(tensors: Mapping[str, Tensor], directory: Path) -> None:
                 _check_tensors([(name, file.get_tensor(name))], directory)
     if missing := set(tensors) - written:
         raise TrainingError(
-            f"{directory}: {len(missing)} tensors were not written, the first is {min(missing)}"
+            f"{directory}: {len(missing)} tensors were not written, among them {min(missing)}"
         )
 
 
 def _check_tensors(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> None:
     tensors = list(tensors)
     if not tensors or any(tensor.numel() == 0 for _, tensor in tensors):
-        raise TrainingError(f"{directory}: the weights hold empty tensors, their parts were not gathered")
+        raise TrainingError(
+            f"{directory}: some weights are empty tensors, because their parts were not gathered"
+        )
     if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for _, tensor in tensors):
-        raise TrainingError(f"{directory}: the weights hold values that are not finite")
+        raise TrainingError(f"{directory}: some weights are not finite; lower optimization.learning_rate")

@@ -148,9 +148,9 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(
     (garbage / "adapter_model.safetensors").write_bytes(b"\x80\x04 not safetensors")
     for adapter, base, message in (
         (tmp_path / "nothing", bases("causal"), "no adapter_config.json"),
-        (pickled, bases("causal"), "adapter_model.bin is not opened"),
+        (pickled, bases("causal"), "adapter_model.bin is never opened"),
         (other_kind, bases("causal"), "peft_type is 'IA3'"),
-        (no_base, bases("causal"), "is in one and not in the other"),
+        (no_base, bases("causal"), "only one of them has"),
         (shape, bases("causal"), "does not load onto"),
         (garbage, bases("causal"), "cannot be read"),
         (good, bases("masked"), "is masked, the config says model.family=causal"),

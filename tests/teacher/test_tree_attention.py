@@ -233,7 +233,7 @@ def test_what_a_tree_cannot_do_is_refused(extra: dict[str, float]) -> None:
 def test_a_model_that_loses_the_tree_on_the_way_is_noticed() -> None:
     tree = random_tree(0, num_prompts=3, length=5)
     states = random_states(tree.num_tokens, heads=2, groups=2)
-    with pytest.raises(ValueError, match="does not hand on the tree"):
+    with pytest.raises(ValueError, match="does not pass the tree on"):
         attend(nn.Module(), *states, attention_mask=torch.from_numpy(tree.ends_N)[None, None, None])
 
 

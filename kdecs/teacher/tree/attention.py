@@ -1,14 +1,14 @@
 """Attention over a prefix tree's walk: token q attends token k iff k <= q < ends[k].
 
-Three ways of the same sum, chosen by `TreeAttention`:
+Three ways to compute the same sum, chosen by `TreeAttention`:
 
 flex    FlexAttention with a block mask made from `ends`: the compiled kernel skips empty blocks (CUDA)
-blocks  queries in blocks of 64, each against its own ancestors alone, as one batched product (CPU, or any device)
-mask    scaled dot products over a boolean (N, N) mask (a decoder that takes no other attention function)
+blocks  queries in blocks of 64, each against only its own ancestors, as one batched product (CPU, or any device)
+mask    scaled dot products over a boolean (N, N) mask (for decoders that take no other attention function)
 
 A block of queries [a, b) needs few keys: an ancestor k < a of any q in it has a in its subtree too, so the keys are
-the path to a and the block itself, at most depth + 64 of N. Counted over RECCON a walk holds about eight times more
-keys than a token has ancestors, which is what the mask pays for and the other two do not.
+the path to a and the block itself, at most depth + 64 of N. On RECCON a walk has about eight times as many tokens as a
+token has ancestors: the mask computes all of them, the other two ways do not.
 
 Shapes: N packed tokens, B blocks, Q queries of a block, K keys of a block, G key-value heads, R query heads a
 key-value head, D head size.
@@ -38,16 +38,16 @@ FLEX_BLOCK = 128
 
 @dataclass(frozen=True)
 class TreeBlocks:
-    """What a blocked walk gathers: key indices (B·K,) and which of them each query sees (B, 1, Q, K)."""
+    """The keys that a blocked walk gathers (B·K,), and which of them each query sees (B, 1, Q, K)."""
 
     keys: Tensor
     is_seen_B1QK: Tensor
 
 
 def use_tree_attention(network: Any) -> bool:
-    """Let a Transformers model attend by `attend`; False where its architecture takes no attention function.
+    """Make a Transformers model use `attend`; False if its architecture does not take an attention function.
 
-    Without a tree (padded prompts) the model computes what `sdpa` computes.
+    Without a tree (over padded prompts) the model still computes what `sdpa` computes.
     """
     if not getattr(network, "_supports_attention_backend", False):
         return False
@@ -58,7 +58,7 @@ def use_tree_attention(network: Any) -> bool:
 
 
 def resolve(wanted: TreeAttention, network: Any, device: torch.device) -> Literal["flex", "blocks", "mask"]:
-    """The attention of a tree forward: as wanted, or by device; `mask` where the model takes no other.
+    """Which attention a forward over a tree uses: as wanted, or by device; `mask` if the model takes no other.
 
     Raises ModelError for training with `flex` on a CPU, where torch has no backward for it.
     """
@@ -74,13 +74,13 @@ def resolve(wanted: TreeAttention, network: Any, device: torch.device) -> Litera
 def mask_arguments(
     tree: PackedTree, kind: Literal["flex", "blocks", "mask"], device: torch.device
 ) -> dict[str, Any]:
-    """What a decoder's forward is given beside tokens and positions, so that it attends along the tree."""
+    """The arguments that make a decoder's forward attend along the tree, besides tokens and positions."""
     ends_N = torch.from_numpy(tree.ends_N).to(device)
     if kind == "mask":
         return {"attention_mask": ancestor_mask(ends_N)}
     if kind == "flex":
         return {"attention_mask": block_mask(tree.ends_N, device)}
-    # Four dimensions: such a mask is handed to the attention function as it is.
+    # Transformers passes a mask of four dimensions to the attention function unchanged.
     return {"attention_mask": ends_N[None, None, None], "tree_blocks": tree_blocks(tree.ends_N, device)}
 
 
@@ -93,20 +93,22 @@ def tree_blocks(ends_N: np.ndarray, device: torch.device, *, block: int = QUERY_
         for start in starts
     ]
     keys_BK = np.zeros((len(keys), max(len(k) for k in keys)), dtype=np.int64)
-    ends_BK = np.zeros_like(keys_BK)  # a padded key has an empty subtree: nobody sees it
+    ends_BK = np.zeros_like(keys_BK)  # a padded key has an empty subtree, so no query sees it
     for row, of_block in enumerate(keys):
         keys_BK[row, : len(of_block)] = of_block
         ends_BK[row, : len(of_block)] = ends_N[of_block]
     queries_BQ = np.arange(len(keys) * block).reshape(-1, block)
     is_seen_BQK = (keys_BK[:, None] <= queries_BQ[..., None]) & (queries_BQ[..., None] < ends_BK[:, None])
-    is_seen_BQK[queries_BQ >= size] = True  # rows that fill the last block: nobody reads them, but no NaN
+    is_seen_BQK[queries_BQ >= size] = (
+        True  # rows that fill the last block: never read, but seeing nothing would make them NaN
+    )
     return TreeBlocks(
         torch.from_numpy(keys_BK.reshape(-1)).to(device), torch.from_numpy(is_seen_BQK[:, None]).to(device)
     )
 
 
 def block_mask(ends_N: np.ndarray, device: torch.device) -> BlockMask:
-    """FlexAttention's block mask, without ever holding N·N entries.
+    """FlexAttention's block mask, built without ever holding N·N entries.
 
     A block pair (i, j), j < i, is empty where every subtree of j ends before i begins, and full (no mask needed)
     where every subtree of j holds all of i.
@@ -137,7 +139,7 @@ def block_mask(ends_N: np.ndarray, device: torch.device) -> BlockMask:
 
 
 def _block_lists(is_wanted: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has (1, 1, blocks), and which, the wanted ones first (…, blocks)."""
+    """The number of key blocks of each query block (1, 1, blocks), and their indices, wanted ones first."""
     counts = torch.from_numpy(is_wanted.sum(1).astype(np.int32)).to(device)
     order = np.argsort(~is_wanted, axis=1, kind="stable").astype(np.int32)
     return counts[None, None], torch.from_numpy(order).to(device)[None, None]
@@ -154,17 +156,17 @@ def attend(
     tree_blocks: TreeBlocks | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function: along the tree where a forward was given one, else as `sdpa`.
+    """An attention function for Transformers: along the tree if the forward was given one, otherwise as `sdpa`.
 
     query (1, G·R, N, D), key and value (1, G, N, D) -> (1, N, G·R, D). Raises ValueError for an architecture whose
-    scores have more to them than a scaled product, which makes the caller go on with pairs.
+    scores are more than a scaled product (such a model is then trained on pairs).
     """
     is_flex = isinstance(attention_mask, BlockMask)
     if not is_flex and tree_blocks is None:
         if attention_mask is not None and not (
             attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
         ):
-            raise ValueError(f"{type(module).__name__} does not hand on the tree to its attention")
+            raise ValueError(f"{type(module).__name__} does not pass the tree on to its attention")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
@@ -213,7 +215,7 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, blocks: TreeBlocks, scal
 def _sum_with_gradient(
     query_BGRQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, is_seen_B1QK: Tensor, scale: float
 ) -> Tensor:
-    """Plain batched products: on CPU their backward is three times faster than the fused kernel's."""
+    """Plain batched products: on a CPU their backward is three times as fast as the fused kernel's."""
     num_blocks, groups, repeats, block, width = query_BGRQD.shape
     rows = query_BGRQD.reshape(num_blocks, groups, repeats * block, width)
     scores = torch.matmul(rows * scale, key_BGKD.transpose(2, 3)).view(num_blocks, groups, repeats, block, -1)

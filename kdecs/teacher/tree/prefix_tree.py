@@ -1,4 +1,4 @@
-"""The prefix tree: many prompts that begin alike, as one sequence.
+"""The prefix tree: many prompts with common beginnings, packed into one sequence.
 
 A set of token sequences is packed as the depth-first walk of its trie. Position ids are depths, and token q may
 attend token k iff k is an ancestor of q (or q itself), i.e. k <= q < end[k], where end[k] is the end of k's
@@ -26,11 +26,11 @@ class PackedTree:
 
     @property
     def num_tokens(self) -> int:
-        """N, what a forward costs."""
+        """N, the cost of a forward."""
         return len(self.tokens_N)
 
     def padded_to(self, multiple: int) -> "PackedTree":
-        """The same walk, filled up with trees of one token 0 each, which see and are seen by nothing else."""
+        """The same walk, padded with trees of a single token 0, which neither see nor are seen by anything else."""
         size = self.num_tokens
         fill = -size % multiple
         return PackedTree(
