@@ -1,10 +1,10 @@
-"""A small base model from scratch: a language model on a corpus' text, so that an adapter has something to adapt.
+"""A small base model from scratch, so that the demo needs no download: a tokenizer and a language model of a corpus.
 
-The text is the training split alone, worded like the prompts (turn, speaker, utterance, a copy of an earlier
-utterance) and without causes or connectives: causal language modelling for llama, span filling for t5, masked
-language modelling for roberta.
+It learns from the training split alone. Its texts are worded like the prompts (turn, speaker, utterance, a copy of an
+earlier utterance), without causes and connectives: causal language modelling for llama, span filling for t5, masked
+language modelling for roberta. That takes half a minute, so there are no epochs, checkpoints or validation.
 
-Shapes: B sequences, T tokens.
+Legend: B sequences, T tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,88 +40,16 @@ from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, seed_everything
 from kdecs.training.loop import GuardedSteps
 
-NUM_SENTINELS = 10
-_REPEATS = 2000  # makes each answer word frequent enough that its merges are learned first
-
-
-def train_tokenizer(texts: Iterable[str], config: BaseModelConfig) -> PreTrainedTokenizerFast:
-    """A fast tokenizer of the architecture's kind: special tokens, template and mask as its family has them."""
-    special = {
-        "llama": ["<unk>", "<s>", "</s>"],
-        "t5": ["<pad>", "</s>", "<unk>", *(f"<extra_id_{n}>" for n in range(NUM_SENTINELS))],
-        "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-    }[config.architecture]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_with_answer_words(texts), trainer)
-    wrapped = _wrap(tokenizer, special, config)
-    wrapped.model_max_length = config.max_positions
-    return wrapped
-
-
-def _with_answer_words(texts: Iterable[str]) -> Iterable[str]:
-    yield from texts
-    # " because" (after a space) for the causal prompt, "because" (first) where a tokenizer adds no space.
-    words = [*CONNECTIVES, *sorted(KNOWN_EMOTIONS)]
-    line = "".join(f" {word}" for word in words)
-    for _ in range(_REPEATS):
-        yield line
-        yield from words
-
-
-def _wrap(tokenizer: Tokenizer, special: Sequence[str], config: BaseModelConfig) -> PreTrainedTokenizerFast:
-    ids = {token: tokenizer.token_to_id(token) for token in special}
-    if config.architecture == "llama":
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ids["<s>"])]
-        )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-        )
-    if config.architecture == "t5":
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ids["</s>"])]
-        )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token="</s>",
-            unk_token="<unk>",
-            pad_token="<pad>",
-            extra_special_tokens=[f"<extra_id_{n}>" for n in range(NUM_SENTINELS)],
-        )
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> </s> $B </s>",
-        special_tokens=[("<s>", ids["<s>"]), ("</s>", ids["</s>"])],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        mask_token=AddedToken("<mask>", lstrip=True, special=True),
-    )
-
-
 IGNORED = -100
-_MASK_SHARE = 0.4  # many masks a sequence: a small model leaves the unigram plateau sooner
+NUM_SENTINELS = 10
+_REPEATS = 2000  # of each answer word, so that its merges are learnt first and it is one token
+_MASK_SHARE = 0.4  # with many masks per sequence a small model gets beyond word frequencies sooner
 
 
 def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal) -> Path:
     """Train tokenizer and model, write a Transformers directory of kind base-model, and return its path.
 
-    This takes half a minute, so a stop saves nothing: the same command starts again from the beginning. Raises
+    A stop saves nothing: the same command starts again from the beginning. Raises
     Stopped after a requested stop, TrainingError if a loss or gradient is not finite, ArtifactError if the output
     holds other work.
     """
@@ -156,7 +84,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
 def _loss(model: Any, inputs: dict[str, Tensor], architecture: str) -> Tensor:
     if architecture != "roberta":
         return model(**inputs).loss
-    # The head runs at the masked positions only: half of a step's time is saved.
+    # The head runs at the masked positions only, which saves half of a step's time.
     states_BTH = model.base_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
     chosen_BT = inputs["labels"] != IGNORED
     return functional.cross_entropy(model.lm_head(states_BTH[chosen_BT]), inputs["labels"][chosen_BT])
@@ -165,9 +93,9 @@ def _loss(model: Any, inputs: dict[str, Tensor], architecture: str) -> Tensor:
 def documents(
     dialogues: Sequence[Dialogue], *, seed: int, mask: str | None = None, separator: str = "\n"
 ) -> list[str]:
-    """Training texts: a prompt of every pair, in a seeded order; causes and connectives stay out.
+    """Training texts: one prompt per pair, in a seeded order, without causes and connectives.
 
-    Eq. 1 without the connective; with a `mask` every other one is the student's (Eq. 5), its emotion filled in.
+    They are Eq. 1 without the connective; with a `mask` every other one is the student's (Eq. 5) with its emotion.
     """
     texts = []
     for number, pair in enumerate(pair for dialogue in dialogues for pair in pairs_of(dialogue, "all")):
@@ -196,7 +124,7 @@ def _batches(
         )
         for start in range(0, len(texts), config.batch_size):
             ids = tokenizer(texts[start : start + config.batch_size])["input_ids"]
-            # The end of a prompt holds target and candidate: it is kept where a text is cut.
+            # Long texts are cut at the start: the end of a prompt holds target and candidate.
             rows = [np.asarray(row[:1] + row[1:][-(config.sequence_tokens - 1) :]) for row in ids]
             yield _batch(rows, tokenizer, config, generator)
         epoch += 1
@@ -220,7 +148,7 @@ def _batch(
     chosen_BT = torch.from_numpy(generator.random(ids_BT.shape) < _MASK_SHARE) & (mask_BT == 1)
     chosen_BT &= (ids_BT != tokenizer.bos_token_id) & (ids_BT != tokenizer.mask_token_id)
     labels_BT = ids_BT.masked_fill(~chosen_BT, IGNORED)
-    # One masked token in ten is shown as itself, so that unmasked positions get useful states too.
+    # One masked token in ten keeps its word, so that unmasked positions learn useful states too.
     shown_BT = torch.from_numpy(generator.random(ids_BT.shape) < 0.1)
     masked_BT = ids_BT.masked_fill(chosen_BT & ~shown_BT, int(tokenizer.mask_token_id))
     return {"input_ids": masked_BT, "attention_mask": mask_BT, "labels": labels_BT}
@@ -229,7 +157,7 @@ def _batch(
 def _fill_span(
     row: np.ndarray, tokenizer: PreTrainedTokenizerFast, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Span filling with sentinels (T5): several spans of 1 to 5 tokens, a fifth of the tokens in all."""
+    """Source and target of T5's span filling: several spans of 1 to 5 tokens, about a fifth of all tokens."""
     sentinels = [int(tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>")) for n in range(10)]
     num_spans = min(len(sentinels) - 1, max(1, len(row) // 15))
     starts = np.sort(
@@ -296,7 +224,7 @@ def _new_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerFast) -> A
             intermediate_size=3 * config.hidden_size,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
-            max_position_embeddings=config.max_positions + 2,  # RoBERTa's positions begin behind the pad id
+            max_position_embeddings=config.max_positions + 2,  # RoBERTa's positions start after the pad id
             type_vocab_size=1,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
@@ -324,3 +252,73 @@ def _save(
         details={"architecture": config.architecture, "final_loss": round(loss, 4)},
     )
     return output
+
+
+def train_tokenizer(texts: Iterable[str], config: BaseModelConfig) -> PreTrainedTokenizerFast:
+    """A fast tokenizer of the architecture's kind, with the special tokens, template and mask of its family."""
+    special = {
+        "llama": ["<unk>", "<s>", "</s>"],
+        "t5": ["<pad>", "</s>", "<unk>", *(f"<extra_id_{n}>" for n in range(NUM_SENTINELS))],
+        "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    }[config.architecture]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_with_answer_words(texts), trainer)
+    wrapped = _wrap(tokenizer, special, config)
+    wrapped.model_max_length = config.max_positions
+    return wrapped
+
+
+def _with_answer_words(texts: Iterable[str]) -> Iterable[str]:
+    yield from texts
+    # " because" after a space is what prompts have; "because" alone is for tokenizers that add no space.
+    words = [*CONNECTIVES, *sorted(KNOWN_EMOTIONS)]
+    line = "".join(f" {word}" for word in words)
+    for _ in range(_REPEATS):
+        yield line
+        yield from words
+
+
+def _wrap(tokenizer: Tokenizer, special: Sequence[str], config: BaseModelConfig) -> PreTrainedTokenizerFast:
+    ids = {token: tokenizer.token_to_id(token) for token in special}
+    if config.architecture == "llama":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ids["<s>"])]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+        )
+    if config.architecture == "t5":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ids["</s>"])]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token="</s>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+            extra_special_tokens=[f"<extra_id_{n}>" for n in range(NUM_SENTINELS)],
+        )
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", ids["<s>"]), ("</s>", ids["</s>"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+    )

@@ -1,4 +1,4 @@
-"""The config of a small base model trained from scratch (`launch/pretrain_base.py`)."""
+"""The config of a small base model trained from scratch (`kdecs.launch.pretrain_base`)."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from kdecs.corpus.splits import CorpusConfig
 
 
 class BaseModelConfig(Config):
-    """`launch/pretrain_base.py`: a small base model and tokenizer, trained on a corpus' text from scratch."""
+    """A small base model and its tokenizer, trained from scratch on the text of a corpus."""
 
     name: Name
     output: OutputPath
@@ -30,5 +30,7 @@ class BaseModelConfig(Config):
     @model_validator(mode="after")
     def _heads_divide(self) -> "BaseModelConfig":
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
         return self

@@ -1,4 +1,4 @@
-"""The config of the MRC baseline's training (`launch/train_mrc.py`)."""
+"""The config of the MRC baseline's training (`kdecs.launch.train_mrc`)."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -9,7 +9,7 @@ from kdecs.corpus.splits import CorpusConfig
 from kdecs.student.config import StudentBatches
 
 QUESTION_VERSION = 1
-"""Of the question's wording and the context's layout: part of the config hash and of a product."""
+"""Version of the question's wording and the context's layout: part of the config hash and of a product."""
 
 
 class MrcModel(Config):
@@ -25,7 +25,7 @@ class MrcModel(Config):
 
 
 class MrcConfig(Config):
-    """`launch/train_mrc.py`: RECCON's question-answering baseline, SQuAD 2.0 with impossible questions."""
+    """RECCON's question-answering baseline: SQuAD 2.0 with impossible questions."""
 
     method_versions: ClassVar[dict[str, int]] = {"question": QUESTION_VERSION}
     name: Name = "mrc"
@@ -38,10 +38,10 @@ class MrcConfig(Config):
         default=1.0,
         gt=0,
         le=1,
-        description="share of the impossible questions in training, drawn once by seed",
+        description="share of the impossible questions to train on, drawn once by seed",
     )
     precision: Literal["float32", "bfloat16"] = "float32"
     patience_epochs: int | None = Field(
-        default=None, ge=1, description="stop after so many epochs without gain"
+        default=None, ge=1, description="stop after this many epochs without improvement"
     )
-    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="0: the library's choice")
+    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="CPU threads; 0: torch decides")

@@ -1,12 +1,12 @@
-"""The product of an MRC training, an artifact directory of kind mrc.
+"""The MRC baseline: a question-answering model, its batches and scores, and its product of kind mrc.
 
     model/          a Transformers question-answering model (safetensors) with its tokenizer
     mrc.json        MrcCard: what prediction needs to know
     config.json     the resolved config of the training
-    metrics.jsonl   one JSON object an epoch
+    metrics.jsonl   one JSON object per epoch
     manifest.json   details: metrics on validation, threshold
 
-Nothing here is unpickled.
+Loading unpickles nothing. Legend: B questions, T tokens of question and context.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,10 @@ _PAD_MULTIPLE = 8
 
 
 class QuestionBatch(NamedTuple):
-    """Tensors of B questions, int64 but for the bool `attention_BT` and `answerable_BT`; `start_B`, `end_B`: gold."""
+    """Tensors of B questions, int64 except for the bool `attention_BT` and `answerable_BT`.
+
+    `start_B` and `end_B` are the gold answer's first and last token: 0 for no answer, -1 if it was truncated away.
+    """
 
     token_ids_BT: Tensor
     type_ids_BT: Tensor
@@ -68,9 +71,9 @@ def question_batch(encoded: Sequence[EncodedQuestion], pad_id: int) -> QuestionB
 
 
 def load_reader(reference: str | Path, *, has_head: bool = False) -> Any:
-    """The base with a question-answering head in float32, from safetensors; the head is new unless it `has_head`.
+    """The base with a question-answering head in float32; the head is new unless the base `has_head`.
 
-    Raises ModelError, one line, where it cannot be loaded or lacks other weights.
+    Raises ModelError if it cannot be loaded or lacks other weights.
     """
     reader, missing = load_pretrained(AutoModelForQuestionAnswering, reference, "a question-answering model")
     lacking = [key for key in missing if has_head or not key.startswith("qa_outputs.")]
@@ -80,7 +83,7 @@ def load_reader(reference: str | Path, *, has_head: bool = False) -> Any:
 
 
 def answer_logits(reader: Any, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
-    """Float32 logits (B, T) of an answer's first and last token; -inf where no answer may begin or end."""
+    """Float32 logits (B, T) of an answer's first and last token; -inf at tokens where no answer may begin or end."""
     segments = (
         {"token_type_ids": batch.type_ids_BT} if getattr(reader.config, "type_vocab_size", 0) > 1 else {}
     )
@@ -94,7 +97,7 @@ def answer_logits(reader: Any, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
 
 
 def answer_loss(start_BT: Tensor, end_BT: Tensor, start_B: Tensor, end_B: Tensor) -> Tensor:
-    """The mean of the cross-entropies of first and last token (SQuAD), a mean over the questions with known answers."""
+    """SQuAD's loss: the mean of the cross-entropies of first and last token, over the questions with a known answer."""
     known = (start_B != UNKNOWN_ANSWER).sum().clamp(min=1)
     start, end = (
         functional.cross_entropy(logits_BT, gold_B, ignore_index=UNKNOWN_ANSWER, reduction="sum")
@@ -104,10 +107,10 @@ def answer_loss(start_BT: Tensor, end_BT: Tensor, start_B: Tensor, end_B: Tensor
 
 
 def answers(start_BT: Tensor, end_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (B,) in [0, 1] and the best answers' first and last tokens (B, 2).
+    """Scores (B,) in [0, 1], and the first and last tokens (B, 2) of the best answers.
 
-    The score is σ(s_answer - s_null), each the sum of a first and a last token's logit (SQuAD 2.0's difference,
-    brought into [0, 1] by an increasing function).
+    The score is σ(s_answer - s_null), where each s is the sum of the logits of a first and a last token: SQuAD 2.0's
+    difference, mapped to [0, 1] so that its threshold is like a student's.
     """
     span_B2 = best_spans(start_BT, end_BT)
     best_B = start_BT.gather(1, span_B2[:, :1]) + end_BT.gather(1, span_B2[:, 1:])
@@ -126,7 +129,7 @@ class MrcCard(BaseModel):
     question_version: int
     max_tokens: int = Field(ge=48)
     answer_within: Literal["context", "candidate"]
-    threshold: float = Field(ge=0, le=1, description="a pair is a cause where its score is at least this")
+    threshold: float = Field(ge=0, le=1, description="a pair is a cause if its score is at least this")
 
 
 def save_reader(directory: Path, reader: Any, tokenizer: Any, card: MrcCard) -> None:
@@ -138,7 +141,7 @@ def save_reader(directory: Path, reader: Any, tokenizer: Any, card: MrcCard) -> 
 def load_product(directory: Path) -> tuple[Any, Any, MrcCard]:
     """Model (float32, on the CPU, in evaluation mode), tokenizer and card.
 
-    Raises ArtifactError for a card that does not fit, ModelError where the weights cannot be loaded.
+    Raises ArtifactError if the card does not fit, ModelError if the weights cannot be loaded.
     """
     path = directory / CARD_NAME
     try:
@@ -149,15 +152,15 @@ def load_product(directory: Path) -> tuple[Any, Any, MrcCard]:
         raise ArtifactError(f"{path}: {field}: {first['msg']}; train the baseline again") from None
     if card.question_version != QUESTION_VERSION:
         raise ArtifactError(
-            f"{path}: question version {card.question_version}, this kdecs has {QUESTION_VERSION}; "
-            "train the baseline again"
+            f"{path}: the baseline was trained with question version {card.question_version}, but this kdecs uses "
+            f"version {QUESTION_VERSION}; train the baseline again"
         )
     folder = directory / MODEL_FOLDER
     return load_reader(folder, has_head=True).eval(), load_tokenizer(str(folder)), card
 
 
 def finish_product(config: MrcConfig, digest: str, details: dict[str, Any], *, num_epochs: int) -> None:
-    """Write the manifest over all files: from now on the directory is complete."""
+    """Write the manifest over all files, which makes the directory complete."""
     folder = config.output / MODEL_FOLDER
     write_manifest(
         config.output,

@@ -1,6 +1,7 @@
-"""Predicting with the MRC baseline: a question for every pair whose target has an emotion.
+"""Prediction with the MRC baseline: one question per pair whose target is not neutral.
 
-It is given the emotions (the question names them), so it predicts none: `emotion` is null in its predictions.
+The question names the target's emotion, which must be given, so the baseline predicts none: `emotion` is null in its
+predictions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -40,8 +41,8 @@ class MrcBaseline:
     def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> "MrcBaseline":
         """Load a directory of kind mrc (safetensors and JSON only).
 
-        Raises ArtifactError for a directory that is missing, unfinished, damaged or of another kind, ModelError
-        where its weights or tokenizer cannot be loaded.
+        Raises ArtifactError if the directory is missing, unfinished, damaged or of another kind, ModelError if its
+        weights or tokenizer cannot be loaded.
         """
         directory = Path(directory).expanduser().absolute()
         read_verified_manifest(directory, "mrc")
@@ -62,7 +63,7 @@ class MrcBaseline:
     ) -> list[PairPrediction]:
         """Predictions with scores and character ranges, in the order of the pairs.
 
-        A neutral target has no cause: nothing is asked about it. Raises CorpusError for a target without emotion.
+        A neutral target has no cause, so nothing is asked about it. Raises CorpusError if a target has no emotion.
         """
         found: list[PairPrediction] = []
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
@@ -98,7 +99,7 @@ def answer_questions(
     batch_tokens: int,
     on_batch: Callable[[int], object] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Scores (P,) and the best answers' first and last tokens (P, 2), in the order of the questions. In float32."""
+    """Scores (P,) and the first and last tokens (P, 2) of the best answers, in the order of the questions."""
     score_P = np.zeros(len(encoded), dtype=np.float32)
     span_P2 = np.zeros((len(encoded), 2), dtype=np.int64)
     lengths = np.array([len(question.token_ids) for question in encoded], dtype=np.int64)
@@ -118,7 +119,7 @@ def answer_questions(
 def decide(
     pair: Pair, question: EncodedQuestion, score: float, span: Sequence[int], threshold: float
 ) -> PairPrediction:
-    """A cause with its answer where the score reaches the threshold."""
+    """The prediction for a pair: a cause, with its answer, if the score reaches the threshold."""
     answer, place = answer_text(question, int(span[0]), int(span[1]))
     if score < threshold:
         return PairPrediction(_no_cause(pair), score, None)

@@ -1,4 +1,7 @@
-"""What an MRC baseline trains on: the encoded questions of the training split and of the validation split."""
+"""Questions about pairs: their wording and context, how they are encoded, and those of the two splits.
+
+Legend: P pairs, T tokens of question and context together.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +21,14 @@ from kdecs.student.batches import Ints
 
 NO_ANSWER = 0
 UNKNOWN_ANSWER = -1
-"""The gold span lies in a part of u_j that was truncated: no loss for this pair."""
+"""The gold span lies in a part of u_j that was truncated, so the pair has no loss."""
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class MrcText:
-    """Question and context with character ranges [start, end): u_i's and u_j's places in each."""
+    """Question and context, with the character ranges [start, end) of u_i and u_j in each."""
 
     question: str
     context: str
@@ -37,12 +40,12 @@ class MrcText:
 
 @dataclass(frozen=True, slots=True)
 class EncodedQuestion:
-    """One question with its context, T tokens; token 0 is the classifier's, where "no answer" stands.
+    """One question with its context, T tokens. Token 0 is the classifier token, which stands for "no answer".
 
-    `type_ids` are segment ids; `answerable` marks tokens that an answer may hold; `offsets_T2` their characters
-    [start, end) in `context`, (0, 0) elsewhere. `candidate_range`: u_j's characters in `context`. `answer_start`,
-    `answer_end`: first and last token of the gold answer, 0 for none, -1 truncated away. `num_truncated`: tokens
-    lost beyond old context.
+    `type_ids` are segment ids, `answerable` marks the tokens that an answer may contain, and `offsets_T2` are the
+    characters [start, end) of the context's tokens in `context`, (0, 0) elsewhere. `candidate_range` are u_j's
+    characters in `context`. `answer_start` and `answer_end` are the first and last token of the gold answer: 0 for
+    none, -1 if truncated away. `num_truncated` counts the tokens lost beyond old context.
     """
 
     token_ids: Ints
@@ -57,9 +60,9 @@ class EncodedQuestion:
 
 
 def mrc_text(pair: Pair, *, first_turn: int = 1) -> MrcText:
-    """Question and context of a pair; context before `first_turn` is left out, but for u_j.
+    """Question and context of a pair, without the turns before `first_turn` except for u_j.
 
-    Raises CorpusError where the target has no emotion: the question gives it.
+    Raises CorpusError if the target has no emotion, which the question names.
     """
     target, candidate = (pair.dialogue.utterances[turn - 1] for turn in (pair.target, pair.candidate))
     if target.emotion is None:
@@ -121,7 +124,7 @@ class QuestionEncoder:
     def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedQuestion]:
         """The encoded questions, in order.
 
-        Raises CorpusError for a target without emotion, ModelError where even the bare question is too long.
+        Raises CorpusError if a target has no emotion, ModelError if even the bare question is too long.
         """
         texts = [mrc_text(p, first_turn=self._window.first_turn(p.dialogue, p.target)) for p in pairs]
         encodings = self._backend.encode_batch([(text.question, text.context) for text in texts])
@@ -151,7 +154,10 @@ class QuestionEncoder:
     def _kept(
         self, pair: Pair, text: MrcText, sequence_T: npt.NDArray[np.int8], offsets_T2: Ints
     ) -> tuple[Ints, int]:
-        """Indices of the tokens that stay, and how many were lost that are not old context."""
+        """Indices of the tokens that fit, and how many were lost beyond old context.
+
+        Old context goes first, then the ends of the target, of both utterances in the question, and of u_j.
+        """
         surplus = len(sequence_T) - self.max_tokens
         if surplus <= 0:
             return np.arange(len(sequence_T)), 0
@@ -181,7 +187,7 @@ class QuestionEncoder:
 def answer_text(encoded: EncodedQuestion, first: int, last: int) -> tuple[str, Range | None]:
     """The answer from token `first` to `last`, and its characters [start, end) in u_j's text.
 
-    None where it is not wholly in u_j's place.
+    The range is None if the answer is not entirely within u_j.
     """
     start, end = int(encoded.offsets_T2[first, 0]), int(encoded.offsets_T2[last, 1])
     answer = encoded.context[start:end]
@@ -215,7 +221,7 @@ _PAIRS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class MrcData:
-    """Questions of the training pairs (fold1) with their lengths (P,), and of the validation pairs."""
+    """The encoded questions of the training pairs (fold1), with their lengths (P,), and of the validation pairs."""
 
     train: list[EncodedQuestion]
     num_tokens_P: Ints
@@ -225,7 +231,7 @@ class MrcData:
 
     @property
     def num_cut(self) -> int:
-        """Training questions that lost more than old context to the maximum length: ends of utterances."""
+        """Number of training questions that lost ends of utterances, not only old context, to the maximum length."""
         return sum(question.num_truncated > 0 for question in self.train)
 
 

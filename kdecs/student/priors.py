@@ -1,11 +1,11 @@
-"""Biases that a student begins with: what the training pairs say before a word is read.
+"""Biases that a student starts with: what the training pairs say before a word is read.
 
-Legend: B pairs, E emotions, A connective answer words, M tokens of u_j's copy, D distances 0 … D-1 (the last one and
-all beyond), N training rows.
+Legend: B pairs, E emotions, A connective answer words, M tokens of u_j's copy, S = M + 1 span places, D distances
+0 … D-1 (the last one stands for all beyond), N training rows.
 
 Small encoders learn distance, class balance and the shape of spans slowly, and from a tenth of the corpus hardly at
-all; counted, they are there from the first step: a student begins at the distance rule and learns from the text what
-the rule does not know. They are parameters like any other, and go on learning.
+all. Set from counts, they are there from the first step: a student starts from the distance rule and learns from the
+text what the rule does not know. They are parameters like any other and keep learning.
 """
 
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from kdecs.corpus.answer_words import NUM_CAUSAL
 
 NUM_DISTANCES = 8
 PRIOR_NAMES = ("emotion", "connective", "cause", "span", "first_start", "last_end")
-_SMOOTHING = 1.0
+_SMOOTHING = 1.0  # added to each count, so that none is 0
 Ints = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
 class TrainingCounts:
-    """What is counted over the rows with gold labels: emotions of targets (E,), causes and pairs by distance (D,).
+    """Counts over the rows with gold labels: emotions of targets, causes and pairs by distance.
 
-    `whole_start`, `whole_end`: shares of spans that begin with u_j's first token, end with its last;
-    `num_tokens`: mean tokens of u_j over the causes.
+    `whole_start` and `whole_end` are the shares of spans that begin with u_j's first token and end with its last;
+    `num_tokens` is the mean number of tokens of u_j over the causes with a span.
     """
 
     emotions_E: Ints
@@ -42,9 +42,9 @@ class TrainingCounts:
 
 
 class Priors(nn.Module):
-    """Biases of emotion and connective words, of the cause by distance, of a span by distance and at u_j's edges.
+    """Biases of emotion and connective words, of a cause by distance, and of a span by distance and at u_j's edges.
 
-    Those that a mode has no output for are None: a parameter without gradient would stop ranks that train together.
+    Biases without an output in the mode are None: DistributedDataParallel would wait for their gradients in vain.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Priors(nn.Module):
         classifier_B2: Tensor | None,
         distance_B: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The logits of words and classifier with their priors, float32; None stays None."""
+        """The logits of words and classifier plus their priors, float32; None stays None."""
         if emotion_BE is not None:
             assert self.emotion is not None
             emotion_BE = emotion_BE.float() + self.emotion
@@ -81,14 +81,14 @@ class Priors(nn.Module):
         return emotion_BE, connective_BA, classifier_B2
 
     def cause_shift(self, distance_B: Tensor) -> Tensor:
-        """What is added to the logits of a cause. Shape (B,)."""
+        """The bias of the logits of a cause. Shape (B,)."""
         assert self.cause is not None
         return self.cause[distance_B.clamp(max=NUM_DISTANCES - 1)]
 
     def span_shift(self, distance_B: Tensor, mask_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to the span logits of start and end, each (B, S): at place 0 and at u_j's edges.
+        """The biases of the span logits of start and end, each (B, S): at place 0 and at u_j's edges.
 
-        With no other logits P(a span) is sigmoid(span[distance]), whatever the number of tokens.
+        If all other logits are 0, P(a span) is sigmoid(span[distance]), whatever the number of tokens.
         """
         assert self.span is not None and self.first_start is not None and self.last_end is not None
         span_B = self.span[distance_B.clamp(max=NUM_DISTANCES - 1)]
@@ -113,7 +113,7 @@ def count_training(
     num_tokens_N: Ints,
     num_emotions: int,
 ) -> TrainingCounts:
-    """Counts over training rows; emotions are counted at the pairs (i, i), a negative index not at all."""
+    """Counts over training rows. Emotions are counted at the pairs (i, i) only, and unknown ones (-1) not at all."""
     own = emotion_N[is_own_N]
     distance_N = np.minimum(distance_N, NUM_DISTANCES - 1)
     with_span = start_N > 0
@@ -140,8 +140,10 @@ def begin_at_counts(
     *,
     is_classifier: bool,
 ) -> None:
-    """Set the biases so that a student whose other logits are `emotion_BE` and `connective_BA` on average predicts
-    the counts; None: a mode without such logits. Smoothed by one count each.
+    """Set the biases so that the untrained student predicts the counted frequencies.
+
+    `emotion_BE` and `connective_BA` are its own logits on some pairs, whose means the biases offset; None in a mode
+    without such logits.
     """
     if emotion_BE is not None:
         assert priors.emotion is not None
