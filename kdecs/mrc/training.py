@@ -29,7 +29,7 @@ from kdecs.runtime import Runtime, seed_everything, warn_of_emulation
 from kdecs.student.decision import autocast, choose_threshold, pair_gains
 from kdecs.student.model import longest_prompt
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
-from kdecs.training.loop import EpochLoop, Floats, Ints, Metrics, Plan, adamw
+from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
 
 
 def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = None) -> Path:
@@ -49,7 +49,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
     claim(config.output, "mrc", digest)
     warn_of_emulation(runtime, config.precision, "precision")
     task = MrcTask(config, runtime)
-    plan = Plan(
+    settings = LoopSettings(
         output=config.output,
         config_hash=digest,
         rows=np.arange(len(task.data.train)),
@@ -59,7 +59,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
         optimization=config.optimization,
         patience_epochs=config.patience_epochs,
     )
-    loop = EpochLoop(task, plan, runtime, stop or StopSignal())
+    loop = EpochLoop(task, settings, runtime, stop or StopSignal())
     write_config(config, config.output)
     num_causes = sum(question.answer_start != 0 for question in task.data.train)
     num_cut = task.data.num_cut

@@ -48,7 +48,7 @@ from kdecs.student.product import (
     teacher_lineage,
 )
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
-from kdecs.training.loop import EpochLoop, Floats, Ints, Metrics, Plan, adamw
+from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
 
 _PARTS = ("emotion", "span", "distillation", "cause")  # of the loss, in the order of the sums after the total
 _EMOTION_KEY = "emotion_accuracy"
@@ -122,7 +122,7 @@ def prepare(
 ) -> tuple["StudentTask", EpochLoop]:
     """The task of a config and the loop over it, resumed from a checkpoint if there is one. Collective."""
     task = StudentTask(config, runtime)
-    plan = Plan(
+    settings = LoopSettings(
         output=config.output,
         config_hash=digest,
         rows=task.data.rows,
@@ -132,7 +132,7 @@ def prepare(
         optimization=config.optimization,
         patience_epochs=config.patience_epochs,
     )
-    loop = EpochLoop(task, plan, runtime, stop, on_epoch)
+    loop = EpochLoop(task, settings, runtime, stop, on_epoch)
     if task.model.priors is not None and not loop.is_resumed:
         task.begin_at_training_counts()
     # After the probe of the priors: it is a forward pass in evaluation mode that should not be traced.

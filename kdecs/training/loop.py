@@ -1,8 +1,9 @@
-"""The one training loop: epochs of steps with exact resume, used by students, the MRC baseline and base models.
+"""The one training loop: epochs of steps with exact resume, for students and the MRC baseline.
 
-A stage hands in a `Task` (how to compute the loss of a batch, how to validate, which files to save) and a `Plan` (what
-to train on and for how long). The loop owns the rest: the order of batches, learning rates, the optimizer step, ranks,
-stops, the best epoch, checkpoints and the lines of `metrics.jsonl`.
+A stage hands in a `Task` (how to compute the loss of a batch, how to validate, which files to save) and `LoopSettings`
+(what to train on and for how long). The loop owns the rest: the order of batches, learning rates, the optimizer step,
+ranks, stops, the best epoch, checkpoints and the lines of `metrics.jsonl`. The demo's base models, which have no
+epochs, share its `GuardedSteps`.
 
 Batches, learning rates and dropout are pure functions of the config's seed and the step. A resume therefore needs no
 random states and no scheduler, and a training that was stopped ends with the weights of one that was not.
@@ -41,9 +42,8 @@ Ints = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float32]
 Metrics = dict[str, float]
 
-_CHECK_STEPS = (
-    20  # between two looks at a flag on the device, or at the other ranks: each look waits for both
-)
+# Steps between two looks at a flag on the device and at the other ranks: each look waits for both.
+_CHECK_STEPS = 20
 _LINE_EVERY_S = 60.0
 
 
@@ -53,7 +53,7 @@ class Task(Protocol):
     model: torch.nn.Module
     """What is trained and checkpointed (without a wrapper for several ranks)."""
     optimizer: torch.optim.Optimizer
-    """Its parameter groups may carry `rate_factor`, a multiple of the plan's learning rate."""
+    """Its parameter groups may carry `rate_factor`, a multiple of the learning rate."""
     criterion: str
     """The metric that the best epoch is chosen by (the higher, the better)."""
     no_sums: Tensor
@@ -81,7 +81,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopSettings:
     """What the loop trains on, how, and where it keeps its state."""
 
     output: Path
@@ -104,23 +104,31 @@ class Plan:
 
 
 class EpochLoop:
-    """One training: its task, plan and state on this rank."""
+    """One training: its task, settings and state on this rank."""
 
     def __init__(
         self,
         task: Task,
-        plan: Plan,
+        settings: LoopSettings,
         runtime: Runtime,
         stop: StopSignal,
         on_epoch: Callable[[Metrics], None] | None = None,
     ) -> None:
         """Load the checkpoint if there is one. Raises ArtifactError if it is damaged or of another config."""
-        self.task, self.plan, self.runtime, self.stop, self.on_epoch = task, plan, runtime, stop, on_epoch
-        state = load_checkpoint(plan.output, plan.config_hash, task.model, task.optimizer, runtime.device)
+        self.task, self.settings, self.runtime, self.stop, self.on_epoch = (
+            task,
+            settings,
+            runtime,
+            stop,
+            on_epoch,
+        )
+        state = load_checkpoint(
+            settings.output, settings.config_hash, task.model, task.optimizer, runtime.device
+        )
         self.state = state or TrainState(sums=task.no_sums)
         # A checkpoint holds the sums of all ranks: rank 0 goes on from them, the others from zero.
         self.state.sums = (self.state.sums if runtime.is_main else task.no_sums).to(runtime.device)
-        self.steps = GuardedSteps(task.model, task.optimizer, plan.optimization.max_grad_norm, runtime)
+        self.steps = GuardedSteps(task.model, task.optimizer, settings.optimization.max_grad_norm, runtime)
 
     @property
     def is_resumed(self) -> bool:
@@ -133,14 +141,15 @@ class EpochLoop:
         `what` describes the data in the first line on the terminal. Raises Stopped after a requested stop was saved,
         TrainingError if a loss or gradient is not finite.
         """
-        plan, state = self.plan, self.state
-        epochs = plan.optimization.epochs
+        settings, state = self.settings, self.state
+        epochs = settings.optimization.epochs
         if self.runtime.is_main:
-            keep_best(plan.output, state.best_epoch)
-            write_metrics(plan.output, state.history)  # a kill may have left the last line unwritten
+            keep_best(settings.output, state.best_epoch)
+            write_metrics(settings.output, state.history)  # a kill may have left the last line unwritten
             resumed = f", resumed at step {state.step}" if self.is_resumed else ""
             print(
-                f"{plan.output}: training on {what}, {plan.epoch_steps} steps an epoch, {epochs} epochs{resumed}",
+                f"{settings.output}: training on {what}, {settings.epoch_steps} steps per epoch, "
+                f"{epochs} epochs{resumed}",
                 flush=True,
             )
         while state.epoch < epochs and not self._is_patience_over():
@@ -151,27 +160,27 @@ class EpochLoop:
         return state.history[state.best_epoch - 1]
 
     def _is_patience_over(self) -> bool:
-        patience = self.plan.patience_epochs
+        patience = self.settings.patience_epochs
         return patience is not None and self.state.epoch - self.state.best_epoch >= patience
 
     def _train_epoch(self) -> None:
-        plan, state, runtime = self.plan, self.state, self.runtime
+        settings, state, runtime = self.settings, self.state, self.runtime
         batches = epoch_batches(
-            plan.num_tokens,
-            plan.rows,
-            batch_size=plan.batch_size,
-            bucket_batches=plan.bucket_batches,
-            seed=plan.optimization.seed,
+            settings.num_tokens,
+            settings.rows,
+            batch_size=settings.batch_size,
+            bucket_batches=settings.bucket_batches,
+            seed=settings.optimization.seed,
             epoch=state.epoch,
         )
         self.task.model.train()
         began = last_line = time.monotonic()
-        name = f"epoch {state.epoch + 1}/{plan.optimization.epochs}"
+        name = f"epoch {state.epoch + 1}/{settings.optimization.epochs}"
         with tqdm(
-            total=len(plan.rows),
+            total=len(settings.rows),
             initial=sum(len(rows) for rows in batches[: state.batch]),
             desc=name,
-            unit=plan.unit,
+            unit=settings.unit,
             disable=None if runtime.is_main else True,
             leave=False,
         ) as bar:
@@ -195,19 +204,19 @@ class EpochLoop:
 
     def step(self, rows: Ints) -> None:
         """One optimizer step on a global batch: forward and backward of this rank's share."""
-        plan, runtime, state = self.plan, self.runtime, self.state
+        settings, runtime, state = self.settings, self.runtime, self.state
         share, weights = rank_share(rows, runtime.rank, runtime.world_size)
-        torch.manual_seed(step_seed(plan.optimization.seed, state.step, runtime.rank))
-        total_steps = plan.epoch_steps * plan.optimization.epochs
+        torch.manual_seed(step_seed(settings.optimization.seed, state.step, runtime.rank))
+        total_steps = settings.epoch_steps * settings.optimization.epochs
         loss, sums = self.task.loss(share, weights, len(rows))
-        self.steps.take(loss, learning_rate_at(state.step, total_steps, plan.optimization))
+        self.steps.take(loss, learning_rate_at(state.step, total_steps, settings.optimization))
         state.sums += sums
 
     def _refuse_not_finite(self) -> None:
         """Raise TrainingError on every rank once a loss or gradient was not finite; such a state is never saved."""
         if not self.steps.all_finite():
             raise TrainingError(
-                f"{self.plan.output}: a loss or gradient is not finite near step {self.state.step}; lower "
+                f"{self.settings.output}: a loss or gradient is not finite near step {self.state.step}; lower "
                 "optimization.learning_rate (the last epoch's checkpoint is sound)"
             )
 
@@ -216,7 +225,7 @@ class EpochLoop:
 
         Each write can be the last one before a kill, so their order matters.
         """
-        task, plan, state, runtime = self.task, self.plan, self.state, self.runtime
+        task, settings, state, runtime = self.task, self.settings, self.state, self.runtime
         state.sums = _summed_over_ranks(state.sums, runtime)
         metrics: Metrics = {}
         if runtime.is_main:
@@ -226,7 +235,7 @@ class EpochLoop:
             # The folder before the checkpoint that names it: a checkpoint never names files that are not there. Until
             # the checkpoint is written the folder of the previous best epoch stays, too.
             if runtime.is_main:
-                save_best(plan.output, state.epoch + 1, task.save)
+                save_best(settings.output, state.epoch + 1, task.save)
             state.best_epoch, state.best_macro_f1 = state.epoch + 1, metrics[task.criterion]
         state.history.append(metrics)
         state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
@@ -235,23 +244,25 @@ class EpochLoop:
             return
         # The checkpoint before the line: an epoch whose line a reader has seen is never trained and timed again, which
         # would give one epoch two lines that differ.
-        save_checkpoint(plan.output, plan.config_hash, state, task.model, task.optimizer)
+        save_checkpoint(settings.output, settings.config_hash, state, task.model, task.optimizer)
         # Only now does no checkpoint name the older folders.
-        keep_best(plan.output, state.best_epoch)
-        write_metrics(plan.output, state.history)
+        keep_best(settings.output, state.best_epoch)
+        write_metrics(settings.output, state.history)
         tqdm.write(task.line(metrics), file=sys.stdout)
         sys.stdout.flush()
         if self.on_epoch:
             self.on_epoch(metrics)
 
     def _save_and_stop(self) -> None:
-        plan, state = self.plan, self.state
+        settings, state = self.settings, self.state
         state.sums = _summed_over_ranks(state.sums, self.runtime)
         if self.runtime.is_main:
-            save_checkpoint(plan.output, plan.config_hash, state, self.task.model, self.task.optimizer)
+            save_checkpoint(
+                settings.output, settings.config_hash, state, self.task.model, self.task.optimizer
+            )
         any_rank(False, self.runtime)  # a launcher ends all ranks once one has left: wait for the checkpoint
         raise Stopped(
-            f"{plan.output}: stopped at step {state.step}, state saved; run the same command again to go on"
+            f"{settings.output}: stopped at step {state.step}, state saved; run the same command again to go on"
         )
 
 

@@ -104,7 +104,7 @@ def test_training_equals_the_plain_loop(make_config, runtime, plain_base):
         epoch=0,
     )
     task.model.train()
-    total = loop.plan.epoch_steps * config.optimization.epochs
+    total = loop.settings.epoch_steps * config.optimization.epochs
     for step, rows in enumerate((batches * 2)[:STEPS]):
         before = loop.state.sums[0].item()
         loop.step(rows)

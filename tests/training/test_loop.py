@@ -16,7 +16,7 @@ from kdecs.training import checkpoint, loop
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint, restore_metrics
 from kdecs.training.loop import (
     EpochLoop,
-    Plan,
+    LoopSettings,
     adamw,
     epoch_batches,
     learning_rate_at,
@@ -71,16 +71,16 @@ class Regression:
         return f"epoch {metrics['epoch']}"
 
 
-def plan(output: Path, config_hash: str = "0" * 64, **changes) -> Plan:
+def settings(output: Path, config_hash: str = "0" * 64, **changes) -> LoopSettings:
     output.mkdir(exist_ok=True)
     values = {"optimization": Optimization(learning_rate=0.1, epochs=EPOCHS), **changes}
     lengths = np.arange(10)
-    return Plan(output, config_hash, lengths, lengths, 4, 2, **values)
+    return LoopSettings(output, config_hash, lengths, lengths, 4, 2, **values)
 
 
 def train(output: Path, task: Regression | None = None, stop=None, **changes) -> list[dict[str, float]]:
     """What a stage does: the loop, then the best epoch's files in their places."""
-    made = EpochLoop(task or Regression(), plan(output, **changes), RUNTIME, stop or StopAfter())
+    made = EpochLoop(task or Regression(), settings(output, **changes), RUNTIME, stop or StopAfter())
     made.run("10 pairs")
     install_best(output, made.state.best_epoch, NAMES)
     remove_checkpoint(output)
@@ -237,7 +237,7 @@ def test_a_step_that_is_not_finite_is_not_taken_nor_any_after_it(tmp_path, check
     """On several ranks and on GPUs losses are looked at every 20 steps only, and at the end of an epoch."""
     task = Regression()
     task.poisoned_step = 2
-    made = EpochLoop(task, plan(tmp_path / "poisoned"), RUNTIME, StopAfter())
+    made = EpochLoop(task, settings(tmp_path / "poisoned"), RUNTIME, StopAfter())
     made.steps.check_every = check_every
     with pytest.raises(
         TrainingError, match=rf"not finite near step {near}; lower optimization\.learning_rate"
@@ -247,7 +247,7 @@ def test_a_step_that_is_not_finite_is_not_taken_nor_any_after_it(tmp_path, check
     assert not torch.equal(after_step_1[0], task.seen[0][0])
     for found, expected in zip(task.model.parameters(), after_step_1, strict=True):
         assert torch.equal(found, expected)
-    assert {path.name for path in made.plan.output.iterdir()} == {"metrics.jsonl"}, "nothing was saved"
+    assert {path.name for path in made.settings.output.iterdir()} == {"metrics.jsonl"}, "nothing was saved"
 
 
 def test_patience_counts_epochs_since_the_best(tmp_path):

@@ -48,13 +48,6 @@ class FileRequest:
     has_example: bool = True
 
 
-@dataclass
-class _Counts:
-    dialogues: int = 0
-    pairs: int = 0
-    causes: int = 0
-
-
 def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, device: str = "auto") -> None:
     """Predict the dialogues of a file with the predictor that `load` returns, and print a line that sums up.
 
@@ -65,7 +58,7 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
     predictor = load(start_runtime(device=device))
     # Predictions on standard output are read by a program: everything for people goes to standard error.
     console = Console(stderr=request.output == STANDARD_STREAM)
-    counts = _Counts()
+    num_dialogues = num_pairs = num_causes = 0
     example: tuple[Dialogue, list[PairPrediction]] | None = None
     with (
         _opened(request.output) as file,
@@ -78,10 +71,10 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
             batch_tokens=request.batch_tokens,
             on_batch=bar.update,
         ):
-            num_causes = sum(item.prediction.is_cause for item in found)
-            counts.dialogues += 1
-            counts.pairs += len(found)
-            counts.causes += num_causes
+            causes = sum(item.prediction.is_cause for item in found)
+            num_dialogues += 1
+            num_pairs += len(found)
+            num_causes += causes
             if file is not None:
                 file.writelines(_lines(found, has_offsets=request.has_offsets))
             if request.shows:
@@ -89,10 +82,10 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
                     console.print(
                         render_dialogue(dialogue, found, limit=None, marks=_needs_marks(console)), ""
                     )
-            elif example is None or (num_causes and not any(p.prediction.is_cause for p in example[1])):
+            elif example is None or (causes and not any(p.prediction.is_cause for p in example[1])):
                 example = dialogue, found
     place = "" if request.output in (None, STANDARD_STREAM) else f"{request.output}: "
-    line = f"{place}{counts.pairs} pairs of {counts.dialogues} dialogues, {counts.causes} causes"
+    line = f"{place}{num_pairs} pairs of {num_dialogues} dialogues, {num_causes} causes"
     print(line, file=console.file, flush=True)
     if request.has_example and example is not None:
         console.print(render_dialogue(*example, marks=_needs_marks(console)))
