@@ -33,6 +33,7 @@ from kdecs.config import (
     read_yaml,
     set_dotted,
 )
+from kdecs.corpus.reading import find_faults
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.demo.config import BaseModelConfig
 from kdecs.mrc.config import MrcConfig
@@ -131,6 +132,15 @@ def test_search_spaces_in_the_documents_parse() -> None:
     assert len(spaces) == 2
     for values in spaces:
         parse_config(SweepConfig, values, source="docs")
+
+
+def test_the_corpus_of_the_documents_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "bring-your-own-corpus.md").read_text("utf-8")
+    blocks = [block for block in re.findall(r"(?ms)^```json\n(.*?)^```$", text) if "utterances" in block]
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps(json.loads(block)) + "\n" for block in blocks), "utf-8")
+    assert blocks
+    assert find_faults(file) == []
 
 
 def shown_commands(text: str) -> Iterator[tuple[str, bool]]:
