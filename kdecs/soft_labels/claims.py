@@ -32,7 +32,6 @@ from kdecs.config import CONFIG_NAME, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.format import WORK_DIRECTORY
-from kdecs.soft_labels.plan import PLAN_DIRECTORY
 
 KIND: Kind = "soft-labels"
 JOB_NAME = "job.json"
@@ -316,7 +315,6 @@ def remove_temporaries(output: Path, lease_s: float, claims: Claims | None = Non
         claims = claims or Claims(work / LEASES_DIRECTORY, lease_s=lease_s)
         with claims.holding("manifest") as held:
             if held:
-                for folder in (output, work, work / PLAN_DIRECTORY):
-                    for leftover in folder.glob(".*.tmp"):
-                        leftover.unlink(missing_ok=True)
+                for leftover in (*output.glob(".*.tmp"), *work.glob(".*.tmp"), *work.glob("*/.*.tmp")):
+                    leftover.unlink(missing_ok=True)
                 claims.remove_abandoned()

@@ -26,7 +26,7 @@ from kdecs.artifact import (
 from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.corpus.splits import open_splits
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, Stopped
 from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.soft_labels.claims import (
@@ -145,7 +145,7 @@ def export_shards(
                 break
             manifest = worker.complete()
         if manifest is None and not has_progressed:
-            stop.raise_if_requested(worker.stop_message())
+            worker.raise_if_stopped()
             waiting.wait(poll_s)
     waiting.finish()
     remove_temporaries(config.output, config.lease_s, claims)
@@ -186,12 +186,13 @@ class _Worker:
     def path(self, shard: int) -> Path:
         return self.output / shard_name(shard)
 
-    def stop_message(self) -> str:
-        finished = sum(self._published(shard, read_bytes=False) is not None for shard in self.order)
-        return (
-            f"{self.output}: stopped with {finished} of {self.plan.num_shards} shards finished; "
-            "run the same command again to resume"
-        )
+    def raise_if_stopped(self) -> None:
+        if self.stop.requested:
+            finished = sum(self._published(shard, read_bytes=False) is not None for shard in self.order)
+            raise Stopped(
+                f"{self.output}: stopped with {finished} of {self.plan.num_shards} shards finished; "
+                "run the same command again to resume"
+            )
 
     def find_published(self) -> int:
         """Note the shards that are published, and return their pairs; damaged ones are left for `label_free_shards`.
@@ -212,7 +213,7 @@ class _Worker:
         for shard in self.order:
             if shard in self.records:
                 continue
-            self.stop.raise_if_requested(self.stop_message())
+            self.raise_if_stopped()
             with self.claims.holding(self.path(shard).stem) as claim:
                 if claim is None:
                     continue
@@ -322,7 +323,7 @@ class _Worker:
 
     def _between_chunks(self, num_scored: int, claim: Claim, num_pairs: int, seconds: float) -> None:
         """Look at the stop signal and the claim, and report; `seconds` were spent on `num_scored` of `num_pairs`."""
-        self.stop.raise_if_requested(self.stop_message())
+        self.raise_if_stopped()
         if not claim.is_held:
             raise _ClaimLost
         warning = long_shard_warning(

@@ -386,11 +386,12 @@ class ShardRecord(BaseModel):
 
 
 def record_path(shard: Path, record: ShardRecord) -> Path:
-    """Where the record of a shard stands: its name contains the shard's sha256.
+    """The file of a record: in the shard's own folder, so that a look at 100,000 shards lists no long folder.
 
-    Workers that label one shard on unlike hardware thus write two records, and only one fits the published bytes.
+    It is named by the shard's sha256: workers that label one shard on unlike hardware write two records, and only one
+    fits the published bytes.
     """
-    return shard.parent / WORK_DIRECTORY / f"{shard.stem}.{record.sha256[:16]}.json"
+    return shard.parent / WORK_DIRECTORY / shard.stem / f"{record.sha256[:16]}.json"
 
 
 def write_record(shard: Path, record: ShardRecord) -> None:
@@ -401,7 +402,7 @@ def write_record(shard: Path, record: ShardRecord) -> None:
 def records_of(shard: Path) -> list[ShardRecord]:
     """The records of a shard that can be read and agree with their own checksums."""
     found = []
-    for path in sorted((shard.parent / WORK_DIRECTORY).glob(f"{shard.stem}.*.json")):
+    for path in sorted((shard.parent / WORK_DIRECTORY / shard.stem).glob("*.json")):
         try:
             found.append(ShardRecord.model_validate(read_checked(path)))
         except ValidationError:

@@ -124,7 +124,7 @@ def test_flipped_bytes(
     for number in range(num_faults(100)):
         if number % 2:  # the others are of a finished export
             manifest.unlink()
-        files = [*shards, *work.glob("shard-*.json"), *(work / "plan").iterdir()]
+        files = [*shards, *work.glob("shard-*/*.json"), *(work / "plan").iterdir()]
         path = rng.choice([*files, *([manifest] if manifest.exists() else [])])
         flip(path, rng)
         rerun(teacher, output)

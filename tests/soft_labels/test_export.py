@@ -120,7 +120,7 @@ def test_a_shard_lost_after_completion_is_redone(finished: Path, teacher: Path, 
     [
         "shard-00004.parquet",
         "manifest.json",
-        ".work/shard-00002.*.json",
+        ".work/shard-00002/*.json",
         ".work/plan/entries.bin",
         ".work/plan/plan.json",
     ],
@@ -263,8 +263,8 @@ def test_a_shard_damaged_while_others_are_labelled_is_found_before_the_manifest(
     flipped: list[int] = []
 
     def damage() -> None:
-        last = output / ".work"
-        if list(last.glob("shard-00003.*.json")) and not flipped:
+        last = output / ".work" / "shard-00003"
+        if list(last.glob("*.json")) and not flipped:
             flipped.append(500)
             _flip(output / "shard-00001.parquet", 500)
 

@@ -192,7 +192,7 @@ def test_a_worker_suspended_in_its_last_chunk_leaves_a_finished_shard_alone(
 def test_nothing_is_left_of_killed_workers(finished: Path, teacher: Path, tmp_path: Path) -> None:
     """By whoever finishes, and by the command that finds all finished; a live worker's claim stays."""
     output = tmp_path / "labels"
-    names = (".work/.shard-00001.0f.json.a1.tmp", ".work/.job.json.b2.tmp", ".work/plan/.entries.bin.c3.tmp")
+    names = (".work/shard-00001/.0f.json.a1.tmp", ".work/.job.json.b2.tmp", ".work/plan/.entries.bin.c3.tmp")
     names += (".work/leases/.now-d4", ".work/leases/shard-00003.lease")
     names += (".shard-00001.parquet.f6.tmp", ".config.json.g7.tmp")
 
