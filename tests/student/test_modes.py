@@ -261,6 +261,7 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
+        ({"distillation": {"mode": "kd"}}, "mode kd needs labels"),
         ({"distillation": {"mode": "joint", "hard_weight": 0.5}}, "hard_weight needs mode kd"),
         ({"distillation": {"mode": "cls", "dynamic": "weight"}}, "dynamic needs mode kd"),
         ({"distillation": {"mode": "span_only"}, "task": "ecpe"}, "task ecpe has no span loss"),
