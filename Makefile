@@ -42,10 +42,12 @@ $(SETUP): pyproject.toml constraints.txt requirements.lock launch/set_up.sh
 
 # The same versions with the hash of every file, without PyTorch and its CUDA libraries (launch/set_up.sh says why).
 lock: $(SETUP)
-	@echo "# Made by \`make lock\` from pyproject.toml and constraints.txt: what \`make setup\` installs beside PyTorch." > requirements.lock
-	@PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --extra all --extra dev --constraint constraints.txt --quiet \
+	@set -euo pipefail; trap 'rm -f requirements.lock.new' EXIT; \
+	echo "# Made by \`make lock\` from pyproject.toml and constraints.txt: what \`make setup\` installs beside PyTorch." > requirements.lock.new; \
+	PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --extra all --extra dev --constraint constraints.txt --quiet \
 	  --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
-	  | awk '/^[^ ]/ { keep = !/^(torch|triton|nvidia-|cuda-)/; sub(/ ; .*/, " \\") } keep' >> requirements.lock
+	  | awk '/^[^ ]/ { keep = !/^(torch|triton|nvidia-|cuda-)/; sub(/ ; .*/, " \\") } keep' >> requirements.lock.new; \
+	mv requirements.lock.new requirements.lock
 
 models: $(SETUP)
 	@$(BIN)/python launch/fetch_models.py
