@@ -123,6 +123,7 @@ def share_among_ranks(
     """
     loads = [0] * world_size
     shares: list[list[Unit]] = [[] for _ in range(world_size)]
+    # The slowest rank decides how long a step takes. Ties go by pairs, so that all ranks deal alike.
     for unit in sorted(batch, key=lambda u: (-u.tokens, u.pairs)):
         rank = loads.index(min(loads))
         loads[rank] += unit.tokens

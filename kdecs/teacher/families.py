@@ -82,6 +82,7 @@ class Family(ABC):
         prompt = teacher_prompt(
             pair.dialogue, pair.target, pair.candidate, emotion=emotion, separator=self.separator
         )
+        # The prompt is tokenised as a whole: tokenizers merge characters across the seams of separate pieces.
         encoded = self.tokenizer(prompt.text + self.answer_suffix, return_offsets_mapping=True)
         kept = kept_tokens(encoded["offset_mapping"], prompt, self.max_prompt_tokens)
         tokens = np.asarray(encoded["input_ids"], dtype=np.int32)[kept]

@@ -209,7 +209,7 @@ class Meter:
         """(query, key) pairs that the mask lets through: ancestors in a tree, all of a prompt for an encoder."""
         if not self._is_causal:
             return sum(len(self._train.prompts[n].tokens) ** 2 for n in unit.pairs)
-        if unit.pairs not in self._attended:
+        if unit.pairs not in self._attended:  # the same trees come again in every epoch
             tree = pack([self._train.prompts[n].tokens for n in unit.pairs])
             self._attended[unit.pairs] = int(np.sum(tree.positions_N + 1))
         return self._attended[unit.pairs]

@@ -124,6 +124,7 @@ def add_lora(network: nn.Module, lora: LoraConfig, task: str) -> PeftModel:
     """The network with fresh LoRA adapters (B is zero), all else frozen. Raises ModelError for an unknown target."""
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     if isinstance(targets, list):
+        # PEFT ignores a target that matches nothing, as long as another one matches.
         parts = [name.split(".") for name, _ in network.named_modules()]
         for target in targets:
             wanted = target.split(".")

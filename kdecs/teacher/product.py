@@ -193,6 +193,7 @@ def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_s
     check_adapter(tensors, directory)
     with atomic_path(directory / ADAPTER_FILE) as temporary:
         save_file(tensors, temporary)
+    # Read back, so that an adapter that cannot be loaded fails here, not in an export hours later.
     check_adapter(load_file(directory / ADAPTER_FILE), directory)
     peft_config = model.peft_config["default"]
     peft_config.inference_mode = True

@@ -75,6 +75,7 @@ def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[Te
         )
     if runtime.is_main:
         print(f"teacher {config.name}: this model does not take a prefix tree exactly; going on with pairs")
+    # Batches of pairs need other accumulation buffers, so the engine starts over.
     engine.destroy()
     del data, engine  # before the next one is loaded: two networks may not fit
     gc.collect()

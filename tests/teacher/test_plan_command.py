@@ -56,9 +56,9 @@ def test_the_command_prints_the_plan_as_json(capsys: pytest.CaptureFixture[str])
     [(3, ["model.load_in_4bit=true"]), (0, ["zero.dtype=float16"])],
 )
 def test_the_configs_stage_excludes_no_setting(
-    stage: int, settings: list[str], tmp_path: Path, bases: Callable[[str], Path]
+    stage: int, settings: list[str], tmp_path: Path, bases: Callable[[str], Path], few_dialogues: Path
 ) -> None:
-    path = _config_file(tmp_path, str(bases("causal")))
+    path = _config_file(tmp_path, str(bases("causal")), train=few_dialogues)
     path.write_text(path.read_text().replace("stage: 2", f"stage: {stage}"))
     request = PlanRequest(
         str(path), gpus=2, gpu_memory_gib=4, settings=[*settings, "batches.micro_batch_tokens=700"]
@@ -102,16 +102,18 @@ def test_more_checkpointing_less_memory_more_time(llama_7b: dict[str, Any]) -> N
     assert recomputed["epoch"]["compute_s"] > 1.3 * plain["epoch"]["compute_s"]
 
 
-def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_fits(few_dialogues: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--gpu-memory-gib", "2", "--set", "batches.micro_batch_tokens=4096")
+    arguments += ("--corpus", str(few_dialogues))
     assert run_plan("--teacher", "llama-13b", *arguments) == 1
     error = capsys.readouterr().err
     assert "nothing fits" in error and "GiB of 2.0" in error and error.count("\n") == 1
     assert "more memory, a smaller teacher" in error
 
 
-def test_what_would_fit_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_would_fit_fits(few_dialogues: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--teacher", "roberta-large", "--full", "--gpu-memory-gib", "6")
+    arguments += ("--corpus", str(few_dialogues))
     arguments += ("--set", "host_memory_gib=0.5", "--set", "batches.micro_batch_tokens=512", "--gpus")
     assert run_plan(*arguments, "1") == 1
     advice = capsys.readouterr().err.rpartition("; ")[2]
@@ -196,11 +198,11 @@ optimization: {{epochs: 3, seed: 5}}
 """
 
 
-def _config_file(directory: Path, base: str, *, attention: str = "auto") -> Path:
+def _config_file(directory: Path, base: str, *, train: Path | None = None, attention: str = "auto") -> Path:
     path = directory / "teacher.yaml"
     text = CONFIG.format(
         output=directory / "out",
-        train=bundled_sample("train"),
+        train=train or bundled_sample("train"),
         valid=bundled_sample("valid"),
         base=base,
         attention=attention,
@@ -275,10 +277,12 @@ def test_dry_run_refuses_what_training_refuses(
         dry_run(load_config(TeacherConfig, path), world_size=1)
 
 
-def test_the_attention_over_trees_is_the_configs(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+def test_the_attention_over_trees_is_the_configs(
+    tmp_path: Path, bases: Callable[[str], Path], few_dialogues: Path
+) -> None:
     peaks = {}
     for attention in ("auto", "flex", "mask"):
-        path = _config_file(tmp_path, str(bases("causal")), attention=attention)
+        path = _config_file(tmp_path, str(bases("causal")), train=few_dialogues, attention=attention)
         run = dry_run(load_config(TeacherConfig, path), world_size=1)
         plan = make_plan(
             PlanRequest(str(path), gpu_memory_gib=4, settings=["batches.micro_batch_tokens=700"])
