@@ -92,7 +92,7 @@ def test_one_command_trains_exports_and_goes_on_after_a_stop(
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 143, (out, err)
-    assert "run the same command again to go on" in err
+    assert "run the same command again to resume" in err
     process = start(path)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, (out, err)
