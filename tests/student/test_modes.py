@@ -218,7 +218,7 @@ def test_what_a_mode_predicts_by(mode, cause_by, emotions, spans, trained_in):
 def test_a_student_of_given_emotions_refuses_a_dialogue_without(trained_in):
     student = Student.from_pretrained(trained_in("given fine").config.output)
     bare = Dialogue("d1", (Utterance(1, "A", "I won !", None, None),))
-    with pytest.raises(CorpusError, match=r"dialogue d1, turn 1: no emotion.*give each utterance"):
+    with pytest.raises(CorpusError, match=r"dialogue d1, turn 1: found no emotion.*give each utterance"):
         student.predict([bare])
 
 
