@@ -24,7 +24,7 @@ from kdecs.process import (
 )
 
 MAIN_LINES = re.compile(
-    r"(base model|teacher|prompts|soft labels|student|sweep|selection|report|predict|kdecs: )"
+    r"(base model|teacher|prompts|soft labels|student|sweep|trial|selection|report|predict|kdecs: )"
 )
 
 
