@@ -54,7 +54,7 @@ def content_faults(
     The manifest's own checksum is compared first. Where no shard has a fault, the rows of each split are compared with
     the manifest's `num_pairs`, and a pair that occurs twice in one split is a fault. Shards are decoded side by side in
     threads; `on_rows` gets the number of rows of each batch, one call at a time. The keys of all pairs are held, about
-    60 bytes per pair at the peak. Raises ArtifactError for a manifest without answer words.
+    80 bytes per pair at the peak. Raises ArtifactError for a manifest without answer words.
     """
     if not has_valid_checksum(manifest):
         return [
@@ -87,6 +87,7 @@ def content_faults(
     if faults := _count_faults(directory, manifest, splits_N):
         return faults
     keys_N = np.concatenate([np.empty(0, KEY_DTYPE), *(keys for keys, _ in shards)])
+    del found, shards  # the sort needs as much memory again
     _, repeated = sort_by_key(keys_N, splits_N)
     return [] if repeated is None else [str(repeated_pair(directory, manifest, repeated))]
 
