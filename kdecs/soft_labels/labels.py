@@ -9,7 +9,7 @@ the record beside it (`verify_cache=True` also hashes it) and map it, so that al
     soft-labels-<manifest>.lock    held while the file is checked or written
 
 A lookup is a binary search over the sorted keys, so a reader needs memory only for the pairs that it asks for. The join
-itself holds all rows: about 70 bytes per pair and 8 more per top logit, 0.7 GiB for ten million pairs.
+itself holds all rows: about 85 bytes per pair and 8 more per top logit, 0.8 GiB for ten million pairs.
 
 Shapes: n pairs asked for, N rows of the directory, A answer words.
 """
