@@ -20,9 +20,8 @@ from kdecs.corpus.schema import NEUTRAL, Corpus
 from kdecs.corpus.splits import emotion_table, read_split, training_split
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.labels import SoftLabels
-from kdecs.student.batches import cached_batch
 from kdecs.student.config import StudentConfig
-from kdecs.student.model import Batch, on_device
+from kdecs.student.model import Batch, cached_batch, on_device
 from kdecs.student.priors import TrainingCounts, count_training
 
 Ints = npt.NDArray[np.integer[Any]]

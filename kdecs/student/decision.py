@@ -25,8 +25,7 @@ from kdecs.evaluation.counts import f1
 from kdecs.evaluation.metrics import Scores, evaluate
 from kdecs.evaluation.predictions import Prediction
 from kdecs.evaluation.rows import token_f1
-from kdecs.student.batches import Ints, batches_of_tokens, cached_batch
-from kdecs.student.model import Batch, StudentModel, StudentOutput
+from kdecs.student.model import Batch, Ints, StudentModel, StudentOutput, batches_of_tokens, cached_batch
 
 if TYPE_CHECKING:  # pyarrow: prediction does without
     from kdecs.corpus.cache import CorpusCache

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdecs.student.batches import batches_of_tokens, padded_batch
-from kdecs.student.model import on_device
+from kdecs.student.model import batches_of_tokens, on_device, padded_batch
 
 
 def lengths(num_rows: int = 500) -> np.ndarray:

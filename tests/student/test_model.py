@@ -27,12 +27,12 @@ from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ModelError
 from kdecs.models import load_tokenizer
-from kdecs.student.batches import encoded_batch
 from kdecs.student.decision import best_spans, cause_scores
 from kdecs.student.model import (
     AnswerIds,
     StudentModel,
     StudentOutput,
+    encoded_batch,
     load_language_model,
     longest_prompt,
     student_answer_ids,

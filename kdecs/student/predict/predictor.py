@@ -20,9 +20,8 @@ from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
 from kdecs.evaluation.predictions import PairKey, Prediction
-from kdecs.student.batches import batches_of_tokens, encoded_batch
 from kdecs.student.decision import decide, pair_emotions, score_pairs, span_characters
-from kdecs.student.model import StudentModel
+from kdecs.student.model import StudentModel, batches_of_tokens, encoded_batch
 from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
     PairPrediction,
