@@ -99,7 +99,7 @@ def test_written_config_has_absolute_paths(make_config, monkeypatch, tmp_path):
 def test_unfinished_labels_are_refused(make_config):
     config = make_config()
     (config.teachers["t5-tiny"].labels / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match=r"t5-tiny: no manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"t5-tiny: has no manifest\.json"):
         enumerate_trials(config)
 
 
