@@ -52,7 +52,7 @@ from kdecs.soft_labels.format import (
     write_record,
 )
 from kdecs.soft_labels.plan import PLAN_DIRECTORY, Plan, PlanKind, batching_of, make_plan, open_plan
-from kdecs.soft_labels.scoring import Scorer, ShardScoring, WaitPolicy
+from kdecs.soft_labels.scoring import Scorer, ShardScoring, SleepingWait, WaitPolicy
 from kdecs.soft_labels.verify import verified_labels
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def export_shards(
     same call resumes.
     """
     started = time.monotonic()
-    waiting = waiting or WaitPolicy()
+    waiting = waiting or SleepingWait()
     work_hash = config_hash(config)
     check_teacher_corpus(config, scorer.manifest)
     claim_output(config.output, work_hash)

@@ -57,22 +57,38 @@ class Scorer(Protocol):
         ...
 
 
-class WaitPolicy:
-    """What a worker does while it has nothing to label. Workers that share only a directory sleep.
+class WaitPolicy(Protocol):
+    """What a worker does while it has nothing to label.
 
-    The ranks of a launch whose forwards are collective have their own (`kdecs.teacher.scoring.Lockstep`): a rank
-    that slept would keep the others from scoring.
+    Workers that share only a directory sleep (`SleepingWait`). The ranks of a launch whose forwards are collective run
+    the forwards of the others (`kdecs.teacher.scoring.Lockstep`): a rank that slept would keep them from scoring.
     """
 
-    may_complete = True
-    """Whether this worker may write the manifest."""
+    @property
+    def may_complete(self) -> bool:
+        """Whether this worker may write the manifest."""
+        ...
 
     def wait(self, seconds: float) -> None:
         """Let about this much time pass, until something may have become free."""
-        time.sleep(seconds)
+        ...
 
     def finish(self) -> None:
         """Nothing is left for this worker; return once no other worker depends on it."""
+        ...
+
+
+class SleepingWait:
+    """The wait policy of a worker that no other one depends on."""
+
+    may_complete = True
+
+    def wait(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def finish(self) -> None:
+        """Return at once."""
 
 
 def is_causal(logits_nA: np.ndarray) -> np.ndarray:

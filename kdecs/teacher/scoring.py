@@ -28,7 +28,6 @@ from kdecs.corpus.pairs import Pair
 from kdecs.errors import ConfigError, Stopped, TrainingError
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
-from kdecs.soft_labels.scoring import WaitPolicy
 from kdecs.teacher.data import fixed_batches, make_units
 from kdecs.teacher.families import EncodedPrompt, language_model
 from kdecs.teacher.network import TeacherNetwork
@@ -182,8 +181,8 @@ class Intent(IntEnum):
     FAIL = 4
 
 
-class Lockstep(WaitPolicy):
-    """Keeps the forwards of all ranks in step.
+class Lockstep:
+    """Keeps the forwards of all ranks in step. It is the wait policy (`wait`, `finish`) of such an export's workers.
 
     Before each forward the ranks agree on what comes next. A rank with nothing to score joins in with a dummy prompt
     until no rank has anything left.
