@@ -1,4 +1,4 @@
-"""Artifact directories: how a stage claims its output, completes it with a manifest, and how a reader verifies it.
+"""Artifact directories: how a stage checks its output, completes it with a manifest, and how a reader verifies it.
 
 Format of `manifest.json` (version 1), one JSON object:
 
@@ -280,7 +280,7 @@ def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
     return not any(_size_fault(directory, entry) for entry in manifest.files)
 
 
-def claim(
+def check_output(
     directory: Path,
     kind: Kind,
     config_hash: str,
@@ -290,7 +290,7 @@ def claim(
     is_begun_here: Callable[[], bool | None] = lambda: None,
     remedy: str = "choose another output or remove the directory",
 ) -> None:
-    """Make an output directory for this work. Raises ArtifactError, changing nothing, if it belongs to other work.
+    """Raise ArtifactError if an output directory belongs to other work. Changes nothing, and makes no directory.
 
     A finished artifact must be of this kind and config hash, and undamaged unless the caller `can_repair` it.
     An unfinished one belongs to whoever its own records name: `is_begun_here` returns True for this work, False for
@@ -319,7 +319,6 @@ def claim(
         raise ArtifactError(
             f"{directory}: holds {strays[0]} but no record of the work that wrote it; {remedy}"
         )
-    directory.mkdir(parents=True, exist_ok=True)
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ import pytest
 from kdecs.artifact import (
     MANIFEST_NAME,
     atomic_path,
-    claim,
+    check_output,
     content_checksum,
     file_lock,
     has_valid_checksum,
@@ -142,21 +142,22 @@ def test_lock_is_seen_by_a_second_holder(tmp_path: Path) -> None:
         assert again
 
 
-def test_claim_makes_the_directory_and_takes_its_own_finished_work(artifact: Path, tmp_path: Path) -> None:
-    claim(tmp_path / "new" / "output", "teacher", "c" * 64)
-    assert (tmp_path / "new" / "output").is_dir()
-    claim(artifact, "soft-labels", "c" * 64)
+def test_check_of_an_output_changes_nothing(artifact: Path, tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "output", "teacher", "c" * 64)
+    assert not (tmp_path / "new").exists()
+    check_output(artifact, "soft-labels", "c" * 64)
+    assert verify_artifact(artifact) == []
 
 
-def test_claim_refuses_other_work_and_damage(artifact: Path) -> None:
+def test_output_of_other_work_or_damaged_is_refused(artifact: Path) -> None:
     with pytest.raises(ArtifactError, match=r"of another config or of other inputs .* choose another output"):
-        claim(artifact, "soft-labels", "e" * 64)
+        check_output(artifact, "soft-labels", "e" * 64)
     with pytest.raises(ArtifactError, match="holds a soft-labels, expected a teacher"):
-        claim(artifact, "teacher", "c" * 64)
+        check_output(artifact, "teacher", "c" * 64)
     (artifact / "a.bin").write_bytes(b"short")
     with pytest.raises(ArtifactError, match=r"damaged soft-labels directory .*a\.bin: 5 bytes"):
-        claim(artifact, "soft-labels", "c" * 64)
-    claim(artifact, "soft-labels", "c" * 64, can_repair=True)
+        check_output(artifact, "soft-labels", "c" * 64)
+    check_output(artifact, "soft-labels", "c" * 64, can_repair=True)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +170,14 @@ def test_claim_refuses_other_work_and_damage(artifact: Path) -> None:
         (False, [], "unfinished teacher of other work"),
     ],
 )
-def test_claim_of_unfinished_work_goes_by_its_record(
+def test_unfinished_output_goes_by_its_record(
     tmp_path: Path, is_ours: bool | None, files: list[str], refusal: str | None
 ) -> None:
     for name in files:
         (tmp_path / name).touch()
     expectation = pytest.raises(ArtifactError, match=refusal) if refusal else contextlib.nullcontext()
     with expectation:
-        claim(tmp_path, "teacher", "c" * 64, data_files="shard-*", is_begun_here=lambda: is_ours)
+        check_output(tmp_path, "teacher", "c" * 64, data_files="shard-*", is_begun_here=lambda: is_ours)
 
 
 def test_labels_carry_a_checksum_of_their_manifest(artifact: Path) -> None:

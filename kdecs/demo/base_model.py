@@ -27,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kdecs.artifact import claim, write_manifest
+from kdecs.artifact import check_output, write_manifest
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import pairs_of
@@ -54,7 +54,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
     holds other work.
     """
     work = config_hash(config)
-    claim(config.output, "base-model", work)
+    check_output(config.output, "base-model", work)
     seed_everything(config.seed)
     dialogues = list(training_split(config.corpus))
     tokenizer = train_tokenizer(documents(dialogues, seed=config.seed), config)

@@ -13,7 +13,7 @@ from kdecs.config import CONFIG_NAME, Config, config_hash, write_config
 from kdecs.errors import DependencyError, KdecsError
 from kdecs.process import StopSignal, module_command, run_child, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.derive.config import CrossFitConfig
-from kdecs.soft_labels.derive.write import claim_output
+from kdecs.soft_labels.derive.write import check_label_output
 from kdecs.soft_labels.verify import verified_labels
 
 EXAMPLES = """\
@@ -28,7 +28,7 @@ def main() -> None:
     if verified_labels(config.output, config_hash(config), show_progress=True):
         say_skipped(f"soft labels {config.name}: complete at {config.output}, skipped")
         return
-    claim_output(config, config.output)
+    check_label_output(config, config.output)
     stop = StopSignal()
     stop.install()
     with file_lock(config.work_directory / ".lock", blocking=False) as held:

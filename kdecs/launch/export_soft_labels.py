@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kdecs.artifact import read_manifest
 from kdecs.config import config_hash
 from kdecs.process import StopSignal, is_main_rank, run_entry, say_skipped, stage_config
-from kdecs.soft_labels.claims import check_teacher_corpus, claim_output, remove_temporaries
+from kdecs.soft_labels.claims import check_export_output, check_teacher_corpus, remove_temporaries
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
 
@@ -66,7 +66,7 @@ def main() -> None:
         return
     # The export checks this too, but only after minutes of loading the teacher.
     check_teacher_corpus(config, read_manifest(config.teacher, "teacher"))
-    claim_output(config.output, config_hash(config))
+    check_export_output(config.output, config_hash(config))
     # Torch takes seconds to import, which a finished or refused export need not wait for.
     from kdecs.runtime import process_group, start_runtime, warn_of_emulation
 

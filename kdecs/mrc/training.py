@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdecs.artifact import claim, is_complete
+from kdecs.artifact import check_output, is_complete
 from kdecs.config import config_hash, write_config
 from kdecs.errors import ConfigError
 from kdecs.evaluation.metrics import evaluate
@@ -46,7 +46,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
     if is_complete(config.output, "mrc", digest):
         print(f"{config.output}: MRC baseline complete, skipped", flush=True)
         return config.output
-    claim(config.output, "mrc", digest)
+    check_output(config.output, "mrc", digest)
     warn_of_emulation(runtime, config.precision, "precision")
     task = MrcTask(config, runtime)
     settings = LoopSettings(

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kdecs.artifact import Kind, Manifest, claim, content_checksum, fsync
+from kdecs.artifact import Kind, Manifest, check_output, content_checksum, fsync
 from kdecs.config import CONFIG_NAME, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
@@ -41,7 +41,7 @@ _MAX_OWNER_BYTES = 4096
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
-def claim_output(output: Path, work_hash: str) -> None:
+def check_export_output(output: Path, work_hash: str) -> None:
     """Refuse a directory that holds other work, finished or not, or another kind (ArtifactError)."""
 
     def is_begun_here() -> bool | None:
@@ -49,7 +49,7 @@ def claim_output(output: Path, work_hash: str) -> None:
         return None if job is None else job.get("config_hash") == work_hash
 
     if not is_begun_here():  # if so, a manifest that says otherwise is a damaged one, and is written again
-        claim(
+        check_output(
             output,
             KIND,
             work_hash,

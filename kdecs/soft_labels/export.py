@@ -34,8 +34,8 @@ from kdecs.soft_labels.claims import (
     LEASES_DIRECTORY,
     Claim,
     Claims,
+    check_export_output,
     check_teacher_corpus,
-    claim_output,
     open_job,
     publish,
     remove_temporaries,
@@ -119,7 +119,7 @@ def export_shards(
     waiting = waiting or SleepingWait()
     work_hash = config_hash(config)
     check_teacher_corpus(config, scorer.manifest)
-    claim_output(config.output, work_hash)
+    check_export_output(config.output, work_hash)
     splits = open_splits(config.corpus)
     # The job comes before all other files: a plan of other work would replace that of a worker already here.
     open_job(config, work_hash, lineage=scorer.lineage, answer_words=scorer.answer_words)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from kdecs.artifact import MANIFEST_NAME, claim, is_complete
+from kdecs.artifact import MANIFEST_NAME, check_output, is_complete
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION
@@ -73,13 +73,12 @@ def train_student(
         if runtime.is_main:
             print(f"{config.output}: student complete, skipped", flush=True)
         return config.output
-    claim(config.output, "student", digest, can_repair=True)
-    if runtime.is_main:
-        # A manifest of this very work over a damaged file: it must not stand over a student in training.
-        (config.output / MANIFEST_NAME).unlink(missing_ok=True)
+    check_output(config.output, "student", digest, can_repair=True)
     warn_of_emulation(runtime, config.precision, "precision")
     task, loop = prepare(config, digest, runtime, stop or StopSignal(), on_epoch)
     if runtime.is_main:
+        # A manifest of this very work over a damaged file: it must not stand over a student in training.
+        (config.output / MANIFEST_NAME).unlink(missing_ok=True)
         write_config(config, config.output)
     best = loop.run(f"{len(task.data.rows)} pairs")
     if runtime.is_main:

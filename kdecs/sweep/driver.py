@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kdecs.artifact import MANIFEST_NAME, claim, file_lock, is_complete, write_json, write_manifest
+from kdecs.artifact import MANIFEST_NAME, check_output, file_lock, is_complete, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums, write_config
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
@@ -82,26 +82,23 @@ def run_sweep(
     Stopped.
     """
     stop = stop or StopSignal()
-    config.output.mkdir(parents=True, exist_ok=True)
+    missing = missing_teachers(config)
+    if missing and not build:
+        refuse_missing(config, missing)
+    # All that can be refused is refused before the directory exists, and before --build trains teachers for hours.
+    search = Search(config, planned=bool(missing))
+    if not missing:
+        _refuse_other_sweep(config, search)
     with file_lock(config.output / ".lock", blocking=False) as is_held:
         if not is_held:
             raise ArtifactError(
                 f"{config.output}: another driver runs this sweep; wait for it or stop it first"
             )
-        if missing := missing_teachers(config):
-            if not build:
-                refuse_missing(config, missing)
+        if missing:
             build_teachers(config, missing, stop)
-        search = Search(config)
-        search.refuse_other_search()
-        digest = search.digest()
-        claim(
-            config.output,
-            "sweep",
-            digest,
-            can_repair=True,
-            remedy=f"choose another output, or remove its {MANIFEST_NAME} to go on from its trials",
-        )
+            search = Search(config)
+        # Again, since another driver may have ended its work here before this one got the lock.
+        digest = _refuse_other_sweep(config, search)
         sweep = _Sweep(config, search)
         if is_complete(config.output, "sweep", digest) and not sweep.missing(search.stage()):
             print(f"sweep {config.name}: {config.output} complete, skipped", flush=True)
@@ -117,6 +114,20 @@ def run_sweep(
             raise
         sweep.complete(digest, stop)
     return config.output
+
+
+def _refuse_other_sweep(config: SweepConfig, search: Search) -> str:
+    """Raise ArtifactError if the output holds another sweep or another search, else return the sweep's digest."""
+    search.refuse_other_search()
+    digest = search.digest()
+    check_output(
+        config.output,
+        "sweep",
+        digest,
+        can_repair=True,
+        remedy=f"choose another output, or remove its {MANIFEST_NAME} to go on from its trials",
+    )
+    return digest
 
 
 class _Sweep:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kdecs.artifact import Manifest, claim, is_complete, read_manifest, write_manifest, write_text
+from kdecs.artifact import Manifest, check_output, is_complete, read_manifest, write_manifest, write_text
 from kdecs.config import config_hash, input_checksums, parse_config, write_config
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split
@@ -70,7 +70,7 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
     work_hash = _work_hash(wanted, config)
     if is_complete(wanted.output, "teacher", work_hash):
         return read_manifest(wanted.output, "teacher")
-    claim(wanted.output, "teacher", work_hash)
+    check_output(wanted.output, "teacher", work_hash)
     pairs = [p for d in read_split(config.corpus, wanted.valid).dialogues for p in pairs_of(d, "fold1")]
     if not pairs:
         raise CorpusError(
@@ -201,6 +201,7 @@ def _write(
     scores: dict[str, float],
 ) -> Manifest:
     output = wanted.output
+    output.mkdir(parents=True, exist_ok=True)
     weights = (wanted.adapter / ADAPTER_FILE).read_bytes()
     (output / ADAPTER_FILE).write_bytes(weights)
     write_text(output / ADAPTER_CONFIG, (wanted.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kdecs.artifact import claim, file_lock, write_manifest
+from kdecs.artifact import check_output, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.counts import PairCounts
@@ -345,7 +345,7 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
     check_device(config, runtime.device)
     warn_of_emulation(runtime, config.zero.dtype, "zero.dtype")
     work = config_hash(config)
-    claim(config.output, "teacher", work)
+    check_output(config.output, "teacher", work)
     with lock_output(config.output, runtime):
         seed_everything(config.optimization.seed)
         family = make_family(

@@ -65,7 +65,7 @@ def test_another_config_that_began_at_the_same_moment_takes_no_plan_away(
         if refused:
             return
         with monkeypatch.context() as patch:
-            patch.setattr("kdecs.soft_labels.export.claim_output", lambda *_: None)
+            patch.setattr("kdecs.soft_labels.export.check_export_output", lambda *_: None)
             with pytest.raises(ArtifactError, match="unfinished soft labels of other work") as caught:
                 export(teacher, output, num_shards=3)
         refused.append(str(caught.value))

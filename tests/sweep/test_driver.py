@@ -12,7 +12,7 @@ from fake_trainer import train
 from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
-from kdecs.errors import ArtifactError, Stopped, TrainingError
+from kdecs.errors import ArtifactError, ConfigError, Stopped, TrainingError
 from kdecs.process import StopSignal
 from kdecs.sweep import driver
 from kdecs.sweep.config import Dimension
@@ -250,6 +250,12 @@ def test_missing_teachers_are_built_by_their_scripts(
     )
     with pytest.raises(ArtifactError, match=r"soft labels of 1 teachers are missing: later .*--build"):
         run_sweep(config, trainer=train, runner=in_process)
+    unknown = make_config(
+        teachers=teachers, space={"teacher": {"grid": ["later"]}, "model.width": {"grid": [1]}}
+    )
+    with pytest.raises(ConfigError, match=r"model\.width: unknown key"):  # and not after hours of --build
+        run_sweep(unknown, trainer=train, runner=in_process, build=True)
+    assert not config.output.exists(), "what is refused leaves nothing behind"
     [(stage, command)] = build_commands(config, "later")
     assert stage == "export" and command[1:3] == ["-m", "kdecs.launch.export_soft_labels"]
     assert command[-4:] == ["--set", f"output={labels}", "--set", "num_shards=2"]

@@ -28,7 +28,7 @@ from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import LabelError
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import CombineConfig, CombineRule
-from kdecs.soft_labels.derive.write import LabelDirectory, claim_output
+from kdecs.soft_labels.derive.write import LabelDirectory, check_label_output
 from kdecs.soft_labels.format import ShardTable, iter_directory
 from kdecs.soft_labels.inspect.calibration import require_cause_words
 from kdecs.soft_labels.labels import SoftLabels
@@ -45,7 +45,7 @@ def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
     """
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
-    claim_output(config, config.output)
+    check_label_output(config, config.output)
     teachers = [SoftLabels.open(directory, cache_dir) for directory in config.labels]
     first = teachers[0]
     for other in teachers[1:]:

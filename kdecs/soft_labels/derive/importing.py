@@ -34,7 +34,7 @@ from kdecs.corpus.reading import iter_dialogues
 from kdecs.errors import LabelError
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import ImportConfig
-from kdecs.soft_labels.derive.write import LabelDirectory, claim_output
+from kdecs.soft_labels.derive.write import LabelDirectory, check_label_output
 from kdecs.soft_labels.format import SPLITS, ShardTable
 from kdecs.soft_labels.labels import KeyIndex, bounds_of, pair_keys, sort_by_key, split_numbers
 from kdecs.soft_labels.verify import verified_labels
@@ -61,7 +61,7 @@ def import_labels(config: ImportConfig) -> Manifest:
         )
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
-    claim_output(config, config.output)
+    check_label_output(config, config.output)
     corpora = {split: path for split in SPLITS if (path := getattr(config, split)) is not None}
     table = _ScoreTable.read(config)
     if not table.has["split"]:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, atomic_path, claim, write_manifest
+from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, atomic_path, check_output, write_manifest
 from kdecs.config import CONFIG_NAME, Config, config_hash, read_yaml, write_config
 from kdecs.soft_labels.format import WORK_DIRECTORY, ShardTable, shard_name, shard_writer
 
@@ -18,7 +18,7 @@ KIND: Kind = "soft-labels"
 ROWS_PER_SHARD = 1 << 20
 
 
-def claim_output(config: Config, output: Path) -> None:
+def check_label_output(config: Config, output: Path) -> None:
     """Refuse an output that holds anything but this work, finished or not (ArtifactError).
 
     Damaged labels of this very work, and an unfinished attempt at a config of the same kind, may be written over.
@@ -30,7 +30,7 @@ def claim_output(config: Config, output: Path) -> None:
         found = output / CONFIG_NAME
         return read_yaml(found).keys() == type(config).model_fields.keys() if found.is_file() else None
 
-    claim(
+    check_output(
         output,
         KIND,
         config_hash(config),
@@ -44,8 +44,8 @@ class LabelDirectory:
     """A label directory in the making: `write` rows as often as needed, then `finish`."""
 
     def __init__(self, config: Config, output: Path, answer_words: Sequence[str]) -> None:
-        """Begin the output directory with its config. Raises ArtifactError as `claim_output` does."""
-        claim_output(config, output)
+        """Begin the output directory with its config. Raises ArtifactError as `check_label_output` does."""
+        check_label_output(config, output)
         (output / MANIFEST_NAME).unlink(missing_ok=True)
         write_config(config, output)
         self.output = output
