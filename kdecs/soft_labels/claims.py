@@ -11,7 +11,7 @@ Workers share nothing but the directory: they may be ranks of one launch or jobs
 A claim only keeps two workers from doing the same work; it protects nothing. A worker that is suspended for longer than
 its lease may wake up beside the one that took over its shard, and both may finish it. The link decides: the first
 published shard stands, and the other worker drops its file. On like hardware both files have the same bytes anyway. A
-record is written before its shard, so whoever sees a shard also finds the record of its bytes.
+record is written before its shard, so a worker that sees a shard also finds the record of its bytes.
 """
 
 import contextlib
@@ -36,8 +36,10 @@ from kdecs.soft_labels.format import WORK_DIRECTORY
 KIND: Kind = "soft-labels"
 JOB_NAME = "job.json"
 LEASES_DIRECTORY = "leases"
+# A slow file system may swallow a few renewals before a live worker looks dead.
 _RENEWALS_PER_LEASE = 5
 _MAX_OWNER_BYTES = 4096
+# What link() answers on FAT, some FUSE stores and object-store mounts.
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -48,7 +50,8 @@ def check_export_output(output: Path, work_hash: str) -> None:
         job = _read_job(output / WORK_DIRECTORY / JOB_NAME)
         return None if job is None else job.get("config_hash") == work_hash
 
-    if not is_begun_here():  # if so, a manifest that says otherwise is a damaged one, and is written again
+    # If this work has begun here, a manifest that says otherwise is damaged and will be written again.
+    if not is_begun_here():
         check_output(
             output,
             KIND,
@@ -63,6 +66,7 @@ def check_teacher_corpus(config: ExportConfig, teacher: Manifest) -> None:
     """Refuse a teacher that was trained on another corpus, unless the config allows it (ArtifactError)."""
     if config.allow_other_corpus:
         return
+    # Teachers train on these two splits; the test split is theirs to label, whichever file it is.
     for name, path in (("corpus_train", config.corpus.train), ("corpus_valid", config.corpus.valid)):
         found, expected = teacher.inputs.get(name), content_checksum(path)
         if found != expected:
@@ -85,6 +89,8 @@ def open_job(
     path = output / WORK_DIRECTORY / JOB_NAME
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Published by link, not by rename: of two exports with different configs that begin at the same moment the
+        # first keeps the directory, where a rename would replace its job.
         temporary = temporary_path(path)
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -134,7 +140,7 @@ def publish(temporary: Path, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # Without hard links two workers that get here at the same moment may both rename; the later file stands, and
+        # Without hard links two workers that get here at the same moment may both rename. The later file stands, and
         # its record is there as well.
         if path.exists():
             return False
@@ -160,6 +166,7 @@ class Claim:
         A file system that fails for a moment costs nothing: nobody else can have taken the claim before `lease_s` has
         passed without a renewal.
         """
+        # Taken before the file system answers: a renewal that hangs must not count from the moment it ends.
         asked = self._claims.monotonic()
         try:
             if self.path.read_bytes() != self._owner:
@@ -179,6 +186,7 @@ class Claim:
             if self.path.read_bytes() == self._owner:
                 self.path.unlink()
         self.is_held = False
+        # Closing frees the kernel lock, so it comes after the unlink: a claim without lock counts as abandoned.
         self._file.close()
 
 
@@ -207,7 +215,7 @@ class Claims:
     def take(self, name: str) -> Claim | None:
         """The claim of a name, or None while another worker has it. Raises OSError (a full disk, say)."""
         path = self.directory / f"{name}.lease"
-        for _ in range(2):
+        for _ in range(2):  # the second try is for a claim that the first one found abandoned
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
@@ -243,7 +251,7 @@ class Claims:
             held.release()
 
     def remove_abandoned(self) -> None:
-        """Remove the claims of dead workers, and what killed ones left of looking at the time."""
+        """Remove the claims of dead workers, and the time probes that killed workers left."""
         for leftover in self.directory.glob(".now-*"):
             leftover.unlink(missing_ok=True)
         for path in self.directory.glob("*.lease"):
@@ -251,9 +259,12 @@ class Claims:
                 path.unlink(missing_ok=True)
 
     def _own(self, path: Path, file: BinaryIO) -> Claim:
+        # The token tells two claims of one process apart; the pid is for people who look at the file.
         owner = json.dumps({"token": secrets.token_hex(8), "host": self.host, "pid": os.getpid()}).encode()
         try:
-            with contextlib.suppress(OSError):  # a file system without kernel locks: the time alone decides
+            # The lock comes before the owner is written: a claim that names this host without being locked counts as
+            # abandoned. A file system without kernel locks leaves the decision to the time alone.
+            with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(owner)
         except BaseException:
@@ -267,6 +278,7 @@ class Claims:
         try:
             with path.open("r+b") as file:
                 owner = file.read(_MAX_OWNER_BYTES)
+                # An owner that is still being written names no host yet, and is judged by its age.
                 is_of_this_host = f'"host": {json.dumps(self.host)}'.encode() in owner
                 if is_of_this_host and _is_unlocked(file):
                     return True
@@ -315,6 +327,7 @@ def remove_temporaries(output: Path, lease_s: float, claims: Claims | None = Non
         claims = claims or Claims(work / LEASES_DIRECTORY, lease_s=lease_s)
         with claims.holding("manifest") as held:
             if held:
+                # Those of shards and manifest, of the job, and of the plan and the records, which have folders.
                 for leftover in (*output.glob(".*.tmp"), *work.glob(".*.tmp"), *work.glob("*/.*.tmp")):
                     leftover.unlink(missing_ok=True)
                 claims.remove_abandoned()

@@ -15,7 +15,7 @@ from kdecs.errors import ArtifactError
 from kdecs.soft_labels.format import SPLITS
 
 BATCH_PAIRS = 8192
-_MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_BYTES = 1 << 20  # a directory from elsewhere could hold a config that fills the memory
 
 
 def labelled_corpora(directory: Path, manifest: Manifest) -> list[Path]:
@@ -30,6 +30,7 @@ def labelled_corpora(directory: Path, manifest: Manifest) -> list[Path]:
         if path.is_file() and path.stat().st_size <= _MAX_CONFIG_BYTES:
             found = json.loads(path.read_bytes())
             values = found if isinstance(found, dict) else {}
+    # Imports and combinations name their corpus files at the top level of their config, exports in `corpus`.
     names = values.get("corpus", values)
     corpora = []
     for split in SPLITS if isinstance(names, dict) else ():

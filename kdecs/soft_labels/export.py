@@ -1,9 +1,9 @@
 """The export of soft labels: workers take shards from a shared directory until all are published.
 
-A worker claims a shard that no other worker holds, scores it, publishes it and goes on; the worker that finds all
-shards published writes the manifest (the protocol is in kdecs.soft_labels.claims). Workers may be ranks of one launch
-or jobs on one host or several, and they need no process group. A shard is scored in chunks that depend on the shard
-alone, so its bytes are the same whatever the number of workers, their order, or how often they were stopped.
+A worker claims a shard that no other worker holds, scores it, publishes it and takes the next one. The worker that
+finds all shards published writes the manifest (the protocol is in kdecs.soft_labels.claims). Workers may be ranks of
+one launch or jobs on one host or several, and they need no process group. A shard is scored in chunks that depend on
+the shard alone, so its bytes are the same whatever the number of workers, their order, or how often they were stopped.
 """
 
 import math
@@ -58,6 +58,8 @@ from kdecs.soft_labels.verify import verified_labels
 if TYPE_CHECKING:
     from kdecs.runtime import Runtime  # imports torch, which a finished export does not need
 
+# A stopped worker loses its current shard, and the last worker of an export keeps the others waiting for one: about ten
+# minutes per shard is a small loss, an hour is worth a warning.
 LONG_SHARD_S = 3600.0
 WANTED_SHARD_S = 600.0
 MEASURED_AFTER_S = 60.0
@@ -204,7 +206,9 @@ class _Worker:
             if record := self._published(shard, read_bytes=is_mine):
                 self.records[shard] = record
         done = self._pairs_done()
-        self._tell(0, f"{len(self.records)} of {self.plan.num_shards} shards are there" if done else None)
+        self._tell(
+            0, f"{len(self.records)} of {self.plan.num_shards} shards are already published" if done else None
+        )
         return done
 
     def label_free_shards(self) -> bool:
@@ -217,6 +221,7 @@ class _Worker:
             with self.claims.holding(self.path(shard).stem) as claim:
                 if claim is None:
                     continue
+                # Only now, under the claim: its last holder may have published the shard a moment ago.
                 record = self._published(shard)
                 if record:
                     self._tell(0, None)
@@ -239,6 +244,7 @@ class _Worker:
             manifest = self._manifest()
             if _found_manifest(self.output) == manifest:  # its writer has read every shard
                 return manifest
+            # Hours may lie between a shard's publication and this moment, and the manifest vouches for every byte.
             damaged = [shard for shard, record in self.records.items() if self._published(shard) != record]
             for shard in damaged:
                 del self.records[shard]
@@ -297,6 +303,7 @@ class _Worker:
                 sha256=writer.sha256,
                 rows=writer.rows,
                 plan=self.plan.record.entries_sha256,
+                # The kind alone ("cuda", not "cuda:3"), so that the manifest does not depend on the number of workers.
                 device=str(getattr(self.runtime.device, "type", self.runtime.device)),
                 agreement=scoring.agreement,
             )
@@ -317,6 +324,7 @@ class _Worker:
             self._tell(0, f"{path.name}: another worker took it over while this one was silent")
             return None
         rate = num_pairs / max(time.monotonic() - started, 1e-9)
+        # `records` does not hold this shard yet: the caller adds it.
         count = f"{len(self.records) + 1} of {self.plan.num_shards} shards"
         self._tell(num_pairs, f"{path.name}: {num_pairs:,} pairs, {rate:,.1f} pairs per second; {count}")
         return record
@@ -399,7 +407,7 @@ def long_shard_warning(num_shards: int, *, num_pairs: int, num_scored: int, seco
 
 
 def _found_manifest(output: Path) -> Manifest | None:
-    """The manifest in a directory, or None where there is none that can be read."""
+    """The manifest in a directory; None if it is missing or cannot be read."""
     try:
         return read_manifest(output, KIND)
     except ArtifactError:

@@ -111,7 +111,9 @@ class ShardWriter:
             pa.PythonFile(_CountedFile(self), mode="w"),
             self._schema,
             compression="zstd",
+            # Without them pyarrow reads a flipped byte silently.
             write_page_checksum=True,
+            # The pairs of a target share a hash, and a shard has three splits at most; every pair id is different.
             use_dictionary=["pair_hash", "split"],
         )
 
@@ -130,13 +132,13 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the rows still held, then the footer."""
-        if self._num_held or not self.rows:
+        if self._num_held or not self.rows:  # a shard without rows has one empty row group
             self._flush(self._num_held)
         self._writer.close()
 
     def abandon(self) -> None:
         """Detach from a file that will not be finished; pyarrow would otherwise write a footer to it later."""
-        self._file = BytesIO()
+        self._file = BytesIO()  # takes the footer instead
         self._writer.close()
 
     def write_bytes(self, data: bytes) -> int:
@@ -157,7 +159,7 @@ class ShardWriter:
 class _CountedFile:
     """The file that pyarrow writes to; `ShardWriter.write_bytes` gets every byte. Its owner closes the real file."""
 
-    closed = False
+    closed = False  # pyarrow asks for it
 
     def __init__(self, writer: ShardWriter) -> None:
         self._writer = writer
@@ -268,6 +270,7 @@ def iter_shard(
             _check_schema(path, schema, shard_schema(answer_words, found_k))
             if top_k not in (0, found_k):
                 raise ArtifactError(f"{path}: {found_k} top logits per pair, the manifest says {top_k}")
+            # The top logits are most of a shard's bytes, so they are decoded only on request.
             columns = [name for name in schema.names if top_k or not name.startswith("top_")]
             for batch in file.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False):
                 table = _from_arrow(path, batch, len(answer_words), top_k)
@@ -312,6 +315,7 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
     expected_words = expected.metadata[b"kdecs.answer_words"].decode()
     if words != expected_words:
         raise ArtifactError(f"{path}: answer words {words}, expected {expected_words}")
+    # `equals` ignores metadata, which other writers of Parquet extend.
     if metadata.get(b"kdecs.format") != SHARD_FORMAT.encode() or not found.equals(expected):
         columns = ", ".join(f"{field.name} {field.type}" for field in found)
         raise ArtifactError(f"{path}: not a shard of format {SHARD_FORMAT}: its columns are {columns}")
@@ -374,7 +378,7 @@ def _from_arrow(path: Path, batch: pa.RecordBatch, num_words: int, top_k: int) -
 
 
 class ShardRecord(BaseModel):
-    """What its worker knew of a published shard; `agreement` by split."""
+    """The facts about a shard that the worker which labelled it wrote down; `agreement` is by split."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     bytes: int = Field(ge=0)
@@ -418,6 +422,7 @@ def published_record(shard: Path, *, read_bytes: bool = True) -> ShardRecord | N
     if not shard.is_file():
         return None
     size = shard.stat().st_size
+    # A size that no record has spares the reading: a truncated shard of gigabytes is refused at once.
     records = [record for record in records_of(shard) if record.bytes == size]
     if len(records) == 1 and not read_bytes:
         return records[0]

@@ -54,7 +54,7 @@ KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
 
 
 class JoinRecord(BaseModel):
-    """What a joined file was when its writer finished it."""
+    """Size, time and checksum of a joined file when its writer finished it, and the first row of each split."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: int
@@ -84,6 +84,7 @@ class KeyIndex:
                 continue
             keys = self._keys_N[start:end]
             open_n = np.flatnonzero(rows_n < 0)
+            # A key beyond the last one gets the place behind it; the comparison below then fails as it should.
             places = np.minimum(np.searchsorted(keys, wanted_n[open_n]), len(keys) - 1)
             is_found = keys[places] == wanted_n[open_n]
             rows_n[open_n[is_found]] = start + places[is_found]
@@ -113,13 +114,15 @@ class SoftLabels:
         that are not finite or for a pair that occurs twice in one split.
         """
         manifest = read_manifest(directory, "soft-labels")
+        # A directory written by other tools may lack the checksum; one that is there must agree.
         if CHECKSUM_KEY in manifest.details and not has_valid_checksum(manifest):
             raise ArtifactError(
                 f"{directory / MANIFEST_NAME}: its own checksum does not match: it was changed or damaged; "
                 f"run the command that writes {directory} again"
             )
         check_sizes(directory, manifest)
-        answer_words_of(directory, manifest)
+        answer_words_of(directory, manifest)  # refused here, before minutes of joining
+        # Named by the manifest's checksum: labels that were exported again get another file, and never this one.
         name = f"soft-labels-{sha256_of_file(directory / MANIFEST_NAME)[:16]}"
         path = cache_dir / f"{name}.arrow"
         with file_lock(cache_dir / f"{name}.lock"):
@@ -181,6 +184,7 @@ def pair_keys(ids: Sequence[str], hashes: Sequence[str]) -> np.ndarray:
         hashlib.blake2b(f"{pair_id}\0{pair_hash}".encode(), digest_size=KEY_BYTES).digest()
         for pair_id, pair_hash in zip(ids, hashes, strict=True)
     )
+    # numpy's S16 drops zeros at the end when it compares, on both sides alike, so the keys still match.
     return np.frombuffer(joined, dtype=KEY_DTYPE)
 
 
@@ -225,10 +229,10 @@ def join_shards(path: Path, directory: Path) -> JoinRecord:
     that is not finite.
     """
     manifest = read_verified_manifest(directory, "soft-labels")
+    # The old record goes before the file that it describes, so that no kill leaves it beside another file.
     path.with_suffix(".json").unlink(missing_ok=True)
-    for leftover in path.parent.glob(
-        f".{path.stem}.*"
-    ):  # of a reader that was killed: this one holds the lock
+    # Temporary files of a reader that was killed. No other reader is at work: this one holds the lock.
+    for leftover in path.parent.glob(f".{path.stem}.*"):
         leftover.unlink(missing_ok=True)
     columns, starts = _sorted_columns(directory, manifest)
     try:
@@ -237,7 +241,7 @@ def join_shards(path: Path, directory: Path) -> JoinRecord:
     except OSError as error:
         error.filename = error.filename or str(path)  # a failed write names no file by itself
         raise
-    del columns
+    del columns  # the checksum needs no more than a block
     stat = path.stat()
     record = JoinRecord(
         format=CACHE_FORMAT,
@@ -257,6 +261,7 @@ def _usable_record(path: Path, *, verify: bool) -> JoinRecord | None:
         stat = path.stat()
     except (FileNotFoundError, ValidationError):
         return None
+    # Reading the whole file for its checksum would cost every trial of a sweep seconds; size and time do not.
     same = (record.format, record.bytes, record.mtime_ns) == (CACHE_FORMAT, stat.st_size, stat.st_mtime_ns)
     return record if same and not (verify and sha256_of_file(path) != record.sha256) else None
 
@@ -314,7 +319,7 @@ def _mapped(table: pa.Table, name: str, dtype: np.dtype, width: int = 0) -> np.n
     Arrow's own `to_numpy` imports pandas, which would cost every reader 29 MB.
     """
     shape = (table.num_rows, width) if width else (table.num_rows,)
-    if not table.num_rows:
+    if not table.num_rows:  # an empty column has no buffer to view
         return np.empty(shape, dtype)
     column = table.column(name).chunk(0)
     values = np.frombuffer((column.flatten() if width else column).buffers()[1], dtype=dtype)

@@ -43,7 +43,7 @@ ENTRY = np.dtype(
         ("key", "<u8", 2),  # blake2b of split and dialogue id, 16 bytes
     ]
 )
-_TEMPLATE_CHARACTERS = 70  # of Eq. 1 around a candidate's text
+_TEMPLATE_CHARACTERS = 70  # of Eq. 1 around a candidate's text; an estimate, which only balances shards
 
 Batching = Literal["tree", "pairs"]
 """How a teacher reads the prompts of a dialogue: as one prefix tree, or each on its own."""
@@ -104,6 +104,7 @@ class Plan:
             split = SPLITS[entry["split"]]
             dialogue = self._splits[split][int(entry["position"])]
             pairs = pairs_of(dialogue, EXPORT_UNIVERSE)
+            # A corpus that was edited or sorted meanwhile would put pairs into other shards than the plan says.
             if len(pairs) != entry["num_pairs"] or _key(split, dialogue) != tuple(entry["key"].tolist()):
                 raise CorpusError(
                     f"dialogue {dialogue.id} of the split {split}: the corpus changed since its shards were planned; "
@@ -137,6 +138,7 @@ def open_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
         entries = (directory / ENTRIES_NAME).read_bytes()
     except (FileNotFoundError, ValidationError):
         return None
+    # The two files may be of two plans if a worker was killed between their writes.
     is_undamaged = hashlib.sha256(entries).hexdigest() == record.entries_sha256
     if not is_undamaged or PlanKind(record.work_hash, len(record.pairs), record.batching) != kind:
         return None
@@ -154,6 +156,8 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
     loads = [(0, shard) for shard in range(kind.num_shards)]  # a heap of (cost, shard)
     shards = np.empty(len(entries), np.uint32)
     for first in range(0, len(entries), BLOCK_DIALOGUES):
+        # Signed, since they are negated: the costliest first. Equal costs keep the corpus' order (a stable sort), so
+        # that every worker makes the same plan.
         costs = entries["cost"][first : first + BLOCK_DIALOGUES].astype(np.int64)
         for place in np.argsort(-costs, kind="stable"):
             load, shard = loads[0]
@@ -162,7 +166,7 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
     pairs = entries["num_pairs"].astype(np.int64)
     by_split = np.bincount(entries["split"], weights=pairs, minlength=len(SPLITS))
     counts = np.bincount(shards, minlength=kind.num_shards)
-    entries = entries[np.argsort(shards, kind="stable")]
+    entries = entries[np.argsort(shards, kind="stable")]  # within a shard by split and position
     record = PlanRecord(
         work_hash=kind.work_hash,
         batching=kind.batching,
@@ -172,7 +176,7 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
         costs=tuple(load for load, _ in sorted(loads, key=lambda item: item[1])),
         pairs_by_split={split: int(by_split[n]) for n, split in enumerate(SPLITS) if split in splits},
     )
-    # The record goes last: with its checksum of the entries, a plan that was half written is none.
+    # The record goes last. It holds the checksum of the entries, so a plan that was half written is not used.
     with atomic_path(directory / ENTRIES_NAME) as temporary:
         temporary.write_bytes(entries.tobytes())
     write_checked(directory / PLAN_NAME, record.model_dump(mode="json"))
@@ -188,6 +192,7 @@ def tree_characters(pairs: Sequence[Pair]) -> int:
         return 0
     utterances = pairs[0].dialogue.utterances
     targets = {pair.target for pair in pairs}
+    # The prompts of a later target continue those of an earlier one: only the longest history costs anything.
     history = sum(len(u.text) for u in utterances[: max(targets) - 1])
     clauses = sum(len(utterances[target - 1].text) for target in targets)
     candidates = sum(len(utterances[pair.candidate - 1].text) + _TEMPLATE_CHARACTERS for pair in pairs)
@@ -220,7 +225,8 @@ def _entries_of(splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pai
             if pairs := pairs_of(dialogue, EXPORT_UNIVERSE):
                 key = _key(split, dialogue)
                 held.append((number, len(pairs), position, cost_of(pairs), key))
-            if len(held) == BLOCK_DIALOGUES:  # Python's tuples take ten times the memory of their array
+            # Python's tuples take ten times the memory of their array.
+            if len(held) == BLOCK_DIALOGUES:
                 blocks.append(np.array(held, ENTRY))
                 held = []
     return np.concatenate([*blocks, np.array(held, ENTRY)])

@@ -20,6 +20,7 @@ from kdecs.soft_labels.plan import Plan, PlannedDialogue
 CHUNK_PAIRS = 256
 """Pairs scored between two looks at the stop signal. They also fix a shard's batches, and so its last bits."""
 
+# Agreement with gold selects teachers, so the test split must not take part.
 _COUNTED_SPLITS = ("train", "valid")
 
 
@@ -93,6 +94,7 @@ class SleepingWait:
 
 def is_causal(logits_nA: np.ndarray) -> np.ndarray:
     """Boolean (…,): whether the causal words together are more probable than `other`, for logits (…, A)."""
+    # The softmax's denominator is the same on both sides, so raw logits will do.
     return np.logaddexp.reduce(logits_nA[..., :NUM_CAUSAL], axis=-1) > logits_nA[..., NUM_CAUSAL]
 
 
@@ -154,6 +156,7 @@ class ShardScoring:
             first, row = row, row + len(planned.pairs)
             if planned.split not in _COUNTED_SPLITS:
                 continue
+            # An export also labels the pair (i, i) of a neutral target, for which gold annotates no cause.
             utterances = planned.pairs[0].dialogue.utterances
             in_fold1 = [utterances[pair.target - 1].evidence is not None for pair in planned.pairs]
             gold = np.array([pair.is_cause for pair in planned.pairs])[in_fold1]

@@ -29,7 +29,7 @@ _MAX_THREADS = 16
 def verified_labels(directory: Path, work_hash: str, *, show_progress: bool = False) -> Manifest | None:
     """The manifest of the finished labels of this very work, after every byte was read and agreed; else None.
 
-    None also where the manifest cannot be read: whoever writes the directory reports the reason.
+    An unreadable manifest also gives None: the command that writes the directory reports the reason.
     """
     try:
         if not is_complete(directory, "soft-labels", work_hash):
@@ -70,7 +70,7 @@ def content_faults(
             for table in iter_shard(directory / entry.path, words, rows=entry.rows, top_k=top_k):
                 keys.append(pair_keys(table.pair_ids, table.pair_hashes))
                 splits.append(split_numbers(table.splits))
-                with lock:
+                with lock:  # progress bars are not thread-safe
                     on_rows(len(table))
         except KdecsError as error:
             return str(error)
@@ -80,12 +80,14 @@ def content_faults(
     num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(entries)))
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(pool.map(keys_or_fault, entries))
+    # The rows of a damaged shard are missing here: the counts below would only report the same fault again.
     if faults := [item for item in found if isinstance(item, str)]:
         return faults
     shards = [item for item in found if not isinstance(item, str)]
     splits_N = np.concatenate([np.empty(0, np.uint8), *(splits for _, splits in shards)])
     if faults := _count_faults(directory, manifest, splits_N):
         return faults
+    # In the manifest's order of shards, by which `repeated_pair` finds the pair of a row.
     keys_N = np.concatenate([np.empty(0, KEY_DTYPE), *(keys for keys, _ in shards)])
     del found, shards  # the sort needs as much memory again
     _, repeated = sort_by_key(keys_N, splits_N)

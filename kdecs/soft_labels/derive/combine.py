@@ -45,6 +45,7 @@ def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
     """
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
+    # Refused now rather than after minutes of joining; `LabelDirectory` checks it again when it begins to write.
     check_label_output(config, config.output)
     teachers = [SoftLabels.open(directory, cache_dir) for directory in config.labels]
     first = teachers[0]
@@ -81,6 +82,8 @@ def combined_labels(
 
     `gold_n` is for gold-correct: 1 cause, 0 other, -1 where a pair must not be compared with gold.
     """
+    # Normalised first: raw logits of two teachers differ by a constant that means nothing. In float64, so that the
+    # result is rounded to float32 once.
     log_p_KnA = log_softmax(logits_KnA.astype(np.float64), axis=-1)
     n = logits_KnA.shape[1]
     weights_Kn = np.repeat(np.asarray(weights_K, dtype=np.float64)[:, None], n, axis=1)
@@ -91,6 +94,7 @@ def combined_labels(
     if rule == "gold-correct":
         assert gold_n is not None
         agrees_Kn = is_causal(log_p_KnA) == (gold_n == 1)
+        # All teachers count where none agrees with gold, and where gold must not decide.
         counts_Kn = agrees_Kn | ~agrees_Kn.any(axis=0) | (gold_n < 0)
         weights_Kn = weights_Kn * counts_Kn
     weights_Kn = weights_Kn / weights_Kn.sum(axis=0)
@@ -172,8 +176,10 @@ def _names(table: ShardTable, places_n: np.ndarray) -> tuple[list[str], list[str
 def _require_same_pairs(first: SoftLabels, other: SoftLabels) -> None:
     """Raise LabelError naming the first pair that one directory has and the other has not."""
     for having, lacking in ((first, other), (other, first)):
+        # The second pass only finds a name for the error: if all pairs of the first are in the other, and it has as
+        # many, it has no other ones.
         if having is other and len(first) == len(other):
-            return  # all of the first are in the other, and it has no more
+            return
         for table in iter_directory(having.directory, having.manifest):
             split_n = np.array(table.splits)
             for split in set(table.splits):

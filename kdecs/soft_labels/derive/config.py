@@ -106,6 +106,7 @@ class CrossFitConfig(Config):
         """Name, output and corpus of the teachers are those of the folds."""
         if not isinstance(values, dict) or not isinstance(values.get("teacher"), dict):
             return values
+        # Placeholders, so that the teacher's config is valid as a whole; `teacher_config` replaces all three.
         own = {"name": values.get("name"), "output": values.get("output"), "corpus": values.get("corpus")}
         given = values["teacher"]
         for key, value in own.items():
@@ -147,12 +148,13 @@ class CrossFitConfig(Config):
 
     def export_config(self, fold: int) -> ExportConfig:
         """The export of a fold: its held-out dialogues, and the evaluation splits where their labels are used."""
+        # Every export labels valid, on which its agreement with gold is counted; test only where its labels are kept.
         uses_test = self.evaluation_labels in ("mean", fold)
         return ExportConfig(
             teacher=self.fold_directory(fold) / "teacher",
             corpus=self._corpus(self.fold_corpus(fold, "held-out"), self.corpus.test if uses_test else None),
             output=self.fold_directory(fold) / "labels",
-            allow_other_corpus=True,  # held out from it, by design
+            allow_other_corpus=True,  # the teacher was not trained on what it labels: that is the point
             **self.export.model_dump(),
         )
 

@@ -39,6 +39,7 @@ def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:
 
     Raises CorpusError for a faulty corpus, or for fewer texts than folds.
     """
+    # Folds divide texts, not ids: two copies of a dialogue must never be trained on and held out at once.
     digests = {dialogue.id: text_digest(dialogue) for dialogue in training_split(config.corpus)}
     seed = str(config.fold_seed).encode()
     items = sorted(set(digests.values()), key=lambda digest: hashlib.blake2b(seed + b"\0" + digest).digest())
@@ -56,6 +57,8 @@ def write_folds(config: CrossFitConfig) -> dict[int, int]:
     The same files, byte for byte, whenever it runs. Raises CorpusError as `fold_of_dialogues`.
     """
     folds = fold_of_dialogues(config)
+    # Each fold's file keeps the format of the source, and its dialogues the source's bytes or values: nothing that the
+    # schema does not know is lost on the way.
     write = _write_lines if holds_lines(config.corpus.train) else _write_object
     for fold in tqdm(range(config.num_folds), desc="folds", unit="fold", disable=None, delay=1):
         for part in ("train", "held-out"):
@@ -81,6 +84,7 @@ def check_apart(train: Path, held_out: Path) -> int:
 def _write_lines(source: Path, kept: set[str], target: Path) -> None:
     with source.open("rb") as lines, target.open("wb") as file:
         for number, line in enumerate(lines):
+            # A byte order mark in the middle of the new file would be a fault of its line.
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
             if text.strip() and json.loads(text)["id"] in kept:
                 file.write(text.rstrip(b"\r\n") + b"\n")
@@ -98,6 +102,7 @@ def merge_folds(config: CrossFitConfig) -> Manifest:
     Raises ArtifactError where a fold's teacher was not trained on exactly its training file, or where its labels are
     not that teacher's labels of the held-out file; LabelError where the exports cover different evaluation pairs.
     """
+    # All lineages are checked before the first shard is joined, which takes minutes for each fold.
     facts = [_checked_fold(config, fold) for fold in range(config.num_folds)]
     labels = [
         SoftLabels.open(config.fold_directory(fold) / "labels", config.work_directory / "joined")
@@ -107,6 +112,7 @@ def merge_folds(config: CrossFitConfig) -> Manifest:
         other.require_answer_words(labels[0].answer_words)
     directory = LabelDirectory(config, config.output, labels[0].answer_words)
     for fact, fold_labels in zip(facts, labels, strict=True):
+        # One `write` per fold, so that a shard holds pairs of one fold only and `details.folds` can name its shards.
         fact["shards"] = directory.write(_split_rows(fold_labels, is_train=True))
     evaluation_shards = directory.write(_evaluation_rows(config, labels))
     return directory.finish(

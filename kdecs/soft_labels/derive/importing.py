@@ -42,7 +42,7 @@ from kdecs.soft_labels.verify import verified_labels
 NO_REST_MASS = -100.0
 """Log of no mass at all, finite because the format demands it."""
 
-_ANY_SPLIT = "train"  # where the rows of a table without splits are kept
+_ANY_SPLIT = "train"  # the split under which the rows of a table without splits are kept and looked up
 _BATCH_ROWS = 8192
 _WORD_COLUMNS = set(CONNECTIVES)
 
@@ -61,6 +61,7 @@ def import_labels(config: ImportConfig) -> Manifest:
         )
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
+    # Refused now rather than after the table was read; the directory itself is begun only when all rows are checked.
     check_label_output(config, config.output)
     corpora = {split: path for split in SPLITS if (path := getattr(config, split)) is not None}
     table = _ScoreTable.read(config)
@@ -68,6 +69,8 @@ def import_labels(config: ImportConfig) -> Manifest:
         _refuse_shared_ids(corpora, config.table)
     directory = LabelDirectory(config, config.output, CONNECTIVES)
     directory.write(table.matched(corpora))
+    # Only now is it known which rows no corpus has. A refusal leaves shards without a manifest, and the next run
+    # replaces them.
     num_unknown = table.refuse_unknown(allow=config.ignore_unknown)
     return directory.finish(
         inputs=input_checksums(
@@ -129,6 +132,7 @@ class _ScoreTable:
             with tqdm(desc=f"import {split}", unit="pair", unit_scale=True, disable=None, delay=1) as bar:
                 for batch in pair_batches(path, EXPORT_UNIVERSE):
                     ids, hashes = [pair.id for pair in batch], [pair.hash for pair in batch]
+                    # Rows without a hash are kept under the empty one: the id alone must then identify the pair.
                     asked = hashes if self.has["pair_hash"] else [""] * len(ids)
                     rows_n = self.index.find(ids, asked, split=split if self.has["split"] else _ANY_SPLIT)
                     missing = np.flatnonzero(rows_n < 0)
@@ -177,7 +181,7 @@ def _batches(path: Path) -> Iterator[tuple[int, dict[str, list[Any]]]]:
     if not path.is_file():
         raise LabelError(f"{path}: no such file, expected a Parquet or JSON-lines table")
     with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
+        is_parquet = file.read(4) == b"PAR1"  # by its first bytes, since a file may have any suffix
     yield from _parquet_batches(path) if is_parquet else _line_batches(path)
 
 
@@ -207,6 +211,7 @@ def _line_batches(path: Path) -> Iterator[tuple[int, dict[str, list[Any]]]]:
                 row = None
             if not isinstance(row, dict):
                 raise LabelError(f"{path}: line {number}: not a JSON object, expected one pair per line")
+            # A key that appears only in some rows would be an optional column with holes.
             if rows and row.keys() != rows[0].keys():
                 raise LabelError(f"{path}: line {number}: other keys than the line before")
             rows.append(row)
@@ -281,9 +286,10 @@ def _scores(config: ImportConfig, batch: Mapping[str, list[Any]], place: int, re
 def _is_finite(value: Any) -> bool:
     """Whether a value is a number that a float32 can hold, however many digits it is written with."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN fails the comparison, too. Python compares integers of any length without converting them.
     return is_number and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def _names(batch: Mapping[str, list[Any]]) -> str:
-    """The columns for a message; a stranger's may be no text that can be printed."""
+    """The columns for a message; those of a file from elsewhere may hold text that cannot be printed."""
     return ", ".join(name if is_unicode(name) else shorten(name) for name in batch)

@@ -15,7 +15,7 @@ from kdecs.config import CONFIG_NAME, Config, config_hash, read_yaml, write_conf
 from kdecs.soft_labels.format import WORK_DIRECTORY, ShardTable, shard_name, shard_writer
 
 KIND: Kind = "soft-labels"
-ROWS_PER_SHARD = 1 << 20
+ROWS_PER_SHARD = 1 << 20  # the writer holds one row group of them in memory
 
 
 def check_label_output(config: Config, output: Path) -> None:
@@ -25,8 +25,10 @@ def check_label_output(config: Config, output: Path) -> None:
     """
 
     def is_begun_here() -> bool | None:
+        # Only an export has working files, and its shards cost hours of a teacher.
         if (output / WORK_DIRECTORY).exists():
-            return False  # an export's
+            return False
+        # A config of the same kind is enough: an unfinished attempt with other settings is worth minutes at most.
         found = output / CONFIG_NAME
         return read_yaml(found).keys() == type(config).model_fields.keys() if found.is_file() else None
 
@@ -46,6 +48,7 @@ class LabelDirectory:
     def __init__(self, config: Config, output: Path, answer_words: Sequence[str]) -> None:
         """Begin the output directory with its config. Raises ArtifactError as `check_label_output` does."""
         check_label_output(config, output)
+        # A manifest of damaged labels must not stand over the shards that replace them.
         (output / MANIFEST_NAME).unlink(missing_ok=True)
         write_config(config, output)
         self.output = output
@@ -60,6 +63,7 @@ class LabelDirectory:
         The division depends on the number of rows alone, so the same rows give the same bytes.
         """
         names = []
+        # One iterator feeds both loops: the inner one takes the pieces of a shard, the outer one begins the next.
         pieces = _cut(tables, ROWS_PER_SHARD)
         for first in pieces:
             name = shard_name(len(self._rows))
@@ -115,6 +119,7 @@ def _cut(tables: Iterable[ShardTable], piece_rows: int) -> Iterator[ShardTable]:
     for table in tables:
         start = 0
         while start < len(table):
+            # Up to the end of the table or the next border, whichever comes first.
             end = min(len(table), start + piece_rows - position % piece_rows)
             yield replace(
                 table,

@@ -23,7 +23,7 @@ from kdecs.soft_labels.scoring import is_causal
 SCORES = ("positive_f1", "negative_f1", "macro_f1")
 """The scores of an agreement, in percent."""
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
-NUM_BINS = 15
+NUM_BINS = 15  # as in Guo et al. (2017), so that values can be compared
 _TINY = 1e-30  # in the place of a probability that underflows, so that the NLL stays finite (69 nats)
 
 
@@ -40,12 +40,14 @@ def require_cause_words(directory: Path, answer_words: Sequence[str]) -> None:
 def probabilities(logits_nA: np.ndarray, temperature: float) -> np.ndarray:
     """Softmax over the answer words at τ, (n, A) float64."""
     scaled_nA = logits_nA.astype(np.float64) / temperature
+    # The largest becomes 1, so that no logit overflows, however small τ is.
     powers_nA = np.exp(scaled_nA - scaled_nA.max(axis=1, keepdims=True))
     return powers_nA / powers_nA.sum(axis=1, keepdims=True)
 
 
 def entropies(probabilities_nA: np.ndarray) -> np.ndarray:
     """Entropy of each row in nats, (n,)."""
+    # 0 log 0 counts as 0, its limit.
     safe_nA = np.where(probabilities_nA > 0, probabilities_nA, 1.0)
     return -(probabilities_nA * np.log(safe_nA)).sum(axis=1)
 
@@ -112,6 +114,7 @@ class Reliability:
     @property
     def ece(self) -> float:
         """Expected calibration error, in [0, 1]; the equation is at the top of the module."""
+        # n_m / n · |p_m − g_m| with both means written as sums over n_m, which cancels.
         gaps_M = np.abs(self.probability_M - self.causes_M)
         return float(gaps_M.sum() / max(1, self.counts_M.sum()))
 
@@ -147,7 +150,7 @@ class GoldSums:
         self._counts += PairCounts.of(is_cause_n, is_causal(logits_nA))
         for index, temperature in enumerate(TEMPERATURES):
             p_nA = probabilities(logits_nA, temperature)
-            p_cause_n = np.minimum(p_nA[:, :NUM_CAUSAL].sum(axis=1), 1.0)
+            p_cause_n = np.minimum(p_nA[:, :NUM_CAUSAL].sum(axis=1), 1.0)  # rounding may exceed 1
             p_gold_n = np.where(is_cause_n, p_cause_n, p_nA[:, NUM_CAUSAL])
             self._reliability_T[index].add(p_cause_n, is_cause_n)
             self._nll_T[index] -= np.log(np.maximum(p_gold_n, _TINY)).sum()

@@ -36,6 +36,7 @@ def describe(
     check_sizes(directory, manifest)
     words = answer_words_of(directory, manifest)
     require_cause_words(directory, words)
+    # Only the sizes of the files are compared here; the bytes are checked page by page as the shards are decoded.
     found: dict[str, Any] = {
         "directory": str(directory),
         "answer_words": list(words),
@@ -62,6 +63,8 @@ def describe(
                 against_gold = _compare_with_gold(labels, path, universe)
                 if against_gold["num_pairs"]:
                     found["gold"][str(path)] = against_gold
+                # A file that `labelled_corpora` found may simply hold no pair with gold. One that the user named is
+                # meant to be compared.
                 elif corpora:
                     raise LabelError(
                         f"{directory}: labels none of the {against_gold['missing']} pairs of {path}; "
