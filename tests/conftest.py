@@ -1,6 +1,7 @@
 """What tests of several folders share: where the sample corpus and the real data are, and a small disk."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Tiny networks gain nothing from threads, and two workers would fight for the cores. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts its background jobs with SIGINT ignored, and what is ignored stays so in every child: a test that
+# presses Ctrl-C on one would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
