@@ -1,8 +1,9 @@
 """A small base model from scratch, so that the demo needs no download: a tokenizer and a language model of a corpus.
 
 It learns from the training split alone. Its texts are worded like the prompts (turn, speaker, utterance, a copy of an
-earlier utterance), without causes and connectives: causal language modelling for llama, span filling for t5, masked
-language modelling for roberta. That takes half a minute, so there are no epochs, checkpoints or validation.
+earlier utterance), without causes and connectives. The objective is causal language modelling for llama, span filling
+for t5, and masked language modelling for roberta. That takes half a minute, so there are no epochs, checkpoints or
+validation.
 
 Legend: B sequences, T tokens.
 """
@@ -49,9 +50,8 @@ _MASK_SHARE = 0.4  # with many masks per sequence a small model gets beyond word
 def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal) -> Path:
     """Train tokenizer and model, write a Transformers directory of kind base-model, and return its path.
 
-    A stop saves nothing: the same command starts again from the beginning. Raises
-    Stopped after a requested stop, TrainingError if a loss or gradient is not finite, ArtifactError if the output
-    holds other work.
+    A stop saves nothing: the same command starts again from the beginning. Raises Stopped after a requested stop,
+    TrainingError if a loss or gradient is not finite, ArtifactError if the output holds other work.
     """
     work = config_hash(config)
     check_output(config.output, "base-model", work)
@@ -68,8 +68,10 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
             stop.raise_if_requested(f"base model {config.name}: stopped; run the same command again")
             inputs = {name: value.to(runtime.device) for name, value in next(batches).items()}
             loss = _loss(model, inputs, config.architecture)
+            # Warm-up over 20 steps, which a model with random weights needs, then linear decay to 0.
             warmup, decay = min(1.0, (step + 1) / 20), 1 - step / config.max_steps
             steps.take(loss, config.learning_rate * warmup * decay)
+            # Reading the loss waits for the device; the last step's is read in any case, before anything is saved.
             if step % 20 == 0 or step == config.max_steps - 1:
                 mean_loss = float(loss.detach())
                 if not steps.all_finite():
@@ -158,7 +160,7 @@ def _fill_span(
     row: np.ndarray, tokenizer: PreTrainedTokenizerFast, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Source and target of T5's span filling: several spans of 1 to 5 tokens, about a fifth of all tokens."""
-    sentinels = [int(tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>")) for n in range(10)]
+    sentinels = [int(tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>")) for n in range(NUM_SENTINELS)]
     num_spans = min(len(sentinels) - 1, max(1, len(row) // 15))
     starts = np.sort(
         generator.choice(max(1, len(row) - 2), size=min(num_spans, max(1, len(row) - 2)), replace=False)
@@ -167,7 +169,7 @@ def _fill_span(
     target: list[int] = []
     position = 0
     for number, start in enumerate(starts):
-        if start < position:
+        if start < position:  # inside the span before it
             continue
         end = min(int(start) + int(generator.integers(1, 6)), len(row) - 1)
         source += [*row[position:start], sentinels[number]]
@@ -199,6 +201,7 @@ def _new_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerFast) -> A
                 max_position_embeddings=config.max_positions,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                # The tokenizer pads with </s>; as the model's padding id its embedding would never be trained.
                 pad_token_id=None,
                 tie_word_embeddings=True,
             )
@@ -267,6 +270,7 @@ def train_tokenizer(texts: Iterable[str], config: BaseModelConfig) -> PreTrained
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary_size,
         special_tokens=special,
+        # All 256 bytes, so that no text of another corpus is unknown.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -306,6 +310,7 @@ def _wrap(tokenizer: Tokenizer, special: Sequence[str], config: BaseModelConfig)
             pad_token="<pad>",
             extra_special_tokens=[f"<extra_id_{n}>" for n in range(NUM_SENTINELS)],
         )
+    # Takes the space before it, as RoBERTa's own: the answer word that replaces it begins with that space.
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",

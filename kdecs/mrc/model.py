@@ -84,12 +84,13 @@ def load_reader(reference: str | Path, *, has_head: bool = False) -> Any:
 
 def answer_logits(reader: Any, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
     """Float32 logits (B, T) of an answer's first and last token; -inf at tokens where no answer may begin or end."""
+    # RoBERTa has a single segment, and an id of 1 would be out of range.
     segments = (
         {"token_type_ids": batch.type_ids_BT} if getattr(reader.config, "type_vocab_size", 0) > 1 else {}
     )
     output = reader(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT.long(), **segments)
     barred_BT = ~batch.answerable_BT
-    barred_BT[:, 0] = False
+    barred_BT[:, 0] = False  # "no answer" is always possible
     return (
         output.start_logits.float().masked_fill(barred_BT, -torch.inf),
         output.end_logits.float().masked_fill(barred_BT, -torch.inf),
@@ -98,6 +99,7 @@ def answer_logits(reader: Any, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
 
 def answer_loss(start_BT: Tensor, end_BT: Tensor, start_B: Tensor, end_B: Tensor) -> Tensor:
     """SQuAD's loss: the mean of the cross-entropies of first and last token, over the questions with a known answer."""
+    # At least 1: in a batch without a known answer the loss is 0, not NaN.
     known = (start_B != UNKNOWN_ANSWER).sum().clamp(min=1)
     start, end = (
         functional.cross_entropy(logits_BT, gold_B, ignore_index=UNKNOWN_ANSWER, reduction="sum")
@@ -112,6 +114,7 @@ def answers(start_BT: Tensor, end_BT: Tensor) -> tuple[Tensor, Tensor]:
     The score is σ(s_answer - s_null), where each s is the sum of the logits of a first and a last token: SQuAD 2.0's
     difference, mapped to [0, 1] so that its threshold is like a student's.
     """
+    # `best_spans` leaves out place 0, here the classifier token, and counts from 1: its places are token indices.
     span_B2 = best_spans(start_BT, end_BT)
     best_B = start_BT.gather(1, span_B2[:, :1]) + end_BT.gather(1, span_B2[:, 1:])
     return torch.sigmoid(best_B.squeeze(1) - start_BT[:, 0] - end_BT[:, 0]), span_B2

@@ -71,7 +71,7 @@ class MrcBaseline:
             asked = [row for row, pair in enumerate(chunk) if pair.emotion != NEUTRAL]
             encoded = list(self.encoder.encode([chunk[row] for row in asked]))
             if on_batch:
-                on_batch(len(chunk) - len(asked))
+                on_batch(len(chunk) - len(asked))  # these are done; `answer_questions` reports the others
             answered = answer_questions(
                 self.reader,
                 encoded,
@@ -105,6 +105,7 @@ def answer_questions(
     lengths = np.array([len(question.token_ids) for question in encoded], dtype=np.int64)
     was_training = reader.training
     reader.eval()
+    # In float32, whatever the training's precision: the threshold is chosen on these scores.
     with torch.inference_mode(), autocast(device, "float32"):
         for rows in batches_of_tokens(lengths, np.arange(len(encoded)), batch_tokens):
             batch = question_batch([encoded[row] for row in rows], pad_id).to(device)

@@ -1,5 +1,9 @@
 """Questions about pairs: their wording and context, how they are encoded, and those of the two splits.
 
+The task is that of RECCON (Poria et al. 2021, section 5). The context of a pair is u_1 … u_i, joined by spaces. The
+answer is the longest gold span, at u_j's place in the context; a pair that is no cause is an impossible question, as in
+SQuAD 2.0.
+
 Legend: P pairs, T tokens of question and context together.
 """
 
@@ -78,13 +82,14 @@ def mrc_text(pair: Pair, *, first_turn: int = 1) -> MrcText:
         f"{candidate.text}. What is the causal span from context that is relevant to the target utterance's "
         f"emotion {target.emotion}?"
     )
+    # u_j stays even where the history before the window is dropped: the answer must lie in the context.
     turns = [turn for turn in range(1, pair.target + 1) if turn >= first_turn or turn == pair.candidate]
     places: dict[int, Range] = {}
     length = 0
     for turn in turns:
         end = length + len(pair.dialogue.utterances[turn - 1].text)
         places[turn] = (length, end)
-        length = end + 1
+        length = end + 1  # the space
     return MrcText(
         question=question,
         context=" ".join(pair.dialogue.utterances[turn - 1].text for turn in turns),
@@ -115,6 +120,7 @@ class QuestionEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._window = HistoryWindow(self._backend, max_tokens)
+        # Tried out rather than read from the settings: what counts is where the template puts the token.
         if tokenizer.cls_token_id is None or self._backend.encode("a", "b").ids[0] != tokenizer.cls_token_id:
             raise ModelError(
                 f"tokenizer {name}: its inputs do not begin with a classifier token, where a question without an "
@@ -132,6 +138,7 @@ class QuestionEncoder:
             yield self._encoded(pair, text, encoding)
 
     def _encoded(self, pair: Pair, text: MrcText, encoding: Any) -> EncodedQuestion:
+        # 0 question, 1 context, -1 special tokens.
         sequence_T = np.array([-1 if s is None else s for s in encoding.sequence_ids], dtype=np.int8)
         offsets_T2 = np.array(encoding.offsets, dtype=np.int64)
         kept, num_truncated = self._kept(pair, text, sequence_T, offsets_T2)
@@ -163,6 +170,7 @@ class QuestionEncoder:
             return np.arange(len(sequence_T)), 0
         in_question, in_context = sequence_T == 0, sequence_T == 1
         candidate = _inside(text.context_candidate, in_context, offsets_T2)
+        # Of the pair (i, i) target and candidate are one utterance, which is kept as the candidate.
         target = _inside(text.context_target, in_context, offsets_T2) & ~candidate
         old = np.flatnonzero(in_context & ~candidate & ~target)
         ends = [
@@ -191,6 +199,7 @@ def answer_text(encoded: EncodedQuestion, first: int, last: int) -> tuple[str, R
     """
     start, end = int(encoded.offsets_T2[first, 0]), int(encoded.offsets_T2[last, 1])
     answer = encoded.context[start:end]
+    # A token of a byte-level tokenizer includes the space before its word.
     start, end = end - len(answer.lstrip()), start + len(answer.rstrip())
     left, right = encoded.candidate_range
     inside = left <= start and end <= right
@@ -210,13 +219,14 @@ def _answer_tokens(
 ) -> tuple[int, int]:
     if not pair.is_cause:
         return NO_ANSWER, NO_ANSWER
+    # Searched in u_j alone: another utterance of the context may hold the same words.
     span = max(pair.spans, key=len).strip()
     start = text.context_candidate[0] + pair.dialogue.utterances[pair.candidate - 1].text.find(span)
     tokens = np.flatnonzero(_inside((start, start + len(span)), in_candidate_T, offsets_T2))
     return (int(tokens[0]), int(tokens[-1])) if len(tokens) else (UNKNOWN_ANSWER, UNKNOWN_ANSWER)
 
 
-_PAIRS_AT_ONCE = 1024
+_PAIRS_AT_ONCE = 1024  # encoded in one call, in the tokenizer's threads
 
 
 @dataclass(frozen=True)
@@ -256,6 +266,7 @@ def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
 def training_pairs(config: MrcConfig) -> list[Pair]:
     """The fold1 pairs of the training dialogues: every cause, and `negative_share` of the others."""
     pairs = [pair for d in training_split(config.corpus) for pair in pairs_of(d, "fold1")]
+    # One draw per pair, causes included: a larger share then contains a smaller one.
     draw_P = np.random.default_rng(config.corpus.train_share_seed).random(len(pairs))
     return [
         pair

@@ -74,6 +74,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
     }
     install_best(config.output, loop.state.best_epoch, READER_NAMES)
     finish_product(config, digest, details, num_epochs=loop.state.epoch)
+    # Last: until the manifest is written, a second run finishes the move from the checkpoint.
     remove_checkpoint(config.output)
     print(f"{config.output}: MRC baseline of {task.line(best)}", flush=True)
     return config.output
@@ -123,6 +124,7 @@ class MrcTask:
             for question, span in zip(data.valid, span_P2, strict=True)
         ]
         gold = [pair.spans for pair in data.valid_pairs]
+        # No emotions: fold1 has no pair of a neutral target, which would be barred from being a cause.
         self.threshold, _ = choose_threshold(pair_gains(score_P, [None] * len(gold), gold, texts))
         found = [
             decide(*item, self.threshold).prediction

@@ -176,6 +176,7 @@ class StudentConfig(Config):
 
     @model_validator(mode="after")
     def _task_has_a_cause(self) -> "StudentConfig":
+        # Combinations that would train without an error, but not what the config says.
         if self.task == "ecpe" and self.distillation.mode == "span_only":
             raise ValueError("task ecpe has no span loss, so mode span_only has nothing to find causes by")
         if self.model.given_emotions == "coarse" and self.corpus.emotions == "coarse":

@@ -179,6 +179,7 @@ def training_rows(config: StudentConfig, train: CorpusCache) -> tuple[Ints, Bool
     `neutral_share` of the pairs of neutral targets. Raises CorpusError if no row with gold labels is left.
     """
     distillation, corpus = config.distillation, config.corpus
+    # The cache holds the whole file, whatever the share, so that all trials of a node use one cache.
     in_split_P, is_gold_P = np.ones(len(train), dtype=bool), np.ones(len(train), dtype=bool)
     if corpus.train_share < 1 or corpus.drop_cross_split or distillation.hard_share < 1:
         split = training_split(corpus)
@@ -213,6 +214,7 @@ def emotion_weights(choice: Literal["pair", "target", "own"], train: CorpusCache
     """
     weights_P = np.ones(len(train), dtype=np.float32)
     if choice == "target":
+        # One number per target: the dialogue's position above, the turn in the lower 32 bits.
         place = train.column("dialogue").astype(np.int64) * 2**32 + train.column("target")
         _, target_of_row, num_pairs = np.unique(place[rows], return_inverse=True, return_counts=True)
         weights_P[rows] = len(rows) / len(num_pairs) / num_pairs[target_of_row]
@@ -269,6 +271,7 @@ def mixed_teachers(
         counts_BK = np.where(is_known_B[:, None], counted_BK, 1.0)
     share_BK = counts_BK * (weights_K / weights_K.sum())
     weight_B = share_BK.sum(axis=1)
+    # Where no teacher counts the weight is 0, but the mixture must still be finite: 0 times NaN is NaN.
     mix_BK = np.where(weight_B[:, None] > 0, share_BK, weights_K / weights_K.sum())
     mix_BK /= mix_BK.sum(axis=1, keepdims=True)
     if logits_BKA.shape[1] == 1:  # nothing to mix: the raw logits, bit for bit

@@ -30,6 +30,8 @@ from kdecs.student.model import Batch, Ints, StudentModel, StudentOutput, batche
 if TYPE_CHECKING:  # pyarrow: prediction does without
     from kdecs.corpus.cache import CorpusCache
 
+# For models without a chosen threshold only. A quarter of the pairs are causes, so cross-entropy leaves most scores
+# below one half, and the threshold that macro F1 wants lies lower; how much lower differs with the model.
 DEFAULT_THRESHOLD = 0.5
 Level = Literal["span", "utterance", "both"]
 Floats = npt.NDArray[np.float64]
@@ -87,6 +89,7 @@ def validate(
             for row, pair in enumerate(pairs)
         ]
     threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
+    # The scores flatter a little, since they are of the split that the two numbers were chosen on; test has its own.
     decided = decide(pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold)
     found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1")
     return Validation(found, threshold, offset, decided)
@@ -123,6 +126,7 @@ def score_pairs(
     with torch.inference_mode(), autocast(device, precision):
         for places, batch in batches:
             output = model(batch.to(device))
+            # `places` are indices into the arrays: batches come by length, the results stay in the pairs' order.
             if emotion_PE is not None:
                 emotion_PE[places] = functional.log_softmax(output.emotion_BE.float(), dim=-1).cpu().numpy()
             cause_P[places] = cause_scores(output).cpu().numpy()
@@ -154,12 +158,14 @@ def cause_scores(output: StudentOutput) -> Tensor:
     if output.start_BS is not None and output.end_BS is not None:
         no_start_B = functional.log_softmax(output.start_BS, dim=-1)[:, 0]
         no_end_B = functional.log_softmax(output.end_BS, dim=-1)[:, 0]
+        # 1 - exp(x) by expm1, which keeps its digits where p(no span) is close to 1.
         scores.append(-torch.expm1((no_start_B + no_end_B) / 2))
     return torch.stack(scores).mean(dim=0)
 
 
 def best_spans(start_BS: Tensor, end_BS: Tensor) -> Tensor:
     """The likeliest first and last token with first <= last, 1-based: (B, 2)."""
+    # "No span" (place 0) does not take part: whether there is a cause is decided by its score.
     start_BM, end_BM = start_BS[:, 1:], end_BS[:, 1:]
     # The best end at or right of each start, by a running maximum from the right: O(M) memory instead of M × M.
     flipped_BM, from_right_BM = torch.cummax(end_BM.flip(1), dim=1)
@@ -198,8 +204,10 @@ def target_emotions(
     has_own = np.zeros(num_targets, dtype=bool)
     has_own[target_of_P[is_own_P]] = True
     counts_P = is_own_P | ~has_own[target_of_P]
+    # `add.at`, since a plain += would count each target once.
     sums = np.zeros((num_targets, len(emotions)), dtype=np.float64)
     np.add.at(sums, target_of_P[counts_P], emotion_PE[counts_P])
+    # The mean matters only for the offset, which is on the scale of one pair; an argmax needs no division.
     if NEUTRAL in emotions:
         sums /= np.bincount(target_of_P[counts_P], minlength=num_targets)[:, None]
         sums[:, list(emotions).index(NEUTRAL)] += neutral_offset
@@ -279,6 +287,7 @@ def choose_decision(
             own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
             right = [emotion_of_pair[row] == pairs[row].emotion for row in own]
             worth = (macro_f1 + 100 * float(np.mean(right))) / 2
+        # Tuples compare from the left, which settles equal worth by the offset nearest to 0.
         best = max(best, (worth, -abs(offset), threshold, offset))
     return best[2], best[3]
 
@@ -296,7 +305,7 @@ def _offsets(
     own_PE = scores.emotion_PE[[pair.candidate == pair.target for pair in pairs]].astype(np.float64)
     neutral = emotions.index(NEUTRAL)
     margins = np.unique(np.delete(own_PE, neutral, axis=1).max(axis=1) - own_PE[:, neutral])
-    never = margins[:1] - 1
+    never = margins[:1] - 1  # below the smallest margin, so that no target is neutral
     offsets = np.concatenate((never, (margins[1:] + margins[:-1]) / 2))
     if len(offsets):
         offsets = offsets[np.unique(np.linspace(0, len(offsets) - 1, _OFFSETS).astype(int))]
@@ -327,6 +336,7 @@ def pair_gains(
     level: Level = "span",
 ) -> PairGains:
     """What predicting each pair as a cause would be worth (protocol reccon), for the choice of the threshold."""
+    # A neutral target can have no cause: -inf keeps its pairs below every threshold.
     score_P = cause_P.astype(np.float64)
     score_P[np.array([emotion == NEUTRAL for emotion in emotion_of_pair], dtype=bool)] = -np.inf
     f_sum = [
@@ -348,6 +358,8 @@ def choose_threshold(gains: PairGains) -> tuple[float, float]:
     num_positive = gains.positive_rows_P.sum()
     if not usable.any() or num_positive == 0:
         return DEFAULT_THRESHOLD, _macro_f1(gains, gains.score_P >= DEFAULT_THRESHOLD)
+    # One pass over the pairs by falling score: after each group of equal scores the running sums are the counts that a
+    # threshold below that group would give.
     order = np.flatnonzero(usable)[np.argsort(-gains.score_P[usable], kind="stable")]
     score = gains.score_P[order]
     is_negative = gains.positive_rows_P[order] == 0
@@ -357,9 +369,9 @@ def choose_threshold(gains: PairGains) -> tuple[float, float]:
     found_rows = np.cumsum(gains.positive_rows_P[order])[ends]
     num_negative = float((gains.positive_rows_P == 0).sum())
     macro = _macro_of_counts(f_sum, num_positive, num_negative, lost_negatives, found_rows, gains.level)
-    below = np.append(score[ends[:-1] + 1], 0.0)
+    below = np.append(score[ends[:-1] + 1], 0.0)  # the next lower score; below the last one there is 0
     thresholds = (score[ends] + below) / 2
-    best = np.flatnonzero(macro >= macro.max() - 1e-9)
+    best = np.flatnonzero(macro >= macro.max() - 1e-9)  # equal but for rounding
     chosen = best[np.argmin(np.abs(thresholds[best] - DEFAULT_THRESHOLD))]
     return float(thresholds[chosen]), float(macro[chosen])
 
@@ -387,6 +399,8 @@ def _macro_of_counts(
     level: Level,
 ) -> Floats:
     """Macro F1 (percent) from the sum of F, the negatives predicted as causes, the positive rows predicted."""
+    # The negative class has one row per pair, the positive class one per gold span: a missed pair with two spans counts
+    # as two rows predicted as negative (protocol reccon).
     right = num_negative - lost_negatives
     negative_f1 = f1(right, num_negative, right + (num_positive - found_rows))
     by_span = f_sum / num_positive if num_positive else np.zeros_like(negative_f1)

@@ -39,6 +39,7 @@ def connective_loss(logits_BA: Tensor, is_cause_B: Tensor) -> Tensor:
 
     For a causal pair this is -log of the summed probability of the causal words, for another -log p("other").
     """
+    # Any causal word is right: the sum of their probabilities counts, not one word's.
     log_p_BA = functional.log_softmax(logits_BA.float(), dim=-1)
     causal_B = torch.logsumexp(log_p_BA[:, :NUM_CAUSAL], dim=-1)
     other_B = torch.logsumexp(log_p_BA[:, NUM_CAUSAL:], dim=-1)
@@ -122,6 +123,7 @@ def total_loss(parts: LossParts, *, alpha: float, temperature: float, cause_weig
     """
     terms: list[Tensor] = [alpha * part for part in (parts.emotion, parts.span) if part is not None]
     if parts.distillation is not None:
+        # τ² makes up for the gradients of softened logits, which shrink with 1/τ² (Hinton et al. 2015).
         terms.append((1 - alpha) * temperature**2 * parts.distillation)
     if parts.cause is not None:
         terms.append(cause_weight * parts.cause)
@@ -150,6 +152,7 @@ def step_loss(
         soft = mean(soft_B, targets.teacher_weights_B)
     if output.classifier_B2 is not None:
         cause = mean(classifier_loss(output.classifier_B2, targets.is_cause_B), gold_B)
+    # With distillation Eq. 13 has no such term, and a weight of 0 would still cost its computation.
     elif output.connective_BA is not None and (soft is None or distillation.hard_weight > 0):
         cause = mean(connective_loss(output.connective_BA, targets.is_cause_B), gold_B)
     parts = LossParts(emotion, span, soft, cause)

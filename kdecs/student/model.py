@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.integer[Any]]
 _MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
-_PAD_MULTIPLE = 8
+_PAD_MULTIPLE = 8  # tensor cores want multiples of 8
 
 SpanHeadName = Literal["position", "pointer"]
 CauseBy = Literal["connective", "cls", "none"]
@@ -83,6 +83,7 @@ def batches_of_tokens(num_tokens_P: Ints, rows: Ints, max_tokens: int) -> list[I
     batches: list[Ints] = []
     start = 0
     for end in range(1, len(ordered) + 1):
+        # In ascending order the next prompt would set the padded length of the whole batch.
         is_last = end == len(ordered)
         if is_last or (end - start + 1) * _padded(int(num_tokens_P[ordered[end]])) > max_tokens:
             batches.append(ordered[start:end])
@@ -128,6 +129,7 @@ def padded_batch(
         token_ids_BT[row, : len(prompt)] = prompt
     places_M = np.arange(int(length_B.max()))
     candidate_mask_BM = places_M < length_B[:, None]
+    # Padding points to position 0, which every prompt has; the mask keeps it out of every softmax.
     candidate_BM = np.where(candidate_mask_BM, first_B[:, None] + places_M, 0)
     return Batch(
         token_ids_BT=torch.from_numpy(token_ids_BT),
@@ -196,7 +198,7 @@ class PointerSpanHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, S) of start and end; `tokens_BMH`: the states of u_j's tokens."""
         del candidate_BM
-        scale = tokens_BMH.size(-1) ** -0.5
+        scale = tokens_BMH.size(-1) ** -0.5  # as in attention: the product's variance does not grow with H
         start_BM = torch.einsum("bh,bmh->bm", self.start(start_BH), tokens_BMH) * scale
         end_BM = torch.einsum("bh,bmh->bm", self.end(end_BH), tokens_BMH) * scale
         return torch.cat((self.no_start(start_BH), start_BM), 1), torch.cat((self.no_end(end_BH), end_BM), 1)
@@ -235,11 +237,13 @@ class StudentModel(nn.Module):
                 has_cause=outputs.cause_by != "none",
                 has_spans=outputs.spans,
             )
-        if self.priors is not None:  # so that at first nothing but the priors decides
+        # Zeros, so that at first nothing but the priors decides.
+        if self.priors is not None:
             for head in (self.span_head, self.classifier):
                 for parameter in () if head is None else head.parameters():
                     nn.init.zeros_(parameter)
         for name, ids in (("emotion_ids", answers.emotions), ("connective_ids", answers.connectives)):
+            # Buffers move with the model. They are not saved: the card's words give them again.
             self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         self.emotion_ids: Tensor
         self.connective_ids: Tensor
@@ -254,6 +258,7 @@ class StudentModel(nn.Module):
 
     def forward(self, batch: Batch) -> StudentOutput:
         """Logits at the masks for a batch of prompts."""
+        # All places that some head reads, in one gather: the first token, the four masks, the tokens of u_j.
         first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
         places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
         states_BPH = self.states(batch.token_ids_BT, batch.attention_BT, places_BP)
@@ -298,6 +303,7 @@ class StudentModel(nn.Module):
         return start_BS.masked_fill(absent_BS, -torch.inf), end_BS.masked_fill(absent_BS, -torch.inf)
 
     def _answer_logits(self, states_BH: Tensor, ids_A: Tensor) -> Tensor:
+        # Looked up in each step: the embedding is tied and trained, so its rows change.
         decoder = self.language_model.get_output_embeddings()
         bias_A = None if decoder.bias is None else decoder.bias[ids_A]
         return functional.linear(states_BH, decoder.weight[ids_A], bias_A)
@@ -317,8 +323,9 @@ class EncoderStates:
         self._is_narrow = False
         layers = getattr(getattr(encoder, "encoder", None), "layer", None)
         last: Any = None if layers is None else layers[-1]
-        # With `chunk_size_feed_forward` a base calls its feed-forward for some tokens at a time: the places would not
-        # be those of the prompt.
+        # The last layer's attention still reads all tokens, but its feed-forward works on each token by itself, so it
+        # may run on the places alone. With `chunk_size_feed_forward` a base calls it for some tokens at a time: the
+        # places would not be those of the prompt.
         if hasattr(last, "feed_forward_chunk") and not encoder.config.chunk_size_feed_forward:
             self._is_narrow = True
             self._all_places = last.feed_forward_chunk
@@ -326,6 +333,7 @@ class EncoderStates:
 
     def compile(self) -> None:
         """Compile the encoder with symbolic lengths: they differ from batch to batch."""
+        # The compiler cannot trace values that belong to a thread.
         self._is_narrow = False
         self.encoder.compile(dynamic=True)
 
@@ -354,9 +362,8 @@ def head_states(language_model: Any, states: Tensor) -> Tensor:
 
     Raises ModelError for an architecture whose head is not known.
     """
-    if hasattr(language_model, "lm_head") and hasattr(
-        language_model.lm_head, "dense"
-    ):  # RoBERTa, MPNet, XLM-R
+    # Transformers has no common name for this part of a head. `_check_head` compares the result with the whole model.
+    if hasattr(getattr(language_model, "lm_head", None), "dense"):  # RoBERTa, MPNet, XLM-R
         head = language_model.lm_head
         return head.layer_norm(functional.gelu(head.dense(states)))
     if hasattr(language_model, "cls") and hasattr(language_model.cls, "predictions"):  # BERT and its kin
@@ -380,6 +387,7 @@ def load_language_model(reference: str | Path, *, has_head: bool = False, logs: 
     """
     model, missing = load_pretrained(AutoModelForMaskedLM, reference, "a masked language model")
     encoder = f"{model.base_model_prefix}."
+    # The pooler serves sentence classification; no output of a student passes through it.
     lacking = [key for key in missing if not key.startswith(f"{encoder}pooler.")]
     needed = [key for key in lacking if has_head or key.startswith(encoder)]
     if needed:
@@ -399,7 +407,8 @@ def load_language_model(reference: str | Path, *, has_head: bool = False, logs: 
 def student_answer_ids(
     tokenizer: Any, emotions: Sequence[str], stand_ins: Mapping[str, str] | None = None
 ) -> AnswerIds:
-    """Token ids of the answer words where they stand in the student's prompt. Raises ModelError if one splits."""
+    """Token ids of the answer words at their places in the student's prompt. Raises ModelError if one splits."""
+    # A config may list stand-ins for emotions that this corpus does not have.
     used = {word: stand_in for word, stand_in in (stand_ins or {}).items() if word in emotions}
     return AnswerIds(
         emotions=tuple(
@@ -426,6 +435,7 @@ def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
 def _check_head(language_model: Any) -> None:
     """Compare the shortcut through the head with the whole model on one short input. Raises ModelError."""
     ids = torch.arange(8, device=language_model.device).unsqueeze(0) % language_model.config.vocab_size
+    # In evaluation mode: dropout would make the two results differ.
     was_training = language_model.training
     language_model.eval()
     with torch.no_grad():

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
 
-NUM_DISTANCES = 8
+NUM_DISTANCES = 8  # most causes lie within a few turns; the last distance stands for 7 and more
 PRIOR_NAMES = ("emotion", "connective", "cause", "span", "first_start", "last_end")
 _SMOOTHING = 1.0  # added to each count, so that none is 0
 Ints = npt.NDArray[np.integer[Any]]
@@ -44,7 +44,7 @@ class TrainingCounts:
 class Priors(nn.Module):
     """Biases of emotion and connective words, of a cause by distance, and of a span by distance and at u_j's edges.
 
-    Biases without an output in the mode are None: DistributedDataParallel would wait for their gradients in vain.
+    Biases without an output in the mode are None: DistributedDataParallel fails on parameters without a gradient.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Priors(nn.Module):
             emotion_BE = emotion_BE.float() + self.emotion
         if connective_BA is not None:
             assert self.connective is not None
+            # The causal words share one bias, so that their odds among each other come from the text alone.
             causal_BA = self.cause_shift(distance_B).unsqueeze(1).expand(-1, NUM_CAUSAL)
             causal_BA = functional.pad(causal_BA, (0, connective_BA.size(1) - NUM_CAUSAL))
             connective_BA = connective_BA.float() + self.connective + causal_BA
@@ -98,6 +99,8 @@ class Priors(nn.Module):
         last_BM = torch.zeros_like(first_BM).scatter_(1, others_B.unsqueeze(1), 1)
         shifts = []
         for edge, at_edge_BM in ((self.first_start, first_BM), (self.last_end, last_BM)):
+            # With the other logits 0 the places of u_j weigh (M - 1) + exp(edge) together. The bias of "no span" is set
+            # against that sum, so that P(a span) is sigmoid(span_B) whatever M is.
             none_B = torch.log(others_B + edge.exp()) - span_B
             shifts.append(torch.cat((none_B.unsqueeze(1), edge * at_edge_BM), dim=1))
         return shifts[0], shifts[1]
@@ -116,6 +119,7 @@ def count_training(
     """Counts over training rows. Emotions are counted at the pairs (i, i) only, and unknown ones (-1) not at all."""
     own = emotion_N[is_own_N]
     distance_N = np.minimum(distance_N, NUM_DISTANCES - 1)
+    # 0 is "no span", -1 a gold span that was truncated away.
     with_span = start_N > 0
     share = [
         float(np.mean(edge[with_span])) if with_span.any() else 0.5
@@ -154,6 +158,7 @@ def begin_at_counts(
     )
     if connective_BA is not None:
         assert priors.connective is not None
+        # Offset the words' own logits only; how probable a cause is comes from `priors.cause`.
         priors.connective.copy_(-connective_BA.float().mean(dim=0).cpu())
     if priors.cause is not None:
         # Four causal words share the probability of a cause; the classifier has one class for it.
@@ -163,6 +168,7 @@ def begin_at_counts(
     others = max(counts.num_tokens - 1, 1.0)
     for parameter, share in ((priors.first_start, counts.whole_start), (priors.last_end, counts.whole_end)):
         if parameter is not None:
+            # The edge against `others` places of logit 0. Bounded, since a share of 0 or 1 has no finite bias.
             bounded = min(max(share, 0.01), 0.99)
             parameter.fill_(float(np.log(bounded / (1 - bounded) * others)))
 

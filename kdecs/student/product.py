@@ -47,8 +47,9 @@ STUDENT_NAMES = (MODEL_FOLDER, HEADS_NAME, CARD_NAME)
 
 
 class StudentCard(BaseModel):
-    """`student.json`: what a predictor has to know beside the weights."""
+    """`student.json`: what a predictor has to know in addition to the weights."""
 
+    # Fields with a default were added later: cards of earlier versions lack them.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     emotions: tuple[str, ...] = Field(min_length=1)
     stand_ins: dict[str, str]
@@ -132,10 +133,12 @@ def _head_tensors(model: StudentModel) -> dict[str, Tensor]:
 
 def _load_heads(model: StudentModel, tensors: dict[str, Tensor]) -> None:
     """Load the heads. Raises RuntimeError if a tensor is missing, unknown, or of another shape."""
-    if model.priors is not None:  # earlier versions saved priors that the mode does not use, too
+    # Earlier versions also saved priors that the mode does not use.
+    if model.priors is not None:
         own = model.priors.state_dict()
         unused = {f"priors.{name}" for name in PRIOR_NAMES if name not in own}
         tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
+    # `load_state_dict` checks each head's own tensors, but sees no tensor of a head that this student lacks.
     if unknown := sorted(set(tensors) - set(_head_tensors(model))):
         raise RuntimeError(f"unexpected tensor {unknown[0]}")
     for name, head in model.heads.items():
@@ -175,6 +178,7 @@ def _read_card(path: Path) -> StudentCard:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ArtifactError(f"{path}: {field}: {first['msg']}; train the student again") from None
+    # Another wording would still predict, only worse, and nobody would notice.
     if card.prompt_version != PROMPT_VERSION or card.connectives != CONNECTIVES:
         raise ArtifactError(
             f"{path}: the student was trained with prompt version {card.prompt_version} and the connectives "

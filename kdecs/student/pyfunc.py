@@ -34,6 +34,7 @@ class ServedStudent:
         `params` may hold `max_distance`, where a negative number means no bound. Raises CorpusError, and answers
         nothing, if a dialogue breaks the schema.
         """
+        # MLflow's parameters have a type and a default, so that "no bound" has to be a number.
         bound = (params or {}).get("max_distance")
         dialogues = [parse_dialogue(row, f"row {number}") for number, row in enumerate(_rows(model_input))]
         found = self._student.stream(

@@ -77,7 +77,7 @@ def train_student(
     warn_of_emulation(runtime, config.precision, "precision")
     task, loop = prepare(config, digest, runtime, stop or StopSignal(), on_epoch)
     if runtime.is_main:
-        # A manifest of this very work over a damaged file: it must not stand over a student in training.
+        # A manifest of this very work whose files are damaged must not stand over a student in training.
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)
         write_config(config, config.output)
     best = loop.run(f"{len(task.data.rows)} pairs")
@@ -151,6 +151,7 @@ class StudentTask:
         self.level: Level = config.threshold_for if config.task == "ecspe" else "utterance"
         self.criterion = "macro_f1" if config.task == "ecspe" else "utterance_macro_f1"
         self.no_sums = torch.zeros(1 + len(_PARTS), dtype=torch.float64, device=runtime.device)
+        # Before the model: a base without a head and the student's own heads start with random weights.
         seed_everything(config.optimization.seed)
         self.tokenizer = load_tokenizer(config.model.base)
         language_model = load_language_model(config.model.base, logs=runtime.is_main)
@@ -196,6 +197,7 @@ class StudentTask:
         assert self.model.priors is not None
         data = self.data
         gold = data.rows[data.is_gold_P[data.rows]]
+        # Spread over the split, then sorted by length so that the batches of 16 hold little padding.
         some = gold[np.unique(np.linspace(0, len(gold) - 1, _PROBE_PAIRS).astype(int))]
         some = some[np.argsort(data.train.num_tokens[some], kind="stable")]
         emotions, connectives = [], []
@@ -239,6 +241,7 @@ class StudentTask:
         zero = loss.new_zeros(())
         values = [getattr(parts, name) for name in _PARTS]
         means = torch.stack([loss, *(zero if value is None else value for value in values)]).detach()
+        # `batch_mean` multiplied by the world size for the gradients; the sums of all ranks must not be.
         return loss, means.double() * (count / runtime.world_size)
 
     def validate(self, state: TrainState) -> Metrics:
@@ -314,7 +317,7 @@ def _loss_names(config: StudentConfig) -> dict[str, str]:
     """Part of the loss -> its name in the metrics, for the parts that the mode uses."""
     distillation = config.distillation
     cause = {"cls": "classifier", "span_only": ""}.get(distillation.mode, "connective")
-    if distillation.mode == "kd" and distillation.hard_weight == 0:
+    if distillation.mode == "kd" and distillation.hard_weight == 0:  # `step_loss` leaves the part out, too
         cause = ""
     used = {
         "emotion": "emotion" if config.model.given_emotions == "none" else "",
@@ -328,6 +331,7 @@ def _loss_names(config: StudentConfig) -> dict[str, str]:
 def _inputs(config: StudentConfig) -> dict[str, Any]:
     """Checksums of what the student was made from, by name."""
     teachers = {
+        # One teacher's name is the same whether it is given by `labels` or in `teachers`.
         f"soft_labels_{number}" if number else "soft_labels": teacher.labels
         for number, teacher in enumerate(config.distillation.used_teachers)
     }

@@ -1,7 +1,7 @@
 """What the epoch loop keeps on disk so that a kill at any moment costs at most one epoch.
 
     checkpoint.pt   the training state, the weights and the optimizer, replaced atomically
-    best-3/         the files of the best epoch so far (here 3), as they will stand in the output directory
+    best-3/         the files of the best epoch so far (here 3), as the output directory will hold them
     metrics.jsonl   one JSON object per epoch (it stays beside the product)
 
 The checkpoint names its best epoch. The folder of an epoch appears complete or not at all (temporary folder, fsync,
@@ -34,7 +34,7 @@ _UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingEr
 
 @dataclass
 class TrainState:
-    """All that a resume needs beside the weights and the optimizer.
+    """All that a resume needs in addition to the weights and the optimizer.
 
     `batch` is the next batch of the current epoch (`epoch` epochs are complete), `step` the number of optimizer steps
     taken. `sums` are the sums of the losses over the pairs of the current epoch, float64: over this rank's pairs
@@ -84,6 +84,7 @@ def load_checkpoint(
     if not path.is_file():
         return None
     try:
+        # `weights_only` unpickles tensors and plain values, no code: the file may come from anywhere.
         values: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         found, state = values["config_hash"], values["progress"]
     except _UNREADABLE as error:
@@ -129,6 +130,7 @@ def restore_metrics(output: Path, config_hash: str) -> None:
         found, history = values["config_hash"], values["progress"]["history"]
     except _UNREADABLE:
         return
+    # Never fewer lines than before: a reader may have seen them all.
     if found == config_hash and len(history) > len(read_points(output / METRICS_NAME)):
         write_metrics(output, history)
 
@@ -142,6 +144,7 @@ def save_best(output: Path, epoch: int, write: Callable[[Path], object]) -> None
     temporary.mkdir(parents=True)
     try:
         write(temporary)
+        # Contents before the rename, or a crash of the machine could leave the name over empty files.
         for path in (*temporary.rglob("*"), temporary):
             fsync(path)
     except BaseException:
@@ -170,6 +173,7 @@ def install_best(output: Path, epoch: int, names: Iterable[str], *, optional: It
     for name in (*names, *optional):
         source, target = folder / name, output / name
         if source.exists():
+            # A folder cannot replace one that has files, here those of an earlier attempt.
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(source, target)

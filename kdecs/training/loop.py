@@ -51,7 +51,7 @@ class Task(Protocol):
     """What a stage adds to the loop."""
 
     model: torch.nn.Module
-    """What is trained and checkpointed (without a wrapper for several ranks)."""
+    """The module to train and to checkpoint, without a wrapper for several ranks."""
     optimizer: torch.optim.Optimizer
     """Its parameter groups may carry `rate_factor`, a multiple of the learning rate."""
     criterion: str
@@ -115,19 +115,15 @@ class EpochLoop:
         on_epoch: Callable[[Metrics], None] | None = None,
     ) -> None:
         """Load the checkpoint if there is one. Raises ArtifactError if it is damaged or of another config."""
-        self.task, self.settings, self.runtime, self.stop, self.on_epoch = (
-            task,
-            settings,
-            runtime,
-            stop,
-            on_epoch,
-        )
+        self.task, self.settings, self.runtime = task, settings, runtime
+        self.stop, self.on_epoch = stop, on_epoch
         state = load_checkpoint(
             settings.output, settings.config_hash, task.model, task.optimizer, runtime.device
         )
         self.state = state or TrainState(sums=task.no_sums)
-        # A checkpoint holds the sums of all ranks: rank 0 goes on from them, the others from zero.
-        self.state.sums = (self.state.sums if runtime.is_main else task.no_sums).to(runtime.device)
+        # A checkpoint holds the sums of all ranks: rank 0 continues from them, the others from zero. They are cloned,
+        # since steps add to the sums in place and the task's zeros must stay zeros.
+        self.state.sums = (self.state.sums if runtime.is_main else task.no_sums).clone().to(runtime.device)
         self.steps = GuardedSteps(task.model, task.optimizer, settings.optimization.max_grad_norm, runtime)
 
     @property
@@ -155,6 +151,7 @@ class EpochLoop:
         while state.epoch < epochs and not self._is_patience_over():
             self._train_epoch()
             self._end_epoch()
+            # After the last epoch there is nothing to resume: the training finishes in seconds and ignores the stop.
             if state.epoch < epochs and any_rank(self.stop.requested, self.runtime):
                 self._save_and_stop()
         return state.history[state.best_epoch - 1]
@@ -173,9 +170,10 @@ class EpochLoop:
             seed=settings.optimization.seed,
             epoch=state.epoch,
         )
-        self.task.model.train()
+        self.task.model.train()  # Transformers loads a model in evaluation mode
         began = last_line = time.monotonic()
         name = f"epoch {state.epoch + 1}/{settings.optimization.epochs}"
+        # `disable=None` shows the bar on a terminal only.
         with tqdm(
             total=len(settings.rows),
             initial=sum(len(rows) for rows in batches[: state.batch]),
@@ -192,6 +190,7 @@ class EpochLoop:
                 bar.update(len(rows))
                 if state.batch % self.steps.check_every == 0:
                     self._refuse_not_finite()
+                    # All ranks agree to stop, or those that go on would wait forever for the gradients of the others.
                     if any_rank(self.stop.requested, runtime):
                         state.seconds += time.monotonic() - began
                         self._save_and_stop()
@@ -206,6 +205,7 @@ class EpochLoop:
         """One optimizer step on a global batch: forward and backward of this rank's share."""
         settings, runtime, state = self.settings, self.runtime, self.state
         share, weights = rank_share(rows, runtime.rank, runtime.world_size)
+        # Dropout from the step's own seed: a resume restores no random states.
         torch.manual_seed(step_seed(settings.optimization.seed, state.step, runtime.rank))
         total_steps = settings.epoch_steps * settings.optimization.epochs
         loss, sums = self.task.loss(share, weights, len(rows))
@@ -230,7 +230,9 @@ class EpochLoop:
         metrics: Metrics = {}
         if runtime.is_main:
             metrics = task.validate(state)
-        metrics = gather_objects(metrics, runtime)[0]
+        metrics = gather_objects(metrics, runtime)[
+            0
+        ]  # every rank decides the best epoch and the patience by these
         if metrics[task.criterion] > state.best_macro_f1:
             # The folder before the checkpoint that names it: a checkpoint never names files that are not there. Until
             # the checkpoint is written the folder of the previous best epoch stays, too.
@@ -262,7 +264,7 @@ class EpochLoop:
             )
         any_rank(False, self.runtime)  # a launcher ends all ranks once one has left: wait for the checkpoint
         raise Stopped(
-            f"{settings.output}: stopped at step {state.step}, state saved; run the same command again to go on"
+            f"{settings.output}: stopped at step {state.step}, state saved; run the same command again to resume"
         )
 
 
@@ -294,6 +296,7 @@ class GuardedSteps:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         with torch.no_grad():
+            # The gradients' norm is not finite if one gradient is not. `&=` keeps the first bad step in mind.
             self.is_finite &= torch.isfinite(norm) & torch.isfinite(loss)
             if self.optimizer.defaults.get("fused"):
                 setattr(self.optimizer, "found_inf", (~self.is_finite).float())  # noqa: B010
@@ -312,6 +315,8 @@ def epoch_batches(
     The rows are shuffled and cut into buckets of `bucket_batches` batches; each bucket is sorted by length and cut
     into batches, and the batches are shuffled.
     """
+    # On RECCON random batches of 16 are half padding (53%). Sorting everything by length would show the same rows
+    # together in every epoch; buckets of 50 batches keep the shuffling and leave 2.3% of padding.
     generator = np.random.default_rng([seed, epoch])
     shuffled = generator.permutation(rows)
     batches: list[Ints] = []
@@ -350,7 +355,7 @@ def learning_rate_at(step: int, total_steps: int, optimization: Optimization) ->
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of the dropout masks of one step on one rank; no two ranks share a mask."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 1  # torch takes seeds of 63 bits
 
 
 def adamw(
@@ -364,6 +369,8 @@ def adamw(
 
     The parameters of `heads` have a learning rate of their own, as a multiple (`rate_factor`) of the others'.
     """
+    # By identity: parameters compare element by element. The order of the groups is that of the model's parameters, on
+    # which a checkpoint of the optimizer relies.
     in_heads = {id(p) for head in heads for p in head.parameters()}
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():

@@ -117,6 +117,12 @@ def test_a_training_stopped_at_any_look_ends_as_one_that_was_not(whole, tmp_path
     assert_same(tmp_path / "stopped", whole)
 
 
+def test_the_zeros_that_sums_start_from_stay_zeros(tmp_path):
+    task = Regression()
+    train(tmp_path / "run", task)
+    assert not task.no_sums.any()
+
+
 WRITES = ("save_best", "save_checkpoint", "keep_best", "write_metrics")
 
 

@@ -53,7 +53,8 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
 
     The predictions appear complete or not at all. Raises CorpusError if a dialogue breaks the schema.
     """
-    # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once.
+    # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once. Standard
+    # input can be read only once.
     total = None if request.input == STANDARD_STREAM else _checked(request)
     predictor = load(start_runtime(device=device))
     # Predictions on standard output are read by a program: everything for people goes to standard error.
@@ -82,6 +83,7 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
                     console.print(
                         render_dialogue(dialogue, found, limit=None, marks=_needs_marks(console)), ""
                     )
+            # The first dialogue with a cause is the best example; until then, the first one.
             elif example is None or (causes and not any(p.prediction.is_cause for p in example[1])):
                 example = dialogue, found
     place = "" if request.output in (None, STANDARD_STREAM) else f"{request.output}: "
@@ -103,6 +105,7 @@ def _watched(request: FileRequest, dialogues: Iterable[Dialogue], place: str) ->
     def warn(line: str) -> None:
         print(f"kdecs: warning: {line}", file=sys.stderr, flush=True)
 
+    # As the user would type it: what to add, or the option that is in force.
     bound = "--max-distance N" if request.max_distance is None else "--max-distance"
     return warn_of_long_dialogues(dialogues, request.max_distance, warn, bound=bound, place=place)
 

@@ -32,7 +32,7 @@ from kdecs.student.product import StudentCard, load_student
 
 logger = logging.getLogger(__name__)
 
-_PAIRS_AT_ONCE = 2048  # that are encoded together
+_PAIRS_AT_ONCE = 2048  # encoded and scored together, which bounds the memory of one long dialogue
 
 
 class Student:
@@ -58,6 +58,7 @@ class Student:
         weights or tokenizer cannot be loaded.
         """
         directory = Path(directory).expanduser().absolute()
+        # Every byte, once per process: a damaged weight would still predict.
         read_verified_manifest(directory, "student")
         model, tokenizer, card = load_student(directory)
         return cls(model, tokenizer, card, device=torch.device(device), precision=precision)
@@ -174,6 +175,7 @@ def _chunks_by_target(pairs: Sequence[Pair], size: int) -> Iterable[list[Pair]]:
     chunk: list[Pair] = []
     for pair in pairs:
         if len(chunk) >= size:
+            # A target's emotion is decided over its pairs, which must not be torn apart.
             last = chunk[-1]
             if last.dialogue is not pair.dialogue or last.target != pair.target:
                 yield chunk

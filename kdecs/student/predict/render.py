@@ -10,7 +10,7 @@ from rich.text import Text
 from kdecs.corpus.schema import NEUTRAL, Dialogue
 from kdecs.student.predict.streaming import PairPrediction
 
-MAX_SHOWN = 14
+MAX_SHOWN = 14  # utterances of an example: about a screen with their causes
 MARKS = ("⟦", "⟧")
 """Marks around a cause span on a console without colours."""
 _MAX_SPEAKER = 16
@@ -36,6 +36,7 @@ def emotion_colour(emotion: str) -> str:
     """A colour for an emotion, the same in every run."""
     if emotion == NEUTRAL:
         return "dim"
+    # Not by `hash`, which differs from process to process.
     return _COLOURS.get(emotion, _OTHER_COLOURS[sum(map(ord, emotion)) % len(_OTHER_COLOURS)])
 
 
@@ -82,7 +83,10 @@ def render_dialogue(
 
 
 def printable(text: str) -> str:
-    """The text, of the same length, with a blank for each control character that would act on the terminal."""
+    """The text, of the same length, with a blank for each control character that would act on the terminal.
+
+    The length matters: spans are places in the text.
+    """
     return "".join(character if character.isprintable() else " " for character in text)
 
 
@@ -109,6 +113,7 @@ def _bracketed(text: Text, ranges: Sequence[tuple[int, int]]) -> Text:
     places = sorted(set(ranges))
     # At the same place, closing brackets come before opening ones.
     inserts = sorted([(end, 0) for _, end in places] + [(start, 1) for start, _ in places])
+    # `divide` keeps the styles, which inserted characters in a plain string would shift.
     pieces = text.divide([place for place, _ in inserts])
     marked = Text()
     for piece, (_, is_start) in zip(pieces[:-1], inserts, strict=True):

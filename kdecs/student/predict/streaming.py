@@ -92,7 +92,7 @@ def num_candidates(num_utterances: int, max_distance: int | None) -> int:
     """How many pairs j <= i a dialogue has, at most `max_distance` turns apart."""
     if max_distance is None or max_distance >= num_utterances:
         max_distance = num_utterances - 1
-    # Each of the last n - d targets has d + 1 candidates, the d before them 1 … d.
+    # Each of the last n - d targets has d + 1 candidates; the d targets before them have 1 … d.
     return (num_utterances - max_distance) * (max_distance + 1) + max_distance * (max_distance + 1) // 2
 
 
