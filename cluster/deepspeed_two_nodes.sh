@@ -20,5 +20,5 @@ if [[ -n ${NODE_RANK:-} ]]; then
 fi
 exec deepspeed --hostfile "$hostfile" --num_nodes 2 \
     --master_addr "$first_node" --master_port "${MASTER_PORT:-29500}" \
-    "${without_ssh[@]}" --no_local_rank \
+    "${without_ssh[@]}" \
     "$script" --config "$config" "${@:2}"

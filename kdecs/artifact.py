@@ -37,9 +37,9 @@ MANIFEST_NAME = "manifest.json"
 CHECKSUM_KEY = "seal"  # in the details of a manifest that carries its own checksum
 FORMAT_VERSION = 1
 Kind = Literal["corpus-cache", "base-model", "teacher", "soft-labels", "student", "mrc", "sweep", "report"]
-_BLOCK_BYTES = 1 << 20
-_MAX_MANIFEST_BYTES = 256 << 20
-_MAX_VERIFY_THREADS = 16
+_BLOCK_BYTES = 1 << 20  # hashlib releases the interpreter's lock for each, so threads hash at the same time
+_MAX_MANIFEST_BYTES = 256 << 20  # over a million files; a damaged file must not fill the memory first
+_MAX_VERIFY_THREADS = 16  # more would wait for the disk
 
 
 class FileEntry(BaseModel):
@@ -90,6 +90,7 @@ def content_checksum(path: Path) -> str:
     manifest = path / MANIFEST_NAME
     if manifest.is_file():
         return sha256_of_file(manifest)
+    # Hidden files are caches and locks: they come and go while the content stays the same.
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
         digest.update(f"{file.relative_to(path).as_posix()}\0{_remembered_sha256(file)}\n".encode())
@@ -104,7 +105,7 @@ def _remembered_sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _sha256_at(path: Path, inode: int, size: int, mtime_ns: int) -> str:
-    del inode, size, mtime_ns
+    del inode, size, mtime_ns  # part of the cache's key alone: a file that was changed is hashed again
     return sha256_of_file(path)
 
 
@@ -129,11 +130,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # Before the rename, or a crash of the machine could leave the final name over an empty file.
         fsync(temporary)
+        # mkstemp lets the owner alone read the file, but a run's outputs are shared by a group.
         os.chmod(temporary, 0o666 & ~_current_umask())
         os.replace(temporary, path)
+        # The rename itself is an entry of the directory.
         fsync(path.parent)
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
 
@@ -155,6 +159,7 @@ def file_lock(path: Path, *, blocking: bool = True) -> Iterator[bool]:
 
     The kernel frees the lock when its holder dies. The file itself stays.
     """
+    # If it were removed, one process could hold the lock of the removed file and another that of a new one.
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         try:
@@ -182,8 +187,10 @@ def build_manifest(
         format_version=FORMAT_VERSION,
         kdecs_version=__version__,
         config_hash=config_hash,
+        # Sorted: workers finish their files in any order, and the same work must give the same bytes.
         inputs=dict(sorted(inputs.items())),
         files=tuple(sorted(files, key=lambda entry: entry.path)),
+        # Tuples become lists here, as they will for a reader, so that both compute the same checksum.
         details=json.loads(json.dumps(dict(details or {}))),
     )
     return with_checksum(manifest) if kind == "soft-labels" else manifest
@@ -208,7 +215,7 @@ def write_manifest(
     entries = []
     for name in set(files):
         path = _inside(directory, name)
-        fsync(path)
+        fsync(path)  # a manifest must never list a file that a crash of the machine can still take away
         entries.append(
             FileEntry(
                 path=name, bytes=path.stat().st_size, sha256=sha256_of_file(path), rows=(rows or {}).get(name)
@@ -265,6 +272,7 @@ def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
         )
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{directory}: holds a {manifest.kind}, expected a {kind} directory")
+    # Readers open these paths, and the directory may come from somebody else.
     for entry in manifest.files:
         _inside(directory, entry.path)
     return manifest
@@ -277,6 +285,7 @@ def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
     manifest = read_manifest(directory, kind)
     if manifest.config_hash != config_hash:
         return False
+    # Sizes alone, because the driver of a sweep asks this about every trial once a second.
     return not any(_size_fault(directory, entry) for entry in manifest.files)
 
 
@@ -351,6 +360,7 @@ def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None
             with lock:
                 on_bytes(num_bytes)
 
+    # At least one: an artifact may list no files, and a pool of no threads is refused.
     num_threads = max(1, min(_MAX_VERIFY_THREADS, len(os.sched_getaffinity(0)), len(manifest.files)))
     with ThreadPoolExecutor(num_threads) as pool:
         faults = pool.map(lambda entry: _file_fault(directory, entry, advance), manifest.files)
@@ -360,7 +370,7 @@ def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None
 def _file_fault(directory: Path, entry: FileEntry, on_bytes: Callable[[int], object]) -> str | None:
     path = directory / entry.path
     if fault := _size_fault(directory, entry):
-        on_bytes(entry.bytes)
+        on_bytes(entry.bytes)  # not read, but the progress bar must come to its end
         return fault
     try:
         found = sha256_of_file(path, on_bytes=on_bytes)
@@ -392,6 +402,6 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def _current_umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask

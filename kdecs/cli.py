@@ -77,6 +77,7 @@ def verify(
 
         with tqdm(total=num_rows(manifest), unit="pair", unit_scale=True, desc="decode", disable=None) as bar:
             faults = content_faults(directory, manifest, on_rows=bar.update)
+    # The first fault is the error that ends the command, so the others come before it.
     for fault in faults[1:]:
         print(f"kdecs: error: {fault}", file=sys.stderr)
     if faults:

@@ -28,10 +28,12 @@ class Unhashed:
 
 
 def _absolute(path: Path) -> Path:
+    # Links are not resolved: config.json shows the path that the user wrote.
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def _local_or_hub(reference: str) -> str:
+    # `roberta-base` is a hub name unless a directory of that name is here. What is written as a path never is one.
     expanded = os.path.expanduser(reference)
     looks_local = os.path.exists(expanded) or reference.startswith(("/", "./", "../", "~"))
     return os.path.abspath(expanded) if looks_local else reference
@@ -97,6 +99,7 @@ def find_config(stage: str, reference: str | Path) -> Path:
     An existing file comes first. Raises ConfigError, one line, with the names of the stage's committed configs.
     """
     path = Path(reference).expanduser()
+    # A missing file is reported as a missing file, by its reader, not as an unknown name.
     if path.is_file() or path.suffix in (".yaml", ".yml", ".json"):
         return path
     for place in (COMMITTED / stage / f"{reference}.yaml", COMMITTED / f"{reference}.yaml"):
@@ -156,6 +159,7 @@ def config_hash(config: Config) -> str:
     Content checksums stand in for paths; fields marked `Unhashed` are left out.
     Raises ConfigError if an input path does not exist.
     """
+    # With the class' name, since configs of two stages with equal values are different work.
     view = json.dumps({"config": _hash_view(config), "method": config.method_versions}, sort_keys=True)
     return hashlib.sha256(f"{type(config).__name__}\n{view}".encode()).hexdigest()
 
@@ -190,7 +194,7 @@ def _as_path(value: Any, metadata: list[Any]) -> Any:
 
 def _checksum(path: Path | str) -> str:
     if isinstance(path, str) and not Path(path).is_absolute():
-        return path
+        return path  # a hub name, whose content is not known before it is downloaded
     try:
         return content_checksum(Path(path))
     except ArtifactError as error:
@@ -198,6 +202,7 @@ def _checksum(path: Path | str) -> str:
 
 
 def _describe(error: ValidationError, model: type[Config]) -> str:
+    # The first one alone: the others often follow from it, and the message is one line.
     errors = error.errors()
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"]) or "config"
@@ -223,7 +228,7 @@ def _known_keys(model: type[Config], location: tuple[int | str, ...]) -> list[st
 
 
 def _configs_in(field: FieldInfo) -> list[type[Config]]:
-    annotation = field.annotation
+    annotation = field.annotation  # of a union, all members
     options = getattr(annotation, "__args__", (annotation,))
     return [option for option in options if isinstance(option, type) and issubclass(option, Config)]
 

@@ -61,6 +61,7 @@ class Stopped(KdecsError):
 
 def explain_disk_full(error: Exception) -> str | None:
     """One line if a library's own error hides a full disk (safetensors, torch's checkpoint writer), else None."""
+    # Neither library keeps the errno: safetensors has its own type of error, torch raises a RuntimeError.
     message = str(error)
     if "No space left on device" in message or "PytorchStreamWriter failed writing" in message:
         return "the disk is full: free some space and run the same command again"
@@ -80,4 +81,4 @@ def explain_os_error(error: OSError) -> str | None:
         return f"permission denied{place}: check the owner of the path"
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | FileExistsError):
         return f"{error.strerror}{place}"
-    return None
+    return None  # any other may be a bug of kdecs, whose traceback is needed

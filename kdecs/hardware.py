@@ -47,15 +47,16 @@ GPUS = {
         Gpu("h100-pcie", 80, 756, 51, 52),
         Gpu("h200", 140, 989, 67, 450),
         Gpu("b200", 180, 2250, 75, 900),
+        # One of its two dies, which is what a process sees.
         Gpu("mi250x", 64, 191.5, 23.9, 50),
         Gpu("mi300x", 192, 1307, 163.4, 448),
     )
 }
-"""MI250X: one of its two dies, which is what a process sees."""
 
 
+# Words that make a device another one than the table's: a laptop's RTX 4090 has other memory and another peak, and a
+# MIG slice is a part of a card.
 _OTHERS = {"laptop", "mobile", "max", "mig"}
-"""Words of a device's name that make it another one than the table's."""
 
 
 def gpu_of_device(device_name: str, memory_gib: float) -> Gpu | None:

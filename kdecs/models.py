@@ -42,9 +42,14 @@ def load_pretrained(
     try:
         with _quiet():
             model, report = auto_model.from_pretrained(
-                str(reference), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                # Safetensors alone, because opening a pickle runs the code in it.
+                str(reference),
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
             )
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError too, but it says nothing about the files
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(

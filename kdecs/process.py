@@ -124,7 +124,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
             raise
         _print_line(line)
         return EXIT_REFUSED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before a StopSignal was installed, or the second Ctrl-C after it
         _print_line("interrupted; run the same command again to go on from what is complete")
         return EXIT_STOPPED
     return 0
@@ -166,12 +166,13 @@ def module_command(launcher: Sequence[str], module: str) -> list[str]:
     """
     if not launcher:
         return [sys.executable, "-m", module]
+    # The `python` on PATH is another one if the virtual environment is not activated.
     parts = [sys.executable if part == "python" else part for part in launcher]
     is_deepspeed = any(Path(part).name == "deepspeed" for part in parts)
     return [*parts, "--module" if is_deepspeed else "-m", module]
 
 
-_KILL_AFTER_S = 10.0
+_KILL_AFTER_S = 10.0  # after an error or a second Ctrl-C; a requested stop is waited for without a limit
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None)  # opened here: a child between fork and exec must not wait for the loader's lock
 
@@ -191,11 +192,12 @@ def run_child(
     process group of the child, since the deepspeed launcher does not pass the signal on to its ranks. If this process
     dies, Linux sends the child SIGTERM. On an exception, such as a second Ctrl-C, the group is ended first.
 
-    A child that ends by other means, such as a file, passes `on_stop`, which asks it to. Such a child watches its
-    parent itself, and is waited for as long as it takes. `on_poll` is called about every `poll_s` seconds.
+    If the child is stopped by other means, such as a file, `on_stop` asks it to end. Such a child watches its parent
+    itself, and is waited for as long as it takes. `on_poll` is called about every `poll_s` seconds.
     """
     parent = os.getpid()
 
+    # The kernel counts the thread that forks as the parent: call this from a thread that lives as long as the child.
     def die_with_parent() -> None:
         end_with_parent()
         if os.getppid() != parent:  # it died before the kernel was asked
@@ -206,6 +208,7 @@ def run_child(
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             output = stack.enter_context(log.open("ab"))
+            # On one line, whatever the arguments hold: `last_error` finds the last command's output by it.
             output.write(f"$ {' '.join(shlex.join(command).split())}\n".encode())
             output.flush()
         child = subprocess.Popen(
@@ -213,6 +216,7 @@ def run_child(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
+            # Ctrl-C signals the whole group of the terminal. Children must get one SIGTERM, from here, and no SIGINT.
             start_new_session=True,
             preexec_fn=None if on_stop else die_with_parent,
         )
@@ -236,6 +240,7 @@ def run_child(
             child.terminate()
             child.wait()
         else:
+            # SIGKILL in any case: a launcher that has ended may have left ranks in its group.
             for number in (signal.SIGTERM, signal.SIGKILL):
                 _signal_group(child, number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -268,11 +273,9 @@ def wait_for_orphans() -> None:
 
 
 def last_error(log: Path) -> str:
-    """Why the last child failed that wrote to a log: its own error line, else the last line that it printed.
-
-    A launcher still prints lines of its own after the error of a rank.
-    """
+    """Why the last child failed that wrote to a log: its own error line, else the last line that it printed."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in re.split(r"(?m)^\$ .*$", text)[-1].splitlines() if line.strip()]
+    # A launcher prints lines of its own after the error of a rank, so the last line is only the second choice.
     errors = [line for line in lines if line.startswith(ERROR_PREFIX)]
     return (errors or lines or ["it printed nothing"])[-1].removeprefix(ERROR_PREFIX)

@@ -54,6 +54,7 @@ def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
         chosen = torch.device("cuda", local_rank)
     else:
         chosen = torch.device("cpu")
+        # DeepSpeed chooses a device by itself when it is imported, and would take a GPU that is left unused here.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if threads:
         torch.set_num_threads(threads)
@@ -88,6 +89,7 @@ def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
+        # 0 lets the system choose a free port, so that single ranks on one machine do not collide.
         "MASTER_PORT": "0" if runtime.world_size == 1 else "29500",
     }
     added = {name: value for name, value in rendezvous.items() if name not in os.environ}
@@ -108,6 +110,7 @@ def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
 
 def _forget_deepspeeds_group() -> None:
     """Make DeepSpeed accept another group: it keeps the first one it saw, in module globals."""
+    # By name, because DeepSpeed declares no types for its own globals.
     if "deepspeed.comm.comm" in sys.modules:
         setattr(sys.modules["deepspeed.comm.comm"], "cdb", None)  # noqa: B010
     if "deepspeed.utils.groups" in sys.modules:
@@ -135,7 +138,7 @@ def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch (all devices)."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # numpy takes 32 bits
     torch.manual_seed(seed)
 
 

@@ -12,6 +12,7 @@ def figures_table(title: str, first: str, *columns: str, tight: bool = False) ->
     table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=tight, pad_edge=not tight)
     table.add_column(first, no_wrap=True)
     for name in columns:
+        # Without the minimum, Rich breaks a heading inside a word before it narrows another column.
         table.add_column(name, justify="right", no_wrap=tight, min_width=max(map(len, name.split())))
     return table
 

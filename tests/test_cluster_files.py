@@ -197,7 +197,7 @@ def test_the_deepspeed_command(stand_ins: dict[str, str]) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert recorded(stand_ins)[-1] == (
         "deepspeed --hostfile cluster/hostfile --num_nodes 2 --master_addr node-1 --master_port 29500 "
-        "--no_local_rank launch/train_teacher.py --config launch/configs/teacher/llama-7b.yaml"
+        "launch/train_teacher.py --config launch/configs/teacher/llama-7b.yaml"
     )
 
 
@@ -206,7 +206,6 @@ def test_deepspeeds_own_parsers_accept_command_and_hostfile(stand_ins: dict[str,
     runner = pytest.importorskip("deepspeed.launcher.runner")
     run(CLUSTER / "deepspeed_two_nodes.sh", environment=stand_ins)
     arguments = runner.parse_args(shlex.split(recorded(stand_ins)[-1])[1:])
-    assert arguments.no_local_rank
     assert not arguments.no_ssh
     assert (arguments.num_nodes, arguments.master_addr) == (2, "node-1")
     assert arguments.user_script == "launch/train_teacher.py"

@@ -68,6 +68,7 @@ def run_stage(
         print(f"{config.name}: {title}: complete, skipped", flush=True)
         return
     stop.raise_if_requested(_stopped(config))
+    # Beside the output, which belongs to the stage alone: it writes its own config.json there.
     folder = output.parent / f"{output.name}-config"
     write_config(stage, folder)
     command = module_command(config.launcher, f"kdecs.launch.{entry}")

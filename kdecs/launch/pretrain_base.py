@@ -16,6 +16,7 @@ def main() -> None:
     if is_complete(config.output, "base-model", config_hash(config)):
         say_skipped(f"base model {config.name}: complete at {config.output}, skipped")
         return
+    # torch takes seconds to import, so it waits until there is work.
     from kdecs.demo.base_model import train_base_model
     from kdecs.process import StopSignal
     from kdecs.runtime import start_runtime

@@ -36,18 +36,20 @@ def main() -> None:
     parser.add_argument("log", type=Path, metavar="LOG")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND…")
     arguments = parser.parse_args()
+    # A shell that is killed passes no signal on to what it has started.
     end_with_parent()
+    # The deepspeed launcher ends on SIGTERM before its ranks have saved their state. Adopted ranks can be waited for.
     adopt_orphans()
     stop = StopSignal()
     stop.install()
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     arguments.log.touch()
     with arguments.log.open("rb") as log:
-        log.seek(0, 2)
+        log.seek(0, 2)  # the log keeps all starts; only what this one appends is shown
         rest = b""
 
         def show() -> None:
-            nonlocal rest
+            nonlocal rest  # a line that is not complete yet
             *lines, rest = re.split(rb"[\r\n]+", rest + log.read())
             for line in (line.decode(errors="replace") for line in lines):
                 is_shown = not line.startswith("$ ") if arguments.all else MAIN_LINES.match(line)
@@ -55,7 +57,7 @@ def main() -> None:
                     print(f"  {line}", flush=True)
 
         code = run_child(arguments.command, stop, log=arguments.log, on_poll=show, poll_s=0.2)
-        if stop.requested:  # the launcher may end before its ranks have saved their state
+        if stop.requested:
             wait_for_orphans()
         show()
     if stop.requested:

@@ -66,6 +66,7 @@ def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -
     values = read_yaml(find_config("spaces", study))
     student: dict[str, Any] = {**demo.student, "distillation": values["student"].get("distillation", {})}
     student["optimization"] = {**student.get("optimization", {}), "epochs": arguments.epochs}
+    # One cache for all studies: they read the same corpus.
     student["cache"] = str(arguments.output.absolute() / "cache")
     if arguments.share is not None:
         student["corpus"] = {**student["corpus"], "train_share": arguments.share}
@@ -73,7 +74,7 @@ def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -
     space = values["space"]
     if "teacher" in space:
         space["teacher"] = {"grid": list(teachers)}
-    else:
+    else:  # a space without the key may have one teacher only
         first = next(iter(teachers))
         teachers = {first: teachers[first]}
     for key, few in SMALL.items():

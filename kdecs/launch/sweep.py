@@ -29,6 +29,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = load_config(SweepConfig, find_config("spaces", arguments.config), arguments.overrides)
+    # Torch and Ray take seconds to import, and --help or a wrong config needs neither.
     if arguments.dry_run:
         from kdecs.sweep.progress import print_dry_run
 

@@ -35,12 +35,13 @@ def main() -> None:
     from kdecs.process import StopSignal
     from kdecs.runtime import process_group, start_runtime
 
+    # This sets DS_ACCELERATOR on CPUs, which DeepSpeed reads once, when the next line imports it.
     runtime = start_runtime(threads=config.threads_per_rank)
     from kdecs.teacher.training import train_teacher
 
     stop = StopSignal()
     stop.install()
-    with process_group(runtime, single=True):
+    with process_group(runtime, single=True):  # DeepSpeed's engine needs a group even for one rank
         train_teacher(config, runtime, stop)
 
 

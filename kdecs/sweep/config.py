@@ -112,6 +112,7 @@ class TeacherSource(Config):
     @field_validator("train", "export", mode="before")
     @classmethod
     def _find_committed(cls, value: Any, info: ValidationInfo) -> Any:
+        # Before validation, which would make a path of a name such as `llama-7b`.
         if not isinstance(value, dict) or not isinstance(value.get("config"), str):
             return value
         stage = "teacher" if info.field_name == "train" else "export"

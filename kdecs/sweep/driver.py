@@ -59,7 +59,7 @@ from kdecs.tracking.record import METRICS_NAME, read_points
 
 RAY_LOG_NAME = "ray.log"
 _STAGE_NAME = ".stage.json"
-_POLL_S = 1.0
+_POLL_S = 1.0  # between two looks at the trials' files
 _RAY_COMMAND = (sys.executable, "-m", "kdecs.sweep.ray")
 
 Follow = Callable[[], None]
@@ -142,6 +142,7 @@ class _Sweep:
 
     def missing(self, stage: Stage) -> list[Trial]:
         """The stage's trials that are neither complete nor pruned by their own search."""
+        # Survivors are trained to their end with every seed, also those that the search itself had pruned.
         ended = {"complete", "pruned"} if stage.name == "search" else {"complete"}
         return [trial for trial in stage.trials if trial_result(trial, is_live=False).status not in ended]
 
@@ -231,7 +232,7 @@ class _Sweep:
 
             try:
                 runner(run, stop, follow)
-            finally:
+            finally:  # the Ray process has ended, so nobody reads the file any more
                 stop_file.unlink(missing_ok=True)
             progress.update(self.results(is_live=False))
 
@@ -291,6 +292,7 @@ class _Sweep:
 
     def _write_manifest(self, results: list[TrialResult], digest: str) -> None:
         output = self.config.output
+        # Students that are compared are validated on the same files, so those of the first trial stand for all.
         corpus = next(trial for trial, _ in self.search.trials().values()).config.corpus
         write_json(output / BASELINES_NAME, rule_scores(read_split(corpus, corpus.valid)))
         # A student's manifest stands for its files, so the sweep's manifest is short and quick to check.
@@ -323,6 +325,7 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
     """
     log = stage.sweep / RAY_LOG_NAME
     stage.write(stage.sweep / _STAGE_NAME)
+    # The Ray process waits by itself, but its messages go to the log, and the user should see why nothing happens.
     with file_lock(stage.sweep / RAY_LOCK_NAME, blocking=False) as is_free:
         if not is_free:
             print("waiting for the trials of an earlier start to save their state and end", flush=True)

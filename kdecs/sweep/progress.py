@@ -39,9 +39,10 @@ _MOVING = ("running", "stopped")
 _ENDED = ("complete", "pruned", "failed")
 _BAR_WIDTH = 12
 _NUM_BEST = 5
-_CHARACTERS_PER_TOKEN = 4.0
+_CHARACTERS_PER_TOKEN = 4.0  # of English text in a subword vocabulary
+_TEMPLATE_CHARACTERS = 120  # of a prompt beside the utterances
 _GPU_TFLOPS = 40.0  # what a data-centre GPU sustains in such a training, not its peak
-_CORE_TFLOPS = 0.03
+_CORE_TFLOPS = 0.03  # of one CPU core in float32
 # Of bases by name: a name on a hub says nothing of its size, and a dry run downloads nothing.
 _PARAMETERS = {"roberta-base": 0.125e9, "roberta-large": 0.355e9, "bert-base-uncased": 0.11e9}
 _USUAL_PARAMETERS = 0.125e9
@@ -68,6 +69,7 @@ class SweepProgress:
         self._epochs_before = _epochs_done(before)
         self._printed = {result.id for result in before if result.status in ("complete", "pruned")}
         self._console = console or Console(file=sys.stdout, highlight=False)
+        # Without a thread of Rich's: the driver calls `update` once a second anyway.
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "SweepProgress":
@@ -228,6 +230,7 @@ def _print_hours(
     if not left and not num_unknown:
         return
     estimate = estimate_left(config, trials, left or trials)
+    # What a search has not chosen yet is taken to cost as much as what is known.
     mean = estimate.seconds / max(1, len(left or trials))
     seconds = mean * (len(left) + num_unknown)
     at_a_time = config.max_concurrent_trials
@@ -267,14 +270,14 @@ def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[T
     seconds = 0.0
     for trial in left:
         model, epochs = trial.config.model, trial.config.optimization.epochs
-        tokens = epochs * _training_tokens(trial.config.corpus.model_dump_json(), model.max_prompt_tokens)
-        seconds += (
-            6 * _parameters(model.base) * tokens / (tflops * 1e12)
-        )  # 6 operations per parameter and token
+        tokens = epochs * _training_tokens(trial.config.corpus, model.max_prompt_tokens)
+        # Per parameter and token: two operations forward, four backward.
+        seconds += 6 * _parameters(model.base) * tokens / (tflops * 1e12)
     return Estimate(seconds, f"arithmetic: {tflops:g} TFLOP/s per trial (set effective_tflops), all epochs")
 
 
 def _seconds_per_epoch(config: SweepConfig, trial: Trial) -> float | None:
+    # A student in the store was trained with the same settings, so its time is as good a measure.
     places = [trial.directory if is_trained(trial) else None]
     places.append(find_student(config.student_store, trial.config_hash) if trial.config_hash else None)
     for place in places:
@@ -286,17 +289,17 @@ def _seconds_per_epoch(config: SweepConfig, trial: Trial) -> float | None:
 
 
 @cache
-def _training_tokens(corpus: str, longest: int) -> float:
+def _training_tokens(corpus: CorpusConfig, longest: int) -> float:
     """Tokens of an epoch, from the characters of every pair's prompt; 0 if the corpus cannot be read yet."""
     try:
-        dialogues = training_split(CorpusConfig.model_validate_json(corpus))
+        dialogues = training_split(corpus)
     except KdecsError:
         return 0.0
     total = 0.0
     for dialogue in dialogues:
         lengths = [len(utterance.text) for utterance in dialogue.utterances]
         for pair in pairs_of(dialogue, "fold1+neutral"):
-            characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + 120
+            characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + _TEMPLATE_CHARACTERS
             total += min(characters / _CHARACTERS_PER_TOKEN, longest)
     return total
 

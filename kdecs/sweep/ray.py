@@ -52,8 +52,11 @@ _MAX_DEATHS = 100  # of one trial
 _CUDA_CONTEXT_BYTES = 600 << 20  # of one process, with PyTorch's kernels
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Workers stay in the directory in which the user started.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Tune would write CSV, JSON and TensorBoard files beside the trials' own metrics.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Tune's handler would replace the one that touches the stop file.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
@@ -83,6 +86,7 @@ def train_stage(stage: StageRun) -> None:
         if not is_wanted:
             return
         usual = tempfile.gettempdir()
+        # Ray's temporary directory, not the run's: a deep run directory would make its sockets' paths too long.
         short = usual if len(usual) <= _LONGEST_TEMPORARY else "/tmp"
         temporary = Path(tempfile.mkdtemp(prefix="kdecs-ray-", dir=short))
         try:
@@ -149,11 +153,11 @@ def _start_ray(config: SweepConfig, temporary: Path, stop_file: Path) -> None:
             address="local",  # not a cluster that somebody happens to run on this machine
             num_cpus=math.ceil(at_a_time * config.cpus_per_trial) if at_a_time else cores,
             num_gpus=None if config.gpus_per_trial else 0,  # None: those that Ray finds
-            include_dashboard=False,
+            include_dashboard=False,  # through it anybody who reaches the port can run code
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=str(temporary),
-            _node_ip_address="127.0.0.1",
+            _node_ip_address="127.0.0.1",  # nothing listens on the network
         )
     available = ray.cluster_resources()
     for resource, wanted in (("CPU", config.cpus_per_trial), ("GPU", config.gpus_per_trial)):

@@ -30,7 +30,7 @@ from kdecs.tracking.record import METRICS_NAME, read_points
 
 SUGGESTIONS_NAME = "suggestions.jsonl"
 SEARCH_NAME = "search.json"
-_MAX_CORNERS = 1000
+_MAX_CORNERS = 1000  # of the space, tried one by one for one that the constraints allow
 _MAX_REPEATS = 30  # points that TPE may repeat before the space counts as exhausted
 
 
@@ -245,6 +245,7 @@ class TpeSuggester:
         The result is reported under the same `key` later.
         """
         if self._unfinished:
+            # Replayed points were enqueued in this order, so the next `ask` returns the values of this very trial.
             unfinished = self._unfinished.pop(0)
             self._asked[key] = (self._study.ask(self._distributions), unfinished)
             return unfinished
@@ -279,6 +280,7 @@ class TpeSuggester:
         if trial is None or trial.id in self._known:
             return
         self._known.add(trial.id)
+        # Optuna knows a value of a grid or choice by its index alone, see `_distribution`.
         params = {
             key: dimension.values.index(point[key]) if dimension.kind in ("grid", "choice") else point[key]
             for key, dimension in self._dimensions.items()

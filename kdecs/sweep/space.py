@@ -149,7 +149,7 @@ class Space:
         What a variant sets is not varied for it. A student that is not distilled has neither teacher nor temperature.
         """
         config = self.config
-        values = copy.deepcopy(config.student)
+        values = copy.deepcopy(config.student)  # `set_dotted` changes nested groups in place
         variant = config.variants.get(str(point.get(VARIANT_KEY)), {})
         settings = {key: value for key, value in point.items() if key not in variant}
         for key, value in {**settings, **variant}.items():
@@ -159,6 +159,7 @@ class Space:
         is_distilled = not isinstance(distillation, dict) or distillation.get("mode", "kd") == "kd"
         teacher = None
         if not is_distilled:
+            # Without them, points that differ in nothing else are one trial with one hash.
             settings.pop(TEMPERATURE_KEY, None)
             settings.pop(TEACHER_KEY, None)
             distillation.pop("temperature", None)
@@ -182,6 +183,7 @@ class Space:
             if self._is_refused({**values, **words}):
                 return None
             raise
+        # The config gives every student a temperature; a constraint must see that this one does not use it.
         resolved = student.model_dump(mode="json")
         if student.distillation.mode != "kd":
             resolved["distillation"]["temperature"] = None
@@ -338,6 +340,7 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+    # For people `is` means equal: whether two equal strings are one object is an accident of Python's.
     ast.Is: lambda left, right: left is right if right is None else left == right,
     ast.IsNot: lambda left, right: left is not right if right is None else left != right,
     ast.In: lambda item, values: item in values,
@@ -383,7 +386,7 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
         case ast.BinOp(left, kind, right) if type(kind) in _OPERATORS:
             return _OPERATORS[type(kind)](_value(left, values), _value(right, values))
         case ast.Compare(left, kinds, rights):
-            sides = [_value(side, values) for side in (left, *rights)]
+            sides = [_value(side, values) for side in (left, *rights)]  # `0 < a < 1` compares neighbours
             pairs = zip(kinds, sides, sides[1:], strict=False)
             return all(_OPERATORS[type(kind)](a, b) for kind, a, b in pairs)
     raise ValueError(

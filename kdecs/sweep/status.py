@@ -152,6 +152,7 @@ def selection_metric(config: StudentConfig) -> str:
 
 def best_point(points: list[dict[str, Any]], metric: str = SELECTION_METRIC) -> dict[str, Any] | None:
     """The epoch whose model a training keeps: the first with the highest score on validation."""
+    # `max` returns the first of equals, as the training keeps the earliest of equally good epochs.
     scored = [point for point in points if metric in point]
     return max(scored, key=lambda point: point[metric]) if scored else None
 

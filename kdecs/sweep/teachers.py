@@ -64,12 +64,9 @@ def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]
             str(command.config),
         ]
         for key, value in values.items():
-            # --set reads YAML; the first line alone, since PyYAML ends a bare scalar with a line of three dots.
-            text = (
-                value
-                if isinstance(value, str)
-                else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-            )
+            # --set reads YAML. PyYAML ends a bare scalar with a line of three dots, so only the first line counts.
+            dumped = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+            text = value if isinstance(value, str) else dumped
             arguments += ["--set", f"{key}={text}"]
         commands.append((stage, arguments))
     return commands

@@ -20,7 +20,7 @@ from kdecs.tracking.record import METRICS_NAME, RunRecord, directory_identity, r
 SWEEP_TAG = "kdecs.sweep"
 TRIAL_TAG = "kdecs.trial"
 _UNDELIVERED_NAME = ".undelivered"
-_EVERY_S = 3.0
+_EVERY_S = 3.0  # between the beginnings of two uploads
 _STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -118,6 +118,7 @@ class SweepUpload:
 
     def finish(self, results: list[TrialResult], status: str) -> None:
         """Upload the end of this start. If MLflow does not take everything, say so and leave the note."""
+        # Only now for duplicates: a search for each run costs a request, and a lost answer is rare.
         if self._uploader.finish(*self._records(results, status), final=True):
             self._marker.unlink(missing_ok=True)
         elif not self._is_reported:

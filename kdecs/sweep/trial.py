@@ -152,9 +152,8 @@ def _train_or_skip(attempt: "_Attempt", config: StudentConfig, digest: str, repo
             attempt.end("complete")
         elif status != "pruned" or not run.is_search:
             _train(attempt, config, report)
-    except (
-        SystemExit
-    ):  # Tune ends a trial like this if its scheduler stopped it, by any epoch that was reported
+    except SystemExit:
+        # This is how Tune ends a trial that its scheduler stopped, at any epoch that is reported.
         if not is_trained:
             attempt.end("pruned")
         raise
@@ -269,7 +268,7 @@ def settle(directory: Path) -> None:
 
 def find_student(store: Path, digest: str) -> Path | None:
     """The directory of a finished student with this config hash, or None."""
-    target = (store / digest).resolve()
+    target = (store / digest).resolve()  # the store holds links to the trials' directories
     with contextlib.suppress(ArtifactError):  # damaged since then, so it is trained again
         if is_complete(target, "student", digest):
             return target
@@ -351,6 +350,7 @@ def _output_to(path: Path) -> Iterator[None]:
         os.dup2(file.fileno(), 2)
     try:
         with (
+            # By the line: a process that is killed must leave what it has printed.
             os.fdopen(os.dup(1), "w", buffering=1) as out,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),

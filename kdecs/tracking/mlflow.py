@@ -36,9 +36,9 @@ _DESCRIBED_TAG = "kdecs.described"  # digest of the parameters and artifacts tha
 _CHANGED_TAG = "kdecs.changed."  # of a parameter: MLflow keeps its first value forever
 _SAMPLES_TAG = "kdecs.system_samples"
 _MAX_METRICS_PER_CALL = 900  # MLflow takes 1000
-_MAX_PARAMS_PER_CALL = 90
+_MAX_PARAMS_PER_CALL = 90  # MLflow takes 100
 _MAX_PARAM, _MAX_TAG = 6000, 5000  # characters of a value
-_RETRY_S = 20.0
+_RETRY_S = 20.0  # an attempt at a server that is away can take as long itself
 _MAX_REASON = 200
 
 Identity = tuple[tuple[str, str], ...]
@@ -474,6 +474,7 @@ def is_mlflow_installed() -> bool:
 
 def import_mlflow() -> Any:
     """Import MLflow with short timeouts, without telemetry and without its migration log."""
+    # MLflow repeats a request seven times with two minutes each by default, and a training must not wait for that.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

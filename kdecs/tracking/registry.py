@@ -69,7 +69,7 @@ def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Pa
             data_path=str(directory),
             signature=mlflow.models.infer_signature(example, ["[]"], params={"max_distance": -1}),
             input_example=example,
-            pip_requirements=[f"kdecs=={__version__}"],
+            pip_requirements=[f"kdecs=={__version__}"],  # otherwise MLflow loads the model to guess them
             registered_model_name=tracker.config.registered_model,
         )
     # `start_run` has opened the run again, so it must be ended again.
