@@ -123,7 +123,7 @@ class TeacherScorer:
                 logits[indices] = answers_PA.cpu().numpy()
                 log_rest[indices] = rest_P.cpu().numpy()
                 if top_k:
-                    values_PK, ids_PK = captured[0]  # a partitioned head runs twice over the same states
+                    ((values_PK, ids_PK),) = captured
                     top_ids[indices] = ids_PK.cpu().numpy()
                     top_logits[indices] = values_PK.cpu().numpy()
         return logits, log_rest, top_ids, top_logits
@@ -138,7 +138,10 @@ class TeacherScorer:
 
     @contextmanager
     def _top_of_head(self, top_k: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Collect values and ids (P, K) at each run of the head, so that K of the V logits outlive the forward."""
+        """Collect values and ids (P, K) when the head runs, so that only K of the V logits outlive the forward.
+
+        Clear the list before each forward.
+        """
         captured: list[tuple[Tensor, Tensor]] = []
         if not top_k:
             yield captured
@@ -146,8 +149,11 @@ class TeacherScorer:
 
         def keep(module: nn.Module, inputs: object, logits_PV: Tensor) -> None:
             del module, inputs
-            values_PK, ids_PK = torch.topk(logits_PV.float(), top_k, dim=-1)
-            captured.append((values_PK, ids_PK))
+            # The head may run a second time for the answer words: whole if it is partitioned, over their rows alone if
+            # it is a masked model's. Only the first run always has the whole vocabulary.
+            if not captured:
+                values_PK, ids_PK = torch.topk(logits_PV.float(), top_k, dim=-1)
+                captured.append((values_PK, ids_PK))
 
         head = language_model(self.network.network).get_output_embeddings()
         handle = head.register_forward_hook(keep)

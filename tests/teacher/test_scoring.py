@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from kdecs.artifact import Manifest
 from kdecs.corpus.pairs import Pair
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.families import Family
 from kdecs.teacher.network import TeacherNetwork, add_lora
-from kdecs.teacher.scoring import fold_adapter
+from kdecs.teacher.scoring import TeacherScorer, fold_adapter
 
 CPU = torch.device("cpu")
 
@@ -40,3 +42,24 @@ def test_folded_adapter_gives_the_logits_of_base_and_adapter(
     for found, expected in zip(logits_and_rest(folded), before, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert float((without - before[0]).abs().max()) > 1e-2  # the adapter does something that could be lost
+
+
+@pytest.mark.parametrize("name", ["causal", "seq2seq", "masked"])
+def test_top_logits_are_the_largest_of_the_whole_vocabulary(
+    name: str, families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    """K exceeds the number of answer words, so that reading the head's answer rows instead would show."""
+    family = families(name)
+    network = family.load_network(str(bases(name)), dtype=torch.float32)
+    teacher = TeacherNetwork(family, network, use_tree=True, device=CPU).eval()
+    manifest = Manifest.model_construct(details={})
+    scorer = TeacherScorer(teacher, manifest, {}, micro_batch_tokens=512)
+    pairs = some_pairs[:6]
+    answers, rest, ids, logits = scorer.score_with_top(pairs, 7)
+    for found, expected in zip((answers, rest), scorer.score(pairs), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for row, pair in enumerate(pairs):
+        with torch.no_grad():
+            _, head_V = family.model_logits(network, family.encode(pair), CPU)
+        np.testing.assert_allclose(head_V[ids[row]].numpy(), logits[row], atol=1e-4)
+        np.testing.assert_allclose(np.sort(head_V.numpy())[::-1][:7], logits[row], atol=1e-4)
