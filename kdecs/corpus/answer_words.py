@@ -51,6 +51,7 @@ def answer_token_ids(
             f"tokenizer {name}: found answer words of several tokens: {', '.join(split)}, expected one token each; "
             f"{advice}"
         )
+    # Two words of one token could not be told apart.
     if len(set(ids)) != len(ids):
         twins = [word for word, token in zip(words, ids, strict=True) if ids.count(token) > 1]
         raise ModelError(
@@ -65,6 +66,7 @@ def _pieces(tokenizer: Any, before: str, word: str, after: str) -> list[int]:
     start, end = len(before), len(before) + len(word)
     pieces = []
     for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # An unknown token stands for any text, so it is no answer.
         if left < end and right > start and token != getattr(tokenizer, "unk_token_id", None):
             pieces.append(token)
     return pieces

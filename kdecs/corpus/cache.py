@@ -50,7 +50,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 _FILE = "pairs.arrow"
+# Bounds the memory of a build; fewer rows would make more batches to look up a row in.
 _ROWS_PER_BATCH = 16_384
+# Enough for the tokenizer to use all cores.
 _ENCODED_AT_ONCE = 256
 _INTEGERS = (
     "dialogue",
@@ -122,6 +124,7 @@ class CorpusCache:
         batch_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         ids: list[str] = []
         hashes: list[str] = []
+        # Runs of rows of one batch, so that each batch is asked once per run and not once per row.
         for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(batch_of_row)) + 1):
             if len(some):
                 batch = int(batch_of_row[some[0]])
@@ -142,10 +145,12 @@ def open_cache(
     """
     key = cache_key(corpus_file, encoder, emotion_table)
     directory = cache / f"corpus-{key[:16]}"
+    # One process builds, the others wait here and find it complete.
     with file_lock(cache / f".corpus-{key[:16]}.lock"):
         if not is_complete(directory, "corpus-cache", key):
             _build(corpus_file, encoder, directory, key, emotion_table)
     manifest = read_manifest(directory, "corpus-cache")
+    # Sizes only: all trials of a node start here, and hashing the file would cost each of them a pass over it.
     check_sizes(directory, manifest)
     return CorpusCache(directory, emotions=manifest.details["emotions"])
 
@@ -202,6 +207,7 @@ def _build(
         rows={_FILE: num_pairs},
         details={"emotions": emotions, "num_truncated": num_truncated},
     )
+    # Read back once here, so that the trials which map the file need no checksum of their own.
     if faults := verify_artifact(directory):
         raise ArtifactError(f"{faults[0]}; check the disk and run the same command again")
 

@@ -17,6 +17,7 @@ from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Dialogue, Evid
 
 _BOM_UTF8 = b"\xef\xbb\xbf"
 _BOMS_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# Any such number fits into 64 bits.
 _MAX_INTEGER_DIGITS = 18
 _FOUND_CHARACTERS = 60
 OTHER_ENCODING = "UTF-16 or UTF-32 text or binary data"
@@ -101,6 +102,7 @@ def decode_text(data: bytes) -> str:
 
 def is_other_encoding(data: bytes) -> bool:
     """Whether bytes begin like UTF-16 or UTF-32 text or binary data."""
+    # UTF-8 JSON cannot begin with NUL characters, while UTF-16 and UTF-32 text has them between its ASCII letters.
     return data.startswith(_BOMS_UTF16) or b"\0" in data[:4]
 
 
@@ -125,6 +127,7 @@ def shorten(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
+        # Cut before repr, which would copy a text of any length.
         value = value[: _FOUND_CHARACTERS + 1]
     text = repr(value)
     return text if len(text) <= _FOUND_CHARACTERS else text[:_FOUND_CHARACTERS] + "…"
@@ -203,6 +206,7 @@ class Checker:
             expected = f"1 to {MAX_UTTERANCES} utterances"
             self.fault(f"{len(utterances)}", expected, dialogue=identifier, field="utterances")
             return None
+        # Spans are searched in them, also if other fields of those utterances are faulty.
         texts = [u.get("utterance") if isinstance(u, dict) else None for u in utterances]
         parsed = [self._utterance(raw, n, texts, identifier) for n, raw in enumerate(utterances, start=1)]
         if len(self.faults) > before or identifier is None:
@@ -240,6 +244,7 @@ class Checker:
         expected = f"{number} (turns run from 1 without gaps, repeats or disorder)"
         if "turn" not in raw:
             self.fault("no such key", expected, dialogue=dialogue, turn=number, field="turn")
+        # Not isinstance: true is an int to Python.
         elif type(raw["turn"]) is not int or raw["turn"] != number:
             self.fault(shorten(raw["turn"]), expected, dialogue=dialogue, turn=number, field="turn")
 
@@ -307,6 +312,7 @@ class Checker:
             expected = f'a turn from 1 to {num_utterances}, or "{OUTSIDE}"'
             self.fault(shorten(turn), expected, dialogue=dialogue, turn=number, field=EVIDENCE_KEY)
             return False
+        # A warning, not a fault: only this pair is lost.
         if turn > number:
             self.warnings.append(
                 f"{self.file}, dialogue {dialogue}, turn {number}: "

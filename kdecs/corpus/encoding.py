@@ -28,7 +28,8 @@ NO_SPAN = 0
 UNKNOWN_SPAN = -1
 """The gold span was truncated away, so this pair has no span loss."""
 
-_LONG_CHARACTERS_A_TOKEN = 8
+# English has 4 to 5 characters per token: texts below this bound hardly reach twice the limit.
+_LONG_CHARACTERS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class HistoryWindow:
     def _counted(self, dialogue: Dialogue) -> list[int]:
         """Tokens before each turn; empty for a dialogue that is too short to be worth counting."""
         texts = [utterance.text for utterance in dialogue.utterances]
-        if sum(map(len, texts)) <= _LONG_CHARACTERS_A_TOKEN * self._max_tokens:
+        if sum(map(len, texts)) <= _LONG_CHARACTERS_PER_TOKEN * self._max_tokens:
             return []
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         return list(accumulate((len(encoding.ids) for encoding in encodings), initial=0))
@@ -123,6 +124,7 @@ class PairEncoder:
             str(self.max_tokens),
             str(PROMPT_VERSION),
         ]
+        # Only for variants, so that the plain prompt keeps the key of its existing caches.
         if self.variant != EQ_5:
             parts.append(json.dumps(asdict(self.variant), sort_keys=True))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -274,6 +276,7 @@ def _span_tokens(pair: Pair, offsets: Sequence[tuple[int, int]]) -> tuple[int, i
     """The longest gold span as 1-based first and last token of u_j's copy."""
     if not pair.is_cause:
         return NO_SPAN, NO_SPAN
+    # A student predicts one span per pair, so one of several gold spans has to be its label.
     span = max(pair.spans, key=len).strip()
     start = pair.dialogue.utterances[pair.candidate - 1].text.find(span)
     end = start + len(span)

@@ -64,6 +64,7 @@ def fetch(
                     target.write(block)
                     received += len(block)
                     on_bytes(len(block))
+            # http.client ends a response that is cut short like a complete one if it is read in blocks.
             if expected is not None and received < int(expected):
                 raise ConnectionError(f"the connection ended after {received} of {expected} bytes")
             if (found := sha256_of_file(temporary)) != file.sha256:

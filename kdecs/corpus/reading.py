@@ -112,6 +112,7 @@ class LineDialogues:
         starts = self._line_starts()
         if position >= len(starts):
             raise CorpusError(f"{self.path}: found {len(starts)} dialogues, expected more; {_CHANGED}")
+        # Opened for each access: threads that share an instance cannot share a file position.
         with self.path.open("rb") as file:
             file.seek(starts[position])
             line = file.readline()
@@ -184,6 +185,7 @@ def parse_dialogue(row: Any, place: str, *, default_id: str | None = None) -> Di
     decoded = None
     if isinstance(row, str | bytes):
         try:
+            # A lone surrogate survives this encoding, so that the decoder reports it as any other fault.
             decoded = decode_json(row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row)
         except NotJson as error:
             raise CorpusError(f"{place}: not JSON: found {error.found}, expected one dialogue") from None
@@ -261,6 +263,7 @@ def holds_lines(path: Path) -> bool:
     """Whether a file is JSON lines: by its suffix, or because its first line is a complete dialogue."""
     if path.suffix.lower() in _LINES_SUFFIXES:
         return True
+    # Only the first line that is not blank is looked at.
     for _, line in iter_lines(path):
         if not line.rstrip().endswith(b"}") or b'"utterances"' not in line:
             return False
@@ -291,6 +294,7 @@ def _dialogues(
                 yield dialogue
     except OSError as error:
         checker.fault(f"no readable file ({error.strerror or error})", "a corpus file")
+    # An empty file is more likely an accident than a corpus.
     if num_seen == 0 and not checker.faults:
         checker.fault("no dialogue", "at least one")
 
@@ -317,6 +321,7 @@ def _raw_dialogues(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
             if isinstance(nested, list) and len(nested) == 1:
                 found = f"a list of {shorten(nested[0])}"
             checker.fault(found, "a list of one list of utterances: [[utterance, …]]", dialogue=identifier)
+    # Repeated dialogue ids are reported by the loop above.
     decoded.repeated = [value for value in decoded.repeated if value is not decoded.value]
     checker.note_unlocated_repeats(decoded)
 

@@ -112,6 +112,7 @@ def training_split(config: CorpusConfig) -> Split:
     if not config.drop_cross_split and config.train_share == 1:
         return Split(dialogues, table=emotion_table(config))
     others = [path for path in (config.valid, config.test) if path is not None and config.drop_cross_split]
+    # Digests, since the texts of a large split would fill the memory.
     elsewhere = {text_digest(dialogue) for path in others for dialogue in open_dialogues(path)}
     num_all, kept, ids = 0, array("q"), []
     for place, dialogue in enumerate(dialogues):
@@ -193,6 +194,7 @@ class DuplicateFinder:
     def add(self, file: str, dialogue: Dialogue) -> None:
         """Note a dialogue; if an earlier file has its text, it becomes a duplicate of that one."""
         first = self._seen.setdefault(text_digest(dialogue), (file, dialogue.id))
+        # Only a text that two files share leaks from one split into another.
         if first[0] != file:
             self.duplicates.append(Duplicate(file, dialogue.id, *first))
 

@@ -103,6 +103,7 @@ def prompt_tokens(corpus: Corpus, tokenizer: Any) -> list[int]:
 
 
 def _prompt_writer(tokenizer: Any) -> Callable[[Pair], str]:
+    # A tokenizer with a mask token belongs to a student, any other to a decoder as teacher.
     mask, separator = tokenizer.mask_token, tokenizer.sep_token or "\n"
     if mask is not None:
         return lambda pair: _student_text(pair, mask, separator)

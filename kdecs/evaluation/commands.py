@@ -79,6 +79,7 @@ def evaluate(
     from kdecs.evaluation.predictions import read_predictions
 
     emotion_table = _emotion_table(coarse, table)
+    # Notes are logged at the end: a fault of the predictions should be the only line then.
     gold = read_corpus(corpus, log=False)
     found = []
     for file in predictions:

@@ -11,6 +11,7 @@ from kdecs.evaluation.metrics import STRICT_KEYS, EmotionReport, Scores
 from kdecs.evaluation.significance import Comparison, SeedSummary
 from kdecs.tables import figures_table
 
+# A confusion matrix of more labels does not fit into 80 columns.
 _MANY_LABELS = 8
 _MOST_WRONG = 3
 

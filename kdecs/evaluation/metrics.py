@@ -80,6 +80,7 @@ def emotion_report(
         for utterance in dialogue.utterances
         if utterance.emotion is not None and (dialogue.id, utterance.turn) in decided
     ]
+    # Over both sides, so that a label which is only predicted counts with F1 0 in the mean.
     gold_counts = {label: sum(gold == label for gold, _ in found) for pair in found for label in pair}
     labels = tuple(sorted(gold_counts, key=lambda label: (-gold_counts[label], label)))
     index = {label: position for position, label in enumerate(labels)}
@@ -218,11 +219,14 @@ def metrics_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     positives, negatives, right = column("positives"), column("negatives"), column("right_negatives")
     tp, fp = column("utterance_tp"), column("utterance_fp")
     fn, tn = column("utterance_fn"), column("utterance_tn")
+    # Recall over the negative rows; precision over all rows that were predicted empty (Neg F1 of RECCON).
     negative_f1 = f1(right, negatives, right + column("empty_positives"))
     utterance_negative_f1 = f1(tn, tn + fp, tn + fn)
     scores = {"emotion_accuracy": ratio(column("emotions_right"), column("emotions_decided"))}
     for prefix, utterance_tp in (("", tp), ("strict_", column("strict_utterance_tp"))):
+        # A mean over positive rows, not an F1 of decisions: Pos F1 is the mean token F1 of their spans.
         positive_f1 = ratio(column(f"{prefix}token_f1"), positives)
+        # Strict scores lose right positives whose emotion is wrong; all denominators stay the same.
         utterance_positive_f1 = f1(utterance_tp, tp + fn, tp + fp)
         scores |= {
             f"{prefix}exact_match": ratio(column(f"{prefix}exact"), positives),
@@ -236,6 +240,7 @@ def metrics_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     return {key: 100 * value for key, value in scores.items()}
 
 
+# Farther causes are too few to be a group each.
 FAR = 5
 LENGTH_BOUNDS = (5, 10, 20)
 

@@ -130,6 +130,7 @@ def _parse(line: bytes, place: str) -> Prediction:
 
 def _check_types(value: Mapping[str, Any], place: str) -> None:
     for key in ("target", "candidate"):
+        # Not isinstance: true is an int to Python.
         if type(value[key]) is not int:
             raise PredictionError(
                 f"{place}: {key} is {shorten(value[key])}, expected a turn: an integer from 1"

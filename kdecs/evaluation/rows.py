@@ -115,6 +115,7 @@ def rows_of(corpus: Corpus, universe: Universe) -> list[Row]:
     rows: list[Row] = []
     for index, dialogue in enumerate(corpus.dialogues):
         for target, group in groupby(pairs_of(dialogue, universe), key=lambda pair: pair.target):
+            # RECCON's order, on which the protocol reccon-released depends.
             causes = causes_of(dialogue.utterances[target - 1])
             rows += [Row(index, dialogue, target, turn, span) for _, turn, span in causes]
             rows += [Row(index, dialogue, target, p.candidate, None) for p in group if not p.is_cause]
@@ -160,6 +161,7 @@ def score_rows(
         if prediction is None:
             missing.add(row.key)
         is_cause = prediction is not None and prediction.is_cause
+        # RECCON annotates no cause of a neutral utterance.
         if is_cause and emotion == NEUTRAL:
             neutral.add(row.key)
             is_cause = False
@@ -197,6 +199,7 @@ def sums_by_dialogue(
 ) -> NDArray[np.float64]:
     """The contributions of rows and emotion decisions of utterances, summed by dialogue: (D, K)."""
     sums = np.zeros((len(corpus.dialogues), len(COLUMNS)))
+    # Not `sums[index] += …`, which would add only one row per dialogue.
     np.add.at(sums, [row.dialogue_index for row in scored.rows], scored.contributions)
     emotions = decide_emotions(predictions)
     right, decided = COLUMN["emotions_right"], COLUMN["emotions_decided"]
@@ -236,6 +239,7 @@ def _add_positive(
     row[COLUMN["positives"]] = 1
     row[COLUMN["exact"]] = is_exact
     row[COLUMN["token_f1"]] = token_f1
+    # A positive row predicted empty lowers the precision of the negatives.
     row[COLUMN["empty_positives"]] = span == ""
     row[COLUMN["utterance_tp" if is_cause else "utterance_fn"]] = 1
     if emotion_is_right:

@@ -125,6 +125,7 @@ def _bootstrap(
         values = statistic(np.arange(num_dialogues))
         return values, values
     result = stats.bootstrap(
+        # Dialogue numbers, drawn with replacement; `statistic` looks up their sums.
         (np.arange(num_dialogues),),
         statistic,
         n_resamples=num_samples,
@@ -144,10 +145,12 @@ def _batch(num_dialogues: int) -> int:
 def _permutation_p(
     sums_a: NDArray[np.float64], sums_b: NDArray[np.float64], key: str, num_samples: int, seed: int
 ) -> float:
+    # With a single dialogue there is nothing to swap that would change a difference's size.
     if len(sums_a) < 2:
         return 1.0
     from scipy import stats
 
+    # scipy permutes one-dimensional samples, so it is given row numbers of this table instead of the rows.
     both = np.concatenate([sums_a, sums_b])
     num_dialogues = len(sums_a)
 

@@ -84,7 +84,7 @@ def save_checkpoint(
         )
     if runtime.is_main and folder.exists():
         shutil.rmtree(folder)  # unfinished: the parts of another world size must not mix with these
-    any_rank(False, runtime)
+    any_rank(False, runtime)  # a barrier: no rank may write its part before the old folder is gone
     if state.best and state.best_step == state.step:  # before the first validation there is no best
         save_product(
             engine.module.network, folder / PRODUCT, runtime, zero_stage=engine.zero_optimization_stage()
@@ -94,11 +94,13 @@ def save_checkpoint(
     engine.save_checkpoint(
         str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=True
     )
-    any_rank(False, runtime)
+    any_rank(False, runtime)  # a barrier: state.json may only name files that are complete
     if runtime.is_main:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        # To disk before state.json: after a power failure a finished state must not name files that were never written.
         for path in files:
             fsync(path)
+        # What AdamW corrects its bias by. It is below `state.step` if a float16 training has skipped steps.
         steps = next((float(values["step"]) for values in base_optimizer(engine).state.values()), 0.0)
         holder = loss_scale_holder(engine)
         record = {
@@ -124,8 +126,8 @@ def resume(
     """
     root = config.output / CHECKPOINTS
     if runtime.is_main and root.is_dir():
-        _prune(root, config.keep_last)
-    any_rank(False, runtime)
+        _prune(root, config.keep_last)  # a killed save may have left an unfinished folder
+    any_rank(False, runtime)  # a barrier: the others list the folders only now
     finished = _finished(root)
     if not finished:
         return TeacherState()
@@ -133,6 +135,7 @@ def resume(
     record = json.loads((folder / STATE).read_text(encoding="utf-8"))
     _check_record(record, folder, work)
     if record["layout"] == save_layout(config, runtime):
+        # Not strict, since the frozen weights are not in the checkpoint.
         engine.load_checkpoint(str(root), tag=folder.name, load_module_strict=False)
     else:
         prime()
@@ -146,6 +149,7 @@ def _check_record(record: dict[str, Any], folder: Path, work: str) -> None:
             f"{folder.parent}: these checkpoints belong to other work (the config or its inputs changed); "
             "choose another output, or remove them"
         )
+    # Sizes show what a crash leaves behind; hashing every file would hold up each start of a large training.
     for name, size in record["files"].items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -192,7 +196,9 @@ def _prune(root: Path, keep_last: int) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-# Loading under another number of ranks, stage or offload.
+# Loading under another number of ranks, stage or offload. DeepSpeed's own universal load keeps the stage and knows no
+# stage 0. AdamW works element by element, so whole copies of weights and moments are exact in any layout: afterwards
+# only the order differs in which the gradients of the ranks are summed.
 
 
 def save_layout(config: TeacherConfig, runtime: Runtime) -> dict[str, int | bool]:
@@ -255,8 +261,10 @@ def _convert(engine: Any, folder: Path, target: Path, *, stage: int) -> None:
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
+        # Checkpoints of stage 2 lack an entry that the converter insists on.
         inject_missing_state=True,
     )
+    # It prints a line and a bar per file.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
     (folder / "latest_universal").unlink(missing_ok=True)
@@ -292,6 +300,7 @@ def _set(engine: Any, parameter: nn.Parameter, weights: Tensor, *moments: Tensor
     safe_set_full_fp32_param(parameter, weights)
     for key, value in zip(MOMENTS, moments, strict=True):
         safe_set_full_optimizer_state(parameter, value, key)
+    # The calls above set the fp32 master. The copy that computes would follow only in the next step.
     is_partitioned = engine.zero_optimization_stage() == 3
     gathered = (
         deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

@@ -55,6 +55,7 @@ ModelConfig = Annotated[CausalModel | Seq2SeqModel | MaskedModel, Field(discrimi
 class ZeroConfig(Config):
     """DeepSpeed ZeRO: stage, CPU offload, and the precision of frozen weights and activations."""
 
+    # What is unhashed says where numbers are kept, not what they are: a resume may change it.
     stage: Annotated[Literal[0, 1, 2, 3], Unhashed()] = 2
     offload_optimizer: Annotated[bool, Unhashed()] = False
     offload_parameters: Annotated[bool, Unhashed()] = False

@@ -33,6 +33,7 @@ def deepspeed_config(config: TeacherConfig, *, world_size: int, accumulation_ste
     if config.zero.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     return {
+        # DeepSpeed insists that these three agree.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": world_size * accumulation_steps,
@@ -43,6 +44,7 @@ def deepspeed_config(config: TeacherConfig, *, world_size: int, accumulation_ste
         # torch's AdamW serves every stage, so that nothing has to be compiled.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # In effect never: the training prints its own lines.
         "steps_per_print": 1_000_000,
         "wall_clock_breakdown": False,
     }
@@ -80,7 +82,7 @@ def join_deepspeed(runtime: Runtime) -> None:
 
 
 def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumulation_steps: int) -> Any:
-    """Load the base, add LoRA, and wrap both in a DeepSpeed engine (without trees as yet). Collective.
+    """Load the base, add LoRA, and wrap both in a DeepSpeed engine, which computes single prompts at first. Collective.
 
     Under ZeRO-3 the base is loaded partitioned: no rank ever holds all of it.
     """
@@ -97,6 +99,7 @@ def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumu
         new_head=config.lora is None,
     )
     del partitioned
+    # Keys and values are kept for generation only, which a training never does.
     base.config.use_cache = False
     if config.zero.activation_checkpointing:
         base.activation_checkpointing_enable()

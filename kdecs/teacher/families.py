@@ -124,6 +124,7 @@ class Family(ABC):
         """Run a prompt through the whole model: the model's own logits, and those of its output embedding, (2, V)."""
         model = language_model(network)
         given: list[Tensor] = []
+        # The head's output before anything that the model does to it afterwards.
         hook = model.get_output_embeddings().register_forward_hook(lambda _, __, output: given.append(output))
         ids_PT, mask_PT, answers_P = self._padded([prompt], device)
         try:
@@ -168,6 +169,7 @@ class Family(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids (P, T), attention mask (P, T) and answer index (P,)."""
         longest = max(len(prompt.tokens) for prompt in prompts)
+        # Padded positions are masked, so 0 does for a tokenizer that has no padding token.
         ids_PT = np.full((len(prompts), longest), self.tokenizer.pad_token_id or 0, dtype=np.int64)
         mask_PT = np.zeros((len(prompts), longest), dtype=np.int64)
         for row, prompt in enumerate(prompts):
@@ -182,6 +184,7 @@ def _check_weights(reference: str, missing: Collection[str], *, new_head: bool) 
 
     `missing` are names as Transformers reports them, without the second names of tied tensors.
     """
+    # A pooler feeds a classifier and is never part of a teacher's forward.
     lacking = sorted(key for key in missing if ".pooler." not in key)
     of_body = [key for key in lacking if not key.startswith(HEADS)]
     if of_body:
@@ -365,6 +368,7 @@ class MaskedFamily(Family):
                 f"tokenizer {reference}: has no mask token, which a masked teacher fills; "
                 "choose a masked language model"
             )
+        # An encoder has no positions beyond its limit, so its prompts are cut to it.
         longest = min(self.tokenizer.model_max_length, max_prompt_tokens)
         self.max_prompt_tokens = longest
 

@@ -45,7 +45,7 @@ _PAIRS_PER_FORWARD = 16
 
 @dataclass(frozen=True)
 class AdapterImport:
-    """What to import, and how it was trained. `is_of_corpus`: on exactly these corpus files."""
+    """What to import, and how it was trained: on exactly these corpus files if `is_of_corpus` is true."""
 
     adapter: Path
     base: str
@@ -164,6 +164,7 @@ def _load(adapter: Path, config: TeacherConfig, family: Family, runtime: Runtime
         raise ModelError(
             f"{adapter}: the adapter does not load onto {config.model.base}: {first_line(error)}"
         ) from None
+    # PEFT skips tensors that have no place, and leaves missing ones at their first values.
     placed = set(get_peft_model_state_dict(network))
     if strangers := sorted(set(tensors) ^ placed):
         raise ModelError(
@@ -208,6 +209,7 @@ def _write(
     write_config(config, output)
     saved = [Path(path) for path in family.tokenizer.save_pretrained(output)]
     names = [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", *(path.name for path in saved if path.is_file())]
+    # Without them, an export needs allow_other_corpus: nothing proves that the splits are those of the adapter.
     corpora = {"corpus_train": wanted.train, "corpus_valid": wanted.valid} if wanted.is_of_corpus else {}
     return write_manifest(
         output,

@@ -89,15 +89,20 @@ def network_flops(network: nn.Module, *, checkpointing: bool) -> NetworkFlops:
     per_token = Flops()
     per_answer = Flops()
     for name, rows_in, rows_out, is_trained in _matrices(network):
+        # A multiplication and an addition per weight. Norms, activations, softmax and look-ups are not counted, as is
+        # usual for MFU.
         forward = 2.0 * rows_in * rows_out
+        # A frozen matrix passes on the gradient of its input; a trained one costs its weights' gradient as well.
         backward = forward * (2 if is_trained else 1)
         runs = _runs_per_answer(name, config)
         if runs == 0:
             per_token += Flops(forward, backward + forward * checkpointing)
         else:
+            # Checkpointing recomputes the layers of the decoder, but not the head.
             recomputed = checkpointing and ".decoder." in name and "lm_head" not in name
             per_answer += Flops(forward, backward + forward * recomputed) * runs
     width = attention_width(config)
+    # Two products (scores, and the sum of values) of 2 · width each; the backward takes two for each of them.
     attention = Flops(4.0 * width, (8.0 + 4.0 * checkpointing) * width)
     if getattr(config, "is_encoder_decoder", False):
         layers = config.num_decoder_layers
@@ -155,6 +160,7 @@ def memory_peak_gib(runtime: Runtime) -> float:
         peak = torch.cuda.max_memory_allocated(runtime.device) / 2**30
     else:
         status = Path("/proc/self/status").read_text(encoding="ascii")
+        # In KiB, the highest resident size since the process started.
         peak = int(status.partition("VmHWM:")[2].split()[0]) / 2**20
     value = torch.tensor([peak], device=runtime.device)
     if runtime.world_size > 1:
@@ -186,7 +192,7 @@ class Meter:
 
     @property
     def pairs_per_second(self) -> float:
-        """Since the last line."""
+        """Speed of the training since the last line."""
         return self._pairs / self._seconds if self._seconds else 0.0
 
     def line(self) -> dict[str, float | None]:
@@ -230,6 +236,7 @@ class MetricsFile:
     def add(self, point: dict[str, float | None]) -> None:
         """Append a line."""
         with self.path.open("a", encoding="utf-8") as file:
+            # NaN would make the line unreadable for JSON parsers.
             file.write(json.dumps(point, allow_nan=False) + "\n")
 
 

@@ -58,8 +58,11 @@ class TeacherNetwork(nn.Module):
     def answers_and_rest(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
         """Raw answer logits (P, A) and the log-probability mass (P,) of the rest of the vocabulary, float32."""
         hidden_PH = self._hidden(prompts)
+        # The whole head runs first: `TeacherScorer` reads the top logits from this run.
         logits_PV = self.family.head(self.network, hidden_PH).float()
+        # Once more from the answer rows, since the whole head multiplies in the teacher's dtype (`_LinearHead`).
         answers_PA = self.family.answer_logits(self.network, hidden_PH)
+        # Not 1 - p(answers): that loses every digit if the answers take almost all of the mass.
         rest_PV = logits_PV.clone()
         rest_PV[:, self.family.answer_ids] = float("-inf")
         log_rest_P = torch.logsumexp(rest_PV, dim=-1) - torch.logsumexp(logits_PV, dim=-1)
@@ -186,6 +189,7 @@ def family_of(config: Any) -> str:
     is_decoder = "CausalLM" in architectures or "LMHead" in architectures
     in_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     in_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    # BERT and RoBERTa are in both mappings: the architecture that the checkpoint was saved as decides.
     if in_masked and ("MaskedLM" in architectures or not is_decoder):
         return "masked"
     if in_causal:
@@ -284,10 +288,11 @@ def tree_is_exact(
     packed_PA: Tensor | None = None
     try:
         packed_PA = ask(prompts).float()
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # is a RuntimeError, too
         raise
     except (ValueError, TypeError, RuntimeError):
-        pass
+        # This architecture does not take the mask or the positions of a tree. The ranks agree on that below.
+        packed_PA = None
     finally:
         teacher.use_tree = False
     if any_rank(packed_PA is None, runtime) or packed_PA is None:

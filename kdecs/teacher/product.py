@@ -59,6 +59,7 @@ def lineage_of(
         "adapter": _digest([entry.path, entry.sha256] for entry in weights),
         "tokenizer": _digest([entry.path, entry.sha256] for entry in tokenizer),
         "base": manifest.inputs["base"],
+        # Shows any change of wording, even one without a new version.
         "prompt_template": template_digest(family),
         "prompt_version": str(PROMPT_VERSION),
         "answer_words": _digest(zip(CONNECTIVES, family.answer_ids, strict=True)),
@@ -106,6 +107,7 @@ def install_product(source: Path, family: Family, output: Path) -> list[str]:
     folder = output if is_adapter else output / MODEL_FOLDER
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for path in files:
+        # A copy: the checkpoint stays whole if this is interrupted.
         with atomic_path(output / path.relative_to(source)) as temporary:
             shutil.copyfile(path, temporary)
     tokenizer_files = family.tokenizer.save_pretrained(folder)
@@ -163,9 +165,8 @@ def check_base(directory: Path, base: str) -> None:
     """Raise ArtifactError if the base model is not the one that the adapter was trained on."""
     expected = read_manifest(directory, "teacher").inputs["base"]
     if (Path(base) / MANIFEST_NAME).is_file():
-        read_verified_manifest(
-            Path(base), "base-model"
-        )  # the checksum is that of its manifest, so the files must agree with it
+        # The checksum of such a base is that of its manifest, so the files have to agree with the manifest.
+        read_verified_manifest(Path(base), "base-model")
     if (found := input_checksums(base=base)["base"]) != expected:
         raise ArtifactError(
             f"{directory}: its adapter was trained on a base with checksum {expected[:12]}…, but {base} has "
@@ -187,6 +188,7 @@ def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_s
         if not runtime.is_main:
             return
         tensors = {
+            # A copy, since ZeRO-3 frees the gathered tensors when the block ends.
             name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in get_peft_model_state_dict(model).items()
         }
@@ -196,12 +198,14 @@ def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_s
     # Read back, so that an adapter that cannot be loaded fails here, not in an export hours later.
     check_adapter(load_file(directory / ADAPTER_FILE), directory)
     peft_config = model.peft_config["default"]
+    # Read back from the file, it makes an adapter load frozen. The training itself may go on.
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(directory))
     peft_config.inference_mode = False
 
 
 def _save_model(model: nn.Module, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
+    # Not every buffer: rotary frequencies, for one, are computed anew at each load.
     stored = set(model.state_dict())
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -213,6 +217,7 @@ def _save_model(model: nn.Module, directory: Path, runtime: Runtime, *, zero_sta
         return
     tensors |= {name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers() if name in stored}
     _check_tensors(tensors.items(), directory)
+    # The training switched it off (`start_engine`), but a saved model should generate at full speed.
     use_cache, model.config.use_cache = model.config.use_cache, True
     # Keep the names: a model that was loaded partitioned would undo the renaming of old checkpoints (LayerNorm.gamma).
     model.save_pretrained(str(directory), state_dict=tensors, save_original_format=False)

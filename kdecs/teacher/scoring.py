@@ -174,6 +174,7 @@ def fold_adapter(network: nn.Module) -> nn.Module:
     return network.merge_and_unload() if isinstance(network, PeftModel) and not is_partitioned else network
 
 
+# The shortest prompt that all families take: a seq2seq reads its answer at position 1 of the decoder.
 _DUMMY_TOKENS = 2
 
 
@@ -231,6 +232,7 @@ class Lockstep:
         try:
             yield
         except BaseException as error:
+            # Once the ranks have agreed on an end, no other one waits at an exchange.
             if not self._is_over:
                 with suppress(RuntimeError):  # the others may be gone already
                     self._exchange(Intent.STOP if isinstance(error, Stopped) else Intent.FAIL)

@@ -62,6 +62,7 @@ def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[Te
     """
     if config.batches.batching == "pairs" or not family.can_share_prefixes:
         return _start(config, family, runtime, use_tree=False)
+    # The batches are dealt as trees already, but the network computes single prompts until the check has passed.
     data, engine = _start(config, family, runtime, use_tree=True)
     budget = config.batches.micro_batch_tokens
     probes = tree_probes(data.train.pairs, data.train.prompts, max_tokens=budget)
@@ -74,7 +75,7 @@ def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[Te
             "a sliding window or ALiBi); set batches.batching=pairs"
         )
     if runtime.is_main:
-        print(f"teacher {config.name}: this model does not take a prefix tree exactly; going on with pairs")
+        print(f"teacher {config.name}: this model gives other logits over a prefix tree; it trains on pairs")
     # Batches of pairs need other accumulation buffers, so the engine starts over.
     engine.destroy()
     del data, engine  # before the next one is loaded: two networks may not fit
@@ -107,6 +108,7 @@ def validate(
     engine.eval()
     budget = config.batches.micro_batch_tokens
     batches = fixed_batches(valid.units, micro_batch_tokens=budget, padded=padded)
+    # All ranks run equally many forwards: under ZeRO-3 each one gathers its parameters from all of them.
     rounds = -(-len(batches) // runtime.world_size)
     predicted: dict[int, bool] = {}
     loss_sum = 0.0
@@ -123,6 +125,7 @@ def validate(
     for part, part_loss in gather_objects((predicted, loss_sum), runtime):
         merged |= part
         total += part_loss
+    # The sum is the same on every rank, so all of them raise, and none waits for the others.
     if not math.isfinite(total):
         raise TrainingError(
             f"validation loss {total}: training stopped before it saved anything; lower optimization.learning_rate"
@@ -136,6 +139,7 @@ def validate(
 
 def validation_steps(num_steps: int, num_validations: int) -> set[int]:
     """The steps (counted from 1) to validate after: evenly spread, the last one after the last step."""
+    # At least 1: a tiny corpus may have fewer steps than validations.
     return {max(1, round(num_steps * (n + 1) / num_validations)) for n in range(num_validations)}
 
 
@@ -165,6 +169,7 @@ class TeacherTraining:
             disable=not runtime.is_main,
         )
         while state.step < num_steps:
+            # A signal may have reached only some ranks, but all have to leave the loop at the same step.
             if any_rank(stop.requested, runtime):
                 save_checkpoint(self.engine, config, state, self.work, runtime)
                 raise Stopped(
@@ -219,10 +224,12 @@ class TeacherTraining:
             self.runtime,
             self.state.step,
         )
-        # Dropout depends on seed, step and rank alone, so that a resume needs no random states.
+        # Dropout depends on seed, step and rank alone, so that a resume needs no random states. The large factor keeps
+        # trainings with neighbouring seeds from drawing the same masks a few steps apart.
         seed_everything(config.optimization.seed * 1_000_003 + step * runtime.world_size + runtime.rank)
         rate = learning_rate_at(step, len(data.steps), config.optimization)
         for group in engine.optimizer.param_groups:
+            # The rate is a function of the step: a scheduler of DeepSpeed's would be one more state to resume.
             group["lr"] = rate
         shares = share_among_ranks(
             batch,
@@ -234,6 +241,7 @@ class TeacherTraining:
         micro_batches = shares[runtime.rank]
         num_pairs = sum(len(unit.pairs) for unit in batch)
         engine.train()
+        # Summed on the device: reading the loss of each micro-batch would wait for it.
         loss_sum = torch.zeros((), device=runtime.device)
         for number in range(num_micro_steps):
             micro = micro_batches[number] if number < len(micro_batches) else MicroBatch(())
@@ -244,6 +252,8 @@ class TeacherTraining:
             if not micro.pairs:  # computed only because the other ranks' collectives wait for this rank
                 loss = loss * 0.0
             loss_sum += loss.detach()
+            # Without scale_wrt_gas=False, DeepSpeed would also divide by the accumulation steps, as if every step took
+            # as many.
             engine.backward(loss * (runtime.world_size / num_pairs), scale_wrt_gas=False)
 
         mean_loss = loss_sum / num_pairs
@@ -276,6 +286,7 @@ class TeacherTraining:
     def prime(self) -> None:
         """Take a step that moves nothing, after which the optimizer has its states. Collective."""
         for group in self.engine.optimizer.param_groups:
+            # AdamW multiplies its weight decay by the rate, so nothing at all moves.
             group["lr"] = 0.0
         self.engine.train()
         self.engine.set_gradient_accumulation_boundary(True)
@@ -333,6 +344,7 @@ def _validation_line(config: TeacherConfig, point: dict[str, float | None]) -> s
 
 
 LOCK_NAME = ".training.lock"
+# The ranks of a killed launcher take some seconds to end, and a restart should survive that.
 LOCK_WAIT_S = 60.0
 
 
@@ -347,6 +359,7 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
     work = config_hash(config)
     check_output(config.output, "teacher", work)
     with lock_output(config.output, runtime):
+        # All ranks draw the same first values for LoRA's A and for a new head.
         seed_everything(config.optimization.seed)
         family = make_family(
             config.model,
@@ -354,11 +367,13 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
             emotions_shown=config.emotions_shown,
             tree_attention=config.batches.tree_attention,
         )
+        # Before the weights are loaded, which takes minutes for a large base.
         check_config(config.model.base, config.model.family, family.max_prompt_tokens)
         data, engine = prepare(config, family, runtime)
         training = TeacherTraining(config, data, engine, work, runtime)
         metrics = MetricsFile(config.output)
         if runtime.is_main:
+            # On a resume, too: settings outside the config hash (stage, offload, logging) may have changed.
             write_config(config, config.output)
             metrics.cut_back(training.state.step)
             for prompts, split in ((data.train, "train"), (data.valid, "valid")):
@@ -407,6 +422,7 @@ def _upload(config: TeacherConfig, work: str, runtime: Runtime) -> Iterator[Metr
         yield None
         return
     upload = MetricsUpload(config, work)
+    # Any other exception than Stopped leaves this status.
     status = "FAILED"
     try:
         upload.sync()

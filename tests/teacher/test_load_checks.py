@@ -141,7 +141,7 @@ def test_the_first_network_is_freed_before_the_second_is_loaded(
     config = make_config(model__base=str(base), optimization__epochs=1, validate_per_epoch=1)
     train_teacher(config, runtime, StopAfter())
     assert len(started) == 2
-    assert "going on with pairs" in capsys.readouterr().out
+    assert "it trains on pairs" in capsys.readouterr().out
     manifest = json.loads((config.output / "manifest.json").read_text())
     assert manifest["details"]["batching"] == "pairs"
 

@@ -89,6 +89,7 @@ class TensorMemory(TorchDispatchMode):
 TreeKind = Literal["flex", "blocks", "mask"]
 """The attention over a tree (see `kdecs.teacher.tree.attention`): by default flex on CUDA, blocks on CPU."""
 
+# At least three, so that the second layer from below, at which the peak is split, is not the last one as well.
 _DEPTHS = (3, 5)
 META = torch.device("meta")
 
@@ -134,6 +135,7 @@ class ActivationTracer:
         """Highest bytes of activations and temporaries of a micro-batch's forward and backward."""
         shallow, deep = (self.memory_at_depth(shape, depth, checkpointing=checkpointing) for depth in _DEPTHS)
         layers = (self.config.num_hidden_layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
+        # The end of the backward does not grow with depth, so it is no point on the line.
         return between(shallow, deep, layers, end=deep.backward_end_bytes)
 
     def memory_at_depth(self, shape: Shape, depth: int, *, checkpointing: bool) -> Activations:
@@ -145,6 +147,7 @@ class ActivationTracer:
 
         def accumulated(parameter: nn.Parameter, is_second_layer: bool) -> None:
             memory.release(parameter.grad)  # `memory.state_bytes` counts gradients, by ZeRO's rules
+            # Until here the peak grows with depth. What follows is the same for any depth, so it is measured by itself.
             if is_second_layer and not peaks:
                 peaks.append(memory.peak_bytes)
                 memory.peak_bytes = memory.live_bytes
@@ -271,9 +274,8 @@ def _fused_attention() -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if (
-            attn_mask is not None and attn_mask.requires_grad
-        ):  # T5's learned bias, which no fused kernel takes
+        # T5's learned bias, which no fused kernel takes.
+        if attn_mask is not None and attn_mask.requires_grad:
             return scaled_dot_product(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(

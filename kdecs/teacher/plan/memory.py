@@ -63,15 +63,19 @@ def state_bytes(
     size = DTYPE_BYTES[choice.dtype]
     trained, ranks, stage = counts.trained, choice.ranks, choice.stage
     share = trained / ranks if stage >= 1 else trained
+    # Stages 1 to 3 keep an fp32 master copy even of fp32 weights.
     has_master = stage >= 1 or size < 4
     frozen = counts.frozen_bytes(choice.dtype, in_4bit=in_4bit)
+    # Bytes per parameter: two fp32 moments of AdamW, and the master copy.
     optimizer = share * (12 if has_master else 8)
     gradients = size * (share if stage >= 2 else trained)
     # The step converts gradients to fp32 (ZeRO-3: a sub-group at a time), and AdamW needs two temporaries.
     step_share = min(share, SUB_GROUP) if stage == 3 else share
     step = step_share * (4 * has_master + 8)
+    # A GPU allocates the whole bucket however few parameters are trained; on a CPU untouched pages cost nothing.
     bucket = REDUCE_BUCKET if is_gpu else min(REDUCE_BUCKET, trained)
     buffers = size * (bucket if stage >= 1 else 0)
+    # On a CPU, stages 1 and 2 allocate the bucket for each backward, which fills it only by its end.
     empty = 0.0 if is_gpu or stage == 3 else buffers
     if stage == 0:  # flattened for the all-reduce, once the backward is over
         step = max(step, size * min(trained, REDUCE_BUCKET))
@@ -82,6 +86,7 @@ def state_bytes(
     else:
         adapters = trained * size
     if choice.offload_optimizer:
+        # Stages 2 and 3 send gradients to the CPU as they arise. Stage 1 keeps them on the device until the step.
         host += optimizer + step + gradients + share * size
         optimizer, step = 0.0, 0.0
         gradients = size * trained if stage == 1 else 0.0

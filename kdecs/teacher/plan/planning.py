@@ -31,11 +31,11 @@ DEFAULT_GPU = "a100-40g"
 
 
 class Assumptions(Config):
-    """What a plan assumes beside the teacher's config; null: of the GPU, of the corpus, or not limited."""
+    """What a plan assumes beside the teacher's config. Null: the GPU's or the corpus's own, or no limit."""
 
     pairs: int | None = Field(default=None, ge=1, description="pairs of an epoch, if not those of the corpus")
     mfu: float = Field(default=0.4, gt=0, le=1, description="share of the GPU's peak that is reached")
-    peak_tflops: float | None = Field(default=None, gt=0, description="of one GPU")
+    peak_tflops: float | None = Field(default=None, gt=0, description="peak of one GPU")
     link_gb_s: float | None = Field(default=None, gt=0, description="GB/s between GPUs, one direction")
     reserve_gib: float = Field(
         default=1.5, ge=0, description="what the driver, NCCL and fragments take of a GPU"
@@ -154,6 +154,7 @@ def make_plan(request: PlanRequest) -> LayoutPlan:
     counted = count_prompts(
         read_corpus(corpus).dialogues, config, max_dialogues=MAX_DIALOGUES, show_progress=True
     )
+    # Memory alone does not say how fast a GPU is.
     known = gpu or GPUS[DEFAULT_GPU]
     peak = assumed.peak_tflops or known.peak_at(dtype)
     link = assumed.link_gb_s or known.link_gb_s

@@ -30,7 +30,8 @@ Batching = Literal["tree", "pairs"]
 MICRO_BATCH_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 """Token budgets that are tried unless one is given."""
 LAUNCH_S = 6e-6
-"""Seconds that a GPU operator takes at least, however small it is."""
+"""Seconds that a GPU operator takes at least, however small it is: the reason why small micro-batches are not free."""
+# Memory is traced at this and at three times this many tokens; every other size lies on the line between them.
 _LINE_TOKENS = 512
 
 
@@ -147,7 +148,9 @@ class Planner:
             for budget in budgets
         ]
         return sorted(
-            layouts, key=lambda each: (round(each.time.total_s, 3), each.memory.total, each.choice.stage)
+            # Times are rounded, so that a difference far below the plan's accuracy does not outrank the leaner layout.
+            layouts,
+            key=lambda each: (round(each.time.total_s, 3), each.memory.total, each.choice.stage),
         )
 
     def layout_of_config(self) -> Layout:
@@ -216,6 +219,7 @@ class Planner:
 
         Without a mask that grows with the square of a row, memory lies on a line: two traces serve all sizes.
         """
+        # A dense mask, or the keys that blocks gather, grow faster than the walk: such a shape is traced as it is.
         if shape.tree is not None and self.training.tree_attention != "flex":
             return self._tracer.memory(shape, checkpointing=checkpointing)
         per_row = shape.answers / (shape.rows if shape.tree is None else shape.tokens)
@@ -236,7 +240,7 @@ class Planner:
         return self._line[key]
 
     def _full_micro_batch(self, micro_batch_tokens: int, checkpointing: bool) -> Activations:
-        """Of a micro-batch that fills its budget, or of the corpus's largest if that is over the budget."""
+        """Memory of a micro-batch that fills its budget, or of the corpus's largest if that exceeds the budget."""
         key = (micro_batch_tokens, checkpointing)
         if key not in self._activations:
             work = self.workload(micro_batch_tokens)
@@ -246,6 +250,7 @@ class Planner:
                 shape = Shape(rows, longest, rows)
             else:
                 tokens = max(micro_batch_tokens, work.largest_tokens)
+                # As many answers per token as the corpus has on average, unless its largest micro-batch has more.
                 answers = max(work.largest_answers, round(tokens * work.pairs / work.tokens))
                 shape = Shape(1, tokens, answers, tree=full_tree(tokens, longest))
             self._activations[key] = self.activations(shape, checkpointing=checkpointing)
@@ -272,14 +277,18 @@ def epoch_time(
     compute = max(operations / speed.flops_per_s, work.micro_steps * launches * LAUNCH_S)
     size = DTYPE_BYTES[choice.dtype]
     others = (choice.ranks - 1) / choice.ranks
+    # A ring sends and receives all but the own part. Sums are not overlapped with compute, so this is an upper bound.
     gradients = counts.trained * size * others
     reductions = work.micro_steps if choice.stage >= 2 else work.steps
+    # Stages 0 to 2 reduce the gradients (stage 2 after every micro-step), then gather as much to share the update.
     sent = gradients * (reductions + work.steps)
     if choice.stage == 3:
+        # Stage 3 gathers all weights in the forward, and again in the backward.
         sent = gradients * work.micro_steps + 2 * counts.total * size * others * work.micro_steps
     moved = 0.0
     if choice.offload_optimizer:
         share = counts.trained / (choice.ranks if choice.stage >= 1 else 1)
+        # Gradients down to main memory, updated weights back up.
         moved += 2 * share * size * work.steps
     if choice.offload_parameters:
         moved += 2 * counts.total * size / choice.ranks * work.micro_steps
@@ -298,6 +307,7 @@ def full_tree(tokens: int, depth: int) -> PackedTree:
 def zero_choices(gpus: int, dtype: str, *, in_4bit: bool) -> Iterator[ZeroChoice]:
     """Every stage that trains at this dtype, plain and with what it can offload; ZeRO-3 cannot partition 4 bits."""
     for stage in (0, 1, 2) if in_4bit else (0, 1, 2, 3):
+        # DeepSpeed does not scale the loss there, and the config refuses it.
         if stage == 0 and dtype == "float16":
             continue
         yield ZeroChoice(stage, gpus, dtype)

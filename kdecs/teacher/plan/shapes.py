@@ -124,6 +124,7 @@ def count_parameters(network: nn.Module, *, persistence_threshold: int) -> Param
     linear = sum(
         module.weight.numel()
         for module in network.modules()
+        # bitsandbytes leaves the head in the dtype.
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and module is not head
     )
     return ParameterCounts(

@@ -29,6 +29,8 @@ from kdecs.teacher.data import (
 from kdecs.teacher.families import EncodedPrompt, make_family
 from kdecs.teacher.tree.prefix_tree import pack
 
+# Words in pieces of up to seven letters; digits and signs one by one. On English dialogues these are 1 to 4% more than
+# the tokens of SmolLM2's tokenizer (49,152 entries).
 _PIECES = re.compile(r"[^\W\d_]{1,7}|\d|[^\w\s]|\n")
 
 
@@ -67,6 +69,7 @@ def estimated_prompts(pairs: Sequence[Pair], *, max_prompt_tokens: int) -> list[
     prompts = []
     for pair in pairs:
         text = teacher_prompt(pair.dialogue, pair.target, pair.candidate, emotion=str(pair.emotion)).text
+        # Equal pieces have equal ids, so that estimated prompts share the prefixes that real ones would.
         ids = [0, *(crc32(piece.encode()) & 0x7FFFFFFF for piece in _PIECES.findall(text))]
         tokens = np.asarray(ids[-max_prompt_tokens:], dtype=np.int32)
         prompts.append(EncodedPrompt(tokens=tokens, answer=len(tokens) - 1))
@@ -122,6 +125,7 @@ def measure_workload(
                 sums[rank] += (cost.tokens, cost.attended, cost.ancestors, cost.answers)
                 largest = max(largest, cost, key=lambda c: (c.tokens, c.attended))
         total += sums.sum(axis=0)
+        # The step lasts as long as its busiest rank.
         busiest += sums.max(axis=0)
         longest = max(len(micro_batches) for micro_batches in shares)
         micro_steps += longest
@@ -175,6 +179,7 @@ class _Costs:
         ancestors = sum(self.ancestors[unit.pairs] for unit in units)
         if self.use_tree:
             tokens = sum(unit.tokens for unit in units)
+            # A dense mask computes every pair of the walk, hidden or not.
             return _Cost(tokens, tokens**2, ancestors, len(micro.pairs), 1)
         longest = max(unit.longest for unit in units)
         rows = len(units)

@@ -10,7 +10,7 @@ A block of queries [a, b) needs few keys: an ancestor k < a of any q in it has a
 the path to a and the block itself, at most depth + 64 of N. On RECCON a walk has about eight times as many tokens as a
 token has ancestors: the mask computes all of them, the other two ways do not.
 
-Shapes: N packed tokens, B blocks, Q queries of a block, K keys of a block, G key-value heads, R query heads a
+Shapes: N packed tokens, B blocks, Q queries of a block, K keys of a block, G key-value heads, R query heads per
 key-value head, D head size.
 """
 
@@ -32,7 +32,9 @@ from kdecs.teacher.config import TreeAttention
 from kdecs.teacher.tree.prefix_tree import PackedTree, ancestor_mask
 
 TREE_ATTENTION = "kdecs_tree"
+# Smaller blocks gather fewer keys that only their neighbours need, larger ones make fewer and larger products.
 QUERY_BLOCK = 64
+# FlexAttention's own block size.
 FLEX_BLOCK = 128
 
 
@@ -52,6 +54,7 @@ def use_tree_attention(network: Any) -> bool:
     if not getattr(network, "_supports_attention_backend", False):
         return False
     AttentionInterface.register(TREE_ATTENTION, attend)
+    # Without this, Transformers would make no mask at all for padded prompts.
     AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
     network.set_attn_implementation(TREE_ATTENTION)
     return bool(network.config._attn_implementation == TREE_ATTENTION)
@@ -99,9 +102,8 @@ def tree_blocks(ends_N: np.ndarray, device: torch.device, *, block: int = QUERY_
         ends_BK[row, : len(of_block)] = ends_N[of_block]
     queries_BQ = np.arange(len(keys) * block).reshape(-1, block)
     is_seen_BQK = (keys_BK[:, None] <= queries_BQ[..., None]) & (queries_BQ[..., None] < ends_BK[:, None])
-    is_seen_BQK[queries_BQ >= size] = (
-        True  # rows that fill the last block: never read, but seeing nothing would make them NaN
-    )
+    # The rows that fill the last block are never read, but a row that sees nothing would be NaN.
+    is_seen_BQK[queries_BQ >= size] = True
     return TreeBlocks(
         torch.from_numpy(keys_BK.reshape(-1)).to(device), torch.from_numpy(is_seen_BQK[:, None]).to(device)
     )
@@ -163,6 +165,7 @@ def attend(
     """
     is_flex = isinstance(attention_mask, BlockMask)
     if not is_flex and tree_blocks is None:
+        # Integers are the `ends` of `mask_arguments`: this model has dropped `tree_blocks` on the way here.
         if attention_mask is not None and not (
             attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
         ):

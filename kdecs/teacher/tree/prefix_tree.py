@@ -48,6 +48,7 @@ def pack(prompts: Sequence[np.ndarray]) -> PackedTree:
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt without tokens has no place in a tree")
+    # In lexicographic order each prompt shares its longest prefix with its predecessor, so one pass makes the trie.
     order = sorted(range(len(prompts)), key=lambda index: prompts[index].tolist())
     leaves_P = np.zeros(len(prompts), dtype=np.int64)
     tokens: list[np.ndarray] = []
@@ -59,12 +60,14 @@ def pack(prompts: Sequence[np.ndarray]) -> PackedTree:
         prompt = np.asarray(prompts[index], dtype=np.int64)
         shared = common_prefix_length(previous, prompt)
         size = len(ends)
+        # The walk leaves these nodes, so their subtrees end here.
         for node in path[shared:]:
             ends[node] = size
         del path[shared:]
         tokens.append(prompt[shared:])
         positions.append(np.arange(shared, len(prompt)))
         path.extend(range(size, size + len(prompt) - shared))
+        # Open until the walk leaves them.
         ends.extend([0] * (len(prompt) - shared))
         leaves_P[index] = path[-1]
         previous = prompt
@@ -81,6 +84,7 @@ def pack(prompts: Sequence[np.ndarray]) -> PackedTree:
 
 def tree_size(prompts: Sequence[np.ndarray]) -> int:
     """Number of tokens of the packed walk, without building it."""
+    # As in `pack`: only the tokens that differ from the predecessor are new.
     ordered = sorted(prompts, key=lambda prompt: prompt.tolist())
     size, previous = 0, np.zeros(0, dtype=np.int64)
     for prompt in ordered:
