@@ -67,7 +67,7 @@ TokenizerDirectory = Annotated[
 
 
 @app.command(
-    epilog="Examples: kdecs corpus verify train.json test.json · kdecs corpus verify my.jsonl --labels fine"
+    epilog="Examples:\n\nkdecs corpus verify train.json test.json\n\nkdecs corpus verify my.jsonl --labels fine"
 )
 def verify(
     files: Files, labels: Labels = "any", unlabelled: Unlabelled = False, as_json: Json = False
@@ -104,7 +104,7 @@ def verify(
 
 
 @app.command(
-    epilog="Examples: kdecs corpus stats train.json valid.json test.json · "
+    epilog="Examples:\n\nkdecs corpus stats train.json valid.json test.json\n\n"
     "kdecs corpus stats train.json test.json --drop-cross-split --plots plots/"
 )
 def stats(
@@ -158,7 +158,7 @@ def stats(
 
 
 @app.command(
-    epilog="Examples: kdecs corpus pairs test.json > pairs.jsonl · kdecs corpus pairs test.json --universe all"
+    epilog="Examples:\n\nkdecs corpus pairs test.json > pairs.jsonl\n\nkdecs corpus pairs test.json --universe all"
 )
 def pairs(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="RECCON JSON or JSON lines")],

@@ -229,7 +229,11 @@ def _print_hours(
 ) -> None:
     if not left and not num_unknown:
         return
-    estimate = estimate_left(config, trials, left or trials)
+    try:
+        estimate = estimate_left(config, trials, left or trials)
+    except KdecsError as error:  # the corpus or a base is not on this machine, which a dry run may well find
+        console.print(f"hours unknown: {error}", soft_wrap=True)
+        return
     # What a search has not chosen yet is taken to cost as much as what is known.
     mean = estimate.seconds / max(1, len(left or trials))
     seconds = mean * (len(left) + num_unknown)
@@ -290,13 +294,9 @@ def _seconds_per_epoch(config: SweepConfig, trial: Trial) -> float | None:
 
 @cache
 def _training_tokens(corpus: CorpusConfig, longest: int) -> float:
-    """Tokens of an epoch, from the characters of every pair's prompt; 0 if the corpus cannot be read yet."""
-    try:
-        dialogues = training_split(corpus)
-    except KdecsError:
-        return 0.0
+    """Tokens of an epoch, from the characters of every pair's prompt."""
     total = 0.0
-    for dialogue in dialogues:
+    for dialogue in training_split(corpus):
         lengths = [len(utterance.text) for utterance in dialogue.utterances]
         for pair in pairs_of(dialogue, "fold1+neutral"):
             characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + _TEMPLATE_CHARACTERS

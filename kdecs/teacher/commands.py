@@ -10,8 +10,8 @@ import typer
 from kdecs.errors import ConfigError, DependencyError
 
 EPILOG = (
-    "Examples: kdecs plan --teacher llama-7b --gpus 4 --gpu-memory-gib 40 · "
-    "kdecs plan --teacher llama-13b --gpus 8 --gpu a100-80g --corpus data/dailydialog_train.json · "
+    "Examples:\n\nkdecs plan --teacher llama-7b --gpus 4 --gpu-memory-gib 40\n\n"
+    "kdecs plan --teacher llama-13b --gpus 8 --gpu a100-80g --corpus data/dailydialog_train.json\n\n"
     "kdecs plan --teacher kdecs/configs/teacher/t5-large.yaml --gpu l4 --set zero.dtype=float32 --set mfu=0.3"
 )
 

@@ -1,5 +1,6 @@
 """A compiled encoder: traced with symbolic lengths, the same student in the same files."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -7,6 +8,7 @@ from kdecs.config import config_hash
 from kdecs.student.training import train_student
 
 
+@pytest.mark.slow
 def test_a_compiled_training_gives_the_student_of_a_plain_one(make_config, runtime, plain_base, monkeypatch):
     """With Dynamo's tracing but without a code generator, so that every operation is the plain one's."""
     asked: list[dict[str, object]] = []

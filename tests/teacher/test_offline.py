@@ -47,6 +47,7 @@ def test_a_local_base_trains(
     assert (config.output / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_one_clear_line(
     make_config: Callable[..., TeacherConfig], tmp_path: Path, root: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_dry_run_refuses_what_training_refuses(
         dry_run(load_config(TeacherConfig, path), world_size=1)
 
 
+@pytest.mark.slow
 def test_the_attention_over_trees_is_the_configs(
     tmp_path: Path, bases: Callable[[str], Path], few_dialogues: Path
 ) -> None:
@@ -361,6 +362,7 @@ def test_a_peak_that_is_not_known_is_said_to_be_assumed(
     assert gpu.peak_tflops == GPUS[name or DEFAULT_GPU].peak_tflops
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_hub_name_downloads_and_writes_nothing(tmp_path: Path, root: Path) -> None:
     path = _config_file(tmp_path, "HuggingFaceTB/SmolLM2-135M")
     before = sorted(tmp_path.iterdir())

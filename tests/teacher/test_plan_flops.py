@@ -35,6 +35,8 @@ CONFIGS = {
     ),
     "t5": T5Config(vocab_size=97, d_model=48, d_kv=8, d_ff=80, num_layers=3, num_heads=4),
 }
+# Each case traces a network: two of the four architectures run with the long tests.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in ("bert", "t5") else name for name in CONFIGS]
 
 
 def _network(config: Any, *, full: bool) -> Any:
@@ -65,7 +67,7 @@ def _counted(config: Any, *, full: bool, checkpointing: bool) -> tuple[int, int]
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_counts_are_torchs(name: str, full: bool, checkpointing: bool) -> None:
     config = CONFIGS[name]
     forward, backward = _counted(config, full=full, checkpointing=checkpointing)

@@ -141,6 +141,8 @@ CONFIGS = {
     "bert": BertConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=9, num_attention_heads=6),
     "t5": T5Config(d_model=96, d_kv=16, d_ff=256, num_layers=9, num_heads=6),
 }
+# Each case traces a network: two of the four architectures run with the long tests.
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in ("bert", "t5") else name for name in CONFIGS]
 
 
 @cache
@@ -152,7 +154,7 @@ def tracer_of(name: str, *, full: bool = False, attention: TreeKind = "flex") ->
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_depth_lies_on_the_line_of_two(name: str, full: bool, checkpointing: bool) -> None:
     tracer = tracer_of(name, full=full)
     shape = Shape(1, 1024, 40, full_tree(1024, 256)) if name == "llama" else Shape(8, 256, 8)

@@ -62,7 +62,7 @@ def dense_sum(tree: PackedTree, query: torch.Tensor, key: torch.Tensor, value: t
 
 @pytest.mark.parametrize("kind", ["blocks", "flex"])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_attention_is_the_dense_sum(kind: Kind, heads: int, groups: int, seed: int) -> None:
     torch.manual_seed(seed)
     tree = random_tree(seed)
