@@ -302,8 +302,8 @@ def check_output(
     """Raise ArtifactError if an output directory belongs to other work. Changes nothing, and makes no directory.
 
     A finished artifact must be of this kind and config hash, and undamaged unless the caller `can_repair` it.
-    An unfinished one belongs to whoever its own records name: `is_begun_here` returns True for this work, False for
-    other work, None without a record. Files that match `data_files` then need an owner: without a manifest and
+    An unfinished one belongs to the work that its own records name: `is_begun_here` returns True for this work, False
+    for other work, None without a record. Files that match `data_files` then need an owner: without a manifest and
     without a record they are refused, since nothing says what they are.
     """
     is_finished = (directory / MANIFEST_NAME).is_file()

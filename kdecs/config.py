@@ -59,7 +59,7 @@ class Config(BaseModel):
     # Defaults are validated too: a default of 32 for a float must hash as the 32.0 that config.json gives back.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
     method_versions: ClassVar[dict[str, int]] = {}
-    """Versions of what a stage computes with besides its config, such as prompt templates: part of the hash."""
+    """Versions of what a result depends on besides the config, such as prompt templates: part of the hash."""
 
 
 class Optimization(Config):

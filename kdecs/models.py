@@ -86,8 +86,8 @@ def why_not_loaded(reference: str | Path, error: BaseException) -> str:
     """What a user can act on when a model or its tokenizer did not load, in one line."""
     if HF_HUB_OFFLINE and not Path(reference).exists():
         return (
-            "HF_HUB_OFFLINE is set and the hub's cache does not hold it whole; download it once with a network, or "
-            "give a local directory"
+            "HF_HUB_OFFLINE is set and the hub's cache does not hold all of its files; download it once with a "
+            "network, or give a local directory"
         )
     return first_line(error)
 

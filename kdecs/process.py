@@ -125,7 +125,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         _print_line(line)
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before a StopSignal was installed, or the second Ctrl-C after it
-        _print_line("interrupted; run the same command again to go on from what is complete")
+        _print_line("interrupted; run the same command again to resume")
         return EXIT_STOPPED
     return 0
 

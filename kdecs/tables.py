@@ -5,7 +5,7 @@ from rich.table import Table
 
 
 def figures_table(title: str, first: str, *columns: str, tight: bool = False) -> Table:
-    """A table with a left column of names and right-aligned columns of figures, whose headings keep whole words.
+    """A table with a left column of names and right-aligned columns of figures; headings break between words only.
 
     A `tight` one has no margins and never wraps a figure: for many columns in 80 characters.
     """
@@ -19,9 +19,10 @@ def figures_table(title: str, first: str, *columns: str, tight: bool = False) ->
 
 def duration(seconds: float) -> str:
     """A length of time such as 12s, 1m40s or 2h05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    # Rounded before it is divided: 119.7 seconds are 2m00s, not 1m60s.
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"

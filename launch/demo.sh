@@ -14,7 +14,7 @@ export KDECS_DEVICE=cpu DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 
 fail() { echo "kdecs: error: $2" >&2; exit "$1"; }
 stop() { stopped=1; ((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true; }
-check() { [[ -z $stopped ]] || fail 143 "demo stopped; run the same command again to go on"; }
+check() { [[ -z $stopped ]] || fail 143 "demo stopped; run the same command again to resume"; }
 start() { # NAME COMMAND...: a stage beside this script; its output is kept in RUN/logs, SHOW=--all shows all of it
   check; local log=$run/logs/$1.log; shift
   python -m kdecs.launch.stage ${SHOW:-} "$log" "$@" 9>&- & pids+=($!)

@@ -72,7 +72,7 @@ def test_a_stop_lets_the_stage_save_and_is_one_line(
     stop(process)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert err == "kdecs: error: demo stopped; run the same command again to go on\n"
+    assert err == "kdecs: error: demo stopped; run the same command again to resume\n"
     assert "\nsaved" in demo.log.read_text()
 
 

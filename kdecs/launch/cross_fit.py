@@ -80,7 +80,7 @@ def run_stage(
     if code != 0:
         raise KdecsError(
             f"{config.name}: {title} failed with exit code {code}, see its message above; "
-            "run the same command again to go on from there"
+            "run the same command again to resume"
         )
 
 
@@ -92,7 +92,7 @@ def is_done(stage: Config, output: Path, kind: Kind) -> bool:
 
 
 def _stopped(config: CrossFitConfig) -> str:
-    return f"{config.name}: stopped; run the same command again to go on"
+    return f"{config.name}: stopped; run the same command again to resume"
 
 
 def finish(config: CrossFitConfig) -> None:

@@ -1,7 +1,7 @@
 """Run the paper's five studies at small scale on the models of a finished demo: a sweep, selection and report each.
 
 The search spaces are those of the paper; teachers, base, corpus and tracking are the demo's. Fewer seeds, values and
-epochs make it fit on a laptop. Complete trials are skipped, so the same command goes on after a stop.
+epochs make it fit on a laptop. Complete trials are skipped, so the same command resumes after a stop.
 """
 
 import argparse
@@ -54,11 +54,11 @@ def main() -> None:
     for study in arguments.only or STUDIES:
         config = small_config(study, demo, arguments)
         sweep = run_sweep(config, stop=stop)
-        stop.raise_if_requested(f"stopped after study {study}; run the same command again to go on")
+        stop.raise_if_requested(f"stopped after study {study}; run the same command again to resume")
         print_selection(sweep, select_student(sweep))
         print(f"study {study}: {write_report(sweep)}", flush=True)
     if stop.requested:
-        raise Stopped("studies stopped; run the same command again to go on")
+        raise Stopped("studies stopped; run the same command again to resume")
 
 
 def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -> SweepConfig:

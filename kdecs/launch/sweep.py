@@ -1,6 +1,6 @@
 """Train a sweep of students over seeds, alpha, temperature, teacher and more with Ray Tune; track it in MLflow.
 
-Complete trials are skipped, so the same command goes on after any stop or kill.
+Complete trials are skipped, so the same command resumes after any stop or kill.
 """
 
 from kdecs.config import find_config, load_config

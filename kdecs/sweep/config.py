@@ -89,7 +89,7 @@ class TpeSearch(_Staged):
     num_trials: int = Field(default=30, ge=1)
     startup_trials: int = Field(default=10, ge=1, description="drawn at random before the estimator begins")
     sample_seed: int = Field(default=0, ge=0)
-    grace_epochs: int | None = Field(default=None, ge=1, description="null: every trial is trained whole")
+    grace_epochs: int | None = Field(default=None, ge=1, description="null: no trial is stopped early")
 
 
 SearchConfig = Annotated[GridSearch | TwoStageSearch | TpeSearch, Field(discriminator="method")]

@@ -1,4 +1,4 @@
-"""The sweep's driver: make the trials, have the missing ones trained, tell MLflow, write the manifest.
+"""The sweep's driver: make the trials, have the missing ones trained, upload them to MLflow, write the manifest.
 
     SWEEP/config.json      the resolved config
     SWEEP/environment.json versions, host and device of the driver
@@ -9,7 +9,7 @@
     SWEEP/ray.log          what Ray printed
     SWEEP/manifest.json    last, once every trial is complete
 
-The files are the truth: the driver may die at any point, and the same command goes on from them.
+The files are the truth: the driver may die at any point, and the same command resumes from them.
 
     run_sweep       refuse what cannot run, skip what is complete, else run and complete a _Sweep
     _Sweep          one start of the driver: trains stage after stage, and records how it ended
@@ -125,7 +125,7 @@ def _refuse_other_sweep(config: SweepConfig, search: Search) -> str:
         "sweep",
         digest,
         can_repair=True,
-        remedy=f"choose another output, or remove its {MANIFEST_NAME} to go on from its trials",
+        remedy=f"choose another output, or remove its {MANIFEST_NAME} to continue with its trials",
     )
     return digest
 
@@ -162,7 +162,7 @@ class _Sweep:
         return found
 
     def run(self, trainer: Trainer, stop: StopSignal, runner: Runner) -> None:
-        """Train stage after stage. Ends early if a stop was asked for or a stage cannot be finished."""
+        """Train stage after stage. Ends early if a stop was requested or a stage cannot be finished."""
         # The Ray process, selection and report read this config, from whatever directory they start in.
         known = self.search.stage().trials  # none before TPE's first suggestion
         config = with_absolute_paths(self.config, known) if known else self.config
@@ -183,7 +183,7 @@ class _Sweep:
             self.search.choose_survivors(results)
             print(
                 f"sweep {self.config.name}: search over {len(results)} trials is done, "
-                f"{len(self.search.survivors or [])} settings go on with all seeds",
+                f"{len(self.search.survivors or [])} settings are trained with all seeds",
                 flush=True,
             )
 
@@ -237,7 +237,7 @@ class _Sweep:
             progress.update(self.results(is_live=False))
 
     def record_end(self, outcome: str) -> list[TrialResult]:
-        """Write trials.json and tell MLflow how this start ended."""
+        """Write trials.json and upload how this start ended."""
         results = self.results(is_live=False)
         write_results(self.config.output, results)
         self.upload.finish(results, outcome)
@@ -264,7 +264,7 @@ class _Sweep:
             done = sum(r.status in ("complete", "pruned") for r in results)
             raise Stopped(
                 f"sweep {config.name} stopped with {done} of {number} trials complete; "
-                "run the same command again to go on"
+                "run the same command again to resume"
             )
         if not is_finished:
             failed = failed or failed_in_search
@@ -320,8 +320,8 @@ class _Sweep:
 def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
     """Run a stage's trials in a Ray Tune process of its own session, calling `follow` about once a second.
 
-    If Ray killed a worker for its memory, the trials go on from their checkpoints in another Ray process, as long as
-    any of them gets further. Raises TrainingError if Ray fails otherwise.
+    If Ray killed a worker because memory ran out, the trials resume from their checkpoints in another Ray process, as
+    long as any of them gets further. Raises TrainingError if Ray fails otherwise.
     """
     log = stage.sweep / RAY_LOG_NAME
     stage.write(stage.sweep / _STAGE_NAME)
@@ -346,11 +346,11 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
             raise TrainingError(f"Ray ended with exit code {code}: {last_error(log)}; see {log}")
         if _epochs_trained(stage.sweep) == epochs:
             raise TrainingError(
-                "Ray killed trials for their memory before any finished an epoch; lower max_concurrent_trials and run "
-                f"the same command again; see {log}"
+                "Ray killed trials because memory ran out before any finished an epoch; lower max_concurrent_trials "
+                f"and run the same command again; see {log}"
             )
         print(
-            "Ray killed a trial for its memory; the trials go on from their checkpoints "
+            "Ray killed a trial because it ran out of memory; the trials resume from their checkpoints "
             "(a lower max_concurrent_trials needs less memory)",
             flush=True,
         )

@@ -182,7 +182,7 @@ def print_dry_run(config: SweepConfig) -> None:
     table = Table("trial", "id", "state", "epochs", "macro F1", "time", title=f"sweep {config.name}")
     known, left, num_stored = search.trials(), [], 0
     for trial, stage in known.values():
-        result = trial_result(trial, is_live=True, stage=stage)  # a driver may run beside this
+        result = trial_result(trial, is_live=True, stage=stage)  # a driver may run at the same time
         state = result.status
         if not trial.config_hash:
             state = "no labels"

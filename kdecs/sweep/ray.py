@@ -1,6 +1,6 @@
-"""Train the trials of one stage by Ray Tune, in a process of its own: the only module that imports Ray.
+"""Train the trials of one stage by Ray Tune, in a separate process. No other module imports Ray.
 
-The driver starts `python -m kdecs.sweep.ray SWEEP/.stage.json` in a session of its own and follows the trials by their
+The driver starts `python -m kdecs.sweep.ray SWEEP/.stage.json` in its own session and follows the trials by their
 files. This has three reasons: a SIGTERM to the driver's process group does not take Ray's servers away from running
 trials, Ray's messages go to a file, and Ray's signal handlers do not replace the driver's.
 
@@ -9,8 +9,8 @@ trials, Ray's messages go to a file, and Ray's signal handlers do not replace th
     _StopCallback   ends the experiment once the stop file exists or the driver has died
     _TpeSearcher    Optuna's suggestions (kdecs.sweep.search) as a searcher of Tune
 
-A stop has one path. Whoever wants it (the driver, a signal to this process, the callback that misses the driver)
-touches the stop file; the trials see it on any node, save their state and end; then the callback leaves `Tuner.fit`.
+A stop has one path. The driver, a signal to this process, and the callback that finds its driver dead all touch the
+stop file. The trials see it on any node, save their state and end; then the callback leaves `Tuner.fit`.
 
 Nothing that a later start needs is in Ray's own state: a trial resumes from its own directory.
 """
@@ -62,7 +62,7 @@ _RAY_ENVIRONMENT = {
 
 
 class _AllStoppedError(Exception):
-    """Leaves `Tuner.fit` once a stop was asked for and no trial runs any more."""
+    """Leaves `Tuner.fit` once a stop was requested and no trial runs any more."""
 
 
 def main() -> None:
@@ -77,8 +77,8 @@ def main() -> None:
 def train_stage(stage: StageRun) -> None:
     """Train the stage's trials, as many at a time as `max_concurrent_trials` and the resources allow.
 
-    Waits while the Ray process of an earlier, killed driver still ends its trials. What trials fail of is found in
-    their files; the exit code OUT_OF_MEMORY says that Ray killed a worker for its memory.
+    Waits while the Ray process of an earlier, killed driver still ends its trials. Why a trial failed is in its
+    files; the exit code OUT_OF_MEMORY says that Ray killed a worker because memory ran out.
     """
     os.environ.update(_RAY_ENVIRONMENT)
     config = load_config(SweepConfig, stage.sweep / CONFIG_NAME)
@@ -96,7 +96,7 @@ def train_stage(stage: StageRun) -> None:
         except _AllStoppedError:
             return
         except RuntimeError as error:
-            # Tune takes a worker that Ray killed for its memory for a failure of the whole run, not of one trial.
+            # If Ray kills a worker because memory runs out, Tune fails the entire run and not only that trial.
             if isinstance(error.__cause__, OutOfMemoryError):
                 sys.exit(OUT_OF_MEMORY)
             raise
@@ -279,7 +279,7 @@ class _StopCallback(tune.Callback):  # type: ignore[misc]
         self._stopping_since: float | None = None
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Raise _AllStoppedError once a stop was asked for and the trials have ended, or did not in time."""
+        """Raise _AllStoppedError once a stop was requested and the trials have ended or used up the time for it."""
         if self._stopping_since is None:
             if _is_orphan(self._stage):
                 self._stage.run.stop_file.touch()

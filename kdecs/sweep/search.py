@@ -1,4 +1,4 @@
-"""How a sweep searches: the whole grid, or a search with one seed whose survivors get all seeds.
+"""How a sweep searches: the complete grid, or a search with one seed whose survivors get all seeds.
 
     SWEEP/suggestions.jsonl   points that TPE asked for, in order: {"point": {dotted key: value}, "points_of": digest}
     SWEEP/search.json         {"survivors": [settings], "search_of": digest}, once the first stage is over
@@ -211,7 +211,7 @@ class TpeSuggester:
     """Suggests trials of a search by Optuna's tree-structured Parzen estimator; maximises `metric` on validation.
 
     A suggested point is in `suggestions.jsonl` before it is trained, and what a trial reached is in its own files. So a
-    search that was killed goes on with what it knew, without any state of Optuna or Ray.
+    search that was killed resumes with what it knew, without any state of Optuna or Ray.
 
     Ray's OptunaSearch cannot stand in. Its `evaluated_rewards` need a value for every point, so a search that is
     partly finished cannot be replayed; it reports a trial's last epoch, not its best; and it neither skips points that

@@ -1,8 +1,8 @@
-"""Teachers that a space names and whose labels are missing: refused, or trained and exported first (`--build`).
+"""A sweep whose teachers' soft labels are missing is refused, or trains and exports them first (`--build`).
 
     SWEEP/build/TEACHER-train.log, TEACHER-export.log   what the two stages printed
 
-The stages skip what is complete and resume what is not, so the same command goes on after any stop.
+The stages skip what is complete and resume what is not, so the same command resumes after any stop.
 """
 
 import yaml
@@ -32,7 +32,7 @@ def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> N
             print(f"sweep {config.name}: {stage} of teacher {name}, log: {log}", flush=True)
             title = f"{stage} of teacher {name}"
             code = run_child(arguments, stop, log=log)
-            stop.raise_if_requested(f"{title} stopped; run the same command again to go on")
+            stop.raise_if_requested(f"{title} stopped; run the same command again to resume")
             if code != 0:
                 raise ArtifactError(f"{title} failed with exit code {code}: {last_error(log)} (log: {log})")
         if not (config.teachers[name].labels / MANIFEST_NAME).is_file():

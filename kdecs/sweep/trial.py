@@ -1,4 +1,4 @@
-"""One trial: train a student in its own directory so that it can be killed at any moment and go on.
+"""One trial: train a student in its own directory so that it can be killed at any moment and resume.
 
 A trial's directory is a student artifact (its manifest makes it complete) that also holds
 
@@ -36,7 +36,7 @@ from kdecs.tracking.machine import sampled_load, write_environment
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 RAY_LOCK_NAME = ".ray-lock"  # held by the Ray process of a sweep
-OUT_OF_MEMORY = 75  # exit code of the Ray process: Ray killed a worker for its memory
+OUT_OF_MEMORY = 75  # exit code of the Ray process: Ray killed a worker because memory ran out
 _LOCK_POLL_S = 1.0
 _STOP_POLL_S = 0.5
 
@@ -305,7 +305,7 @@ def take_student(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def training_lock(store: Path, digest: str, should_stop: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the right to train this student, after any other sweep that does. Yields False once a stop is asked for."""
+    """Hold the right to train this student, after any other sweep that does. Yields False once a stop is requested."""
     # Two sweeps that need the same student train it once: the second waits here, then finds it in the store.
     path = store / ".locks" / digest
     while True:

@@ -155,7 +155,7 @@ class Tracker:
                 self._is_away = True
                 _warn(
                     f"warning: MLflow at {self.shown_uri} {'does not answer' if is_away else 'refuses'} "
-                    f"({self._reason(error)}). Training goes on; the metrics stay in files and are uploaded later."
+                    f"({self._reason(error)}). Training continues; the metrics stay in files and are uploaded later."
                 )
             return None
         if self._is_away:

@@ -281,7 +281,7 @@ def test_search_gives_all_seeds_to_the_survivors_alone(make_config, in_process, 
     }
     config = make_config(space=space, search={"method": "two-stage", "survivors": 2})
     output = run_sweep(config, trainer=train, runner=in_process)
-    assert "search over 6 trials is done, 2 settings go on with all seeds" in capfd.readouterr().out
+    assert "search over 6 trials is done, 2 settings are trained with all seeds" in capfd.readouterr().out
     results = read_results(output)
     assert len(results) == 6 + 2 * 2, "the search's seed serves both stages"
     ranked = rank_settings(results)

@@ -132,7 +132,7 @@ def test_a_report_of_a_sweep_whose_trials_failed(finish, monkeypatch):
     space = {**TWO_TRIALS, "distillation.alpha": {"grid": [0.3, 0.6]}}
     sweep = finish(space=space, search={"method": "two-stage", "survivors": 1})
     page = write_report_of(sweep).read_text()
-    assert "Not trained whole" in page and "the loss is not finite" in page
+    assert "Not trained to the end" in page and "the loss is not finite" in page
     (sweep / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="unfinished"):
         write_report_of(sweep)

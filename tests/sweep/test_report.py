@@ -73,6 +73,7 @@ def test_latex_table_compiles_to_its_parts(reported):
     assert table.count("\\\\") == 1 + 4 + 4, "a head, four settings, four trivial rules"
     assert "llama-tiny $\\alpha$0.6 $\\tau$2 & \\textbf{68.15}" in table and "j $\\geq$ i-1" in table
     assert latex_escaped("50% & a_b") == "50\\% \\& a\\_b"
+    assert latex_escaped("a~b^") == "a\\textasciitilde{}b\\textasciicircum{}"
 
 
 def test_ablation_has_significance(finish, make_labels, runs):

@@ -25,7 +25,7 @@ _DPI = 160
 _SHOWN_PER_INCH = 105  # CSS pixels; the widest figures have 8.6 inches
 INK, MUTED, ACCENT, RULE = "#1c2330", "#9aa3b2", "#2457c5", "#c2571a"
 COLOURS = ("#2457c5", "#c2571a", "#1c8a5a", "#8a3fb0", "#b8860b", "#0f7f95")
-_MAX_LEADERBOARD = 25
+_MAX_LEADERBOARD = 25  # rows that stay readable on one screen
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -177,6 +177,7 @@ def curves_figure(
             curves = [[point[metric] for point in seed] for seed in points[setting.key] if seed]
             for curve in curves:
                 axes.plot(range(1, len(curve) + 1), curve, color=colour, lw=0.7, alpha=0.35)
+            # Seeds may stop early, so the mean ends with the first of them.
             shortest = min((len(curve) for curve in curves), default=0)
             if shortest and place < len(COLOURS):
                 mean = np.mean([curve[:shortest] for curve in curves], axis=0)
@@ -232,5 +233,6 @@ def shown_width(target: Path) -> int:
 
 def save(figure: Any, target: Path) -> None:
     """Write a figure as PNG and free its memory."""
+    # Without matplotlib's version in the file, equal data give equal bytes.
     figure.savefig(target, dpi=_DPI, metadata={"Software": None})
     plt.close(figure)

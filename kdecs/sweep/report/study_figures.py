@@ -131,6 +131,7 @@ def spread_figure(
         axes.set_xlabel("points of macro F1 from the setting's mean")
         save(figure, target)
     seeds = min(setting.num_seeds for setting in shown)
+    # Two standard errors of the difference of two means over so many seeds each, about a 95% test.
     needed = 2 * pooled * math.sqrt(2 / seeds)
     rows = [[s.label, s.sd, *(score - s.mean for score in scores[s.key])] for s in shown]
     return Figure(

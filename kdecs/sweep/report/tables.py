@@ -87,6 +87,7 @@ def _paired_by_seed(first: Sequence[TrialResult], second: Sequence[TrialResult])
 
     others = {result.seed: result.score for result in second}
     pairs = [(result.score, others[result.seed]) for result in first if result.seed in others]
+    # Equal differences have no variance, so t is not defined.
     differences = {a - b for a, b in pairs}
     if len(pairs) < 2 or len(differences) == 1:
         return None
@@ -149,6 +150,14 @@ def _cell(value: float | None, *, is_best: bool) -> str:
 
 def latex_escaped(text: str) -> str:
     """A label in LaTeX, with its special characters, Greek letters and comparisons."""
-    marks = {"α": "$\\alpha$", "τ": "$\\tau$", ">=": "$\\geq$", "\\": "\\textbackslash{}"}
+    # A backslash before ~ or ^ would be an accent over the next letter.
+    marks = {
+        "α": "$\\alpha$",
+        "τ": "$\\tau$",
+        ">=": "$\\geq$",
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+    }
     pattern = r"α|τ|>=|\\|[&%$#_{}~^]"
     return re.sub(pattern, lambda found: marks.get(found[0], "\\" + found[0]), text)
