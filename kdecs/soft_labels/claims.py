@@ -124,7 +124,7 @@ def _read_job(path: Path) -> dict[str, object] | None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside a file for the bytes that may become it; `remove_temporaries` knows its form."""
+    """A new name beside a file, for bytes that may become that file; `remove_temporaries` knows the pattern."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -274,7 +274,7 @@ class Claims:
         return Claim(path, file, owner, self)
 
     def _is_abandoned(self, path: Path) -> bool:
-        """Whether the owner of a claim is dead or has been silent for longer than the lease, or the claim is gone."""
+        """True if a claim's owner is dead or has been silent for longer than the lease, or if the claim is gone."""
         try:
             with path.open("r+b") as file:
                 owner = file.read(_MAX_OWNER_BYTES)
@@ -306,7 +306,7 @@ def host_identity() -> str:
 
 
 def _is_unlocked(file: BinaryIO) -> bool:
-    """Whether no process of this host holds the kernel lock on an open file."""
+    """True if no process of this host holds the kernel lock on an open file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -315,9 +315,9 @@ def _is_unlocked(file: BinaryIO) -> bool:
 
 
 def remove_temporaries(output: Path, lease_s: float, claims: Claims | None = None) -> None:
-    """Remove what killed workers left of a complete export, unless another worker does so; best effort.
+    """Remove the files that killed workers left in a complete export, unless another worker does so.
 
-    Every shard is published, so nobody needs these files: a worker whose file is removed finds its shard published. A
+    Every shard is published, so no worker needs these files: one whose file is removed finds its shard published. A
     directory that cannot be written to, or that was copied without its working files, stays as it is.
     """
     work = output / WORK_DIRECTORY

@@ -91,7 +91,7 @@ class ExportResult:
 
     @property
     def pairs_per_second(self) -> float:
-        """Of all workers together."""
+        """The rate of all workers together."""
         return self.num_new_pairs / self.seconds if self.seconds else 0.0
 
 
@@ -160,7 +160,7 @@ class _ClaimLost(Exception):
 
 
 class _Worker:
-    """One worker's part of an export; `records` are those of the shards that it has seen published."""
+    """One worker's part of an export; `records` has the record of each shard that it has seen published."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class _Worker:
         return done
 
     def label_free_shards(self) -> bool:
-        """Label every shard that is neither published nor claimed by another worker; whether anything changed."""
+        """Label every shard that is neither published nor claimed by another worker; True if any was added."""
         before = len(self.records)
         for shard in self.order:
             if shard in self.records:
@@ -282,7 +282,7 @@ class _Worker:
         )
 
     def _label(self, shard: int, claim: Claim) -> ShardRecord | None:
-        """Score and publish a shard; None where another worker took it over and published it, or will."""
+        """Score and publish a shard; None if another worker took it over and has published it or will do so."""
         path, num_pairs = self.path(shard), self.plan.record.pairs[shard]
         started = time.monotonic()
         scoring = ShardScoring(

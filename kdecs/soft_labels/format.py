@@ -415,7 +415,7 @@ def records_of(shard: Path) -> list[ShardRecord]:
 
 
 def published_record(shard: Path, *, read_bytes: bool = True) -> ShardRecord | None:
-    """The record that fits a published shard; None where the shard is missing, damaged or has no record.
+    """The record that fits a published shard; None if the shard is missing, damaged or without a record.
 
     `read_bytes=False` compares sizes and reads the shard only where two records have its size.
     """
@@ -436,7 +436,7 @@ def write_checked(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_checked(path: Path) -> dict[str, Any] | None:
-    """What `write_checked` wrote; None where the file is missing or damaged."""
+    """The object that `write_checked` wrote; None if the file is missing or damaged."""
     try:
         values = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

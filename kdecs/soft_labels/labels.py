@@ -255,7 +255,7 @@ def join_shards(path: Path, directory: Path) -> JoinRecord:
 
 
 def _usable_record(path: Path, *, verify: bool) -> JoinRecord | None:
-    """The record of a joined file that is as its writer left it; None where it must be written again."""
+    """The record of a joined file that is as its writer left it; None if the file must be written again."""
     try:
         record = JoinRecord.model_validate_json(path.with_suffix(".json").read_bytes())
         stat = path.stat()

@@ -51,7 +51,7 @@ Batching = Literal["tree", "pairs"]
 
 @dataclass(frozen=True)
 class PlanKind:
-    """What determines a plan, apart from the corpus."""
+    """The settings that, together with the corpus, determine a plan."""
 
     work_hash: str
     num_shards: int
@@ -59,7 +59,7 @@ class PlanKind:
 
 
 class PlanRecord(BaseModel):
-    """plan.json; `starts` has one more item than there are shards."""
+    """The contents of plan.json; `starts` has one more item than there are shards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     work_hash: str
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """As configured; some may be empty."""
+        """The number of shards as configured; some may be empty."""
         return len(self.record.pairs)
 
     @property
@@ -127,12 +127,12 @@ class Plan:
 
 
 def batching_of(teacher: Manifest) -> Batching:
-    """How a teacher reads prompts by its manifest; as a tree where the manifest says nothing."""
+    """How a teacher reads prompts according to its manifest; as a tree if the manifest does not say."""
     return "pairs" if teacher.details.get("batching") == "pairs" else "tree"
 
 
 def open_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> Plan | None:
-    """The plan in a directory; None where there is none, where it is damaged or of another kind."""
+    """The plan in a directory; None if there is none, or if it is damaged or of another kind."""
     try:
         record = PlanRecord.model_validate(read_checked(directory / PLAN_NAME))
         entries = (directory / ENTRIES_NAME).read_bytes()
@@ -176,10 +176,17 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
         costs=tuple(load for load, _ in sorted(loads, key=lambda item: item[1])),
         pairs_by_split={split: int(by_split[n]) for n, split in enumerate(SPLITS) if split in splits},
     )
-    # The record goes last. It holds the checksum of the entries, so a plan that was half written is not used.
-    with atomic_path(directory / ENTRIES_NAME) as temporary:
-        temporary.write_bytes(entries.tobytes())
-    write_checked(directory / PLAN_NAME, record.model_dump(mode="json"))
+    try:
+        # The record goes last. It holds the checksum of the entries, so a plan that was half written is not used.
+        with atomic_path(directory / ENTRIES_NAME) as temporary:
+            temporary.write_bytes(entries.tobytes())
+        write_checked(directory / PLAN_NAME, record.model_dump(mode="json"))
+    except FileNotFoundError:
+        # This worker was suspended while others planned, labelled and completed the export, which removes all
+        # temporary files. Their plan is there.
+        if (found := open_plan(directory, kind, splits)) is None:
+            raise
+        return found
     return Plan(record, entries, splits)
 
 

@@ -56,7 +56,7 @@ class TeacherLabels(Config):
 
 
 class Distillation(Config):
-    """How a student learns which utterances are causes, beside emotions and spans.
+    """How a student learns which utterances are causes, in addition to emotions and spans.
 
     kd: from soft labels (Eq. 12-13). joint (Table 5, w/o KD): from gold labels on mask_cau, weight 1. cls (w/o
     connectives): with a binary classifier on the first token. span_only (w/o mask_cau): not at all.

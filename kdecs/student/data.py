@@ -32,7 +32,7 @@ _JOINED_AT_ONCE = 1 << 18
 
 
 class Targets(NamedTuple):
-    """What a batch is trained towards, and what each row weighs in each loss.
+    """The labels that a batch is trained towards, and the weight of each row in each loss.
 
     Labels are int64 (B,), -1 if unknown: the row then has no part in that loss. Weights are float32 (B,).
     """

@@ -50,7 +50,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """What a decision is chosen for: macro F1 at a level, and for neutral what `neutral_decision` says (config)."""
+    """The criteria of a decision: the level of macro F1, and how neutral is decided (`neutral_decision` in configs)."""
 
     level: Level = "span"
     neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
@@ -97,7 +97,7 @@ def validate(
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a student says of P pairs: emotion log-probabilities, cause scores in [0, 1], best spans.
+    """A student's scores for P pairs: emotion log-probabilities, cause scores in [0, 1], best spans.
 
     `span_P2` holds the first and last token of the best span, 1-based within u_j's copy. `emotion_PE` is None for
     a student that is given the emotions, `span_P2` for one that finds no spans (task ecpe).

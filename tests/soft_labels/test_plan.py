@@ -136,6 +136,22 @@ def test_lines_are_planned_as_the_whole_file_is(tmp_path: Path) -> None:
         assert emotions[0] == emotions[1]
 
 
+def test_a_worker_whose_files_were_removed_takes_the_plan_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was suspended until the export was complete, and all temporary files were removed."""
+    splits = open_splits(corpus())
+    made = plan_of(tmp_path / "others", splits, 2)
+
+    def removed(path: Path, values: object) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(planning, "write_checked", removed)
+    assert plan_of(tmp_path / "others", splits, 2).record == made.record
+    with pytest.raises(FileNotFoundError):
+        plan_of(tmp_path / "alone", splits, 2)
+
+
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_a_corpus_without_a_training_dialogue_is_refused(tmp_path: Path, share: float) -> None:
     """None left where all stand in valid too, in either format; none there in an empty file."""

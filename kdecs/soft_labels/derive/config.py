@@ -124,7 +124,7 @@ class CrossFitConfig(Config):
 
     @property
     def work_directory(self) -> Path:
-        """Where the folds, their teachers and exports are."""
+        """The directory of the folds, with their teachers and exports."""
         default = self.output.with_name(f"{self.output.name}.folds")
         return default if self.work is None else Path(self.work).expanduser().absolute()
 

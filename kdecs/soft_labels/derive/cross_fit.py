@@ -69,7 +69,7 @@ def write_folds(config: CrossFitConfig) -> dict[int, int]:
 
 
 def check_apart(train: Path, held_out: Path) -> int:
-    """The dialogues of a held-out file; raises ArtifactError where one stands, by id or text, in the training file."""
+    """The number of dialogues in a held-out file. Raises ArtifactError if the training file has one, by id or text."""
     held = {dialogue.id: text_digest(dialogue) for dialogue in iter_dialogues(held_out)}
     texts = set(held.values())
     for dialogue in iter_dialogues(train):

@@ -89,7 +89,10 @@ def import_labels(config: ImportConfig) -> Manifest:
 
 
 class _ScoreTable:
-    """The rows of a table in memory; `has` tells which optional columns it has, `rows_N` where a sorted row stood."""
+    """The rows of a table in memory, sorted by split and key.
+
+    `has` tells which optional columns the table has, and `rows_N` is the row of the table that each sorted row was.
+    """
 
     def __init__(self, path: Path, has: Mapping[str, bool], parts: list[ShardTable]) -> None:
         self.path, self.has = path, has
@@ -213,7 +216,9 @@ def _line_batches(path: Path) -> Iterator[tuple[int, dict[str, list[Any]]]]:
                 raise LabelError(f"{path}: line {number}: not a JSON object, expected one pair per line")
             # A key that appears only in some rows would be an optional column with holes.
             if rows and row.keys() != rows[0].keys():
-                raise LabelError(f"{path}: line {number}: other keys than the line before")
+                raise LabelError(
+                    f"{path}: line {number}: has other keys than the line before, expected the same in all"
+                )
             rows.append(row)
             if len(rows) == _BATCH_ROWS:
                 yield first, _columns(rows)
@@ -233,7 +238,7 @@ def _checked_rows(config: ImportConfig, batch: Mapping[str, list[Any]], first_ro
         return LabelError(f"{config.table}: row {first_row + place}: {message}")
 
     if "pair_id" not in batch:
-        raise LabelError(f"{config.table}: no column pair_id; there are {_names(batch)}")
+        raise LabelError(f"{config.table}: has no column pair_id; its columns are {_names(batch)}")
     for name in ("pair_id", "pair_hash", "split"):
         for place, value in enumerate(batch.get(name, ())):
             if not isinstance(value, str) or not value or not is_unicode(value):
@@ -264,8 +269,8 @@ def _scores(config: ImportConfig, batch: Mapping[str, list[Any]], place: int, re
         values = [batch[word][place] for word in CONNECTIVES]
     else:
         raise LabelError(
-            f"{config.table}: no scores: expected a column logits, or the columns {', '.join(CONNECTIVES)}; "
-            f"there are {_names(batch)}"
+            f"{config.table}: has no scores, expected a column logits or the columns {', '.join(CONNECTIVES)}; "
+            f"its columns are {_names(batch)}"
         )
     if not isinstance(values, list) or len(values) != len(CONNECTIVES):
         raise refuse(place, f"the pair {pair_id} has {shorten(values)}, expected {len(CONNECTIVES)} scores")
@@ -284,7 +289,7 @@ def _scores(config: ImportConfig, batch: Mapping[str, list[Any]], place: int, re
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a value is a number that a float32 can hold, however many digits it is written with."""
+    """True if a value is a number that a float32 can hold, however many digits it is written with."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # NaN fails the comparison, too. Python compares integers of any length without converting them.
     return is_number and abs(value) <= float(np.finfo(np.float32).max)

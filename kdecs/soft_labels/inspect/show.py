@@ -26,7 +26,7 @@ def describe(
     universe: Universe = "fold1",
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Facts of the manifest, sums by split, and for each corpus file agreement and calibration; plain JSON values.
+    """The manifest's facts, sums by split, and for each corpus file agreement and calibration, as plain JSON values.
 
     Without `corpora`, those that were labelled are used where they are still there (`labelled_corpora`). The pairs of
     a corpus are found by id and hash in any split. Pairs without a label are counted; a named corpus of which no pair
