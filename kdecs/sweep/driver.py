@@ -85,7 +85,7 @@ def run_sweep(
     missing = missing_teachers(config)
     if missing and not build:
         refuse_missing(config, missing)
-    # All that can be refused is refused before the directory exists, and before --build trains teachers for hours.
+    # What can be refused is refused before the directory exists, and before --build trains teachers for hours.
     search = Search(config, planned=bool(missing))
     if not missing:
         _refuse_other_sweep(config, search)

@@ -358,17 +358,17 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
     warn_of_emulation(runtime, config.zero.dtype, "zero.dtype")
     work = config_hash(config)
     check_output(config.output, "teacher", work)
+    family = make_family(
+        config.model,
+        max_prompt_tokens=config.batches.max_prompt_tokens,
+        emotions_shown=config.emotions_shown,
+        tree_attention=config.batches.tree_attention,
+    )
+    # Before the output directory is made, and before the weights are loaded, which takes minutes for a large base.
+    check_config(config.model.base, config.model.family, family.max_prompt_tokens)
     with lock_output(config.output, runtime):
         # All ranks draw the same first values for LoRA's A and for a new head.
         seed_everything(config.optimization.seed)
-        family = make_family(
-            config.model,
-            max_prompt_tokens=config.batches.max_prompt_tokens,
-            emotions_shown=config.emotions_shown,
-            tree_attention=config.batches.tree_attention,
-        )
-        # Before the weights are loaded, which takes minutes for a large base.
-        check_config(config.model.base, config.model.family, family.max_prompt_tokens)
         data, engine = prepare(config, family, runtime)
         training = TeacherTraining(config, data, engine, work, runtime)
         metrics = MetricsFile(config.output)

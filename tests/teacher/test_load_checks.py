@@ -250,6 +250,7 @@ def test_another_family_is_refused_before_the_base_is_loaded(
     config = make_config(model__base=str(bases("masked")))
     with pytest.raises(ModelError, match=r"is masked, the config says model\.family=causal"):
         train_teacher(config, runtime, StopAfter())
+    assert not config.output.exists()
 
 
 @pytest.mark.parametrize("targets", [("nope",), ("q_proj", "nope")])
