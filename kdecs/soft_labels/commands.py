@@ -46,9 +46,11 @@ def show(
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """Show lineage, entropy by τ and answer words; with a corpus also agreement with gold, calibration, reliability.
+    """Show a directory's lineage, entropy by τ and answer words; with a corpus, compare the labels with gold.
 
-    Examples: kdecs soft-labels show runs/demo/labels/llama-tiny
+    Examples:
+
+    kdecs soft-labels show runs/demo/labels/llama-tiny
 
     kdecs soft-labels show runs/labels/llama-7b --corpus data/dailydialog_valid.json --output reliability.png
 
@@ -80,12 +82,15 @@ def combine(
     ),
     weight: Annotated[
         list[float] | None,
-        typer.Option(metavar="W", help="weight of a teacher; repeat it, once per directory, in order"),
+        typer.Option(
+            metavar="W", help="weight of a teacher; repeat the option once per directory, in their order"
+        ),
     ] = None,
     train: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="training corpus with gold; for gold-correct, no other rule takes one"
+            metavar="FILE",
+            help="training corpus with gold labels; gold-correct needs it, no other rule takes it",
         ),
     ] = None,
     cache: Cache = None,
@@ -96,7 +101,9 @@ def combine(
     the teacher with the lowest entropy. gold-correct averages, for each training pair, the teachers that are right.
     Top logits (top_k) are not carried over.
 
-    Examples: kdecs soft-labels combine runs/labels/llama runs/labels/t5 --output runs/labels/both
+    Examples:
+
+    kdecs soft-labels combine runs/labels/llama runs/labels/t5 --output runs/labels/both
 
     kdecs soft-labels combine labels/a labels/b --rule gold-correct --train train.json --output labels/c
     """
@@ -125,7 +132,8 @@ def import_table(
         typer.Option(
             "--corpus",
             metavar="[SPLIT=]FILE",
-            help="corpus file with the pairs of a split, train unless it begins with valid= or test=; repeatable",
+            help="corpus file whose pairs the table labels; its split is train, unless it is given as valid=FILE or "
+            "test=FILE; repeatable",
         ),
     ],
     scores: Annotated[ScoresKind, typer.Option(help="what the table's scores are")] = "logits",
@@ -137,7 +145,9 @@ def import_table(
 
     Columns: pair_id; logits (a list) or because, as, since, thus, other; optional pair_hash, split, log_rest_mass.
 
-    Examples: kdecs soft-labels import scores.parquet --corpus data/train.json --output runs/labels/mine
+    Examples:
+
+    kdecs soft-labels import scores.parquet --corpus data/train.json --output runs/labels/mine
 
     kdecs soft-labels import p.jsonl --scores probabilities --corpus train.json --corpus valid=valid.json --output mine
     """

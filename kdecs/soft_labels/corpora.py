@@ -21,8 +21,8 @@ _MAX_CONFIG_BYTES = 1 << 20  # a directory from elsewhere could hold a config th
 def labelled_corpora(directory: Path, manifest: Manifest) -> list[Path]:
     """The corpus files that a directory's `config.json` names and that are still as they were labelled, by split.
 
-    A directory from elsewhere may name any path, so only the checksum of a file is computed until it agrees with the
-    manifest's inputs. A config or file that cannot be read counts as none.
+    A directory from elsewhere may name any path, so a file is only hashed until its checksum agrees with the manifest's
+    inputs. A config or file that cannot be read is ignored.
     """
     values: dict[str, Any] = {}
     path = directory / CONFIG_NAME

@@ -84,7 +84,7 @@ class KeyIndex:
                 continue
             keys = self._keys_N[start:end]
             open_n = np.flatnonzero(rows_n < 0)
-            # A key beyond the last one gets the place behind it; the comparison below then fails as it should.
+            # `searchsorted` places a key beyond all others behind the last row; clamped, it fails the comparison.
             places = np.minimum(np.searchsorted(keys, wanted_n[open_n]), len(keys) - 1)
             is_found = keys[places] == wanted_n[open_n]
             rows_n[open_n[is_found]] = start + places[is_found]

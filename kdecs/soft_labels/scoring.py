@@ -48,7 +48,7 @@ class Scorer(Protocol):
 
     @property
     def tokenizer_sha256(self) -> str:
-        """What the ids of top logits refer to: a student may use them only with a tokenizer of this checksum."""
+        """Checksum of the tokenizer that the ids of top logits refer to; a student must have the same tokenizer."""
         ...
 
     def score_with_top(

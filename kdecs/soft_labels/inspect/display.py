@@ -102,7 +102,7 @@ def _print_split(console: Console, name: str, item: Mapping[str, Any]) -> None:
     console.print(Text(f"entropy, nats (at most {item['max_entropy']:.3f}): {entropy}"))
     console.print(
         Text(
-            f"called causes: {100 * item['share_causal']:.2f}%; probability outside the answer words: "
+            f"decided as causes: {100 * item['share_causal']:.2f}%; probability outside the answer words: "
             f"{100 * item['rest_mass']:.2f}%"
         )
     )

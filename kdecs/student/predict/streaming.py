@@ -106,8 +106,8 @@ def warn_of_long_dialogues(
 ) -> Iterator[Dialogue]:
     """The same dialogues, with a warning for those of more than 100 utterances, whose number of pairs grows as n².
 
-    The first few get a line each, and a last line gives their number. `bound` is what the caller calls its maximum
-    distance; `place` stands at the beginning of each line.
+    The first few get a line each, and a last line gives their number. `bound` is the name of the option by which the
+    caller's user limits the distance; each line begins with `place`.
     """
     num_long = 0
     for dialogue in dialogues:
