@@ -157,6 +157,7 @@ def open_cache(
 
 def cache_key(corpus_file: Path, encoder: PairEncoder, emotion_table: Mapping[str, str] | None = None) -> str:
     """Hex sha256 over corpus content, tokenizer, template version, maximum length and format version."""
+    # The table changes the column `emotion`, so each table has its own cache.
     emotions = json.dumps(emotion_table, sort_keys=True)
     parts = (sha256_of_file(corpus_file), encoder.fingerprint, emotions, str(CACHE_VERSION))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

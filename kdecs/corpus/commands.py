@@ -96,6 +96,7 @@ def verify(
         for duplicate in finder.duplicates:
             print(f"warning: {duplicate}")
     if faults:
+        # Before the error on stderr, so that a terminal shows both in this order.
         sys.stdout.flush()
         if len(faults) == 1:
             raise CorpusError(str(faults[0]))

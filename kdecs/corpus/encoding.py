@@ -171,6 +171,7 @@ class PairEncoder:
         first, last = tokens
         offsets = _offsets_within(encoding, prompt.text, first, last, prompt.candidate_range)
         removed, num_truncated = self._removed(pair, prompt, encoding, first)
+        # History is never part of u_j's copy, so only these tokens shorten it.
         if num_truncated:
             offsets = [o for token, o in enumerate(offsets, start=first) if token not in removed]
         if removed:

@@ -144,6 +144,7 @@ def iter_dialogues(path: Path | str, *, labelled: bool = True, part: str | None 
     """
     path = Path(path)
     checker = Checker(str(path), labelled=labelled)
+    # Also after a dialogue that is not yielded: the first fault ends the pass.
     yield from _dialogues(path, checker, part, on_dialogue=lambda: _refuse(checker))
     _refuse(checker)
 

@@ -98,6 +98,7 @@ def prompt_tokens(corpus: Corpus, tokenizer: Any) -> list[int]:
     lengths: list[int] = []
     for dialogue in corpus.dialogues:
         if texts := [text_of(pair) for pair in pairs_of(dialogue)]:
+            # Quietly: Transformers would warn of each prompt beyond the model's limit.
             lengths += map(len, tokenizer(texts, verbose=False)["input_ids"])
     return lengths
 

@@ -51,7 +51,7 @@ class EmotionReport:
     f1: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON: accuracy, macro_f1, f1 and count by label, confusion as {gold: {predicted: count}}."""
+        """Return JSON values: accuracy, macro_f1, f1 and count by label, confusion as {gold: {predicted: count}}."""
         counts = self.confusion.tolist()
         return {
             "accuracy": self.accuracy,
@@ -151,6 +151,7 @@ def evaluate(
     does not name stay. It changes no pair: a target is predicted neutral, and thus has no cause, if the system's own
     label says so. Raises PredictionError if a target has two predicted emotions.
     """
+    # Only the gold side: predictions are mapped where they are compared, after neutral targets have lost their causes.
     corpus = map_corpus(corpus, emotion_table) if emotion_table else corpus
     rows = rows_of(corpus, universe)
     scored = score_rows(rows, predictions, protocol, emotion_table)

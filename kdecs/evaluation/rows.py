@@ -170,6 +170,7 @@ def score_rows(
             _add_negative(contributions[number], is_cause, span)
             continue
         outcome = match(row.gold, span)
+        # A missing span is contained in every gold span, so such rows are "similar", too.
         if outcome == "similar":
             last_similar_is_empty = span == ""
         elif outcome == "incorrect":

@@ -44,7 +44,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TeacherState:
-    """All that a resume needs beside DeepSpeed's own state: finished steps, what they saw, the best validation."""
+    """All that a resume needs besides DeepSpeed's own state: finished steps, what they saw, the best validation."""
 
     step: int = 0
     pairs_seen: int = 0
@@ -189,6 +189,7 @@ def _finished(root: Path) -> list[Path]:
 
 def _prune(root: Path, keep_last: int) -> None:
     kept = _finished(root)[-keep_last:]
+    # A resume may start from any kept state, and each needs its own best product.
     states = [json.loads((folder / STATE).read_text(encoding="utf-8")) for folder in kept]
     names = {folder.name for folder in kept} | {f"step-{s['progress']['best_step']}" for s in states}
     for path in root.iterdir():

@@ -119,7 +119,7 @@ class TeacherConfig(Config):
     validate_per_epoch: int = Field(default=1, ge=1, description="validations per epoch")
     checkpoint_every_steps: Annotated[int, Unhashed()] = Field(default=200, ge=1)
     keep_last: Annotated[int, Unhashed()] = Field(
-        default=1, ge=1, description="number of newest checkpoints to keep, beside the best on validation"
+        default=1, ge=1, description="number of newest checkpoints to keep, besides the best on validation"
     )
     log_every_steps: Annotated[int, Unhashed()] = Field(
         default=20, ge=1, description="steps per line of metrics.jsonl; every validation writes one, too"

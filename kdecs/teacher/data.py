@@ -50,6 +50,7 @@ def tree_units(
         for _, group in groupby(of_dialogue, key=lambda n: pairs[n].target):
             for target in _split_target(list(group), prompts, max_tokens):
                 joined = [*chunk, *target]
+                # Consecutive targets share most of their history, so they belong into one tree as long as it fits.
                 if chunk and (len(joined) > max_pairs or _size(joined, prompts) > max_tokens):
                     units.append(_unit(chunk, prompts))
                     chunk = target
@@ -136,6 +137,7 @@ def share_among_ranks(
 
 def fixed_batches(units: Sequence[Unit], *, micro_batch_tokens: int, padded: bool) -> list[MicroBatch]:
     """Micro-batches for scoring, like lengths together. They depend on the units alone."""
+    # Like lengths together waste the least padding.
     ordered = sorted(units, key=lambda u: (u.longest, u.pairs)) if padded else list(units)
     return _micro_batches(ordered, micro_batch_tokens, padded)
 

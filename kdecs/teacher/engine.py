@@ -1,6 +1,6 @@
 """The DeepSpeed engine that trains a teacher: its settings, and the network wrapped in it.
 
-The only module, beside `checkpoint`, that needs DeepSpeed at import: scoring and planning work without it.
+This module and `checkpoint` alone import DeepSpeed at the top: scoring and planning work without it.
 """
 
 import importlib.util

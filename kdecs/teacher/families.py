@@ -117,6 +117,7 @@ class Family(ABC):
         output = language_model(network).get_output_embeddings()
         if not _has_plain_rows(output):
             return self.head(network, hidden_PH)[:, self.answer_ids].float()
+        # A vocabulary has 30,000 to 130,000 rows, the answers five.
         bias_A = None if output.bias is None else output.bias[self.answer_ids]
         return self._rows_of_head(network, output, output.weight[self.answer_ids], bias_A, hidden_PH)
 
@@ -180,7 +181,7 @@ class Family(ABC):
 
 
 def _check_weights(reference: str, missing: Collection[str], *, new_head: bool) -> None:
-    """Raise ModelError if weights are random that the model should have; log a head that may be, and is, new.
+    """Raise ModelError if the model lacks weights that it should have; log a head that is allowed to be new.
 
     `missing` are names as Transformers reports them, without the second names of tied tensors.
     """
@@ -261,17 +262,18 @@ class CausalFamily(_LinearHead):
     def answer_index(self, tokens: np.ndarray, offsets: Sequence[tuple[int, int]], text_end: int) -> int:
         """The last token of the text (a tokenizer may append a special token)."""
         del tokens
+        # `right > left` skips special tokens, whose range is empty.
         return max(n for n, (left, right) in enumerate(offsets) if right > left and right <= text_end)
 
     def encode(self, pair: Pair) -> EncodedPrompt:
-        """As the base class, but without anything after the last token of the text."""
+        """Encode as the base class does, and drop everything after the last token of the text."""
         encoded = super().encode(pair)
         return replace(encoded, tokens=encoded.tokens[: encoded.answer + 1])
 
     def hidden_at_answers(
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
-        """One forward per padded prompt."""
+        """Run one forward over the padded prompts."""
         ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         output = _decoder(network)(input_ids=ids_PT, attention_mask=mask_PT, use_cache=False)
         return output.last_hidden_state[torch.arange(len(prompts), device=ids_PT.device), answers_P]
@@ -279,7 +281,7 @@ class CausalFamily(_LinearHead):
     def load_network(
         self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
     ) -> nn.Module:
-        """As the base class, and ready to attend along a prefix tree."""
+        """Load as the base class does, and prepare the network to attend along a prefix tree."""
         network = super().load_network(reference, dtype=dtype, new_head=new_head, **options)
         use_tree_attention(network)
         return network
@@ -287,7 +289,7 @@ class CausalFamily(_LinearHead):
     def hidden_at_leaves(
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
-        """One forward over the prompts' tree: the same hidden states (P, H) for a fraction of the tokens."""
+        """Run one forward over the prompts' tree: the same hidden states (P, H) for a fraction of the tokens."""
         tree = pack([prompt.tokens for prompt in prompts])
         decoder = _decoder(network)
         kind = resolve(self.tree_attention, decoder, device)
@@ -331,7 +333,7 @@ class Seq2SeqFamily(_LinearHead):
     def hidden_at_answers(
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
-        """Encoder over the padded prompts, decoder over two tokens."""
+        """Run the encoder over the padded prompts and the decoder over two tokens."""
         ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         model = language_model(network)
         decoder_ids = self._decoder_inputs(model, device)["decoder_input_ids"].expand(len(prompts), -1)
@@ -349,6 +351,7 @@ class Seq2SeqFamily(_LinearHead):
 
     def _decoder_inputs(self, model: Any, device: torch.device) -> dict[str, Tensor]:
         """Start token and sentinel."""
+        # T5 was pretrained to answer with the sentinel first, then the text that it stands for.
         ids = [[model.config.decoder_start_token_id, self.sentinel_id]]
         return {"decoder_input_ids": torch.tensor(ids, device=device)}
 
@@ -390,7 +393,7 @@ class MaskedFamily(Family):
     def hidden_at_answers(
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
-        """Encoder over the padded prompts; the head's transform is part of `head`."""
+        """Run the encoder over the padded prompts; the head's transform is part of `head`."""
         ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         model = language_model(network)
         output = model.base_model(input_ids=ids_PT, attention_mask=mask_PT)
@@ -411,6 +414,8 @@ class MaskedFamily(Family):
         """The head with its output embedding replaced by the answer words' rows."""
         head = _masked_head(network)
         place = next(name for name, module in head.named_modules() if module is output)
+        # The transform and the norm before the output embedding have to run, so the whole head is called with fewer
+        # rows.
         rows = {f"{place}.weight": weight_AH} | ({} if bias_A is None else {f"{place}.bias": bias_A})
         return torch.func.functional_call(head, rows, (hidden_PH,)).float()
 

@@ -68,6 +68,7 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
     values = _adapter_values(wanted.adapter)
     config = _config(wanted, values)
     work_hash = _work_hash(wanted, config)
+    # A second start returns at once, without loading the base.
     if is_complete(wanted.output, "teacher", work_hash):
         return read_manifest(wanted.output, "teacher")
     check_output(wanted.output, "teacher", work_hash)
@@ -122,6 +123,7 @@ def _adapter_values(directory: Path) -> dict[str, Any]:
 
 def _config(wanted: AdapterImport, values: dict[str, Any]) -> TeacherConfig:
     targets = values.get("target_modules")
+    # What PEFT needs stands in the adapter's own config; these keys only describe the adapter in the teacher's.
     lora = {"rank": values.get("r"), "alpha": values.get("lora_alpha")}
     if isinstance(targets, list):
         lora["targets"] = sorted(targets)

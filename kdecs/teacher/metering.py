@@ -230,6 +230,7 @@ class MetricsFile:
     def cut_back(self, step: int) -> None:
         """Keep the lines up to a step: what an attempt wrote after its last checkpoint will be written again."""
         if self.path.is_file():
+            # Written anew as a whole: a kill in the middle leaves either the old file or the new one.
             kept = [point for point in read_points(self.path) if point["step"] <= step]
             write_text(self.path, "".join(json.dumps(point) + "\n" for point in kept))
 

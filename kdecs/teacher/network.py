@@ -44,6 +44,7 @@ class TeacherNetwork(nn.Module):
         self.family = family
         self.network = network
         self.use_tree = use_tree and family.can_share_prefixes
+        # A checkpoint without the frozen base has megabytes instead of gigabytes.
         self.register_state_dict_post_hook(_drop_frozen)
 
     def forward(self, prompts: Sequence[EncodedPrompt], *, by_model: bool = False) -> Tensor:
@@ -317,6 +318,7 @@ def check_head(ask: Callable[..., Tensor], teacher: TeacherNetwork, prompt: Enco
     is_same = bool(torch.isclose(own_V, raw_V, rtol=0, atol=0, equal_nan=True).all())
     if is_same and _are_close(ours_A, own_V[teacher.family.answer_ids], teacher):
         return
+    # For the message alone: which setting is likely to be the cause.
     config = getattr(teacher.network, "config", None)
     keys = [key for key in LOGIT_KEYS if getattr(config, key, None) not in (None, 1, 1.0)]
     raise ModelError(

@@ -198,7 +198,7 @@ def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_s
     # Read back, so that an adapter that cannot be loaded fails here, not in an export hours later.
     check_adapter(load_file(directory / ADAPTER_FILE), directory)
     peft_config = model.peft_config["default"]
-    # Read back from the file, it makes an adapter load frozen. The training itself may go on.
+    # In the file it makes an adapter load frozen; in memory it is reset, since the training may continue.
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(directory))
     peft_config.inference_mode = False

@@ -101,7 +101,7 @@ def _start(
 def validate(
     engine: Any, valid: PromptSet, config: TeacherConfig, *, padded: bool, runtime: Runtime
 ) -> dict[str, float]:
-    """valid_loss, valid_positive_f1, valid_negative_f1 and valid_macro_f1; every pair counts once. Collective.
+    """Compute valid_loss, valid_positive_f1, valid_negative_f1 and valid_macro_f1 over all pairs. Collective.
 
     Raises TrainingError on every rank if the loss is not finite.
     """
@@ -144,7 +144,7 @@ def validation_steps(num_steps: int, num_validations: int) -> set[int]:
 
 
 class TeacherTraining:
-    """A training on this rank. `state` is all that a resume needs beside DeepSpeed's own state."""
+    """A training on this rank. `state` is all that a resume needs besides DeepSpeed's own state."""
 
     def __init__(
         self, config: TeacherConfig, data: TeacherData, engine: Any, work: str, runtime: Runtime
@@ -244,6 +244,7 @@ class TeacherTraining:
         # Summed on the device: reading the loss of each micro-batch would wait for it.
         loss_sum = torch.zeros((), device=runtime.device)
         for number in range(num_micro_steps):
+            # A rank with fewer micro-batches computes empty ones: the engine's collectives wait for every rank.
             micro = micro_batches[number] if number < len(micro_batches) else MicroBatch(())
             # The engine cannot count them itself: the number of micro-steps differs between steps.
             engine.set_gradient_accumulation_boundary(number == num_micro_steps - 1)
@@ -299,6 +300,7 @@ class TeacherTraining:
         """Put the best product into the teacher directory, and the manifest last. Rank 0 alone."""
         config, data, state = self.config, self.data, self.state
         labels = [pair.is_cause for pair in data.valid.pairs]
+        # What a validation score has to beat at the very least.
         majority = [sum(labels) * 2 > len(labels)] * len(labels)
         majority_f1 = PairCounts.of(labels, majority).scores()["macro_f1"]
         files = install_product(product_directory(config, state.best_step), family, config.output)

@@ -151,7 +151,7 @@ class Limits:
 
 
 def peak_memory(states: StateBytes, activations: Activations, *, reserve: float = 0.0) -> PeakMemory:
-    """States and activations of a rank together; activations and buffers are those of the worse moment."""
+    """Add a rank's states and activations; activations and buffers are those of the worse moment."""
     start = (activations.peak_bytes, states.buffers - states.empty_buffers)
     end = (activations.backward_end_bytes, states.buffers)
     active, buffers = max(start, end, key=sum)

@@ -31,7 +31,7 @@ DEFAULT_GPU = "a100-40g"
 
 
 class Assumptions(Config):
-    """What a plan assumes beside the teacher's config. Null: the GPU's or the corpus's own, or no limit."""
+    """What a plan assumes besides the teacher's config. Null: the GPU's or the corpus's own, or no limit."""
 
     pairs: int | None = Field(default=None, ge=1, description="pairs of an epoch, if not those of the corpus")
     mfu: float = Field(default=0.4, gt=0, le=1, description="share of the GPU's peak that is reached")
@@ -138,6 +138,7 @@ class LayoutPlan:
 
 def make_plan(request: PlanRequest) -> LayoutPlan:
     """Work out every layout of a request. Raises ConfigError, CorpusError or ModelError, one line."""
+    # One --set serves both: the names of assumptions are none of a teacher's top-level keys.
     of_config = [s for s in request.settings if s.partition("=")[0] not in Assumptions.model_fields]
     assumed = load_config(Assumptions, None, [s for s in request.settings if s not in of_config])
     config = _config_to_plan(request.teacher, of_config)
@@ -149,6 +150,7 @@ def make_plan(request: PlanRequest) -> LayoutPlan:
             f"--gpu {gpu.name}: has no bfloat16; add --set zero.dtype=float16 or zero.dtype=float32"
         )
     corpus, corpus_name = request.corpus or config.corpus.train, ""
+    # A config may name a corpus that is only on the cluster.
     if request.corpus is None and not corpus.is_file():
         corpus, corpus_name = bundled_sample("train"), "bundled sample"
     counted = count_prompts(
@@ -169,6 +171,7 @@ def make_plan(request: PlanRequest) -> LayoutPlan:
             scale=counted.scale if assumed.pairs is None else assumed.pairs / len(counted.pairs),
         )
     )
+    # Only an explicit budget narrows the search: the config's own is often just the default.
     sets_budget = any(s.startswith("batches.micro_batch_tokens=") for s in of_config)
     budgets = [config.batches.micro_batch_tokens] if sets_budget else MICRO_BATCH_TOKENS
     memory_gib = request.gpu_memory_gib or (gpu.memory_gib if gpu else 0.0)

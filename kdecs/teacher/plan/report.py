@@ -82,6 +82,7 @@ def memory_table(layout: Layout) -> Table:
     """The parts of one layout's peak."""
     table = figures_table("Peak of a rank, GiB", "part", "GiB")
     for name, value in asdict(layout.memory).items():
+        # Parts that this layout does not have would only lengthen the table.
         if value:
             table.add_row(_PART_NAMES[name], f"{value / GIB:.2f}")
     table.add_section()
@@ -99,7 +100,7 @@ _PART_NAMES = {
     "gathered": "parameters gathered by ZeRO-3",
     "step": "temporaries of the step (instead of activations and buffers)",
     "reserve": "driver, libraries and fragments",
-    "host": "in main memory, beside the device",
+    "host": "in main memory, not on the device",
 }
 
 

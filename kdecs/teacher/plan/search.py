@@ -219,7 +219,7 @@ class Planner:
 
         Without a mask that grows with the square of a row, memory lies on a line: two traces serve all sizes.
         """
-        # A dense mask, or the keys that blocks gather, grow faster than the walk: such a shape is traced as it is.
+        # A dense mask, or the keys that blocks gather, grow faster than the walk: such a shape is traced itself.
         if shape.tree is not None and self.training.tree_attention != "flex":
             return self._tracer.memory(shape, checkpointing=checkpointing)
         per_row = shape.answers / (shape.rows if shape.tree is None else shape.tokens)
@@ -305,7 +305,7 @@ def full_tree(tokens: int, depth: int) -> PackedTree:
 
 
 def zero_choices(gpus: int, dtype: str, *, in_4bit: bool) -> Iterator[ZeroChoice]:
-    """Every stage that trains at this dtype, plain and with what it can offload; ZeRO-3 cannot partition 4 bits."""
+    """Every stage that can train at this dtype, with each offload that it allows; ZeRO-3 cannot partition 4 bits."""
     for stage in (0, 1, 2) if in_4bit else (0, 1, 2, 3):
         # DeepSpeed does not scale the loss there, and the config refuses it.
         if stage == 0 and dtype == "float16":
