@@ -124,7 +124,7 @@ class MrcTask:
             for question, span in zip(data.valid, span_P2, strict=True)
         ]
         gold = [pair.spans for pair in data.valid_pairs]
-        # No emotions: fold1 has no pair of a neutral target, which would be barred from being a cause.
+        # Emotions are left out: they would bar the pairs of neutral targets, of which fold1 has none.
         self.threshold, _ = choose_threshold(pair_gains(score_P, [None] * len(gold), gold, texts))
         found = [
             decide(*item, self.threshold).prediction

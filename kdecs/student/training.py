@@ -241,7 +241,7 @@ class StudentTask:
         zero = loss.new_zeros(())
         values = [getattr(parts, name) for name in _PARTS]
         means = torch.stack([loss, *(zero if value is None else value for value in values)]).detach()
-        # `batch_mean` multiplied by the world size for the gradients; the sums of all ranks must not be.
+        # `batch_mean` multiplied by the world size for the gradients' sake, which the sums over ranks must undo.
         return loss, means.double() * (count / runtime.world_size)
 
     def validate(self, state: TrainState) -> Metrics:

@@ -230,9 +230,8 @@ class EpochLoop:
         metrics: Metrics = {}
         if runtime.is_main:
             metrics = task.validate(state)
-        metrics = gather_objects(metrics, runtime)[
-            0
-        ]  # every rank decides the best epoch and the patience by these
+        # Every rank decides the best epoch and the patience by the metrics of rank 0.
+        metrics = gather_objects(metrics, runtime)[0]
         if metrics[task.criterion] > state.best_macro_f1:
             # The folder before the checkpoint that names it: a checkpoint never names files that are not there. Until
             # the checkpoint is written the folder of the previous best epoch stays, too.
@@ -296,7 +295,7 @@ class GuardedSteps:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         with torch.no_grad():
-            # The gradients' norm is not finite if one gradient is not. `&=` keeps the first bad step in mind.
+            # The gradients' norm is not finite if one gradient is not. Once False, the flag stays False.
             self.is_finite &= torch.isfinite(norm) & torch.isfinite(loss)
             if self.optimizer.defaults.get("fused"):
                 setattr(self.optimizer, "found_inf", (~self.is_finite).float())  # noqa: B010
@@ -355,7 +354,7 @@ def learning_rate_at(step: int, total_steps: int, optimization: Optimization) ->
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of the dropout masks of one step on one rank; no two ranks share a mask."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch takes seeds of 63 bits
+    return int.from_bytes(digest, "little") >> 1  # 63 bits, which fit a signed integer
 
 
 def adamw(
