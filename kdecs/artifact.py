@@ -66,7 +66,7 @@ class Manifest(BaseModel):
 
 
 def sha256_of_file(path: Path, *, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex sha256 of a file, read in blocks of 1 MiB; `on_bytes` is called with the size of each."""
+    """Hex sha256 of a file, read in blocks of 1 MiB. `on_bytes` is called with the size of each block."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -98,7 +98,7 @@ def content_checksum(path: Path) -> str:
 
 
 def _remembered_sha256(path: Path) -> str:
-    """Inputs are hashed once per process: a sweep needs the same base model's for every trial."""
+    """Hash each input once per process, because a sweep asks for the same base model in every trial."""
     state = path.stat()
     return _sha256_at(path, state.st_ino, state.st_size, state.st_mtime_ns)
 
@@ -120,7 +120,7 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to write to; on success fsync it and rename it to `path`.
+    """Yield a temporary sibling to write to. On success, fsync it and rename it to `path`.
 
     On any error the temporary file is removed and `path` stays as it was.
     """
@@ -155,7 +155,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, *, blocking: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock on `path`, a file that is made if missing; yield False if not `blocking` and it is taken.
+    """Hold an exclusive lock on a file, which is made if missing. Yields False if it is taken and not `blocking`.
 
     The kernel frees the lock when its holder dies. The file itself stays.
     """
@@ -197,7 +197,7 @@ def build_manifest(
 
 
 def save_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest, which completes the directory: every listed file must be durable before."""
+    """Write the manifest, which completes the directory. Every listed file must be durable before."""
     write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
@@ -279,7 +279,7 @@ def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
 
 
 def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
-    """True if the directory holds this work, finished: kind, config hash and file sizes agree; reads no checksum."""
+    """True if the directory holds this work, finished: kind, config hash and file sizes agree. No checksum is read."""
     if not (directory / MANIFEST_NAME).is_file():
         return False
     manifest = read_manifest(directory, kind)
@@ -346,7 +346,7 @@ def read_verified_manifest(directory: Path, kind: Kind) -> Manifest:
 
 
 def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None = None) -> list[str]:
-    """Every fault of an artifact directory, one line each; an empty list if it is complete and undamaged.
+    """Every fault of an artifact directory, one line each. The list is empty if it is complete and undamaged.
 
     Reads every byte, several files at a time in threads, since hashlib releases the interpreter's lock. `on_bytes` is
     called, one call at a time, with the bytes checked since the last call, for a progress bar.

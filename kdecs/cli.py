@@ -121,7 +121,7 @@ def configs(
 
 
 def main() -> None:
-    """Entry point: refusals are one line on stderr with exit code 1, usage errors exit with 2."""
+    """Entry point. A refusal prints one line on stderr and exits with 1; a usage error exits with 2."""
     sys.exit(exit_code_of(lambda: app(standalone_mode=True)))
 
 

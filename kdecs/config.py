@@ -54,7 +54,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 class Config(BaseModel):
-    """Base of all configs: unknown keys are refused, values never change."""
+    """Base of all configs. Unknown keys are refused, and values never change."""
 
     # Defaults are validated too: a default of 32 for a float must hash as the 32.0 that config.json gives back.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
@@ -112,7 +112,7 @@ def find_config(stage: str, reference: str | Path) -> Path:
 
 
 def parse_config(model: type[AnyConfig], values: Mapping[str, Any], *, source: str) -> AnyConfig:
-    """Validate plain values; `source` names them in the error. Raises ConfigError, one line."""
+    """Validate plain values. `source` names them in the error. Raises ConfigError, one line."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -165,7 +165,7 @@ def config_hash(config: Config) -> str:
 
 
 def input_checksums(**paths: Path | str | None) -> dict[str, str]:
-    """`inputs` of a manifest: name -> content checksum (a hub name stands for itself); None is left out."""
+    """`inputs` of a manifest: name -> content checksum. A hub name stands for itself, and None is left out."""
     return {name: _checksum(path) for name, path in paths.items() if path is not None}
 
 

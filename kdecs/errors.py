@@ -54,7 +54,7 @@ class DependencyError(KdecsError):
 
 
 class Stopped(KdecsError):
-    """A stop by SIGTERM or SIGINT: the state is saved, and the same command resumes from it."""
+    """A stop by SIGTERM or SIGINT. The state is saved, and the same command resumes from it."""
 
     exit_code = EXIT_STOPPED
 

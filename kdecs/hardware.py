@@ -23,7 +23,7 @@ class Gpu:
     link_gb_s: float
 
     def peak_at(self, dtype: str) -> float:
-        """TFLOP/s in a dtype: float32 runs without tensor cores."""
+        """TFLOP/s in a dtype. float32 runs without tensor cores."""
         return self.float32_tflops if dtype == "float32" else self.peak_tflops
 
 
@@ -60,7 +60,7 @@ _OTHERS = {"laptop", "mobile", "max", "mig"}
 
 
 def gpu_of_device(device_name: str, memory_gib: float) -> Gpu | None:
-    """The table's entry for a device as its driver names it ("NVIDIA H100 PCIe"); None where it is not there.
+    """The table's entry for a device as its driver names it ("NVIDIA H100 PCIe"), or None if there is none.
 
     All words of the entry must be words of the name; the entry with the most words counts ("h100-pcie" before
     "h100-80g"), then the one with the nearest memory.

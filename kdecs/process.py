@@ -31,7 +31,7 @@ ERROR_PREFIX = "kdecs: error: "
 
 
 def launched_rank() -> tuple[int, int, int]:
-    """Rank, local rank and world size from RANK, LOCAL_RANK and WORLD_SIZE; 0, 0, 1 without a launcher."""
+    """Rank, local rank and world size from RANK, LOCAL_RANK and WORLD_SIZE, or 0, 0, 1 without a launcher."""
     return (
         int(os.environ.get("RANK", "0")),
         int(os.environ.get("LOCAL_RANK", "0")),
@@ -40,12 +40,12 @@ def launched_rank() -> tuple[int, int, int]:
 
 
 def launched_rendezvous() -> tuple[str, str]:
-    """Address and port at which the ranks of a launch meet, from MASTER_ADDR and MASTER_PORT; empty without one."""
+    """Address and port at which ranks meet, from MASTER_ADDR and MASTER_PORT. Both are empty without a launcher."""
     return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
 
 
 def is_main_rank() -> bool:
-    """True if this process prints for the whole job; usable before torch is imported."""
+    """True if this process prints for the whole job. It can be asked before torch is imported."""
     return launched_rank()[0] == 0
 
 
@@ -89,7 +89,7 @@ def say_skipped(line: str) -> None:
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run an entry and end the process: one line on stderr for a refusal, a traceback only for a bug of ours."""
+    """Run an entry and end the process. A refusal prints one line on stderr; only a bug of kdecs prints a traceback."""
     code = exit_code_of(main)
     if launched_rank()[2] == 1:
         sys.exit(code)
@@ -106,7 +106,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run `main` and return its exit code, 0 if it returned; print one line for an error that a user can act on."""
+    """Run `main` and return its exit code, 0 if it returned. Prints one line for an error that a user can act on."""
     try:
         main()
     except KdecsError as error:
@@ -136,7 +136,7 @@ def _print_line(message: str) -> None:
 
 @dataclass
 class StopSignal:
-    """Set by SIGTERM or SIGINT; loops look at it between steps and save their state."""
+    """Set by SIGTERM or SIGINT. Loops look at it between steps and save their state."""
 
     requested: bool = False
     _previous: dict[int, Any] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class StopSignal:
             self._previous[number] = signal.signal(number, self._handle)
 
     def raise_if_requested(self, message: str) -> None:
-        """Raise Stopped once a stop was requested; for places with no state to save first."""
+        """Raise Stopped once a stop was requested. For places that have no state to save first."""
         if self.requested:
             raise Stopped(message)
 
@@ -160,7 +160,7 @@ class StopSignal:
 
 
 def module_command(launcher: Sequence[str], module: str) -> list[str]:
-    """The command by which a launcher starts a module; without a launcher, one process of this Python.
+    """The command by which a launcher starts a module. Without a launcher it is one process of this Python.
 
     `python`, `torchrun` and wrappers that end in one of them take `-m`, the deepspeed launcher `--module`.
     """
@@ -254,26 +254,26 @@ def _signal_group(child: "subprocess.Popen[bytes]", number: signal.Signals) -> N
 
 
 def end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent of this process dies, however it dies; Linux only."""
+    """Ask the kernel for SIGTERM when the parent of this process dies, however it dies. Linux only."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends first, such as a launcher's ranks; Linux only."""
+    """Become the parent of descendants whose own parent ends first, such as a launcher's ranks. Linux only."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def wait_for_orphans() -> None:
-    """Wait until every process that was adopted has ended; for a process that has no other children."""
+    """Wait until every adopted process has ended. This process must have no other children."""
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()
 
 
 def last_error(log: Path) -> str:
-    """Why the last child failed that wrote to a log: its own error line, else the last line that it printed."""
+    """Why the last child that wrote to a log failed: its own error line, else the last line that it printed."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in re.split(r"(?m)^\$ .*$", text)[-1].splitlines() if line.strip()]
     # A launcher prints lines of its own after the error of a rank, so the last line is only the second choice.

@@ -34,7 +34,7 @@ class Runtime:
 
 
 def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
-    """The rank state from the launcher's RANK, LOCAL_RANK and WORLD_SIZE; without a launcher, a single rank.
+    """The rank state from the launcher's RANK, LOCAL_RANK and WORLD_SIZE. Without a launcher there is one rank.
 
     `device` is auto, cpu or cuda; KDECS_DEVICE overrides auto. Raises DeviceError if CUDA is asked for but absent.
     """
@@ -62,7 +62,7 @@ def start_runtime(*, device: str = "auto", threads: int = 0) -> Runtime:
 
 
 def warn_of_emulation(runtime: Runtime, dtype: str, key: str) -> None:
-    """Warn once per job if torch only emulates bfloat16 on this CPU; `key` is the config's name of the dtype.
+    """Warn once per job if torch only emulates bfloat16 on this CPU. `key` is the config's name of the dtype.
 
     Without AVX-512 a product of bfloat16 matrices took 50 times as long as one of float32 (torch 2.13).
     """
@@ -109,7 +109,7 @@ def process_group(runtime: Runtime, *, single: bool = False) -> Iterator[None]:
 
 
 def _forget_deepspeeds_group() -> None:
-    """Make DeepSpeed accept another group: it keeps the first one it saw, in module globals."""
+    """Make DeepSpeed accept another group, since it keeps the first one that it saw in module globals."""
     # By name, because DeepSpeed declares no types for its own globals.
     if "deepspeed.comm.comm" in sys.modules:
         setattr(sys.modules["deepspeed.comm.comm"], "cdb", None)  # noqa: B010
@@ -127,7 +127,7 @@ def any_rank(flag: bool, runtime: Runtime) -> bool:
 
 
 def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
-    """The values of all ranks, by rank, on every rank. Collective; values are pickled within the job only."""
+    """The values of all ranks, by rank, on every rank. Collective. Values are pickled within the job only."""
     if runtime.world_size == 1:
         return [value]
     gathered: list[Any] = [None] * runtime.world_size
@@ -143,7 +143,7 @@ def seed_everything(seed: int) -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system from all of glibc's arenas; do nothing under another C library.
+    """Return freed memory to the system from all of glibc's arenas. Does nothing under another C library.
 
     Otherwise glibc keeps free pages that lie between live ones, above all those of a training's activations.
     """

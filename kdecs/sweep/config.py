@@ -1,4 +1,4 @@
-"""The config of a sweep (`tune/sweep.py`): base student, search space, search, teachers, resources."""
+"""The config of a sweep (`kdecs.launch.sweep`): base student, search space, search, teachers, resources."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +96,7 @@ SearchConfig = Annotated[GridSearch | TwoStageSearch | TpeSearch, Field(discrimi
 
 
 class StageCommand(Config):
-    """A stage that `--build` runs: its config, a file or the name of a committed one, and what is set over it."""
+    """A stage that `--build` runs: its config (a file or a committed name), and the keys that are set over it."""
 
     config: InputPath
     set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value")
@@ -120,7 +120,7 @@ class TeacherSource(Config):
 
 
 class SweepConfig(Config):
-    """`tune/sweep.py SPACE.yaml`: students over seeds, alpha, temperature, teacher and whatever else is searched.
+    """A sweep of students over seeds, alpha, temperature, teacher and any other keys of a student's config.
 
     `student` holds the student's config without output and labels. `space` maps dotted keys of it, or the words
     `teacher` (a key of `teachers`) and `variant` (a key of `variants`), to the values to try.
@@ -175,7 +175,7 @@ class SweepConfig(Config):
     @field_validator("space", mode="before")
     @classmethod
     def _dotted_keys(cls, space: Any) -> Any:
-        """Nested keys become dotted ones, the later value winning: `--set space.optimization.seed.grid=[0]`."""
+        """Make nested keys dotted, so that `--set space.optimization.seed.grid=[0]` works. The later value wins."""
         return dict(_leaves(space, "")) if isinstance(space, dict) else space
 
     @field_validator("teachers", mode="before")

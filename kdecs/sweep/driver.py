@@ -251,7 +251,7 @@ class _Sweep:
             self.upload.upload_leftovers(self.results(is_live=False))
 
     def complete(self, digest: str, stop: StopSignal) -> None:
-        """Write trials.json, then the manifest; or raise if the sweep was stopped or trials failed."""
+        """Write trials.json, then the manifest. Raises Stopped or TrainingError if the sweep is not finished."""
         config, output = self.config, self.config.output
         results, number = self.results(is_live=False), self.search.num_trials()
         # A failure in the search costs one setting; a failure of a trial that is compared costs the sweep.

@@ -84,7 +84,7 @@ class SweepProgress:
             self._live.stop()
 
     def update(self, results: list[TrialResult]) -> None:
-        """Show the state; a trial that ended is printed once."""
+        """Show the state. A trial that ended is printed once."""
         for result in results:
             if result.status in _ENDED and result.id not in self._printed:
                 self._printed.add(result.id)
@@ -159,7 +159,7 @@ class SweepProgress:
 
 
 def _epochs_done(results: list[TrialResult]) -> int:
-    """Epochs that were trained in this sweep; a student from the store cost nothing."""
+    """Epochs that were trained in this sweep. A student from the store cost nothing."""
     return sum(result.epoch for result in results if not result.reused_from)
 
 
@@ -248,7 +248,7 @@ def _print_hours(
 
 
 def _is_taken_from_store(config: SweepConfig, trial: Trial) -> bool:
-    """Whether the trial will take a finished student: only one without epochs of its own does."""
+    """Whether the trial will take a finished student, which only a trial without epochs of its own does."""
     has_own_epochs = bool(read_points(trial.directory / METRICS_NAME))
     return not has_own_epochs and find_student(config.student_store, trial.config_hash) is not None
 

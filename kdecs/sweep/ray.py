@@ -107,7 +107,7 @@ def train_stage(stage: StageRun) -> None:
 
 
 def ray_storage(stage: StageRun) -> Path:
-    """The folder of Ray's own state in one start; nothing in it outlives the start."""
+    """The folder of Ray's own state in one start. Nothing in it outlives the start."""
     return stage.sweep / f".ray{stage.run.stop_file.name}"
 
 
@@ -132,7 +132,7 @@ def _sweep_lock(stage: StageRun) -> Iterator[bool]:
 
 
 def _is_orphan(stage: StageRun) -> bool:
-    """Whether the driver has died: without it nothing may begin."""
+    """Whether the driver has died, after which nothing may begin."""
     return os.getppid() != stage.driver
 
 
@@ -257,7 +257,7 @@ def _run_in_worker(values: dict[str, Any], directory: str, run: TrialRun, gpu_sh
 
 
 def limit_gpu_memory(share: float) -> None:
-    """Bind this process to its share of a GPU's memory: Ray only keeps count of its fractions.
+    """Bind this process to its share of a GPU's memory, because Ray only counts its fractions.
 
     The CUDA context of each process lies outside what PyTorch's limit covers, so room for it is taken off the share.
     Raises DeviceError if torch sees no GPU.
@@ -300,7 +300,7 @@ class _TpeSearcher(Searcher):  # type: ignore[misc]
         self._run = stage.run
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial, FINISHED at the end of the search; None ("not now") while the sweep stops.
+        """The next trial, FINISHED at the end of the search, or None ("not now") while the sweep stops.
 
         A point that is written down will be trained, so none may be written while the sweep stops.
         """
@@ -312,14 +312,14 @@ class _TpeSearcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Pass on that a trial has ended; its files say what it reached."""
+        """Pass on that a trial has ended. Its files say what it reached."""
         self._suggester.complete(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the sweep's files hold it all."""
+        """Save nothing, because the sweep's files hold all state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Restore nothing: the sweep's files hold it all."""
+        """Restore nothing, because the sweep's files hold all state."""
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Stage:
 
 
 class Search:
-    """The stages of a sweep and how far it is. Its files are the truth; its trials are made once."""
+    """The stages of a sweep and how far it is. Its files are the truth, and its trials are made once."""
 
     def __init__(self, config: SweepConfig, *, planned: bool = False) -> None:
         self.config = config
@@ -302,7 +302,7 @@ class TpeSuggester:
         return dimension.values[suggested] if dimension.kind in ("grid", "choice") else readable(suggested)
 
     def _tell(self, asked: Any, trial: Trial | None) -> None:
-        """The value of a trial's best epoch so far; a point without one counts as failed."""
+        """Tell Optuna the value of a trial's best epoch so far. A point without one counts as failed."""
         best = best_point(read_points(trial.directory / METRICS_NAME), self._metric) if trial else None
         if best:
             self._study.tell(asked, best[self._metric])

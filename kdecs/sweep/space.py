@@ -194,7 +194,7 @@ class Space:
         return self._named_trial(student, teacher, {TEACHER_KEY: teacher, **settings})
 
     def _is_refused(self, values: Mapping[str, Any]) -> bool:
-        """Whether a constraint refuses plain values; one that they do not fit refuses nothing."""
+        """Whether a constraint refuses plain values. A constraint that they do not fit refuses nothing."""
         for text in self.config.constraints:
             with contextlib.suppress(ConfigError):
                 if not holds(text, values):
@@ -264,7 +264,7 @@ def _members(name: Any, known: Container[str]) -> list[str]:
 
 
 def drawn_value(dimension: Dimension, generator: np.random.Generator) -> Any:
-    """One draw of a dimension; a number of a range keeps four digits."""
+    """One draw of a dimension. A number of a range keeps four digits."""
     if dimension.kind in ("grid", "choice"):
         return dimension.values[int(generator.integers(len(dimension.values)))]
     low, high = dimension.values
@@ -402,7 +402,7 @@ def _keys(node: ast.AST) -> list[str]:
 
 
 def _dotted(node: ast.AST) -> str | None:
-    """The key that a node spells, such as `distillation.alpha`; None if it is not a key."""
+    """The key that a node spells, such as `distillation.alpha`, or None if it is not a key."""
     match node:
         case ast.Name(name):
             return name

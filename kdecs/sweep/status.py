@@ -53,7 +53,7 @@ def trial_status(note: str | None, *, is_complete: bool, is_live: bool) -> str:
 
 @dataclass
 class TrialNote:
-    """What `trial.json` holds: the status as its process saw it last. Times in unix seconds.
+    """What `trial.json` holds: the status as its process saw it last. Times are unix seconds.
 
     `seconds` and `attempts` are summed over attempts. `stalled` counts the attempts in a row that finished no epoch, so
     that a trial on unreliable machines goes on as long as it advances. `run` names the driver's start.
@@ -136,12 +136,12 @@ class TrialResult:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is complete and its end is noted: nothing of it will change any more."""
+        """Whether it is complete and its end is noted, so that nothing of it will change any more."""
         return self.status == "complete" and self.finished is not None
 
     @property
     def is_compared(self) -> bool:
-        """Whether it counts when settings are compared: a complete student that is not only of the search."""
+        """Whether it counts when settings are compared. The trials of a search alone do not: they have one seed."""
         return self.status == "complete" and self.stage != "search"
 
 
@@ -222,7 +222,7 @@ def read_results(sweep: Path) -> list[TrialResult]:
 
 
 def by_settings(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
-    """The compared trials by their settings: those of one group differ in the seed alone."""
+    """The compared trials by their settings. Those of one group differ in the seed alone."""
     groups: dict[str, list[TrialResult]] = {}
     for result in (result for result in results if result.is_compared):
         groups.setdefault(settings_key(result.settings), []).append(result)

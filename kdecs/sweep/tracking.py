@@ -90,7 +90,7 @@ def corpus_checksum(*paths: Path) -> str:
 
 
 class SweepUpload:
-    """Uploads a sweep's records; the driver is the only process of a sweep that talks to MLflow."""
+    """Uploads a sweep's records. The driver is the only process of a sweep that talks to MLflow."""
 
     def __init__(self, config: SweepConfig, search: Search) -> None:
         self._config = config
@@ -108,7 +108,7 @@ class SweepUpload:
         self._uploader.finish(*self._records(results, "RUNNING"))
 
     def update(self, results: list[TrialResult]) -> None:
-        """Upload in the background, every few seconds; a slow server holds nothing up."""
+        """Upload in the background, every few seconds, so that a slow server holds nothing up."""
         if self._uploader.is_due:
             self._uploader.start(*self._records(results, "RUNNING"))
 

@@ -208,12 +208,12 @@ class _Attempt:
         self.note.write(self.directory)
 
     def count_epochs(self, points: list[dict[str, Any]]) -> None:
-        """Count epochs that were trained since the last note: only the checkpoint knew them, as a kill came between."""
+        """Count epochs that only the checkpoint knew, because a kill came before they were noted."""
         if points and points[-1]["epoch"] > (self.note.epoch or 0):
             self.note.epoch, self.note.stalled = points[-1]["epoch"], 0
 
     def reach(self, epoch: float | None) -> None:
-        """Note an epoch that has ended: whatever happens next, this attempt advanced."""
+        """Note an epoch that has ended, so that this attempt counts as advanced whatever happens next."""
         self._measure()
         self.note.epoch = epoch
         self.note.stalled, self.note.error = 0, None
@@ -276,7 +276,7 @@ def find_student(store: Path, digest: str) -> Path | None:
 
 
 def add_student(store: Path, digest: str, directory: Path) -> None:
-    """Link to a finished student; a link that leads nowhere is replaced."""
+    """Link to a finished student. A link that leads nowhere is replaced."""
     if find_student(store, digest):
         return
     store.mkdir(parents=True, exist_ok=True)

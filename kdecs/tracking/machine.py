@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cuda() -> Any:
-    """torch.cuda if this process uses it; torch is not imported for this."""
+    """torch.cuda if this process uses it. Torch is not imported for this."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
@@ -88,7 +88,7 @@ def sampled_load(directory: Path, *, interval_s: float = _SAMPLE_S) -> Iterator[
 
 
 def read_samples(path: Path) -> list[dict[str, float]]:
-    """The samples of a `system.jsonl`; one that a kill cut short is left out."""
+    """The samples of a `system.jsonl`. A line that a kill cut short is left out."""
     found: list[dict[str, float]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -98,7 +98,7 @@ def read_samples(path: Path) -> list[dict[str, float]]:
 
 
 def load(process: psutil.Process) -> dict[str, float]:
-    """The load now: percent and MiB since the last call of this process."""
+    """The load of the machine and of a process: percent since the last call, and MiB now."""
     memory = psutil.virtual_memory()
     found = {
         "system/cpu_utilization_percentage": psutil.cpu_percent(None),

@@ -46,11 +46,11 @@ Result = TypeVar("Result")
 
 
 class _AwayError(Exception):
-    """MLflow does not answer; the cause is the error that showed it."""
+    """MLflow does not answer. The cause is the error that showed it."""
 
 
 class _RefusedError(Exception):
-    """MLflow answers, but refuses a part of a run; the cause is its first error."""
+    """MLflow answers, but refuses a part of a run. The cause is its first error."""
 
 
 def tracking_uri(config: TrackingConfig, output: Path) -> str:
@@ -95,7 +95,7 @@ class Uploader:
 
 
 class Tracker:
-    """Makes MLflow agree with records. An error of MLflow's becomes one warning; only KdecsError is raised."""
+    """Makes MLflow agree with records. An error of MLflow's becomes one warning, and only KdecsError is raised."""
 
     def __init__(self, config: TrackingConfig, output: Path) -> None:
         self.config = config
@@ -172,7 +172,7 @@ class Tracker:
         self._runs[_key(record.identity)].log_final(record)
 
     def _send_all(self, records: Iterable[RunRecord], *, now: bool, final: bool) -> bool:
-        """Send each record; whether all went through. One warning names the records that are newly refused."""
+        """Send each record and return whether all went through. One warning names the newly refused ones."""
         is_all_sent = True
         refused: list[tuple[str, _RefusedError]] = []
         try:
@@ -252,7 +252,7 @@ class Tracker:
         return run
 
     def _find(self, record: RunRecord, *, keep: str | None = None) -> "_MlflowRun | None":
-        """The run of a record. If there are several, keep `keep`, else the one with most epochs; delete the others."""
+        """The run of a record. Of several, keep `keep`, else the one with most epochs, and delete the others."""
         condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in record.identity.items())
         runs = self.client.search_runs([self._experiment], condition)
         runs = sorted(runs, key=lambda run: (run.info.run_id != keep, -_epoch(run), run.info.run_id))
@@ -284,7 +284,7 @@ class Tracker:
         return True
 
     def _reason(self, error: Exception) -> str:
-        """One short line about an error's cause: secrets are removed before it is cut."""
+        """One short line about an error's cause. Secrets go before it is cut, or a part of one could remain."""
         cause = error.__cause__ if isinstance(error, _AwayError | _RefusedError) else error
         line = " ".join(redacted(str(cause), self.uri).split())
         return line[:_MAX_REASON] or type(cause).__name__
@@ -455,7 +455,7 @@ def _warn(line: str) -> None:
 
 
 def _probe_database(uri: str) -> None:
-    """Raise at once if a database does not answer; MLflow would try for nearly two minutes."""
+    """Raise at once if a database does not answer. MLflow would try for nearly two minutes."""
     if urlsplit(uri).scheme in ("http", "https", "file", ""):
         return
     from sqlalchemy import create_engine
@@ -468,7 +468,7 @@ def _probe_database(uri: str) -> None:
 
 
 def is_mlflow_installed() -> bool:
-    """Whether MLflow can be imported; it is not imported for this."""
+    """Whether MLflow can be imported. It is not imported for this."""
     return importlib.util.find_spec("mlflow") is not None
 
 

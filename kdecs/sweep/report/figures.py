@@ -112,7 +112,7 @@ def _limits(
 
 
 def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> Figure | None:
-    """One map per teacher of mean macro F1 over α (rows) and τ (columns); None if neither was tried."""
+    """One map per teacher of mean macro F1 over α (rows) and τ (columns), or None if neither was tried."""
     tried = [s for s in settings if ALPHA_KEY in s.settings or TEMPERATURE_KEY in s.settings]
     if not tried:
         return None
@@ -214,7 +214,7 @@ def _shown(value: float) -> str:
 
 
 def write_csv(target: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Write a figure's data beside it and return the file's name; None is an empty cell."""
+    """Write a figure's data beside it and return the file's name. None is an empty cell."""
     path = target.with_suffix(".csv")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -48,7 +48,7 @@ TABLE_NAME = "table.tex"
 
 
 def write_report(sweep: Path) -> Path:
-    """Write the report of a finished sweep and return its page; an earlier report is replaced.
+    """Write the report of a finished sweep and return its page. An earlier report is replaced.
 
     Test scores appear once a student was selected. Raises ArtifactError for an unfinished sweep.
     """
@@ -112,7 +112,7 @@ def write_report(sweep: Path) -> Path:
 
 
 def _resource(config: SweepConfig) -> tuple[str, float]:
-    """What a trial is charged for: GPU or CPU, and its part of it."""
+    """The device that a trial's hours are counted on, GPU or CPU, and the share of it that a trial has."""
     return ("GPU", config.gpus_per_trial) if config.gpus_per_trial else ("CPU", config.cpus_per_trial)
 
 

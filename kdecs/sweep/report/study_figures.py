@@ -27,7 +27,7 @@ def teacher_figure(
     own_scores: Mapping[str, float],
     target: Path,
 ) -> Figure | None:
-    """Students by teacher in the space's order, the best setting of each; None if only one teacher was tried.
+    """The best students of each teacher, in the space's order, or None if only one teacher was tried.
 
     `own_scores`: teacher -> its own macro F1 on validation at utterance level, if the labels have it.
     """
@@ -71,7 +71,7 @@ def teacher_figure(
 def share_figure(
     settings: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], target: Path
 ) -> Figure | None:
-    """Scores by share of the gold labels, one line per variant or teacher; None if only one share was tried."""
+    """Scores by share of the gold labels, one line per variant or teacher, or None if only one share was tried."""
     key = next((key for key in _SHARE_KEYS if len({s.settings.get(key, 1.0) for s in settings}) > 1), None)
     if key is None:
         return None
@@ -114,7 +114,7 @@ def share_figure(
 def spread_figure(
     settings: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], target: Path
 ) -> Figure | None:
-    """Each seed's distance from its setting's mean; None with fewer than two seeds."""
+    """Each seed's distance from its setting's mean, or None with fewer than two seeds."""
     shown = [setting for setting in settings if setting.sd is not None][:_MAX_SPREAD]
     if not shown:
         return None

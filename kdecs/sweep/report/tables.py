@@ -82,7 +82,7 @@ def ablation_rows(
 
 
 def _paired_by_seed(first: Sequence[TrialResult], second: Sequence[TrialResult]) -> float | None:
-    """p of Student's t over the differences of equal seeds; None with fewer than two, or if all differ by the same."""
+    """p of Student's paired t test over equal seeds, or None if there are fewer than two or all differ by the same."""
     from scipy import stats
 
     others = {result.seed: result.score for result in second}

@@ -109,7 +109,7 @@ def select_student(sweep: Path) -> SelectionRecord:
 
 
 def choose_winner(results: list[TrialResult], ranked: list[SettingScore]) -> TrialResult:
-    """The best seed, on validation, of the best setting; the lowest seed among equals."""
+    """The best seed, on validation, of the best setting. Among equals it is the lowest seed."""
     group = [result for result in results if result.id in ranked[0].trials]
     return min(group, key=lambda result: (-result.score, result.seed))
 
@@ -194,7 +194,7 @@ def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> 
 
 
 def _kept_predictions(directory: Path, corpus: Corpus) -> dict[PairKey, Prediction] | None:
-    """What the training kept beside the weights; None if it kept nothing, or if an input has changed since."""
+    """What the training kept beside the weights, or None if it kept nothing or an input has changed since."""
     from kdecs.student.product import VALIDATION_NAME
 
     manifest = read_verified_manifest(directory, "student")
@@ -239,7 +239,7 @@ def _score_on_test(sweep: Path, winner: TrialResult, record: SelectionRecord) ->
 
 
 def scores_of_student(scores: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
-    """The scores without those of emotions if the student was given them: they would be those of the gold."""
+    """The scores, without those of emotions if the student was given them, which would be those of the gold."""
     if config.model.given_emotions == "none":
         return scores
     return {key: value for key, value in scores.items() if key != _EMOTIONS and not key.startswith(_STRICT)}
@@ -248,7 +248,7 @@ def scores_of_student(scores: dict[str, Any], config: StudentConfig) -> dict[str
 def _register(
     sweep: Path, results: list[TrialResult], winner: TrialResult, record: SelectionRecord
 ) -> str | None:
-    """Register the winner in MLflow's model registry. None if MLflow does not answer: the next call tries again."""
+    """Register the winner in MLflow. Returns None if MLflow does not answer; the next call tries again."""
     config = load_config(SweepConfig, sweep / CONFIG_NAME).model_copy(update={"output": sweep.absolute()})
     tracker = Tracker(config.tracking, config.output)
     parent = sweep_record(config, len(results), results, "FINISHED")

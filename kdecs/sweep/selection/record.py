@@ -17,7 +17,7 @@ SELECTION_NAME = "selection.json"
 
 @dataclass(frozen=True, slots=True)
 class SettingScore:
-    """A setting's score on validation over its seeds, in percent; sd and interval (95%) need two seeds."""
+    """A setting's score on validation over its seeds, in percent. sd and interval (95%) need two seeds."""
 
     label: str
     teacher: str | None
@@ -35,7 +35,7 @@ class SettingScore:
 
 
 def rank_settings(results: list[TrialResult]) -> list[SettingScore]:
-    """Settings by falling mean over seeds; equal means by label, so that the order is the same everywhere."""
+    """Settings by falling mean over seeds, equal means by label, so that the order is the same everywhere."""
     ranked = []
     for group in by_settings(results).values():
         summary = summarise_seeds([result.score for result in group])
@@ -115,7 +115,7 @@ class SelectionRecord(_Record):
 
 
 def read_selection(sweep: Path) -> SelectionRecord | None:
-    """The selection with its test result; None if there is none yet, or if it is of another state of the sweep."""
+    """The selection with its test result, or None if there is none yet or it is of another state of the sweep."""
     record = load_selection(sweep)
     return record if record and record.test and not is_selection_outdated(sweep) else None
 
