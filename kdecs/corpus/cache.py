@@ -93,7 +93,11 @@ class CorpusCache:
         self._batches = batches
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._integers = {name: _joined([b.column(name).to_numpy() for b in batches]) for name in _INTEGERS}
-        self._lists = {name: [_list_views(batch.column(name)) for batch in batches] for name in _LISTS}
+        # Views: offsets and values stay in the mapped file.
+        self._lists = {
+            name: [(c.offsets.to_numpy(), c.values.to_numpy()) for c in (b.column(name) for b in batches)]
+            for name in _LISTS
+        }
         self.num_tokens = self._list_lengths("token_ids")
         self.num_candidate_tokens = self._list_lengths("candidate_offsets") // 2
 
@@ -261,7 +265,3 @@ def _joined(parts: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
     if not parts:
         return np.empty(0, dtype=np.int32)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _list_views(column: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    return column.offsets.to_numpy(), column.values.to_numpy()

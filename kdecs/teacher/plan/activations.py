@@ -223,11 +223,13 @@ def _answer_logits(model: Any, shape: Shape, attention: TreeKind) -> Tensor:
     ids_PT = torch.zeros(shape.rows, shape.tokens, dtype=torch.long, device=META)
     answers_P = torch.zeros(shape.answers, dtype=torch.long, device=META)
     if shape.tree is not None:
+        # FlexAttention reads values while it makes its mask, which meta does not have.
+        mask_device = torch.device("cpu") if attention == "flex" else META
         output = model.get_decoder()(
             input_ids=ids_PT,
             position_ids=ids_PT.clone(),
             use_cache=False,
-            **_tree_mask(shape.tree, attention),
+            **mask_arguments(shape.tree, attention, mask_device),
         )
         return model.lm_head(output.last_hidden_state[0, answers_P])
     # Four-dimensional already, as Transformers makes it for unequal lengths: on meta it cannot look at the values.
@@ -247,16 +249,8 @@ def _answer_logits(model: Any, shape: Shape, attention: TreeKind) -> Tensor:
         output = model.get_decoder()(input_ids=ids_PT, attention_mask=mask_P1TT, use_cache=False)
     else:
         output = model.base_model(input_ids=ids_PT, attention_mask=mask_P1TT)
-    return _head(model)(output.last_hidden_state[rows_P, answers_P])
-
-
-def _head(model: Any) -> nn.Module:
-    return model.lm_head if hasattr(model, "lm_head") else model.cls
-
-
-def _tree_mask(tree: PackedTree, attention: TreeKind) -> dict[str, Any]:
-    """The mask that the family's forward makes. FlexAttention reads values while it makes its mask: never on meta."""
-    return mask_arguments(tree, attention, torch.device("cpu") if attention == "flex" else META)
+    head = model.lm_head if hasattr(model, "lm_head") else model.cls
+    return head(output.last_hidden_state[rows_P, answers_P])
 
 
 @contextmanager
