@@ -112,7 +112,7 @@ def test_a_window_on_a_long_dialogue_encodes_the_same(tokenizer, monkeypatch):
     dialogue = dialogue_of(*[f"turn {n} says hello there my friend ." for n in range(150)])
     pairs = [p for p in candidate_pairs(dialogue) if p.target == 150][::29]
     windowed = list(QuestionEncoder(tokenizer, 128).encode(pairs))
-    monkeypatch.setattr("kdecs.corpus.encoding._LONG_CHARACTERS_A_TOKEN", 10**9)
+    monkeypatch.setattr("kdecs.corpus.encoding._LONG_CHARACTERS_PER_TOKEN", 10**9)
     plain = list(QuestionEncoder(tokenizer, 128).encode(pairs))
     assert len(windowed[0].context) < len(plain[0].context)
     for ours, theirs in zip(windowed, plain, strict=True):

@@ -97,7 +97,7 @@ def test_a_long_dialogue_is_encoded_within_its_reach(base, monkeypatch):
     windowed = PairEncoder(tokenizer, 96)
     first = windowed._window.first_turn(dialogue, 160)
     found = list(windowed.encode(pairs))
-    monkeypatch.setattr("kdecs.corpus.encoding._LONG_CHARACTERS_A_TOKEN", 10**9)
+    monkeypatch.setattr("kdecs.corpus.encoding._LONG_CHARACTERS_PER_TOKEN", 10**9)
     assert found == list(PairEncoder(tokenizer, 96).encode(pairs))
     tokens = len(tokenizer(texts[first - 1 : 159], add_special_tokens=False)["input_ids"])
     assert first > 100 and tokens < 60
