@@ -87,7 +87,7 @@ class CorpusCache:
         reader = pa.ipc.open_file(self._map)
         if reader.schema != _SCHEMA:
             raise ArtifactError(
-                f"{directory / _FILE}: found the columns of another version; remove {directory}, it will be built again"
+                f"{directory / _FILE}: found the columns of another version; remove {directory}, and it is built again"
             )
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._batches = batches

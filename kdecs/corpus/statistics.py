@@ -130,7 +130,7 @@ def write_plots(corpora: Sequence[Corpus], directory: Path, tokenizer: Any = Non
         from matplotlib.figure import Figure
     except ImportError:
         raise DependencyError(
-            'figures need matplotlib, which is not installed: pip install "kdecs[sweep]"'
+            'figures need matplotlib, which is not installed; run: pip install "kdecs[sweep]"'
         ) from None
     named = dict(zip(display_names([corpus.path for corpus in corpora]), corpora, strict=True))
     drawings: dict[str, Callable[[Any, Mapping[str, Corpus]], None]] = {

@@ -74,7 +74,8 @@ class Family(ABC):
         """The tokens of a pair's prompt, cut to `max_prompt_tokens` by dropping the oldest history."""
         if pair.emotion is None:
             raise ModelError(
-                f"pair {pair.id}: the target has no emotion, but the teacher's prompt has to show one"
+                f"pair {pair.id}: the target has no emotion, but the teacher's prompt has to show one; "
+                "give each target an emotion"
             )
         emotion = pair.emotion
         if self.emotions_shown == "coarse":
@@ -386,7 +387,7 @@ class MaskedFamily(Family):
         index = found[0]
         if tokens[index] != self.tokenizer.mask_token_id:
             raise ModelError(
-                f"tokenizer {self.tokenizer.name_or_path}: the mask is not one token of the prompt"
+                f"tokenizer {self.tokenizer.name_or_path}: the mask is several tokens; choose another model"
             )
         return index
 
@@ -440,7 +441,9 @@ def _masked_head(network: nn.Module) -> nn.Module:
     for name in ("lm_head", "cls"):
         if hasattr(model, name):
             return getattr(model, name)
-    raise ModelError(f"{type(model).__name__}: no known masked-language-model head")
+    raise ModelError(
+        f"{type(model).__name__}: found neither lm_head nor cls, expected a masked language model; choose another model"
+    )
 
 
 def _decoder(network: nn.Module) -> Any:

@@ -186,7 +186,8 @@ def _scores(
             logits_PA = teacher(prompts[start : start + _PAIRS_PER_FORWARD])
             if not torch.isfinite(logits_PA).all():
                 raise ModelError(
-                    f"pair {pairs[start].id} or one shortly after it: the adapter's logits are not finite"
+                    f"pair {pairs[start].id} or one shortly after it: the adapter's logits are not finite; "
+                    "try it in float32, or train it again"
                 )
             predicted += is_causal(logits_PA).tolist()
             bar.update(len(logits_PA))
