@@ -232,11 +232,6 @@ class Space:
             yield {key: drawn_value(dimension, generator) for key, dimension in drawn.items()}
 
 
-def enumerate_trials(config: SweepConfig, *, planned: bool = False) -> list[Trial]:
-    """Every trial of a sweep's grids and draws (Space.trials)."""
-    return Space(config, planned=planned).trials()
-
-
 def trials_directory(sweep: Path) -> Path:
     """The folder of a sweep that holds one directory per trial."""
     return sweep / "trials"

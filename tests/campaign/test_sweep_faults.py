@@ -29,7 +29,7 @@ from kdecs.artifact import verify_artifact
 from kdecs.config import load_config, parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.sweep.config import SweepConfig
-from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.space import Space
 from kdecs.sweep.status import read_results
 from kdecs.tracking.record import read_points
 
@@ -145,7 +145,7 @@ class Rig:
         self.path = folder / "space.json"
         self.path.write_text(json.dumps(values))
         self.config = load_config(SweepConfig, self.path)
-        self.trials = [trial.directory for trial in enumerate_trials(self.config)]
+        self.trials = [trial.directory for trial in Space(self.config).trials()]
         self.server = self.start_server()
         self.driver = self.start_driver()
 

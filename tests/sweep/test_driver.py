@@ -18,20 +18,20 @@ from kdecs.sweep import driver
 from kdecs.sweep.config import Dimension
 from kdecs.sweep.driver import run_sweep, run_with_ray
 from kdecs.sweep.selection.record import rank_settings
-from kdecs.sweep.space import enumerate_trials, sweep_hash
+from kdecs.sweep.space import Space, sweep_hash
 from kdecs.sweep.status import read_results
 from kdecs.sweep.teachers import build_commands
 from kdecs.sweep.trial import OUT_OF_MEMORY, StageRun, TrialRun
 
 
 def logs_of(config):
-    return {t.id: (t.directory / "log.txt").read_text() for t in enumerate_trials(config)}
+    return {t.id: (t.directory / "log.txt").read_text() for t in Space(config).trials()}
 
 
 def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process, capfd):
     config = make_config()
     output = run_sweep(config, trainer=train, runner=in_process)
-    trials = enumerate_trials(config)
+    trials = Space(config).trials()
     assert is_complete(output, "sweep", sweep_hash(trials))
     assert verify_artifact(output) == []
     assert set(read_manifest(output, "sweep").inputs) == {
@@ -75,12 +75,12 @@ def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process
 def test_second_start_skips_and_makes_no_run(make_config, uri, runs_of, in_process, capfd):
     config = make_config()
     run_sweep(config, trainer=train, runner=in_process)
-    before = {t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in enumerate_trials(config)}
+    before = {t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in Space(config).trials()}
     capfd.readouterr()
     run_sweep(config, trainer=train, runner=in_process)
     assert "complete, skipped" in capfd.readouterr().out
     assert before == {
-        t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in enumerate_trials(config)
+        t.id: (t.directory / "manifest.json").stat().st_mtime_ns for t in Space(config).trials()
     }
     _, parents, children = runs_of(uri)
     assert len(parents) == 1 and len(children) == 8
@@ -98,7 +98,7 @@ def test_one_failing_trial_leaves_the_others(make_config, uri, runs_of, in_proce
     assert not (config.output / "manifest.json").exists()
     statuses = [r["status"] for r in json.loads((config.output / "trials.json").read_text())]
     assert statuses == ["complete", "failed", "failed"]
-    assert "Traceback" in logs_of(config)[enumerate_trials(config)[2].id]
+    assert "Traceback" in logs_of(config)[Space(config).trials()[2].id]
     _, parents, children = runs_of(uri)
     assert parents[0].info.status == "FAILED"
     assert sorted(run.info.status for run in children.values()) == ["FAILED", "FAILED", "FINISHED"]
@@ -107,9 +107,9 @@ def test_one_failing_trial_leaves_the_others(make_config, uri, runs_of, in_proce
     run_sweep(config, trainer=train, runner=in_process)
     client, parents, children = runs_of(uri)
     assert {run.info.status for run in [*parents, *children.values()]} == {"FINISHED"}
-    resumed = children[enumerate_trials(config)[2].id]
+    resumed = children[Space(config).trials()[2].id]
     assert [m.step for m in client.get_metric_history(resumed.info.run_id, "macro_f1")] == [1, 2, 3]
-    assert "seed 2: from epoch 1" in logs_of(config)[enumerate_trials(config)[2].id]
+    assert "seed 2: from epoch 1" in logs_of(config)[Space(config).trials()[2].id]
 
 
 def test_stop_ends_the_sweep_and_the_same_command_goes_on(make_config, uri, runs_of, in_process):
@@ -132,7 +132,7 @@ def test_stop_ends_the_sweep_and_the_same_command_goes_on(make_config, uri, runs
 def test_a_lost_trial_is_trained_again(make_config, in_process):
     config = make_config()
     run_sweep(config, trainer=train, runner=in_process)
-    lost = enumerate_trials(config)[2]
+    lost = Space(config).trials()[2]
     (lost.directory / "weights.bin").unlink()
     seen = []
 

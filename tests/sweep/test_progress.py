@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from kdecs.sweep.progress import SweepProgress
-from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.space import Space
 from kdecs.sweep.status import trial_result
 
 
@@ -15,7 +15,7 @@ from kdecs.sweep.status import trial_result
 def states(make_config):
     """Results of eight trials: two complete, two running, one pruned, one failed, two waiting."""
     config = make_config()
-    plain = [trial_result(trial, is_live=True) for trial in enumerate_trials(config)]
+    plain = [trial_result(trial, is_live=True) for trial in Space(config).trials()]
 
     def become(number, status, epoch, **more):
         metrics = {"macro_f1": 60.0 + number} if epoch else {}

@@ -11,7 +11,7 @@ import pytest
 from support import wait_until
 
 from kdecs.sweep.search import read_suggestions
-from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.space import Space
 from kdecs.sweep.status import read_results
 from kdecs.tracking.record import read_points
 
@@ -34,7 +34,7 @@ def drive(config, tmp_path, **behaviour):
 
 
 def epochs_written(config):
-    return sum(bool(read_points(trial.directory / "metrics.jsonl")) for trial in enumerate_trials(config))
+    return sum(bool(read_points(trial.directory / "metrics.jsonl")) for trial in Space(config).trials())
 
 
 def ray_processes(config):
@@ -56,7 +56,7 @@ def check_whole(config, runs):
     assert {result.status for result in results} == {"complete"}
     client, parents, children = runs
     assert len(parents) == 1
-    assert set(children) == {trial.id for trial in enumerate_trials(config)}
+    assert set(children) == {trial.id for trial in Space(config).trials()}
     for run in children.values():
         assert run.info.status == "FINISHED"
         assert [m.step for m in client.get_metric_history(run.info.run_id, "macro_f1")] == [1, 2, 3]
@@ -74,7 +74,7 @@ def test_killed_trials_resume_and_failing_ones_are_listed(make_config, uri, runs
     trials = json.loads((config.output / "trials.json").read_text())
     found = [(t["status"], t["attempts"]) for t in trials]
     assert found == [("complete", 4), ("complete", 2), ("failed", 1), ("failed", 2)]
-    log = (enumerate_trials(config)[1].directory / "log.txt").read_text()
+    log = (Space(config).trials()[1].directory / "log.txt").read_text()
     assert "seed 1: from epoch 0" in log and "seed 1: from epoch 1" in log and "with 1 threads" in log
     assert "Traceback" not in out + err and "raylet" not in out + err
 
@@ -105,7 +105,7 @@ def test_stopped_or_killed_driver_goes_on(make_config, uri, runs_of, tmp_path, h
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, (out, err)
     check_whole(config, runs_of(uri))
-    logs = "".join((t.directory / "log.txt").read_text() for t in enumerate_trials(config))
+    logs = "".join((t.directory / "log.txt").read_text() for t in Space(config).trials())
     assert "from epoch 1" in logs or "from epoch 2" in logs, "nothing was resumed"
 
 

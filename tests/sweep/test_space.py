@@ -11,14 +11,14 @@ from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TeacherSource
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.progress import print_dry_run
 from kdecs.sweep.search import Search
-from kdecs.sweep.space import drawn_value, enumerate_trials, sweep_hash, with_absolute_paths
+from kdecs.sweep.space import Space, drawn_value, sweep_hash, with_absolute_paths
 
 SPACES = sorted((Path(__file__).parents[2] / "tune" / "spaces").glob("*.yaml"))
 
 
 def test_grid_is_named_and_identified(make_config):
     config = make_config()
-    trials = enumerate_trials(config)
+    trials = Space(config).trials()
     assert [trial.label for trial in trials] == [
         f"{teacher} α{alpha} τ2 s{seed}"
         for teacher in ("llama-tiny", "t5-tiny")
@@ -35,15 +35,15 @@ def test_grid_is_named_and_identified(make_config):
 
 
 def test_same_settings_are_the_same_trial_in_another_sweep(make_config, tmp_path):
-    some = enumerate_trials(make_config())
-    other = enumerate_trials(
+    some = Space(make_config()).trials()
+    other = Space(
         make_config(
             name="other",
             output=str(tmp_path / "elsewhere"),
             cpus_per_trial=2,
             space={"optimization.seed": {"grid": [1, 0]}, "teacher": {"grid": ["t5-tiny"]}},
         )
-    )
+    ).trials()
     assert {trial.id for trial in other} == {
         t.id for t in some if t.teacher == "t5-tiny" and "α0.6" in t.label
     }
@@ -57,7 +57,7 @@ def test_equal_settings_are_tried_once(make_config):
         "distillation.temperature": {"grid": [1.0, 2.0]},
         "optimization.seed": {"grid": [0]},
     }
-    labels = [trial.label for trial in enumerate_trials(make_config(space=space))]
+    labels = [trial.label for trial in Space(make_config(space=space)).trials()]
     assert labels == [
         "llama-tiny α0.6 τ1 s0",
         "llama-tiny α0.6 τ2 s0",
@@ -81,7 +81,7 @@ def test_equal_settings_are_tried_once(make_config):
 )
 def test_wrong_space_is_refused_in_one_line(make_config, space, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        enumerate_trials(make_config(space=space))
+        Space(make_config(space=space)).trials()
     assert "\n" not in str(caught.value)
 
 
@@ -91,7 +91,7 @@ def test_written_config_has_absolute_paths(make_config, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     relative = {**config.student, "corpus": {"train": "train.json", "valid": "valid.json"}}
     config = config.model_copy(update={"student": relative})
-    resolved = with_absolute_paths(config, enumerate_trials(config)).student
+    resolved = with_absolute_paths(config, Space(config).trials()).student
     assert resolved["corpus"] == {"train": str(folder / "train.json"), "valid": str(folder / "valid.json")}
     assert resolved["model"] == {"base": "roberta-tiny"} and resolved["optimization"] == {"epochs": 3}
 
@@ -100,7 +100,7 @@ def test_unfinished_labels_are_refused(make_config):
     config = make_config()
     (config.teachers["t5-tiny"].labels / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"t5-tiny: has no manifest\.json"):
-        enumerate_trials(config)
+        Space(config).trials()
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
@@ -132,7 +132,7 @@ def test_studies_set_what_they_compare(make_config):
     def trials_of(name):
         config = load_config(SweepConfig, SPACES[0].parent / f"{name}.yaml")
         student = {**config.student, "corpus": make_config().student["corpus"]}
-        return enumerate_trials(config.model_copy(update={"student": student}), planned=True)
+        return Space(config.model_copy(update={"student": student}), planned=True).trials()
 
     modes = {t.settings["variant"]: t.config.distillation.mode for t in trials_of("ablation")}
     assert modes == {
@@ -164,7 +164,7 @@ def test_draws_are_shared_by_seeds_and_stay_the_same(make_config):
         "teacher": {"grid": ["t5-tiny"]},
     }
     config = make_config(space=space, search={"method": "grid", "num_samples": 5})
-    trials = enumerate_trials(config)
+    trials = Space(config).trials()
     assert len(trials) == 10
     by_seed = [[t.settings for t in trials if t.seed == seed] for seed in (0, 1)]
     assert by_seed[0] == by_seed[1]
@@ -172,9 +172,9 @@ def test_draws_are_shared_by_seeds_and_stay_the_same(make_config):
         assert 1e-6 <= trial.config.optimization.learning_rate <= 1e-3
         assert 0.2 <= trial.config.distillation.alpha <= 0.8
         assert trial.config.distillation.temperature in (1.0, 4.0)
-    assert [t.id for t in enumerate_trials(config)] == [t.id for t in trials]
+    assert [t.id for t in Space(config).trials()] == [t.id for t in trials]
     other = config.model_copy(update={"search": GridSearch(num_samples=5, sample_seed=1)})
-    assert {t.id for t in enumerate_trials(other)}.isdisjoint(t.id for t in trials)
+    assert {t.id for t in Space(other).trials()}.isdisjoint(t.id for t in trials)
 
 
 def test_log_uniform_draws_are_uniform_in_the_logarithm():
@@ -215,7 +215,7 @@ def test_wrong_dimensions_are_refused(make_config, dimension, message):
     ],
 )
 def test_constraints_leave_what_they_say(make_config, constraint, expected):
-    assert len(enumerate_trials(make_config(constraints=[constraint]))) == expected
+    assert len(Space(make_config(constraints=[constraint])).trials()) == expected
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_constraints_leave_what_they_say(make_config, constraint, expected):
 )
 def test_wrong_constraints_are_refused_in_one_line(make_config, constraint, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        enumerate_trials(make_config(constraints=[constraint]))
+        Space(make_config(constraints=[constraint])).trials()
     assert "\n" not in str(caught.value)
 
 
@@ -244,7 +244,7 @@ def test_constraints_see_defaults_and_missing_teachers(make_config):
     }
 
     def modes(constraint):
-        trials = enumerate_trials(make_config(space=space, constraints=[constraint]))
+        trials = Space(make_config(space=space, constraints=[constraint])).trials()
         return [trial.config.distillation.mode for trial in trials]
 
     assert modes("distillation.alpha < 0.9") == ["kd", "joint"], "alpha is left at its default"
@@ -258,10 +258,10 @@ def test_what_a_constraint_keeps_out_need_not_be_valid(make_config):
         "task": {"grid": ["ecspe", "ecpe"]},
     }
     keep_out = "task != 'ecpe' or distillation.mode != 'span_only'"
-    trials = enumerate_trials(make_config(teachers={}, space=space, constraints=[keep_out]))
+    trials = Space(make_config(teachers={}, space=space, constraints=[keep_out])).trials()
     assert len(trials) == 3
     with pytest.raises(ConfigError, match="task ecpe has no span loss"):
-        enumerate_trials(make_config(teachers={}, space=space))
+        Space(make_config(teachers={}, space=space)).trials()
 
 
 def test_labels_tell_variants_and_modes_apart(make_config):
@@ -274,7 +274,7 @@ def test_labels_tell_variants_and_modes_apart(make_config):
             "optimization.seed": {"grid": [0, 1]},
         },
     )
-    labels = [trial.label for trial in enumerate_trials(config)]
+    labels = [trial.label for trial in Space(config).trials()]
     assert len(set(labels)) == len(labels) == 12
     assert "short joint α0.6 s0" in labels and "short t5-tiny α0.6 τ2 s0" in labels
 
@@ -287,7 +287,7 @@ def test_labels_that_would_be_equal_get_digits_shared_by_seeds(make_config):
             "optimization.seed": {"grid": [0, 1]},
         }
     )
-    trials = enumerate_trials(config)
+    trials = Space(config).trials()
     assert len({trial.label for trial in trials}) == len({trial.config.name for trial in trials}) == 6
     assert len({trial.setting_label for trial in trials}) == 3
     assert trials[4].label == "t5-tiny α0.5 τ2 s0", "the others keep their names"
@@ -305,7 +305,7 @@ def test_teachers_that_are_not_tried_are_not_looked_at(make_config, runs):
 
 def test_several_teachers_are_mixed(make_config):
     space = {"teacher": {"grid": ["llama-tiny+t5-tiny", "t5-tiny"]}}
-    mixed, single = enumerate_trials(make_config(space=space))
+    mixed, single = Space(make_config(space=space)).trials()
     config = make_config()
     assert [teacher.labels for teacher in mixed.config.distillation.used_teachers] == [
         config.teachers[name].labels for name in ("llama-tiny", "t5-tiny")

@@ -8,7 +8,7 @@ import pytest
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.config import write_config
 from kdecs.errors import ArtifactError
-from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.space import Space
 from kdecs.sweep.status import DIED, read_note, trial_result, trial_status
 
 NOTES = (None, "running", "complete", "failed", "stopped", "pruned")
@@ -36,7 +36,7 @@ def expected(note, is_complete, is_live):
 @pytest.fixture
 def trial(make_config):
     """A trial with its config on disk."""
-    trial = enumerate_trials(make_config())[0]
+    trial = Space(make_config()).trials()[0]
     trial.directory.mkdir(parents=True)
     write_config(trial.config, trial.directory)
     return trial

@@ -9,7 +9,7 @@ from fake_trainer import train
 from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, verify_artifact
 from kdecs.config import load_config, write_config
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.space import enumerate_trials
+from kdecs.sweep.space import Space
 from kdecs.sweep.status import read_note, trial_result
 from kdecs.sweep.trial import (
     TrialRun,
@@ -26,7 +26,7 @@ from kdecs.tracking.record import read_points
 @pytest.fixture
 def trial(make_config):
     """A trial with its config on disk."""
-    trial = enumerate_trials(make_config())[0]
+    trial = Space(make_config()).trials()[0]
     trial.directory.mkdir(parents=True)
     write_config(trial.config, trial.directory)
     return trial
