@@ -151,6 +151,7 @@ def open_cache(
     directory = cache / f"corpus-{key[:16]}"
     # One process builds, the others wait here and find it complete.
     with file_lock(cache / f".corpus-{key[:16]}.lock"):
+        # Looked up under the lock, since another process may have built it in the meantime.
         if not is_complete(directory, "corpus-cache", key):
             _build(corpus_file, encoder, directory, key, emotion_table)
     manifest = read_manifest(directory, "corpus-cache")

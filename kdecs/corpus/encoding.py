@@ -200,6 +200,8 @@ class PairEncoder:
         offsets = _covering_offsets(encoding)
         kept = kept_tokens(offsets, prompt, self.max_tokens)
         removed = set(range(num_tokens)).difference(kept)
+        # `kept_tokens` drops only texts. If that is not enough, or u_j has lost its first token, no usable prompt is
+        # left.
         if len(kept) > self.max_tokens or first in removed:
             raise ModelError(
                 f"pair {pair.id}: the prompt has {num_tokens} tokens, and the template with its speakers alone has "

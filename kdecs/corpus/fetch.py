@@ -14,6 +14,7 @@ from pathlib import Path
 from kdecs.artifact import atomic_path, sha256_of_file
 from kdecs.errors import CorpusError
 
+# Pinned, since the checksums below belong to this state of the files.
 RECCON_COMMIT = "579ea8a726f6705f7a3a02f7535b8f5595ec35aa"
 RECCON_URL = f"https://raw.githubusercontent.com/declare-lab/RECCON/{RECCON_COMMIT}/data/original_annotation"
 _BLOCK_BYTES = 1 << 16

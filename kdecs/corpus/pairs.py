@@ -107,6 +107,7 @@ def training_subset(ids: Sequence[str], share: float, seed: int) -> list[int]:
     """
     if not 0 < share <= 1:
         raise ConfigError(f"share: found {share}, expected a number above 0 and up to 1")
+    # 0.07 of 100 is 7.000000000000001 in floating point, which must not become 8.
     keep = math.ceil(share * len(ids) - 1e-9)
     # By hash, so that neither the order of the file nor added dialogues reshuffle the choice.
     ranks = [hashlib.blake2b(f"{seed}\0{id}".encode()).digest() for id in ids]

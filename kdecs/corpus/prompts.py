@@ -132,6 +132,7 @@ def student_prompt(
     writer.add(f"{candidate} {u_j.speaker} says ")
     candidate_start = writer.add(u_j.text)
     candidate_range = (candidate_start, writer.length)
+    # The paper's own wording, grammar included (Eq. 5).
     writer.add(". The causal span start at ")
     start_mask = writer.add(mask)
     writer.add(", end at ")

@@ -102,6 +102,7 @@ class LineDialogues:
         yield from _dialogues(self.path, checker, None, on_dialogue=lambda: _refuse(checker))
         _refuse(checker)
         if not self._is_logged:
+            # A training iterates once per epoch and should not repeat the notes.
             self._is_logged = True
             log_notes(Corpus(self.path, (), checker.normalised, tuple(checker.warnings)))
 

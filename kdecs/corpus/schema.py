@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 NEUTRAL = "neutral"
+# Of a dialogue's id in a message: an id may have any length.
 _NAME_CHARACTERS = 100
 
 COARSE_EMOTIONS: tuple[str, ...] = (

@@ -17,6 +17,7 @@ from kdecs.corpus.prompts import student_prompt, teacher_prompt
 from kdecs.corpus.schema import Corpus
 from kdecs.errors import DependencyError
 
+# Causes farther back than this share the last bar.
 _FAR = 10
 _NUM_BINS = 40
 

@@ -243,6 +243,7 @@ def metrics_of(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 # Farther causes are too few to be a group each.
 FAR = 5
+# Upper ends of the groups, in words.
 LENGTH_BOUNDS = (5, 10, 20)
 
 Breakdown = dict[str, dict[str, Any]]
@@ -264,6 +265,7 @@ def breakdowns(scores: Scores) -> dict[str, Breakdown]:
 def _by(scores: Scores, group_of: Callable[[Row], str]) -> Breakdown:
     groups = np.array([group_of(row) for row in scores.scored.rows], dtype=str)
     found: Breakdown = {}
+    # By number first, so that "11-20 words" comes after "6-10 words".
     for group in sorted(set(groups.tolist()), key=lambda name: (_first_number(name), name)):
         sums = scores.scored.contributions[groups == group].sum(axis=0)
         values = metrics_of(sums)

@@ -44,6 +44,7 @@ def match(gold: str, predicted: str) -> Match:
 
 def squad_tokens(text: str) -> list[str]:
     """Lower-case, without ASCII punctuation and the articles a, an, the, split at white space."""
+    # In the order of SQuAD's script: "a." is an article only once its full stop is gone.
     return _ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split()
 
 

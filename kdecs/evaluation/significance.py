@@ -131,6 +131,7 @@ def _bootstrap(
         n_resamples=num_samples,
         batch=_batch(num_dialogues),
         vectorized=True,
+        # Not BCa, whose jackknife would score the corpus once more for every dialogue.
         method="percentile",
         confidence_level=level,
         rng=np.random.default_rng(seed),
