@@ -362,11 +362,11 @@ def run_script(make_config, tmp_path, monkeypatch):
     return run_stage, starts
 
 
-def test_a_sweep_out_of_memory_goes_on_while_trials_get_further(run_script, capsys):
+def test_a_sweep_out_of_memory_resumes_while_trials_get_further(run_script, capsys):
     run, starts = run_script
     run((OUT_OF_MEMORY, 2), (OUT_OF_MEMORY, 1), (0, 0))
     assert starts == [3]
-    assert capsys.readouterr().out.count("go on from their checkpoints") == 2
+    assert capsys.readouterr().out.count("resume from their checkpoints") == 2
 
 
 @pytest.mark.parametrize(
