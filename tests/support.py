@@ -76,10 +76,15 @@ def flip_bit(path: Path, offset: int | None = None, bit: int = 0) -> bytes:
 
 
 def weights(directory: Path) -> "dict[str, torch.Tensor]":
-    """All tensors of a product's safetensors files (adapter, model or heads), by name."""
+    """All tensors of a product's safetensors files (adapter, model or heads), by name; those of checkpoints aside."""
     from safetensors.torch import load_file
 
-    files = [load_file(path) for path in sorted(directory.rglob("*.safetensors"))]
+    paths = [
+        path
+        for path in sorted(directory.rglob("*.safetensors"))
+        if "checkpoints" not in path.relative_to(directory).parts
+    ]
+    files = [load_file(path) for path in paths]
     found = {name: tensor for file in files for name, tensor in file.items()}
     assert found and len(found) == sum(map(len, files)), f"{directory}: no weights, or one name in two files"
     return found
