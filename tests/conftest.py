@@ -19,6 +19,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(
+    tryfirst=True
+)  # xdist reads the groups in the same hook, and its plugin is asked before a conftest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give slow tests their time limit, and each test the group that keeps it in one worker under `--dist loadgroup`.
 
