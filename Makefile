@@ -59,7 +59,7 @@ test: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"
 
 test-slow: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not gpu and not cluster"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster"
 
 test-cluster: $(SETUP)
 	bash tests/install_postgres.sh

@@ -1,5 +1,6 @@
 """What tests of several folders share: where the sample corpus and the real data are, and a small disk."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -19,21 +20,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(
-    tryfirst=True
-)  # xdist reads the groups in the same hook, and its plugin is asked before a conftest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests their time limit, and each test the group that keeps it in one worker under `--dist loadgroup`.
-
-    A file is a group, so that its fixtures are made once. All files that start several ranks are one group: the ranks
-    wait for each other busily, so two such tests at a time would take far longer than one after the other.
-    """
-    with_ranks = {item.path for item in items if item.get_closest_marker("dist")}
+    """Give slow tests their time limit."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
-        of_file = str(item.path.relative_to(ROOT / "tests").with_suffix(""))
-        item.add_marker(pytest.mark.xdist_group("ranks" if item.path in with_ranks else of_file))
+
+
+@pytest.hookimpl(optionalhook=True)  # a hook of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keep the tests of a file in one worker, so that its fixtures are made once.
+
+    All files that start several ranks go to the same worker: ranks wait for each other busily, so two such tests at a
+    time would take far longer than one after the other.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", 1)[0]
+            return "ranks" if _starts_ranks(path) else path
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _starts_ranks(path: str) -> bool:
+    return "mark.dist" in (ROOT / path).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
