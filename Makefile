@@ -18,7 +18,7 @@ export TORCH_INDEX
 
 help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
-	@echo "make test                the default tests (about four minutes on two cores)"
+	@echo "make test                the default tests, in two processes"
 	@echo "make test-slow           the long tests: several ranks, kills, Ray"
 	@echo "make test-cluster        the tests that install PostgreSQL (apt, as root)"
 	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
