@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +41,14 @@ Kind = Literal["corpus-cache", "base-model", "teacher", "soft-labels", "student"
 _BLOCK_BYTES = 1 << 20  # hashlib releases the interpreter's lock for each, so threads hash at the same time
 _MAX_MANIFEST_BYTES = 256 << 20  # over a million files; a damaged file must not fill the memory first
 _MAX_VERIFY_THREADS = 16  # more would wait for the disk
+_MODEL_KINDS = ("base-model", "teacher", "student", "mrc")
+_MODEL_FOLDER = "model"
+# What Transformers, PEFT, torch and the loaders of kdecs look for in a directory without being asked to.
+_LOADED_NAMES = re.compile(
+    r"(config|adapter_config|generation_config|(pre)?processor_config|special_tokens_map|added_tokens|chat_template"
+    r"|student|mrc|vocab|tokenizer.*|.*\.index)\.json|(vocab|merges)\.txt|\.metadata"
+    r"|.*\.(safetensors|bin|pt|pth|ckpt|gguf|distcp|model|spm|tiktoken|jinja|py)"
+)
 
 
 class FileEntry(BaseModel):
@@ -340,6 +349,8 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
 def read_verified_manifest(directory: Path, kind: Kind) -> Manifest:
     """The manifest of a directory after reading every byte of it. Raises ArtifactError for the first fault."""
     manifest = read_manifest(directory, kind)
+    if unlisted := _unlisted_faults(directory, manifest):  # before gigabytes are read
+        raise ArtifactError(f"{unlisted[0]}; move it out of the directory")
     if faults := verify_artifact(directory):
         raise ArtifactError(f"{faults[0]}; run the command that writes {directory} again")
     return manifest
@@ -348,8 +359,9 @@ def read_verified_manifest(directory: Path, kind: Kind) -> Manifest:
 def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None = None) -> list[str]:
     """Every fault of an artifact directory, one line each. The list is empty if it is complete and undamaged.
 
-    Reads every byte, several files at a time in threads, since hashlib releases the interpreter's lock. `on_bytes` is
-    called, one call at a time, with the bytes checked since the last call, for a progress bar.
+    Of a model, a file that the manifest does not list is a fault, too, if loading the model would read it. Reads every
+    byte, several files at a time in threads, since hashlib releases the interpreter's lock. `on_bytes` is called, one
+    call at a time, with the bytes checked since the last call, for a progress bar.
     Raises ArtifactError if there is no readable manifest.
     """
     manifest = read_manifest(directory)
@@ -364,7 +376,38 @@ def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None
     num_threads = max(1, min(_MAX_VERIFY_THREADS, len(os.sched_getaffinity(0)), len(manifest.files)))
     with ThreadPoolExecutor(num_threads) as pool:
         faults = pool.map(lambda entry: _file_fault(directory, entry, advance), manifest.files)
-        return [fault for fault in faults if fault]
+        return [*(fault for fault in faults if fault), *_unlisted_faults(directory, manifest)]
+
+
+def listed_file(directory: Path, manifest: Manifest, name: str) -> Path:
+    """The path of a file of an artifact after reading every byte of it, for readers that need this file alone.
+
+    Raises ArtifactError if the manifest does not list the file, or if it is not as the manifest says.
+    """
+    entry = next((entry for entry in manifest.files if entry.path == name), None)
+    if entry is None:
+        raise ArtifactError(
+            f"{directory}: its {MANIFEST_NAME} lists no {name}; run the command that writes the directory again"
+        )
+    if fault := _file_fault(directory, entry, lambda num_bytes: None):
+        raise ArtifactError(f"{fault}; run the command that writes {directory} again")
+    return directory / name
+
+
+def _unlisted_faults(directory: Path, manifest: Manifest) -> list[str]:
+    """Files that nobody checked and that would be loaded with a model, or instead of it."""
+    if manifest.kind not in _MODEL_KINDS:
+        return []
+    # Other folders hold training states, which have records of their own.
+    files = [*directory.iterdir(), *(directory / _MODEL_FOLDER).rglob("*")]
+    listed = {entry.path for entry in manifest.files}
+    return [
+        f"{path}: {MANIFEST_NAME} does not list this file, but loading the {manifest.kind} would read it"
+        for path in sorted(files)
+        if _LOADED_NAMES.fullmatch(path.name)
+        and not path.is_dir()
+        and path.relative_to(directory).as_posix() not in listed
+    ]
 
 
 def _file_fault(directory: Path, entry: FileEntry, on_bytes: Callable[[int], object]) -> str | None:

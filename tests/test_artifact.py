@@ -14,7 +14,9 @@ from kdecs.artifact import (
     file_lock,
     has_valid_checksum,
     is_complete,
+    listed_file,
     read_manifest,
+    read_verified_manifest,
     verify_artifact,
     write_manifest,
 )
@@ -187,3 +189,50 @@ def test_labels_carry_a_checksum_of_their_manifest(artifact: Path) -> None:
     (artifact / "x").touch()
     other = write_manifest(artifact, "report", config_hash="0", inputs={}, files=["x"])
     assert other.details == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("model/adapter_config.json", True),
+        ("model/model-00001-of-00002.safetensors", True),
+        ("model/model.safetensors.index.json", True),
+        ("model/.metadata", True),
+        ("model/modeling_x.py", True),
+        ("model/chat_templates/tool.jinja", True),
+        ("tokenizer.4.0.json", True),
+        ("heads.safetensors", True),
+        ("trial.json", False),
+        ("notes.txt", False),
+        ("model/README.md", False),
+        ("best-2/model/model.safetensors", False),
+    ],
+)
+def test_a_file_that_would_be_loaded_but_is_not_listed_is_a_fault(
+    tmp_path: Path, name: str, is_read: bool
+) -> None:
+    """Of a model, that is: what lies beside labels is never read."""
+    for kind in ("student", "soft-labels"):
+        directory = tmp_path / kind
+        (directory / "model").mkdir(parents=True)
+        (directory / "model" / "config.json").write_text("{}")
+        write_manifest(directory, kind, config_hash="c" * 64, inputs={}, files=["model/config.json"])
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("x")
+        faults = verify_artifact(directory)
+        if is_read and kind == "student":
+            assert [fault.partition(": ")[0] for fault in faults] == [str(directory / name)]
+            with pytest.raises(ArtifactError, match=r"does not list this file.*move it out"):
+                read_verified_manifest(directory, kind)
+        else:
+            assert faults == []
+
+
+def test_one_file_is_read_after_its_checksum(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    assert listed_file(artifact, manifest, "sub/b.txt").read_text() == "text"
+    (artifact / "sub" / "b.txt").write_text("tEXt")
+    with pytest.raises(ArtifactError, match=r"b\.txt: sha256 .*damaged; run the command"):
+        listed_file(artifact, manifest, "sub/b.txt")
+    with pytest.raises(ArtifactError, match=r"lists no c\.txt"):
+        listed_file(artifact, manifest, "c.txt")

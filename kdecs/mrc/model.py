@@ -171,7 +171,7 @@ def finish_product(config: MrcConfig, digest: str, details: dict[str, Any], *, n
         config_hash=digest,
         inputs=input_checksums(train=config.corpus.train, valid=config.corpus.valid, base=config.model.base),
         files=[
-            *(path.relative_to(config.output).as_posix() for path in folder.iterdir() if path.is_file()),
+            *(path.relative_to(config.output).as_posix() for path in folder.rglob("*") if path.is_file()),
             CARD_NAME,
             CONFIG_NAME,
             METRICS_NAME,

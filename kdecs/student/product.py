@@ -151,7 +151,7 @@ def finish_student(
 ) -> None:
     """Write the manifest over all files of the student, which makes the directory complete."""
     folder = directory / MODEL_FOLDER
-    model_files = [p.relative_to(directory).as_posix() for p in folder.iterdir() if p.is_file()]
+    model_files = [p.relative_to(directory).as_posix() for p in folder.rglob("*") if p.is_file()]
     rows = {METRICS_NAME: _num_lines(directory / METRICS_NAME)}
     if (directory / VALIDATION_NAME).is_file():
         rows[VALIDATION_NAME] = _num_lines(directory / VALIDATION_NAME)
