@@ -24,10 +24,10 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,7 +40,7 @@ FORMAT_VERSION = 1
 Kind = Literal["corpus-cache", "base-model", "teacher", "soft-labels", "student", "mrc", "sweep", "report"]
 _BLOCK_BYTES = 1 << 20  # hashlib releases the interpreter's lock for each, so threads hash at the same time
 _MAX_MANIFEST_BYTES = 256 << 20  # over a million files; a damaged file must not fill the memory first
-_MAX_VERIFY_THREADS = 16  # more would wait for the disk
+_MAX_THREADS = 16  # more would wait for the disk
 _MODEL_KINDS = ("base-model", "teacher", "student", "mrc")
 _MODEL_FOLDER = "model"
 # What Transformers, PEFT, torch and the loaders of kdecs look for in a directory without being asked to.
@@ -49,6 +49,8 @@ _LOADED_NAMES = re.compile(
     r"|student|mrc|vocab|tokenizer.*|.*\.index)\.json|(vocab|merges)\.txt|\.metadata"
     r"|.*\.(safetensors|bin|pt|pth|ckpt|gguf|distcp|model|spm|tiktoken|jinja|py)"
 )
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 
 class FileEntry(BaseModel):
@@ -221,18 +223,25 @@ def write_manifest(
     details: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Checksum the named files (relative paths), fsync them, and write the manifest last."""
-    entries = []
-    for name in set(files):
-        path = _inside(directory, name)
-        fsync(path)  # a manifest must never list a file that a crash of the machine can still take away
-        entries.append(
-            FileEntry(
-                path=name, bytes=path.stat().st_size, sha256=sha256_of_file(path), rows=(rows or {}).get(name)
-            )
-        )
+    entries = file_entries(directory, files, rows=rows)
     manifest = build_manifest(kind, config_hash=config_hash, inputs=inputs, files=entries, details=details)
     save_manifest(directory, manifest)
     return manifest
+
+
+def file_entries(
+    directory: Path, names: Iterable[str], *, rows: Mapping[str, int] | None = None
+) -> list[FileEntry]:
+    """Size and sha256 of the named files (relative paths), by name; each of them is durable afterwards."""
+
+    def entry(name: str) -> FileEntry:
+        path = _inside(directory, name)
+        fsync(path)  # a record must never list a file that a crash of the machine can still take away
+        return FileEntry(
+            path=name, bytes=path.stat().st_size, sha256=sha256_of_file(path), rows=(rows or {}).get(name)
+        )
+
+    return _in_threads(entry, sorted(set(names)))
 
 
 def with_checksum(manifest: Manifest) -> Manifest:
@@ -365,6 +374,24 @@ def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None
     Raises ArtifactError if there is no readable manifest.
     """
     manifest = read_manifest(directory)
+    faults = file_faults(directory, manifest.files, on_bytes=on_bytes)
+    return [*faults, *_unlisted_faults(directory, manifest)]
+
+
+def file_faults(
+    directory: Path,
+    entries: Sequence[FileEntry],
+    *,
+    says: str = "the manifest says",
+    on_bytes: Callable[[int], object] | None = None,
+) -> list[str]:
+    """Every listed file that is missing, has another size, or has another sha256: one line each.
+
+    `says` stands before what was expected, and names the list. `on_bytes` is that of `verify_artifact`.
+    Raises ArtifactError for a path that leaves the directory.
+    """
+    for listed in entries:
+        _inside(directory, listed.path)
     lock = threading.Lock()
 
     def advance(num_bytes: int) -> None:
@@ -372,11 +399,15 @@ def verify_artifact(directory: Path, *, on_bytes: Callable[[int], object] | None
             with lock:
                 on_bytes(num_bytes)
 
+    faults = _in_threads(lambda entry: _file_fault(directory, entry, says, advance), entries)
+    return [fault for fault in faults if fault]
+
+
+def _in_threads(action: Callable[[_Given], _Made], items: Sequence[_Given]) -> list[_Made]:
+    """The results of an action that hashes a file, in the order of the items, several files at a time."""
     # At least one: an artifact may list no files, and a pool of no threads is refused.
-    num_threads = max(1, min(_MAX_VERIFY_THREADS, len(os.sched_getaffinity(0)), len(manifest.files)))
-    with ThreadPoolExecutor(num_threads) as pool:
-        faults = pool.map(lambda entry: _file_fault(directory, entry, advance), manifest.files)
-        return [*(fault for fault in faults if fault), *_unlisted_faults(directory, manifest)]
+    with ThreadPoolExecutor(max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(items)))) as pool:
+        return list(pool.map(action, items))
 
 
 def listed_file(directory: Path, manifest: Manifest, name: str) -> Path:
@@ -389,7 +420,7 @@ def listed_file(directory: Path, manifest: Manifest, name: str) -> Path:
         raise ArtifactError(
             f"{directory}: its {MANIFEST_NAME} lists no {name}; run the command that writes the directory again"
         )
-    if fault := _file_fault(directory, entry, lambda num_bytes: None):
+    for fault in file_faults(directory, [entry]):
         raise ArtifactError(f"{fault}; run the command that writes {directory} again")
     return directory / name
 
@@ -410,9 +441,11 @@ def _unlisted_faults(directory: Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def _file_fault(directory: Path, entry: FileEntry, on_bytes: Callable[[int], object]) -> str | None:
+def _file_fault(
+    directory: Path, entry: FileEntry, says: str, on_bytes: Callable[[int], object]
+) -> str | None:
     path = directory / entry.path
-    if fault := _size_fault(directory, entry):
+    if fault := _size_fault(directory, entry, says):
         on_bytes(entry.bytes)  # not read, but the progress bar must come to its end
         return fault
     try:
@@ -420,16 +453,16 @@ def _file_fault(directory: Path, entry: FileEntry, on_bytes: Callable[[int], obj
     except OSError as error:  # such as a bad sector: the other files are still worth checking
         return f"{path}: cannot be read ({error.strerror})"
     if found != entry.sha256:
-        return f"{path}: sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…: the file is damaged"
+        return f"{path}: sha256 {found[:12]}…, {says} {entry.sha256[:12]}…: the file is damaged"
     return None
 
 
-def _size_fault(directory: Path, entry: FileEntry) -> str | None:
+def _size_fault(directory: Path, entry: FileEntry, says: str = "the manifest says") -> str | None:
     path = directory / entry.path
     if not path.is_file():
-        return f"{path}: missing, the manifest lists it with {entry.bytes} bytes"
+        return f"{path}: missing, {says} {entry.bytes} bytes"
     if (found := path.stat().st_size) != entry.bytes:
-        return f"{path}: {found} bytes, the manifest says {entry.bytes}"
+        return f"{path}: {found} bytes, {says} {entry.bytes} bytes"
     return None
 
 
