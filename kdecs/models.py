@@ -5,27 +5,25 @@ loading takes milliseconds for most of our models, the bars tear ours apart, and
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from kdecs.errors import ModelError
+from kdecs.errors import KdecsError, ModelError
+
+_MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizer.json has some 40 MB
 
 
 def load_tokenizer(reference: str | Path) -> Any:
     """A fast tokenizer. Raises ModelError, one line, if it cannot be loaded or has no fast version."""
-    try:
+    with refusing(f"tokenizer {reference}: cannot be loaded", reference):
         tokenizer = AutoTokenizer.from_pretrained(str(reference), use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"tokenizer {reference}: cannot be loaded: {why_not_loaded(reference, error)}"
-        ) from None
     if not tokenizer.is_fast:
         raise ModelError(f"tokenizer {reference}: has no fast version, which character offsets need")
     return tokenizer
@@ -39,23 +37,54 @@ def load_pretrained(
     `what` names the wanted model in the error; `options` go to Transformers as they are.
     Raises ModelError, one line, if it cannot be loaded.
     """
-    try:
-        with _quiet():
-            model, report = auto_model.from_pretrained(
-                # Safetensors alone, because opening a pickle runs the code in it.
-                str(reference),
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except torch.OutOfMemoryError:  # a RuntimeError too, but it says nothing about the files
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"model {reference}: cannot be loaded as {what}: {why_not_loaded(reference, error)}"
-        ) from None
+    with refusing(f"model {reference}: cannot be loaded as {what}", reference), _quiet():
+        model, report = auto_model.from_pretrained(
+            # Safetensors alone, because opening a pickle runs the code in it.
+            str(reference),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     return model, sorted(report["missing_keys"])
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that describes a model. Raises ModelError, one line, if it holds anything else."""
+    try:
+        if (size := path.stat().st_size) > _MAX_SETTINGS_BYTES:
+            raise ModelError(
+                f"{path}: {size} bytes, more than the {_MAX_SETTINGS_BYTES} that any model needs"
+            )
+        # NaN is no JSON, and could not be written again.
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_json)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise ModelError(f"{path}: cannot be read as JSON: {reason}; fetch or save the model again") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: found {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _not_json(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+@contextlib.contextmanager
+def refusing(message: str, reference: str | Path) -> Iterator[None]:
+    """Raise ModelError, one line, for whatever a library raises about the files of `reference` inside the block."""
+    try:
+        yield
+    except (KdecsError, torch.OutOfMemoryError):  # the latter says nothing about the files
+        raise
+    except Exception as error:
+        # Files that others wrote make Transformers, PEFT and tokenizers fail with errors of any type.
+        raise ModelError(f"{message}: {why_not_loaded(reference, error)}") from error
+    except BaseException as error:
+        # How a panic of tokenizers' Rust code arrives, which is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{message}: {first_line(error)}") from error
 
 
 def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kdecs.artifact import Manifest, check_output, is_complete, read_manifest, write_manifest, write_text
+from kdecs.artifact import Manifest, check_output, is_complete, read_manifest, write_json, write_manifest
 from kdecs.config import config_hash, input_checksums, parse_config, write_config
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split
@@ -37,9 +37,8 @@ from kdecs.teacher.network import (
     tree_is_exact,
     tree_probes,
 )
-from kdecs.teacher.product import ADAPTER_FILE, check_adapter
+from kdecs.teacher.product import ADAPTER_CONFIG, ADAPTER_FILE, adapter_values, check_adapter, load_adapter
 
-ADAPTER_CONFIG = "adapter_config.json"
 _PAIRS_PER_FORWARD = 16
 
 
@@ -65,7 +64,7 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
     validation split are scored. Raises ModelError if it does not fit, TrainingError if it is not finite or does
     nothing, ArtifactError if the output holds another teacher, and ConfigError or CorpusError.
     """
-    values = _adapter_values(wanted.adapter)
+    values = adapter_values(wanted.adapter)
     config = _config(wanted, values)
     work_hash = _work_hash(wanted, config)
     # A second start returns at once, without loading the base.
@@ -81,7 +80,7 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
         config.model, max_prompt_tokens=wanted.max_prompt_tokens, emotions_shown=wanted.emotions_shown
     )
     check_config(config.model.base, wanted.family, family.max_prompt_tokens)
-    network = _load(wanted.adapter, config, family, runtime, dtype)
+    network = _load(wanted.adapter, values, config, family, runtime, dtype)
     teacher = TeacherNetwork(family, network, use_tree=False, device=runtime.device)
     teacher = teacher.to(runtime.device).eval()
     prompts = [family.encode(pair) for pair in tqdm(pairs, desc="prompts", unit="pair", disable=None)]
@@ -91,34 +90,14 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
         teacher.use_tree = tree_is_exact(teacher, teacher, probes, runtime)
     scores = _scores(teacher, pairs, prompts)
     return _write(
-        wanted, config, work_hash, family, batching="tree" if teacher.use_tree else "pairs", scores=scores
+        wanted,
+        values,
+        config,
+        work_hash,
+        family,
+        batching="tree" if teacher.use_tree else "pairs",
+        scores=scores,
     )
-
-
-def _adapter_values(directory: Path) -> dict[str, Any]:
-    """The adapter's own config. Raises ModelError if the directory holds no LoRA adapter in safetensors."""
-    path = directory / ADAPTER_CONFIG
-    if not path.is_file():
-        raise ModelError(
-            f"{directory}: no {ADAPTER_CONFIG}, expected a directory that PEFT's save_pretrained wrote"
-        )
-    if not (directory / ADAPTER_FILE).is_file():
-        has_pickle = (directory / "adapter_model.bin").exists()
-        hint = (
-            "a pickled adapter_model.bin is never opened; save the adapter with safe_serialization=True"
-            if has_pickle
-            else "save the adapter with PEFT's save_pretrained"
-        )
-        raise ModelError(f"{directory}: no {ADAPTER_FILE}; {hint}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: not a JSON object; save the adapter with PEFT's save_pretrained")
-    if values.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {values.get('peft_type')!r}, expected 'LORA'")
-    return values
 
 
 def _config(wanted: AdapterImport, values: dict[str, Any]) -> TeacherConfig:
@@ -152,7 +131,14 @@ def _work_hash(wanted: AdapterImport, config: TeacherConfig) -> str:
     return hashlib.sha256(f"imported\n{json.dumps(facts, sort_keys=True)}".encode()).hexdigest()
 
 
-def _load(adapter: Path, config: TeacherConfig, family: Family, runtime: Runtime, dtype: str) -> nn.Module:
+def _load(
+    adapter: Path,
+    values: dict[str, Any],
+    config: TeacherConfig,
+    family: Family,
+    runtime: Runtime,
+    dtype: str,
+) -> nn.Module:
     """Base with adapter. Raises ModelError if a tensor of the adapter has no place in the base, or another shape."""
     try:
         tensors = load_file(adapter / ADAPTER_FILE)
@@ -160,12 +146,7 @@ def _load(adapter: Path, config: TeacherConfig, family: Family, runtime: Runtime
         raise ModelError(f"{adapter / ADAPTER_FILE}: cannot be read: {first_line(error)}") from None
     check_adapter(tensors, adapter)
     base = load_base(config.model, family, dtype=DTYPES[dtype], device=runtime.device)
-    try:
-        network = PeftModel.from_pretrained(base, str(adapter))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{adapter}: the adapter does not load onto {config.model.base}: {first_line(error)}"
-        ) from None
+    network = load_adapter(base, adapter, values, base=config.model.base)
     # PEFT skips tensors that have no place, and leaves missing ones at their first values.
     placed = set(get_peft_model_state_dict(network))
     if strangers := sorted(set(tensors) ^ placed):
@@ -197,6 +178,7 @@ def _scores(
 
 def _write(
     wanted: AdapterImport,
+    values: dict[str, Any],
     config: TeacherConfig,
     work_hash: str,
     family: Family,
@@ -208,10 +190,12 @@ def _write(
     output.mkdir(parents=True, exist_ok=True)
     weights = (wanted.adapter / ADAPTER_FILE).read_bytes()
     (output / ADAPTER_FILE).write_bytes(weights)
-    write_text(output / ADAPTER_CONFIG, (wanted.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    # As kdecs loads it, so that other tools follow none of the places that the original may have named.
+    write_json(output / ADAPTER_CONFIG, {**values, "base_model_name_or_path": config.model.base})
     write_config(config, output)
     saved = [Path(path) for path in family.tokenizer.save_pretrained(output)]
-    names = [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", *(path.name for path in saved if path.is_file())]
+    tokenizer_files = [path.relative_to(output).as_posix() for path in saved if path.is_file()]
+    names = [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", *tokenizer_files]
     # Without them, an export needs allow_other_corpus: nothing proves that the splits are those of the adapter.
     corpora = {"corpus_train": wanted.train, "corpus_valid": wanted.valid} if wanted.is_of_corpus else {}
     return write_manifest(

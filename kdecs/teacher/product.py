@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, teacher_prompt
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ArtifactError, ModelError, TrainingError
-from kdecs.models import first_line
+from kdecs.models import read_settings, refusing
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family, make_family
@@ -90,7 +91,17 @@ def _digest(values: Iterable[Any]) -> str:
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FOLDER = "model"
+# What an adapter's config says about other places and about modules to import. It may have been written by anybody, and
+# the base is the one that our own config names.
+_NOT_FOLLOWED: dict[str, Any] = {
+    "base_model_name_or_path": None,
+    "revision": None,
+    "auto_mapping": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+}
 
 
 def save_product(network: nn.Module, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
@@ -152,13 +163,37 @@ def load_trained(
         emotions_shown=config.emotions_shown,
         tree_attention=config.batches.tree_attention,
     )
+    values = {} if tuned_whole else adapter_values(directory)  # before the base, which may take minutes
     network = load_base(model, family, dtype=DTYPES[dtype], device=device)
-    if tuned_whole:
-        return family, network
-    try:
-        return family, PeftModel.from_pretrained(network, str(directory))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{directory}: the adapter does not load: {first_line(error)}") from None
+    return family, network if tuned_whole else load_adapter(network, directory, values, base=reference)
+
+
+def adapter_values(directory: Path) -> dict[str, Any]:
+    """The config of a directory's adapter. Raises ModelError if it holds no LoRA adapter in safetensors."""
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ModelError(
+            f"{directory}: no {ADAPTER_CONFIG}, expected a directory that PEFT's save_pretrained wrote"
+        )
+    if not (directory / ADAPTER_FILE).is_file():
+        has_pickle = (directory / "adapter_model.bin").exists()
+        hint = (
+            "a pickled adapter_model.bin is never opened; save the adapter with safe_serialization=True"
+            if has_pickle
+            else "save the adapter with PEFT's save_pretrained"
+        )
+        raise ModelError(f"{directory}: no {ADAPTER_FILE}; {hint}")
+    values = read_settings(path)
+    if values.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: peft_type is {values.get('peft_type')!r}, expected 'LORA'")
+    return {**values, **_NOT_FOLLOWED}
+
+
+def load_adapter(network: nn.Module, directory: Path, values: Mapping[str, Any], *, base: str) -> PeftModel:
+    """The network with a directory's adapter, whose config is `values`. Raises ModelError if it does not load."""
+    with refusing(f"{directory}: the adapter does not load onto {base}", directory):
+        config = PeftLoraConfig.from_peft_type(**values)
+        return PeftModel.from_pretrained(network, str(directory), config=config)
 
 
 def check_base(directory: Path, base: str) -> None:

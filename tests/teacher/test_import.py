@@ -13,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, MistralConfig
 from typer.testing import CliRunner
 
-from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.artifact import read_manifest, verify_artifact, write_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.prompts import teacher_prompt
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import FINE_TO_COARSE
-from kdecs.errors import ArtifactError, KdecsError
+from kdecs.errors import ArtifactError, KdecsError, ModelError
 from kdecs.runtime import Runtime
 from kdecs.soft_labels.claims import check_teacher_corpus
 from kdecs.soft_labels.config import ExportConfig
@@ -115,6 +115,67 @@ def test_an_adapter_of_another_corpus_needs_the_export_s_leave(
     with pytest.raises(ArtifactError, match="allow_other_corpus"):
         check_teacher_corpus(config, manifest)
     check_teacher_corpus(config.model_copy(update={"allow_other_corpus": True}), manifest)
+
+
+def test_an_adapter_s_config_leads_nowhere_else(
+    made: Callable[[str], Any],
+    bases: Callable[[str], Path],
+    runtime: Runtime,
+    some_pairs: list[Pair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither to a base and modules of its author's choice, nor to a kind of adapter that fetches others."""
+    good, _ = made("causal")
+    marker = tmp_path / "marker"
+    (tmp_path / "evil_core.py").write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    elsewhere = {
+        "base_model_name_or_path": "/nowhere/base",
+        "revision": "evil",
+        "auto_mapping": {"base_model_class": "x", "parent_library": "evil_core"},
+        "megatron_config": {"tensor_model_parallel_size": 1},
+        "megatron_core": "evil_core",
+    }
+    adapter = Path(shutil.copytree(good, tmp_path / "adapter"))
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(values | elsewhere))
+    plain, output = tmp_path / "plain", tmp_path / "teacher"
+    assert run(good, bases("causal"), plain).exit_code == 0
+    result = run(adapter, bases("causal"), output)
+    assert result.exit_code == 0, result.exception
+    written = json.loads((output / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(bases("causal"))
+    assert (written["revision"], written["auto_mapping"], written["megatron_config"]) == (None, None, None)
+
+    def forge(**changes: object) -> None:
+        (output / "adapter_config.json").write_text(json.dumps(values | changes))
+        manifest = read_manifest(output, "teacher")
+        write_manifest(
+            output,
+            "teacher",
+            config_hash=manifest.config_hash,
+            inputs=manifest.inputs,
+            files=[entry.path for entry in manifest.files],
+            details=manifest.details,
+        )
+
+    def logits(teacher: Path) -> np.ndarray:
+        scorer = TeacherScorer.load(teacher, runtime=runtime, dtype="float32", micro_batch_tokens=2048)
+        return scorer.score(some_pairs[:4])[0]
+
+    forge(**elsewhere)
+    np.testing.assert_array_equal(logits(output), logits(plain))
+    for changes, message in (
+        ({"peft_type": "XLORA", "adapters": {"0": "someone/adapter"}}, "peft_type is 'XLORA'"),
+        ({"r": "four"}, "does not load onto"),
+        ({"target_modules": {"q_proj": 1.5}, "layers_pattern": 3}, "does not load onto"),
+    ):
+        forge(**changes)
+        with pytest.raises(ModelError, match=message) as caught:
+            logits(output)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
 
 
 def test_a_window_that_only_the_longest_prompt_outgrows_means_pairs(
