@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -181,6 +181,7 @@ def run_child(
     command: Sequence[str],
     stop: StopSignal,
     *,
+    environment: Mapping[str, str] | None = None,
     log: Path | None = None,
     on_stop: Callable[[], object] | None = None,
     on_poll: Callable[[], object] = lambda: None,
@@ -188,9 +189,10 @@ def run_child(
 ) -> int:
     """Run a command to its end in a session of its own, and return its exit code.
 
-    Command and output are appended to `log` if there is one. Once `stop` is requested, SIGTERM goes to the whole
-    process group of the child, since the deepspeed launcher does not pass the signal on to its ranks. If this process
-    dies, Linux sends the child SIGTERM. On an exception, such as a second Ctrl-C, the group is ended first.
+    The variables of `environment` are set over those of this process. Command and output are appended to `log` if
+    there is one. Once `stop` is requested, SIGTERM goes to the whole process group of the child, since the deepspeed
+    launcher does not pass the signal on to its ranks. If this process dies, Linux sends the child SIGTERM. On an
+    exception, such as a second Ctrl-C, the group is ended first.
 
     If the child is stopped by other means, such as a file, `on_stop` asks it to end. Such a child watches its parent
     itself, and is waited for as long as it takes. `on_poll` is called about every `poll_s` seconds.
@@ -213,6 +215,7 @@ def run_child(
             output.flush()
         child = subprocess.Popen(
             command,
+            env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,

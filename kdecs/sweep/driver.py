@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kdecs.artifact import MANIFEST_NAME, check_output, file_lock, is_complete, write_json, write_manifest
-from kdecs.config import CONFIG_NAME, input_checksums, write_config
+from kdecs.config import CONFIG_NAME, input_checksums, load_config, write_config
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
 from kdecs.evaluation.metrics import rule_scores
@@ -61,6 +61,21 @@ RAY_LOG_NAME = "ray.log"
 _STAGE_NAME = ".stage.json"
 _POLL_S = 1.0  # between two looks at the trials' files
 _RAY_COMMAND = (sys.executable, "-m", "kdecs.sweep.ray")
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Workers stay in the directory in which the user started.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Tune would write CSV, JSON and TensorBoard files beside the trials' own metrics.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Tune's handler would replace the one that touches the stop file.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+# For a Ray that only this sweep uses. Ray reads these when it is imported, so its own process could set them too late.
+_LOCAL_RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    # With clusters off, which the name says of two systems only, Ray's servers listen on loopback alone on every one.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 
 Follow = Callable[[], None]
 Runner = Callable[[StageRun, StopSignal, Follow], None]
@@ -325,6 +340,7 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
     """
     log = stage.sweep / RAY_LOG_NAME
     stage.write(stage.sweep / _STAGE_NAME)
+    joins = load_config(SweepConfig, stage.sweep / CONFIG_NAME).ray_address
     # The Ray process waits by itself, but its messages go to the log, and the user should see why nothing happens.
     with file_lock(stage.sweep / RAY_LOCK_NAME, blocking=False) as is_free:
         if not is_free:
@@ -335,6 +351,7 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
         code = run_child(
             [*_RAY_COMMAND, str(stage.sweep / _STAGE_NAME)],
             stop,
+            environment=_RAY_ENVIRONMENT | ({} if joins else _LOCAL_RAY_ENVIRONMENT),
             log=log,
             on_stop=stage.run.stop_file.touch,
             on_poll=follow,

@@ -17,11 +17,14 @@ Nothing that a later start needs is in Ray's own state: a trial resumes from its
 
 import argparse
 import contextlib
+import hashlib
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -47,18 +50,9 @@ from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, StageRun, TrialRun, 
 
 _LOCK_POLL_S = 1.0
 _STOP_GRACE_S = 300.0  # a stop waits for the next step of each trial; after this time the rest is killed
-_LONGEST_TEMPORARY = 40  # Ray's sockets lie below it, and a socket's path may have 107 bytes
+_LONGEST_TEMPORARY = 19  # Ray's sockets lie 88 characters below it, and a socket's path may have 107 bytes
 _MAX_DEATHS = 100  # of one trial
 _CUDA_CONTEXT_BYTES = 600 << 20  # of one process, with PyTorch's kernels
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Workers stay in the directory in which the user started.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Tune would write CSV, JSON and TensorBoard files beside the trials' own metrics.
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Tune's handler would replace the one that touches the stop file.
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-}
 
 
 class _AllStoppedError(Exception):
@@ -80,17 +74,13 @@ def train_stage(stage: StageRun) -> None:
     Waits while the Ray process of an earlier, killed driver still ends its trials. Why a trial failed is in its
     files; the exit code OUT_OF_MEMORY says that Ray killed a worker because memory ran out.
     """
-    os.environ.update(_RAY_ENVIRONMENT)
     config = load_config(SweepConfig, stage.sweep / CONFIG_NAME)
     with _sweep_lock(stage) as is_wanted:
         if not is_wanted:
             return
-        usual = tempfile.gettempdir()
-        # Ray's temporary directory, not the run's: a deep run directory would make its sockets' paths too long.
-        short = usual if len(usual) <= _LONGEST_TEMPORARY else "/tmp"
-        temporary = Path(tempfile.mkdtemp(prefix="kdecs-ray-", dir=short))
+        private = private_directory(stage.sweep)
         try:
-            _start_ray(config, temporary, stage.run.stop_file)
+            _start_ray(config, private, stage.run.stop_file)
             if not _is_orphan(stage):
                 _fit(stage, config)
         except _AllStoppedError:
@@ -102,13 +92,29 @@ def train_stage(stage: StageRun) -> None:
             raise
         finally:
             ray.shutdown()
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(private, ignore_errors=True)
             shutil.rmtree(ray_storage(stage), ignore_errors=True)
 
 
 def ray_storage(stage: StageRun) -> Path:
     """The folder of Ray's own state in one start. Nothing in it outlives the start."""
     return stage.sweep / f".ray{stage.run.stop_file.name}"
+
+
+def private_directory(sweep: Path) -> Path:
+    """A new temporary directory that nobody but this user can enter, for Ray's files and token. Hold the sweep's lock.
+
+    It replaces what a killed Ray process of this sweep left on this machine.
+    """
+    usual = tempfile.gettempdir()
+    # Not below the run's directory, which may be deep: the paths of Ray's sockets would be too long.
+    place = Path(usual if len(usual) <= _LONGEST_TEMPORARY else "/tmp")
+    prefix = f"kdecs-{hashlib.sha256(os.fsencode(sweep.resolve())).hexdigest()[:6]}-"
+    for leftover in place.glob(f"{prefix}*"):
+        status = leftover.lstat()
+        if status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
 
 
 @contextlib.contextmanager
@@ -136,8 +142,8 @@ def _is_orphan(stage: StageRun) -> bool:
     return os.getppid() != stage.driver
 
 
-def _start_ray(config: SweepConfig, temporary: Path, stop_file: Path) -> None:
-    if config.ray_address:
+def _start_ray(config: SweepConfig, private: Path, stop_file: Path) -> None:
+    if config.ray_address:  # the cluster's own token counts, by the user's environment or home directory
         ray.init(
             address=config.ray_address,
             runtime_env={"env_vars": worker_environment(config)},
@@ -147,6 +153,9 @@ def _start_ray(config: SweepConfig, temporary: Path, stop_file: Path) -> None:
     else:
         # Workers inherit this environment. A runtime environment would cost each of them one more process to start.
         os.environ.update(worker_environment(config))
+        # Whoever has the token runs code as this user. Ray would keep one in the home directory, readable by all.
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(write_token(private))
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it
         at_a_time = config.max_concurrent_trials
         cores = len(os.sched_getaffinity(0))
         ray.init(
@@ -156,8 +165,8 @@ def _start_ray(config: SweepConfig, temporary: Path, stop_file: Path) -> None:
             include_dashboard=False,  # through it anybody who reaches the port can run code
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=str(temporary),
-            _node_ip_address="127.0.0.1",  # nothing listens on the network
+            _temp_dir=str(private / "r"),  # Ray opens it to all users, but not the directory above it
+            _node_ip_address="127.0.0.1",
         )
     available = ray.cluster_resources()
     for resource, wanted in (("CPU", config.cpus_per_trial), ("GPU", config.gpus_per_trial)):
@@ -174,6 +183,16 @@ def _start_ray(config: SweepConfig, temporary: Path, stop_file: Path) -> None:
     # Only now: ray.init installs handlers of its own, which would take Ray down under the trials.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+
+def write_token(directory: Path) -> Path:
+    """Write a new random token of Ray's into a directory, readable by this user alone, and return its path."""
+    path = directory / "token"
+    path.touch(
+        mode=0o600, exist_ok=False
+    )  # before it has content: a later chmod would leave a moment to read it
+    path.write_text(secrets.token_hex(32), encoding="ascii")
+    return path
 
 
 def worker_environment(config: SweepConfig) -> dict[str, str]:

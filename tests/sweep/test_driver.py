@@ -12,6 +12,7 @@ from fake_trainer import train
 from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
+from kdecs.config import write_config
 from kdecs.errors import ArtifactError, ConfigError, Stopped, TrainingError
 from kdecs.process import StopSignal
 from kdecs.sweep import driver
@@ -325,9 +326,11 @@ def test_a_failure_in_the_search_is_listed_and_ends_nothing(make_config, in_proc
 # How the driver takes the end of its Ray process. A script stands in for it; no Ray is started.
 
 RAY_SCRIPT = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 stage = pathlib.Path(sys.argv[-1])
 starts = stage.with_name("starts")
+environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+stage.with_name("environment.json").write_text(json.dumps(environment))
 number = len(starts.read_text()) if starts.exists() else 0
 starts.write_text("x" * (number + 1))
 code, epochs = json.loads(stage.with_name("script.json").read_text())[number]
@@ -344,6 +347,7 @@ def run_script(make_config, tmp_path, monkeypatch):
     """A function of the exit code and epochs of each start: runs a stage, returns how often Ray was started."""
     config = make_config()
     (config.output / "trials" / "a").mkdir(parents=True)
+    write_config(config, config.output)
     script = tmp_path / "script.py"
     script.write_text(RAY_SCRIPT)
     monkeypatch.setattr(driver, "_RAY_COMMAND", (sys.executable, str(script)))
@@ -381,6 +385,22 @@ def test_ray_that_gets_nowhere_or_fails_ends_in_one_line(run_script, ends, messa
     with pytest.raises(TrainingError, match=message) as caught:
         run(*ends)
     assert starts == [len(ends)] and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_ray_of_its_own_asks_for_a_token_and_a_joined_one_keeps_the_users_settings(
+    run_script, make_config, monkeypatch, address
+):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the cluster's")
+    run, _ = run_script
+    config = make_config(ray_address=address)
+    write_config(config, config.output)
+    run((0, 0))
+    found = json.loads((config.output / "environment.json").read_text())
+    assert found["RAY_AUTH_MODE"] == ("disabled" if address else "token")
+    assert found.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == (None if address else "0")
+    assert found["RAY_AUTH_TOKEN"] == "the cluster's" and found["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_a_stage_is_read_as_it_was_written(tmp_path):

@@ -1,10 +1,13 @@
 """The Ray process: what it gives its trials' processes, when it begins and waits. No Ray is started."""
 
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,15 @@ from kdecs.artifact import file_lock
 from kdecs.config import write_config
 from kdecs.errors import DeviceError
 from kdecs.sweep import ray as sweep_ray
-from kdecs.sweep.ray import limit_gpu_memory, most_epochs, ray_storage, train_stage, worker_environment
+from kdecs.sweep.ray import (
+    limit_gpu_memory,
+    most_epochs,
+    private_directory,
+    ray_storage,
+    train_stage,
+    worker_environment,
+    write_token,
+)
 from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, StageRun, TrialRun
 
 
@@ -124,6 +135,52 @@ def test_a_start_waits_for_the_trials_of_an_earlier_one(stage, starts, monkeypat
         assert starts == []
     thread.join()
     assert starts == [ray_storage(stage)] and not killed.exists()
+
+
+def test_each_sweep_has_a_private_place_and_removes_what_its_killed_process_left(
+    tmp_path, tmp_path_factory, monkeypatch
+):
+    place = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setattr(sweep_ray, "_LONGEST_TEMPORARY", len(str(place)))
+    first, other = private_directory(tmp_path / "a"), private_directory(tmp_path / "b")
+    tokens = [write_token(first), write_token(other)]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (first, other)} == {0o700}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tokens} == {0o600}
+    assert len({path.read_text() for path in tokens}) == 2 and all(len(p.read_text()) == 64 for p in tokens)
+    link = first.with_name(first.name[:-1])  # a name like those of this sweep, made by somebody else
+    link.symlink_to(other)
+    again = private_directory(tmp_path / "a")
+    assert not first.exists() and again.is_dir() and link.is_symlink() and tokens[1].exists()
+
+
+def test_a_deep_temporary_directory_is_not_for_rays_sockets(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = private_directory(tmp_path / "sweep")
+    try:
+        assert found.parent == Path("/tmp")
+    finally:
+        found.rmdir()
+
+
+@pytest.mark.parametrize("address", [None, "192.0.2.1:6379"])
+def test_only_a_ray_of_its_own_gets_the_sweeps_token(make_config, tmp_path, monkeypatch, address):
+    asked = []
+    monkeypatch.setattr(sweep_ray.ray, "init", lambda **options: asked.append(options))
+    monkeypatch.setattr(sweep_ray.ray, "cluster_resources", lambda: {})
+    users = {"RAY_AUTH_TOKEN": "the cluster's", "RAY_AUTH_TOKEN_PATH": "/the/clusters"}
+    environment = {**os.environ, **users}
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(DeviceError):
+        sweep_ray._start_ray(make_config(ray_address=address), tmp_path, tmp_path / "stop")
+    [options] = asked
+    token = tmp_path / "token"
+    if address:
+        assert environment.items() >= users.items() and not token.exists()
+    else:
+        assert "RAY_AUTH_TOKEN" not in environment and environment["RAY_AUTH_TOKEN_PATH"] == str(token)
+        # Ray makes its own directory writable by all; the one above it stays as it is
+        assert Path(options["_temp_dir"]).parent == tmp_path and options["include_dashboard"] is False
 
 
 def test_an_orphan_begins_nothing(stage, starts, monkeypatch):

@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from support import wait_until
 
@@ -22,7 +24,8 @@ DRIVE = Path(__file__).with_name("drive.py")
 def drive(config, tmp_path, **behaviour):
     path = tmp_path / "sweep.json"
     path.write_text(config.model_dump_json())
-    environment = {**os.environ, "FAKE_TRAINER": json.dumps(behaviour)}
+    # No home directory, as in many containers: Ray keeps nothing in it.
+    environment = {**os.environ, "FAKE_TRAINER": json.dumps(behaviour), "HOME": "/nonexistent"}
     return subprocess.Popen(
         [sys.executable, str(DRIVE), str(path)],
         env=environment,
@@ -49,6 +52,22 @@ def ray_processes(config):
             if str(config.output) in command:
                 found.append(int(folder.name))
     return found
+
+
+def check_private(driver):
+    """Ray's servers listen on loopback alone, and no other user can read the token or enter Ray's directory."""
+    processes = [p for p in psutil.Process(driver).children(recursive=True) if p.status() != "zombie"]
+    listening = [
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4 and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    [raylet] = [process for process in processes if process.name() == "raylet"]
+    token = Path(raylet.environ()["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
 
 
 def check_whole(config, runs):
@@ -90,6 +109,7 @@ def test_stopped_or_killed_driver_goes_on(make_config, uri, runs_of, tmp_path, h
     config = make_config(space={"optimization.seed": {"grid": [0, 1, 2]}, "teacher": {"grid": ["t5-tiny"]}})
     process = drive(config, tmp_path, epoch_s=6.0)  # so that the stop comes long before a trial ends
     wait_until(lambda: epochs_written(config) >= 2, "two trials have an epoch", 400, poll_s=0.1)
+    check_private(process.pid)
     if how == "kill":
         process.kill()
         process.communicate(timeout=240)
