@@ -8,18 +8,29 @@ The resolved config is written beside a stage's outputs as `config.json`, which 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from kdecs.artifact import content_checksum, write_text
 from kdecs.errors import ArtifactError, ConfigError
+from kdecs.strict_yaml import Unreadable, parse_yaml
 
 CONFIG_NAME = "config.json"
+_SHOWN_CHARACTERS = 200  # of a value in a message
+_MAX_FILE_BYTES = 1 << 20  # hundreds of times any real config
 COMMITTED = Path(__file__).parent / "configs"  # STAGE/NAME.yaml, a part of the installed package
 
 
@@ -53,13 +64,39 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 """A run's name for people; no part of the config hash."""
 
 
+class KeysOf:
+    """Marks a mapping that holds keys of another config, nested or dotted, which that config checks later."""
+
+    def __init__(self, model: "type[Config]") -> None:
+        self.model = model
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed of random numbers; numpy and Optuna take 32 bits."""
+
+Threads = Annotated[int, Field(ge=0, le=4096), Unhashed()]
+"""CPU threads; 0: the library's choice."""
+
+
 class Config(BaseModel):
-    """Base of all configs. Unknown keys are refused, and values never change."""
+    """Base of all configs. Unknown keys are refused, and values never change.
+
+    A group of keys that is given in part keeps the stage's own defaults for the others: a student whose config sets
+    `optimization.seed` alone has a student's learning rate, not that of the class Optimization.
+    """
 
     # Defaults are validated too: a default of 32 for a float must hash as the 32.0 that config.json gives back.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
     method_versions: ClassVar[dict[str, int]] = {}
     """Versions of what a result depends on besides the config, such as prompt templates: part of the hash."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults_of_groups(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in values}
+        return {name: _over_default(defaults.get(name), given) for name, given in values.items()}
 
 
 class Optimization(Config):
@@ -70,15 +107,16 @@ class Optimization(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     epochs: int = Field(default=3, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def load_config(model: type[AnyConfig], path: Path | None, overrides: Iterable[str] = ()) -> AnyConfig:
-    """The resolved config: the YAML (or JSON) file, then each `a.b=value` (value in YAML).
+    """The resolved config: the YAML (or JSON) file, then each `a.b=value`.
 
+    A value is taken whole where the key holds text or a path, and is YAML where it holds anything else.
     Raises ConfigError, one line, naming the file, the field, the value and what is allowed.
     """
     values = read_yaml(path) if path else {}
@@ -87,9 +125,9 @@ def load_config(model: type[AnyConfig], path: Path | None, overrides: Iterable[s
         if not separator or not key:
             raise ConfigError(f"--set {override}: expected KEY=VALUE, such as optimization.epochs=2")
         try:
-            set_dotted(values, key, yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override}: the value is not YAML") from None
+            set_dotted(values, key, _value_of(text, _types_at(model, key)), model)
+        except Unreadable as error:
+            raise ConfigError(f"--set {override}: {error}") from None
     return parse_config(model, values, source=str(path or "--set"))
 
 
@@ -120,32 +158,49 @@ def parse_config(model: type[AnyConfig], values: Mapping[str, Any], *, source: s
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping. Raises ConfigError, one line."""
+    """A YAML (or JSON) file whose top level is a mapping, with each key once. Raises ConfigError, one line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+        if len(data) > _MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: more than {_MAX_FILE_BYTES:,} bytes, expected a YAML config file")
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: {reason}, expected a YAML config file") from None
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}: not YAML{place}: {getattr(error, 'problem', error)}") from None
+        values, _ = parse_yaml(text)
+    except Unreadable as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of config keys, found {type(values).__name__}")
     return values
 
 
-def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dicts in place, creating missing levels."""
+def set_dotted(values: dict[str, Any], key: str, value: Any, model: type[Config] | None = None) -> None:
+    """Set `a.b.c` in nested dicts in place, creating missing levels.
+
+    With `model`, the config whose keys these are, a group of keys changes only the keys that it names.
+    """
     *parents, last = key.split(".")
+    group = values
     for parent in parents:
-        child = values.setdefault(parent, {})
+        child = group.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ConfigError(f"{key}: {parent} is {child!r}, not a group of keys")
-        values = child
-    values[last] = value
+        group = child
+    there = group.get(last)
+    groups = [kind for kind in _types_at(model, key) if _is_config(kind)] if model else []
+    if (
+        groups
+        and isinstance(value, dict)
+        and isinstance(there, dict)
+        and not any(_is_other_kind(kind, there, value) for kind in groups)
+    ):
+        for name, item in value.items():
+            set_dotted(values, f"{key}.{name}", item, model)
+    else:
+        group[last] = value
 
 
 def write_config(config: Config, directory: Path) -> None:
@@ -167,6 +222,82 @@ def config_hash(config: Config) -> str:
 def input_checksums(**paths: Path | str | None) -> dict[str, str]:
     """`inputs` of a manifest: name -> content checksum. A hub name stands for itself, and None is left out."""
     return {name: _checksum(path) for name, path in paths.items() if path is not None}
+
+
+def _over_default(default: Any, given: Any) -> Any:
+    """What is given for a group, over the default of the group in its place; anything else as it is given."""
+    if not isinstance(default, Config) or not isinstance(given, dict):
+        return given
+    known = {name: getattr(default, name) for name in type(default).model_fields}
+    if _is_other_kind(type(default), known, given):
+        return given
+    return {**known, **{name: _over_default(known.get(name), value) for name, value in given.items()}}
+
+
+def _is_other_kind(model: type[Config], known: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether two groups are of different kinds: their tag, such as `method` or `family`, differs."""
+    tags = [name for name, field in model.model_fields.items() if len(_literals(field.annotation)) == 1]
+    return any(name in known and name in given and known[name] != given[name] for name in tags)
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _is_config(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Config)
+
+
+def _types_at(model: type[Config], key: str) -> list[Any]:
+    """The types that a dotted key may hold, members of unions one by one; none for an unknown key."""
+    types: list[Any] = [model]
+    for part in key.split("."):
+        inner: list[Any] = []
+        for kind in types:
+            if _is_config(kind) and part in kind.model_fields:
+                field = kind.model_fields[part]
+                marked = [mark.model for mark in field.metadata if isinstance(mark, KeysOf)]
+                inner += marked or _members(field.annotation)
+            elif get_origin(kind) is dict:
+                inner += _members(get_args(kind)[1])
+        types = inner
+    return types
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        kind, *metadata = get_args(annotation)
+        marks = [mark.model for mark in metadata if isinstance(mark, KeysOf)]
+        yield from marks or _members(kind)
+    elif origin in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
+def _value_of(text: str, types: list[Any]) -> Any:
+    """The value that `--set` gives a key of these types.
+
+    Text and paths are taken whole, since `#`, `: ` or `1.10` mean something else to YAML. Raises Unreadable.
+    """
+    takes_text = str in types or Path in types
+    choices = [value for kind in types for value in _literals(kind)]
+    if takes_text and set(types) <= {str, Path, NoneType}:
+        # An empty value is no path. Where it is no value either, pydantic refuses it.
+        return None if not text or (text == "null" and NoneType in types) else text
+    try:
+        value, has_comment = parse_yaml(text)
+    except Unreadable:
+        if takes_text:
+            return text
+        raise
+    if isinstance(value, str):
+        return value if value in choices else text
+    if has_comment:
+        raise Unreadable("YAML would drop what follows the # as a comment; leave it out")
+    return value
 
 
 def _hash_view(value: Any) -> Any:
@@ -210,7 +341,10 @@ def _describe(error: ValidationError, model: type[Config]) -> str:
     if first["type"] == "extra_forbidden":
         message = f"unknown key; known here: {', '.join(_known_keys(model, first['loc'][:-1]))}"
     elif first["type"] != "missing" and not isinstance(first["input"], dict):
-        message = f"found {first['input']!r}: {message}"
+        found = repr(first["input"])
+        message = f"found {found[:_SHOWN_CHARACTERS]}{'…' * (len(found) > _SHOWN_CHARACTERS)}: {message}"
+        if first["type"] in ("string_type", "path_type") and isinstance(first["input"], bool | int | float):
+            message += "; in a file, put it in quotes"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{field}: {message}{more}"
 

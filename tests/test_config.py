@@ -1,5 +1,6 @@
 """Configs: one clear line for what is wrong, the same hash for the same work, every committed YAML parses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kdecs.config import (
     find_config,
     load_config,
     parse_config,
+    read_yaml,
     set_dotted,
     write_config,
 )
@@ -85,12 +87,202 @@ def test_set_overrides_the_file_and_paths_become_absolute(
     assert config.corpus.train == tmp_path / "train.json"
 
 
-@pytest.mark.parametrize("override", ["optimization.epochs", "=3", "output=[", "name.x=1"])
+@pytest.mark.parametrize(
+    "override",
+    ["optimization.epochs", "=3", "lora.targets=[", "name.x=1", "optimization.epochs=2 # or 3", "output="],
+)
 def test_malformed_set_is_refused(values: dict[str, Any], tmp_path: Path, override: str) -> None:
     path = tmp_path / "teacher.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError):
         load_config(TeacherConfig, path, [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/run #2/out",
+        "it's: here",
+        '"quoted"',
+        "*starred",
+        "&kept",
+        "!important",
+        "[",
+        "{a: b}",
+        "no",
+        "null",
+        "1.10",
+        "1e-5",
+        "0x1f",
+        "2024-01-01",
+        "a = b",
+        "%TAG",
+        " spaced ",
+    ],
+)
+def test_set_takes_a_path_or_a_text_whole(values: dict[str, Any], tmp_path: Path, text: str) -> None:
+    path = tmp_path / "teacher.yaml"
+    path.write_text(yaml.safe_dump(values))
+    overrides = [
+        f"output={text}",
+        f"corpus.train={text}",
+        f"model.base={text}",
+        f"tracking.experiment={text}",
+    ]
+    config = load_config(TeacherConfig, path, overrides)
+    assert config.output == config.corpus.train == Path.cwd() / text
+    assert config.model.base == text
+    assert config.tracking is not None and config.tracking.experiment == text
+
+
+def test_set_takes_texts_of_a_sweep_whole_and_parses_the_rest() -> None:
+    main = COMMITTED / "spaces/main.yaml"
+    config = load_config(
+        SweepConfig,
+        main,
+        [
+            "output=/runs/a #1",
+            "student.model.base=/models/b #2",
+            "student.cache=/c: d",
+            "variants.plain.distillation.mode=joint",
+            "store=null",
+            "student.optimization={warmup_share: 1e-1}",
+            "space.distillation.alpha.grid=[0.5, 1e-1]",
+            "reuse_students=no",
+            "student.model.stand_ins={disapproval: no}",
+            "teachers.llama-7b.export.set.output=/e #4",
+        ],
+    )
+    assert config.output == Path("/runs/a #1") and config.store is None and not config.reuse_students
+    assert config.student["model"] == {"base": "/models/b #2", "stand_ins": {"disapproval": "no"}}
+    assert config.student["cache"] == "/c: d"
+    assert config.student["optimization"] == {
+        "learning_rate": 1e-5,
+        "weight_decay": 0.01,
+        "epochs": 10,
+        "warmup_share": 0.1,
+    }
+    assert config.variants == {"plain": {"distillation": {"mode": "joint"}}}
+    assert config.space["distillation.alpha"].grid == (0.5, 0.1)
+    export = config.teachers["llama-7b"].export
+    assert export is not None and export.set["output"] == "/e #4"
+    config = load_config(SweepConfig, main, ["teachers.llama-7b=/labels #3"])
+    assert config.teachers["llama-7b"].labels == Path("/labels #3")
+
+
+def test_set_parses_what_is_neither_text_nor_path(values: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "teacher.yaml"
+    path.write_text(yaml.safe_dump(values))
+
+    def targets(text: str) -> Any:
+        config = load_config(TeacherConfig, path, [f"lora.targets={text}"])
+        assert config.lora is not None
+        return config.lora.targets
+
+    assert targets("all-linear") == "all-linear" and targets("[q_proj, on]") == ("q_proj", "on")
+    config = load_config(
+        TeacherConfig, path, ["lora=null", "corpus.test=null", "optimization.learning_rate=1e-5"]
+    )
+    assert config.lora is None and config.corpus.test is None and config.optimization.learning_rate == 1e-5
+
+
+STAGES = {
+    "teacher/llama-7b": TeacherConfig,
+    "export/llama-7b": ExportConfig,
+    "student/kd": StudentConfig,
+    "mrc/roberta-base": MrcConfig,
+    "cross_fit/tiny": CrossFitConfig,
+    "spaces/main": SweepConfig,
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_group_given_in_part_keeps_the_defaults_of_its_stage(name: str) -> None:
+    values, model = read_yaml(COMMITTED / f"{name}.yaml"), STAGES[name]
+    groups = [key for key, field in model.model_fields.items() if isinstance(field.default, Config)]
+    bare = {key: value for key, value in values.items() if key not in groups}
+    expected = parse_config(model, bare, source="x")
+    for group in groups:
+        for key, value in getattr(expected, group).model_dump(mode="json").items():
+            found = parse_config(model, bare | {group: {key: value}}, source="x")
+            assert found == expected, f"{group}.{key}"
+
+
+def test_a_seed_alone_changes_nothing_else(tmp_path: Path) -> None:
+    values = read_yaml(COMMITTED / "student/kd.yaml")
+    del values["optimization"]
+    expected = StudentConfig.model_fields["optimization"].default.model_copy(update={"seed": 7})
+    for name, text in (("a.yaml", yaml.safe_dump(values)), ("a.json", json.dumps(values))):
+        (tmp_path / name).write_text(text)
+        for override in ("optimization.seed=7", "optimization={seed: 7}"):
+            assert load_config(StudentConfig, tmp_path / name, [override]).optimization == expected
+
+
+def test_another_kind_of_a_group_starts_from_its_own_defaults() -> None:
+    main = COMMITTED / "spaces/main.yaml"
+    overrides = ["search={method: two-stage, num_samples: 1}", "search={method: tpe, num_trials: 5}"]
+    assert load_config(SweepConfig, main, overrides).search.method == "tpe"
+    assert load_config(SweepConfig, main, ["search.sample_seed=3"]).search.method == "grid"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b", "the key name is there twice, in line 1 and in line 2"),
+        ("a:\n  b:\n    c: 1\n    'c': 1", "the key a.b.c is there twice, in line 3 and in line 4"),
+        ('{"a": [1, {"b": 1,\n "b": 2}]}', "the key a.b is there twice, in line 1 and in line 2"),
+        ("a.b: {c: 1}\na: {b.c: 2}", "the key a.b.c is there twice, in line 1 and in line 2"),
+        ("x: &x {a: 1}\n<<: *x\n<<: *x", "the key << is there twice"),
+        ("a: &a [*a]", "a in line 1 contains itself by an alias"),
+        ("a: !!python/name:os.system", "the tag tag:yaml.org,2002:python/name:os.system in line 1"),
+        ("a: " + "[" * 600, "nested too deeply"),
+        ("a: " + "9" * 5000, "not YAML"),
+        ("a: 1\0", "not YAML: unacceptable character"),
+        (
+            "a0: &a0 [1, 1]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40)),
+            "more than 4,194,304 characters with all aliases written out",
+        ),
+        ("# " + "x" * (1 << 20), "more than 1,048,576 bytes"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_yaml_that_loses_or_hides_something_is_refused_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_anchors_and_merge_keys_keep_working(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "base: &base {a: 1, b: 2}\nmine:\n  <<: *base\n  b: 3\nagain: {<<: [*base, {c: 4}]}\nyes: no"
+    )
+    assert read_yaml(path) == {
+        "base": {"a": 1, "b": 2},
+        "mine": {"a": 1, "b": 3},
+        "again": {"a": 1, "b": 2, "c": 4},
+        "yes": "no",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_layers", 10**7, "num_layers: found 10000000"),
+        ("hidden_size", 2**20, "parameters, expected at most 1,000,000,000"),
+        ("vocabulary_size", 10**12, "parameters, expected at most 1,000,000,000"),
+        ("seed", 10**40, "seed: found 1000"),
+        ("threads", 10**9, "threads: found 1000000000"),
+    ],
+)
+def test_sizes_that_no_machine_has_are_refused(key: str, value: int, message: str) -> None:
+    values = read_yaml(COMMITTED / "demo/base_llama.yaml") | {key: value}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(BaseModelConfig, values, source="x")
 
 
 def test_written_config_reads_back_equal(values: dict[str, Any], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdecs.config import Config, InputPath
+from kdecs.config import Config, InputPath, Seed
 from kdecs.corpus.pairs import training_subset
 from kdecs.corpus.reading import Dialogues, open_dialogues, read_corpus, read_table
 from kdecs.corpus.schema import FINE_TO_COARSE, Corpus, Dialogue, map_corpus, map_dialogue
@@ -35,7 +35,7 @@ class CorpusConfig(Config):
     valid: InputPath
     test: InputPath | None = None
     train_share: float = Field(default=1.0, gt=0, le=1, description="share of the training dialogues")
-    train_share_seed: int = Field(default=0, ge=0)
+    train_share_seed: Seed = 0
     drop_cross_split: bool = Field(
         default=False,
         description="leave out training dialogues whose text is part of another split named here",

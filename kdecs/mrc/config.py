@@ -1,10 +1,10 @@
 """The config of the MRC baseline's training (`kdecs.launch.train_mrc`)."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Unhashed
+from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Threads
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.student.config import StudentBatches
 
@@ -44,4 +44,4 @@ class MrcConfig(Config):
     patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after this many epochs without improvement"
     )
-    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="CPU threads; 0: torch decides")
+    threads: Threads = 0

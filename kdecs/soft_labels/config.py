@@ -8,6 +8,8 @@ from kdecs.config import Config, InputPath, ModelReference, OutputPath, Unhashed
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CorpusConfig
 
+MAX_TOP_K = 1000
+
 
 class ExportConfig(Config):
     """`kdecs.launch.export_soft_labels`: raw logits of the answer words for every pair of every split."""
@@ -23,7 +25,9 @@ class ExportConfig(Config):
     num_shards: int = Field(default=8, ge=1, le=100_000)
     micro_batch_tokens: int = Field(default=4096, ge=16)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    threads_per_worker: int = Field(default=1, ge=1, description="fixed, because it can change the last bits")
+    threads_per_worker: int = Field(
+        default=1, ge=1, le=4096, description="fixed, because it can change the last bits"
+    )
     engine: Literal["replica", "zero3"] = Field(
         default="replica",
         description="replica: the whole teacher on each rank; zero3: partitioned over the ranks of one launch",
@@ -34,7 +38,7 @@ class ExportConfig(Config):
     top_k: int = Field(
         default=0,
         ge=0,
-        le=1000,
+        le=MAX_TOP_K,
         description="number of largest logits over the whole vocabulary to keep for each pair; 0: none",
     )
     lease_s: Annotated[float, Unhashed()] = Field(

@@ -44,8 +44,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdecs.artifact import MANIFEST_NAME, FileEntry, Manifest, sha256_of_file, write_json
+from kdecs.corpus.checking import shorten
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.evaluation.counts import PairCounts
+from kdecs.soft_labels.config import MAX_TOP_K
 
 SPLITS = ("train", "valid", "test")
 SHARD_FORMAT = "1"
@@ -217,8 +219,11 @@ def answer_words_of(directory: Path, manifest: Manifest) -> tuple[str, ...]:
 def top_k_of(directory: Path, manifest: Manifest) -> int:
     """The number of top logits per pair that a manifest states, 0 for none. Raises ArtifactError for no number."""
     top_k = manifest.details.get("top_k", 0)
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
-        raise ArtifactError(f"{directory / MANIFEST_NAME}: details.top_k: found {top_k!r}, expected a number")
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= MAX_TOP_K:
+        found = shorten(top_k)
+        raise ArtifactError(
+            f"{directory / MANIFEST_NAME}: details.top_k: found {found}, expected a number up to {MAX_TOP_K}"
+        )
     return top_k
 
 

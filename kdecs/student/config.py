@@ -4,7 +4,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kdecs.config import Config, InputPath, ModelReference, Name, Optimization, OutputPath, Unhashed
+from kdecs.config import (
+    Config,
+    InputPath,
+    ModelReference,
+    Name,
+    Optimization,
+    OutputPath,
+    Threads,
+    Unhashed,
+)
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS
 from kdecs.corpus.splits import CorpusConfig
@@ -172,7 +181,7 @@ class StudentConfig(Config):
         description="the macro F1 on the validation split that the threshold of causes maximises (task ecpe: always "
         "utterance); both: the mean of the two. The best epoch is chosen by macro F1 of spans in any case",
     )
-    threads: Annotated[int, Unhashed()] = Field(default=0, ge=0, description="CPU threads; 0: torch decides")
+    threads: Threads = 0
 
     @model_validator(mode="after")
     def _task_has_a_cause(self) -> "StudentConfig":

@@ -4,13 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed, find_config
+from kdecs.config import Config, InputPath, KeysOf, Name, OutputPath, Seed, Unhashed, find_config
+from kdecs.student.config import StudentConfig
 from kdecs.tracking.record import TrackingConfig
 
 BASELINES_NAME = "baselines.json"
 REPORT_FOLDER = "report"
+MAX_POINTS = 100_000
+"""Of a search space. Each is a config in memory, so that a few long grids of a stranger's file could fill it."""
 
 
 class Dimension(Config):
@@ -59,16 +62,18 @@ class GridSearch(Config):
     """Every point of the grids, for each of `num_samples` draws of the other keys."""
 
     method: Literal["grid"] = "grid"
-    num_samples: int = Field(default=1, ge=1, description="draws of choice, uniform and loguniform keys")
-    sample_seed: int = Field(default=0, ge=0)
+    num_samples: int = Field(
+        default=1, ge=1, le=MAX_POINTS, description="draws of choice, uniform and loguniform keys"
+    )
+    sample_seed: Seed = 0
 
 
 class _Staged(Config):
     """What both searches in two stages share. The second stage trains every seed of the survivors."""
 
     survivors: int = Field(default=3, ge=1, description="settings that get all seeds")
-    search_seed: int | None = Field(
-        default=None, ge=0, description="seed of the first stage; null: the first of the seeds' grid"
+    search_seed: Seed | None = Field(
+        default=None, description="seed of the first stage; null: the first of the seeds' grid"
     )
     reduction_factor: float = Field(default=3.0, gt=1, description="ASHA keeps 1 in so many at each rung")
 
@@ -77,8 +82,8 @@ class TwoStageSearch(_Staged):
     """ASHA over all settings with one seed, then every seed of the survivors."""
 
     method: Literal["two-stage"]
-    num_samples: int = Field(default=1, ge=1)
-    sample_seed: int = Field(default=0, ge=0)
+    num_samples: int = Field(default=1, ge=1, le=MAX_POINTS)
+    sample_seed: Seed = 0
     grace_epochs: int = Field(default=1, ge=1, description="no trial is stopped before")
 
 
@@ -86,9 +91,9 @@ class TpeSearch(_Staged):
     """Optuna's tree-structured Parzen estimator with one seed, then every seed of the survivors."""
 
     method: Literal["tpe"]
-    num_trials: int = Field(default=30, ge=1)
+    num_trials: int = Field(default=30, ge=1, le=MAX_POINTS)
     startup_trials: int = Field(default=10, ge=1, description="drawn at random before the estimator begins")
-    sample_seed: int = Field(default=0, ge=0)
+    sample_seed: Seed = 0
     grace_epochs: int | None = Field(default=None, ge=1, description="null: no trial is stopped early")
 
 
@@ -131,15 +136,17 @@ class SweepConfig(Config):
     teachers: dict[str, TeacherSource] = Field(
         default_factory=dict, description="name -> soft-label directory, or {labels, train, export}"
     )
-    student: dict[str, Any] = Field(
+    student: Annotated[dict[str, Any], KeysOf(StudentConfig)] = Field(
         description="the student's config; cache defaults to <output>/cache, threads to cpus_per_trial"
     )
-    variants: dict[str, dict[str, Any]] = Field(
+    variants: dict[str, Annotated[dict[str, Any], KeysOf(StudentConfig)]] = Field(
         default_factory=dict, description="name -> dotted keys of the student's config set together"
     )
     space: dict[str, Dimension] = Field(min_length=1)
-    constraints: tuple[str, ...] = Field(
-        default=(), description="such as `distillation.alpha < 0.9 or teacher == 'llama-7b'`: all must hold"
+    constraints: tuple[Annotated[str, StringConstraints(max_length=1000)], ...] = Field(
+        default=(),
+        max_length=100,
+        description="such as `distillation.alpha < 0.9 or teacher == 'llama-7b'`: all must hold",
     )
     search: SearchConfig = GridSearch()
     store: OutputPath | None = Field(

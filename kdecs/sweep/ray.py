@@ -42,10 +42,9 @@ from kdecs.artifact import file_lock
 from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import DeviceError
 from kdecs.process import run_entry
-from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import GridSearch, SweepConfig, TpeSearch, flat_keys
 from kdecs.sweep.search import Search, TpeSuggester
-from kdecs.sweep.space import trials_directory
+from kdecs.sweep.space import student_value, trials_directory
 from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, StageRun, TrialRun, run_trial
 
 _LOCK_POLL_S = 1.0
@@ -260,8 +259,7 @@ def _fit(stage: StageRun, config: SweepConfig) -> None:
 def most_epochs(config: SweepConfig) -> int:
     """The most epochs that any trial may train, by the base, the space and the variants."""
     key = "optimization.epochs"
-    default = StudentConfig.model_fields["optimization"].default.epochs
-    found = [config.student.get("optimization", {}).get("epochs", default)]
+    found = [student_value(config, key)]
     if key in config.space:
         found = list(config.space[key].values)
     for variant in config.variants.values():

@@ -26,7 +26,7 @@ from kdecs.artifact import MANIFEST_NAME, read_manifest
 from kdecs.config import config_hash, parse_config, set_dotted
 from kdecs.errors import ConfigError
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TwoStageSearch
+from kdecs.sweep.config import MAX_POINTS, Dimension, GridSearch, SweepConfig, TwoStageSearch, flat_keys
 
 TEACHER_KEY = "teacher"
 VARIANT_KEY = "variant"
@@ -102,6 +102,14 @@ class Space:
         """The grids' product for each draw of the other keys; seeds share a draw, so that they can be compared."""
         space = self.config.space
         grids = {key: dimension.values for key, dimension in space.items() if not dimension.is_drawn}
+        num_points = math.prod(len(values) for values in grids.values())
+        if any(dimension.is_drawn for dimension in space.values()):
+            num_points *= getattr(self.config.search, "num_samples", 1)
+        if num_points > MAX_POINTS:
+            raise ConfigError(
+                f"space: its grids and draws have {num_points:,} points, expected at most {MAX_POINTS:,}; shorten a "
+                "grid, or let the search method tpe suggest points"
+            )
         found = []
         for draw in self._draws():
             for values in itertools.product(*grids.values()):
@@ -113,7 +121,7 @@ class Space:
         """The seeds that a setting is trained with. Raises ConfigError if they are drawn."""
         dimension = self.config.space.get(SEED_KEY)
         if dimension is None:
-            return (int(self.config.student.get("optimization", {}).get("seed", 0)),)
+            return (int(student_value(self.config, SEED_KEY)),)
         if dimension.is_drawn:
             raise ConfigError(f"space.{SEED_KEY}: found {dimension.kind}, expected a grid of seeds")
         return dimension.values
@@ -151,10 +159,11 @@ class Space:
         config = self.config
         values = copy.deepcopy(config.student)  # `set_dotted` changes nested groups in place
         variant = config.variants.get(str(point.get(VARIANT_KEY)), {})
-        settings = {key: value for key, value in point.items() if key not in variant}
+        set_by_variant = {name for name, _ in flat_keys(variant)}
+        settings = {key: value for key, value in point.items() if key not in set_by_variant}
         for key, value in {**settings, **variant}.items():
             if key not in (TEACHER_KEY, VARIANT_KEY):
-                set_dotted(values, key, value)
+                set_dotted(values, key, value, StudentConfig)
         distillation = values.setdefault("distillation", {})
         is_distilled = not isinstance(distillation, dict) or distillation.get("mode", "kd") == "kd"
         teacher = None
@@ -230,6 +239,17 @@ class Space:
         generator = np.random.default_rng(search.sample_seed)
         for _ in range(search.num_samples):
             yield {key: drawn_value(dimension, generator) for key, dimension in drawn.items()}
+
+
+def student_value(config: SweepConfig, key: str) -> Any:
+    """What every student of a sweep has for a dotted key, unless the space or a variant sets it.
+
+    For keys of groups that have a default.
+    """
+    if (found := _lookup(key, config.student)) is not None:
+        return found
+    group, name = key.split(".")
+    return getattr(StudentConfig.model_fields[group].default, name)
 
 
 def trials_directory(sweep: Path) -> Path:
@@ -355,8 +375,15 @@ def holds(constraint: str, values: Mapping[str, Any]) -> bool:
         parsed = ast.parse(constraint.strip(), mode="eval").body
     except (SyntaxError, ValueError):
         raise ConfigError(f"constraints: {constraint!r} is not an expression") from None
+    except (
+        RecursionError,
+        MemoryError,
+    ):  # the second one is what Python's parser raises for too many brackets
+        raise ConfigError("constraints: an expression is nested too deeply; write it shorter") from None
     try:
         return bool(_value(parsed, values))
+    except RecursionError:
+        raise ConfigError("constraints: an expression is nested too deeply; write it shorter") from None
     except (TypeError, ArithmeticError, ValueError) as error:
         missing = [key for key in _keys(parsed) if _lookup(key, values) is None]
         hint = f" ({', '.join(missing)}: None for this trial)" if missing else ""
@@ -379,7 +406,11 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
         case ast.UnaryOp(ast.USub(), operand):
             return -_value(operand, values)
         case ast.BinOp(left, kind, right) if type(kind) in _OPERATORS:
-            return _OPERATORS[type(kind)](_value(left, values), _value(right, values))
+            operands = _value(left, values), _value(right, values)
+            # A text or a list times a number would be as long as the config's author wants.
+            if not all(isinstance(operand, int | float) for operand in operands):
+                raise TypeError(f"{ast.unparse(node)}: arithmetic needs numbers")
+            return _OPERATORS[type(kind)](*operands)
         case ast.Compare(left, kinds, rights):
             sides = [_value(side, values) for side in (left, *rights)]  # `0 < a < 1` compares neighbours
             pairs = zip(kinds, sides, sides[1:], strict=False)

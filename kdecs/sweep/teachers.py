@@ -5,7 +5,7 @@
 The stages skip what is complete and resume what is not, so the same command resumes after any stop.
 """
 
-import yaml
+import json
 
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError
@@ -64,9 +64,8 @@ def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]
             str(command.config),
         ]
         for key, value in values.items():
-            # --set reads YAML. PyYAML ends a bare scalar with a line of three dots, so only the first line counts.
-            dumped = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-            text = value if isinstance(value, str) else dumped
+            # --set takes a text whole, and reads JSON, which is YAML, where its key holds anything else.
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             arguments += ["--set", f"{key}={text}"]
         commands.append((stage, arguments))
     return commands

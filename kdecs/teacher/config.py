@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Unhashed
+from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Threads, Unhashed
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.tracking.record import TrackingConfig
@@ -16,7 +16,7 @@ BATCHES_VERSION = 2
 class LoraConfig(Config):
     """LoRA (Hu et al. 2021). Dropout is fixed at 0, because tokens shared in a prefix tree would share its mask."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=16_384)
     alpha: float = Field(default=32, gt=0)
     dropout: Literal[0] = 0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
@@ -130,9 +130,7 @@ class TeacherConfig(Config):
     tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
         default=None, description="MLflow; null: write only metrics.jsonl"
     )
-    threads_per_rank: Annotated[int, Unhashed()] = Field(
-        default=0, ge=0, description="CPU threads per rank; 0: the library's choice"
-    )
+    threads_per_rank: Threads = 0
 
     @model_validator(mode="after")
     def _four_bits_are_frozen(self) -> "TeacherConfig":

@@ -7,11 +7,12 @@ from fake_trainer import train
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
+from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TeacherSource
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.progress import print_dry_run
 from kdecs.sweep.search import Search
-from kdecs.sweep.space import Space, drawn_value, sweep_hash, with_absolute_paths
+from kdecs.sweep.space import Space, drawn_value, holds, sweep_hash, with_absolute_paths
 
 SPACES = sorted((Path(__file__).parents[2] / "tune" / "spaces").glob("*.yaml"))
 
@@ -234,6 +235,64 @@ def test_wrong_constraints_are_refused_in_one_line(make_config, constraint, mess
     with pytest.raises(ConfigError, match=message) as caught:
         Space(make_config(constraints=[constraint])).trials()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("optimization", [None, {}, {"epochs": 3}])
+def test_a_seed_of_the_space_keeps_the_students_own_defaults(make_config, optimization):
+    config = make_config(space={"teacher": {"grid": ["t5-tiny"]}, "optimization.seed": {"grid": [5]}})
+    student = {key: value for key, value in config.student.items() if key != "optimization"}
+    if optimization is not None:
+        student["optimization"] = optimization
+    [trial] = Space(config.model_copy(update={"student": student})).trials()
+    default = StudentConfig.model_fields["optimization"].default
+    assert trial.config.optimization == default.model_copy(update={**(optimization or {}), "seed": 5})
+
+
+def test_a_group_of_a_variant_or_a_grid_keeps_the_rest_of_the_group(make_config):
+    variants = {"nested": {"optimization": {"seed": 7}, "model": {"span_head": "pointer"}}}
+    space = {
+        "variant": {"grid": ["nested"]},
+        "teacher": {"grid": ["t5-tiny"]},
+        "optimization.seed": {"grid": [0, 1]},
+        "distillation": {"grid": [{"temperature": 4.0}]},
+    }
+    student = {**make_config().student, "distillation": {"alpha": 0.2}, "optimization": {"epochs": 9}}
+    [trial] = Space(make_config(variants=variants, space=space, student=student)).trials()
+    assert (trial.config.optimization.epochs, trial.config.optimization.seed) == (9, 7)
+    assert (trial.config.distillation.alpha, trial.config.distillation.temperature) == (0.2, 4.0)
+    assert trial.config.model.base == "roberta-tiny" and trial.config.model.span_head == "pointer"
+
+
+def test_a_space_of_too_many_points_is_refused(make_config):
+    grids = {f"optimization.{key}": {"grid": list(range(1, 101))} for key in ("seed", "epochs")}
+    config = make_config(
+        space={"teacher": {"grid": ["t5-tiny"]}, **grids, "patience_epochs": {"grid": [*range(99)]}}
+    )
+    with pytest.raises(ConfigError, match=r"990,000 points, expected at most 100,000; shorten a grid"):
+        Space(config).trials()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ("(" * 400 + "1" + ")" * 400, "is not an expression|nested too deeply"),
+        ("not " * 20_000 + "1", "nested too deeply"),
+        ("1" + " + 1" * 20_000, "nested too deeply"),
+        ("teacher * 9999999999 == 'a'", "arithmetic needs numbers"),
+        ("[1] * 9999999999 == 1", "arithmetic needs numbers"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_constraint_cannot_fill_the_memory_or_the_stack(constraint, message):
+    with pytest.raises(ConfigError, match=message):
+        holds(constraint, {"teacher": "t5"})
+
+
+def test_a_long_constraint_is_refused_with_its_beginning_alone(make_config):
+    with pytest.raises(
+        ConfigError, match=r"constraints\.0: found '1 < 2 .{0,200}…: String should have at most 1000"
+    ):
+        make_config(constraints=["1 < 2 and " * 200 + "1"])
 
 
 def test_constraints_see_defaults_and_missing_teachers(make_config):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdecs.config import Config, InputPath, Name, OutputPath, Unhashed
+from kdecs.config import Config, InputPath, Name, OutputPath, Seed, Unhashed
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.soft_labels.config import ExportConfig
@@ -60,7 +60,7 @@ class FoldExport(Config):
     num_shards: int = Field(default=8, ge=1, le=100_000, description="shards of each fold's export")
     micro_batch_tokens: int = Field(default=4096, ge=16)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    threads_per_worker: int = Field(default=1, ge=1)
+    threads_per_worker: int = Field(default=1, ge=1, le=4096)
     engine: Literal["replica", "zero3"] = "replica"
     persistence_threshold: Annotated[int | None, Unhashed()] = Field(default=None, ge=0)
     lease_s: Annotated[float, Unhashed()] = Field(default=60.0, ge=1.0)
@@ -88,7 +88,7 @@ class CrossFitConfig(Config):
     )
     corpus: CorpusConfig
     num_folds: int = Field(default=5, ge=2, le=100)
-    fold_seed: int = Field(default=0, ge=0)
+    fold_seed: Seed = 0
     evaluation_labels: Literal["mean"] | int = Field(
         default="mean",
         description="labels of valid and test: the mean probability of all teachers, or those of one fold's (0, 1, …)",
