@@ -69,8 +69,9 @@ def stage_parser(
         parser.add_argument("config", metavar="CONFIG", help=what)
     else:
         parser.add_argument("--config", required=True, metavar="CONFIG", help=what)
-    # The deepspeed launcher adds it unless it is called with --no_local_rank; LOCAL_RANK says the same.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    # The deepspeed launcher adds it unless it is called with --no_local_rank, torch's old launcher adds the second
+    # spelling. LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.add_argument(
         "--set",
         action="append",

@@ -158,6 +158,15 @@ def test_a_child_saves_when_its_parent_is_killed(tmp_path):
     wait_for(lambda: last_error(log) == "saved")
 
 
+@pytest.mark.parametrize("given", ["--local_rank=3", "--local_rank 3", "--local-rank=3", "--local-rank 3"])
+@pytest.mark.parametrize("is_positional", [True, False])
+def test_the_flag_that_launchers_add_is_accepted_before_all_others(given, is_positional):
+    parser = process.stage_parser("student", "", "", is_positional=is_positional)
+    config = ["kd"] if is_positional else ["--config", "kd"]
+    arguments = parser.parse_args([*given.split(), *config, "--set", "optimization.seed=1"])
+    assert (arguments.config, arguments.overrides) == ("kd", ["optimization.seed=1"])
+
+
 @pytest.mark.parametrize(
     ("launcher", "command"),
     [

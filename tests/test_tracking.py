@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 from urllib.parse import unquote
 
@@ -10,7 +11,9 @@ from mlflow import MlflowClient
 from support import empty_mlflow
 
 from kdecs.config import parse_config
+from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ConfigError
+from kdecs.launch import train_teacher
 from kdecs.tracking.machine import load, read_samples, sampled_load
 from kdecs.tracking.mlflow import Tracker, tracking_uri
 from kdecs.tracking.record import RunRecord, TrackingConfig, read_points, without_password
@@ -279,6 +282,52 @@ def test_uri_defaults_beside_the_output(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert tracking_uri(TrackingConfig(), tmp_path / "sweep") == "http://server:5000"
     assert without_password("postgresql://a:b@host/db") == "postgresql://…@host/db"
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "/data/mlruns", "file:mlruns", "file:///data/mlruns"])
+@pytest.mark.parametrize("is_in_config", [True, False])
+def test_the_retired_file_store_is_refused_unless_it_is_asked_for(uri, is_in_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    config = TrackingConfig(uri=uri if is_in_config else None)
+    with pytest.raises(ConfigError, match="file store, which MLflow has retired") as caught:
+        Tracker(config, tmp_path / "sweep")
+    named = "tracking.uri" if is_in_config else "MLFLOW_TRACKING_URI"
+    assert str(caught.value).startswith(f"{named} {uri}: ") and "\n" not in str(caught.value)
+    assert f"sqlite:///{tmp_path / 'mlflow.db'}" in str(caught.value)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert tracking_uri(config, tmp_path / "sweep") == uri
+
+
+def test_a_teacher_is_refused_the_retired_file_store_before_torch_is_imported(tmp_path, monkeypatch):
+    config = {"tracking.uri": "mlruns", "output": tmp_path / "teacher", "model.base": tmp_path}
+    config |= {f"corpus.{split}": bundled_sample(split) for split in ("train", "valid")}
+    overrides = [part for key, value in config.items() for part in ("--set", f"{key}={value}")]
+    monkeypatch.setattr("sys.argv", ["train_teacher", "--local_rank=0", "--config", "minilm-l6", *overrides])
+    monkeypatch.setitem(sys.modules, "kdecs.runtime", None)  # an import of it would raise
+    with pytest.raises(ConfigError, match="retired"):
+        train_teacher.main()
+
+
+def test_an_experiment_deleted_in_the_ui_is_named_and_used_again_once_restored(config, tmp_path, capsys):
+    assert Tracker(config, tmp_path / "sweep").sync([record(1)])
+    client, [run] = runs(config)
+    client.delete_experiment(run.info.experiment_id)
+    tracker = Tracker(config, tmp_path / "sweep")
+    assert not tracker.sync([record(2)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"cannot be used (experiment {config.experiment!r} was deleted there; restore it" in line
+    assert f"--experiment-id {run.info.experiment_id}`" in line and "tracking.experiment" in line
+    client.restore_experiment(run.info.experiment_id)
+    assert tracker.sync([record(2)], now=True)
+    assert steps_of(client, run.info.run_id) == [1, 2]
+
+
+@pytest.mark.parametrize("uri", ["elsewhere://host/db", "oracle://host/db"])
+def test_a_database_that_cannot_be_used_is_not_said_to_be_away(uri, tmp_path, capsys):
+    assert not Tracker(TrackingConfig(uri=uri), tmp_path / "sweep").sync([record(1)])
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"MLflow at {uri} cannot be used (" in line and "does not answer" not in line
 
 
 @pytest.mark.parametrize("users", [None, "sqlite:////somewhere/mlflow.db"])

@@ -32,6 +32,12 @@ def main() -> None:
     if is_complete(config.output, "teacher", config_hash(config)):
         say_skipped(f"teacher {config.name}: complete at {config.output}, skipped")
         return
+    if config.tracking is not None:
+        from kdecs.tracking.mlflow import tracking_uri
+
+        tracking_uri(
+            config.tracking, config.output
+        )  # a store that MLflow has retired is refused before hours of work
     from kdecs.process import StopSignal
     from kdecs.runtime import process_group, start_runtime
 

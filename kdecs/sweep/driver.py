@@ -55,6 +55,7 @@ from kdecs.sweep.trial import (
 )
 from kdecs.tables import duration
 from kdecs.tracking.machine import ENVIRONMENT_NAME, write_environment
+from kdecs.tracking.mlflow import tracking_uri
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 RAY_LOG_NAME = "ray.log"
@@ -101,6 +102,7 @@ def run_sweep(
     if missing and not build:
         refuse_missing(config, missing)
     # What can be refused is refused before the directory exists, and before --build trains teachers for hours.
+    tracking_uri(config.tracking, config.output)
     search = Search(config, planned=bool(missing))
     if not missing:
         _refuse_other_sweep(config, search)

@@ -9,7 +9,7 @@ driver, or a teacher's rank 0) calls `Tracker.sync` with records that it has rea
 - If MLflow does not answer, one line warns, nothing waits, and a later sync sends what is missing.
 - If MLflow refuses a part of one run, one line names that run; the rest of it and all other runs are still sent.
 
-Environment: MLFLOW_TRACKING_URI if the config has no `uri`, and what MLflow itself reads.
+Environment: MLFLOW_TRACKING_URI if the config has no `uri`, MLFLOW_ALLOW_FILE_STORE, and what MLflow itself reads.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from kdecs.errors import DependencyError, KdecsError
+from kdecs.errors import ConfigError, DependencyError, KdecsError
 from kdecs.tracking.record import RunRecord, TrackingConfig, environment_tags, redacted, without_password
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -49,13 +50,30 @@ class _AwayError(Exception):
     """MLflow does not answer. The cause is the error that showed it."""
 
 
+class _UnusableError(Exception):
+    """MLflow cannot be used as it is set up, until somebody changes that. The message or the cause says why."""
+
+
 class _RefusedError(Exception):
     """MLflow answers, but refuses a part of a run. The cause is its first error."""
 
 
 def tracking_uri(config: TrackingConfig, output: Path) -> str:
-    """The URI that is in force for an output directory: the config's, the environment's, or a database beside it."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.parent / 'mlflow.db'}"
+    """The URI that is in force for an output directory: the config's, the environment's, or a database beside it.
+
+    Raises ConfigError for MLflow's retired file store: no later upload could succeed, so entries call this before any
+    work.
+    """
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.parent / 'mlflow.db'}"
+    is_directory = urlsplit(uri).scheme in ("file", "") and not re.match(r"databricks|uc$", uri)
+    if is_directory and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+        given = "tracking.uri" if config.uri else "MLFLOW_TRACKING_URI"
+        raise ConfigError(
+            f"{given} {without_password(uri)}: this is MLflow's file store, which MLflow has retired; expected a "
+            f"database, such as sqlite:///{output.parent / 'mlflow.db'}, or the address of a server "
+            "(`mlflow migrate-filestore` moves old runs; MLFLOW_ALLOW_FILE_STORE=true keeps the file store in use)"
+        )
+    return uri
 
 
 class Uploader:
@@ -149,13 +167,17 @@ class Tracker:
         except KdecsError:
             raise
         except Exception as error:  # drivers and stores raise all kinds of errors; none may end a training
-            is_away = isinstance(error, _AwayError) or not self._answers()
+            if isinstance(error, _UnusableError):
+                state = "cannot be used"
+            else:
+                is_away = isinstance(error, _AwayError) or not self._answers()
+                state = "does not answer" if is_away else "refuses"
             self._retry_at = time.monotonic() + _RETRY_S
             if not self._is_away:
                 self._is_away = True
                 _warn(
-                    f"warning: MLflow at {self.shown_uri} {'does not answer' if is_away else 'refuses'} "
-                    f"({self._reason(error)}). Training continues; the metrics stay in files and are uploaded later."
+                    f"warning: MLflow at {self.shown_uri} {state} ({self._reason(error)}). Training continues; "
+                    "the metrics stay in files and are uploaded later."
                 )
             return None
         if self._is_away:
@@ -285,7 +307,8 @@ class Tracker:
 
     def _reason(self, error: Exception) -> str:
         """One short line about an error's cause. Secrets go before it is cut, or a part of one could remain."""
-        cause = error.__cause__ if isinstance(error, _AwayError | _RefusedError) else error
+        is_ours = isinstance(error, _AwayError | _UnusableError | _RefusedError)
+        cause = (error.__cause__ if is_ours else None) or error
         line = " ".join(redacted(str(cause), self.uri).split())
         return line[:_MAX_REASON] or type(cause).__name__
 
@@ -302,6 +325,11 @@ class Tracker:
             # For a database MLflow would put artifacts into the current directory.
             location = self._artifacts.as_uri() if self.uri.startswith("sqlite:") else None
             self._experiment = client.create_experiment(self.config.experiment, artifact_location=location)
+        elif experiment.lifecycle_stage == "deleted":
+            raise _UnusableError(
+                f"experiment {self.config.experiment!r} was deleted there; restore it with `mlflow experiments restore "
+                f"--experiment-id {experiment.experiment_id}`, or choose another tracking.experiment"
+            )
         else:
             self._experiment = experiment.experiment_id
         self._entities = mlflow.entities
@@ -460,7 +488,10 @@ def _probe_database(uri: str) -> None:
         return
     from sqlalchemy import create_engine
 
-    engine = create_engine(uri)
+    try:
+        engine = create_engine(uri)
+    except Exception as error:  # no such kind of database, or its driver is not installed
+        raise _UnusableError from error
     try:
         engine.connect().close()
     finally:

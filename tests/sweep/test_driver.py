@@ -29,6 +29,13 @@ def logs_of(config):
     return {t.id: (t.directory / "log.txt").read_text() for t in Space(config).trials()}
 
 
+def test_a_store_that_mlflow_has_retired_is_refused_before_anything_begins(make_config, in_process):
+    config = make_config(tracking={"uri": "./mlruns"})
+    with pytest.raises(ConfigError, match="retired"):
+        run_sweep(config, trainer=train, runner=in_process)
+    assert not config.output.exists()
+
+
 def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process, capfd):
     config = make_config()
     output = run_sweep(config, trainer=train, runner=in_process)

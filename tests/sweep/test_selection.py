@@ -5,7 +5,7 @@ import pytest
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.splits import read_split
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, ConfigError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
@@ -100,6 +100,15 @@ def test_a_student_that_cannot_be_loaded_leaves_test_unopened(finished, asked, m
     with pytest.raises(ArtifactError, match="damaged"):
         select_student(finished)
     assert not (finished / "selection.json").exists() and "test" not in asked
+
+
+def test_a_store_that_mlflow_has_retired_leaves_test_unopened(finished, asked):
+    path = finished / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tracking": {"uri": "file:///data/mlruns"}}))
+    with pytest.raises(ConfigError, match="retired"):
+        select_student(finished)
+    assert asked == [] and not (finished / "selection.json").exists()
 
 
 def test_a_kill_while_test_is_read_leaves_it_open(finished, monkeypatch):

@@ -52,7 +52,7 @@ from kdecs.sweep.selection.record import (
 from kdecs.sweep.space import VARIANT_KEY, Trial
 from kdecs.sweep.status import TrialResult, read_results, trial_directory
 from kdecs.sweep.tracking import sweep_record, trial_record
-from kdecs.tracking.mlflow import Tracker
+from kdecs.tracking.mlflow import Tracker, tracking_uri
 from kdecs.tracking.registry import register_student
 
 TEST_PREDICTIONS_NAME = "test-predictions.jsonl"
@@ -68,6 +68,8 @@ def select_student(sweep: Path) -> SelectionRecord:
     ConfigError if the config names no test split.
     """
     results = read_results(sweep)
+    # Before the test split is opened, since the winner could not be registered.
+    tracking_uri(load_config(SweepConfig, sweep / CONFIG_NAME).tracking, sweep)
     with file_lock(sweep / ".selection-lock"):
         record = load_selection(sweep)
         if record is None:
