@@ -105,7 +105,7 @@ def our_side(job: Job) -> Callable[[], float]:
     def train() -> float:
         job.task.model.train()
         for rows in job.batches:
-            job.loop.step(rows)
+            job.loop.step([rows])
         return float(len(job.rows))
 
     return train

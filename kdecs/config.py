@@ -38,6 +38,10 @@ class Unhashed:
     """Marks a field that does not change what is computed: output place, threads, logging."""
 
 
+class HashedUnlessDefault:
+    """Marks a field that came later: at its default the hash is that of configs without it, so old work stays valid."""
+
+
 def _absolute(path: Path) -> Path:
     # Links are not resolved: config.json shows the path that the user wrote.
     return Path(os.path.abspath(os.path.expanduser(path)))
@@ -307,6 +311,10 @@ def _hash_view(value: Any) -> Any:
             name: _hash_view(_as_path(getattr(value, name), field.metadata))
             for name, field in fields.items()
             if not any(isinstance(mark, Unhashed) for mark in field.metadata)
+            and not (
+                getattr(value, name) == field.default
+                and any(isinstance(mark, HashedUnlessDefault) for mark in field.metadata)
+            )
         }
     if isinstance(value, Path):
         return _checksum(value)

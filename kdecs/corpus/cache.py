@@ -12,6 +12,9 @@ rows are the pairs of the universe fold1+neutral by dialogue, target and candida
     emotion_mask, connective_mask, start_mask, end_mask, candidate_first   int32, positions in token_ids
     span_start, span_end   int32, 1-based within u_j's copy; 0 none, -1 truncated away
     candidate_offsets      list<int32>: start, end, start, end, … characters in u_j's text, two per token
+    trunk_ids              list<int32>, in the layout tree alone: the trunk of a target, in its first row only
+
+In the layout tree `token_ids` are those of the branch, and all positions count from the trunk's begin.
 
 Building reads the corpus on demand and writes 16,384 rows at a time, so its memory does not depend on the size of the
 corpus. Token lists stay in the mapped file, whose pages all processes share. The integer columns are copied if the
@@ -39,7 +42,7 @@ from kdecs.artifact import (
     verify_artifact,
     write_manifest,
 )
-from kdecs.corpus.encoding import EncodedPair, PairEncoder
+from kdecs.corpus.encoding import EncodedPair, Layout, PairEncoder
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import open_dialogues
 from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
@@ -75,20 +78,31 @@ _SCHEMA = pa.schema(
     + [(name, pa.int32()) for name in _INTEGERS]
     + [(name, pa.list_(pa.int32())) for name in _LISTS]
 )
+_TRUNK = "trunk_ids"
+_SCHEMAS: dict[Layout, pa.Schema] = {
+    "pair": _SCHEMA,
+    "tree": _SCHEMA.append(pa.field(_TRUNK, pa.list_(pa.int32()))),
+}
 
 
 class CorpusCache:
-    """The rows of a cache file. Integer columns are int32 arrays (P,); lists are read row by row."""
+    """The rows of a cache file. Integer columns are int32 arrays (P,); lists are read row by row.
+
+    `num_tokens` (P,) is the length of `token_ids`. In the layout tree `trunk_row` (P,) is the first row of each row's
+    target, which holds its trunk, and `num_trunk_tokens` (P,) the length of that trunk.
+    """
 
     def __init__(self, directory: Path, *, emotions: Sequence[str]) -> None:
         self.directory = directory
         self.emotions = tuple(emotions)
         self._map = pa.memory_map(str(directory / _FILE), "r")
         reader = pa.ipc.open_file(self._map)
-        if reader.schema != _SCHEMA:
+        layouts = [layout for layout, schema in _SCHEMAS.items() if reader.schema == schema]
+        if not layouts:
             raise ArtifactError(
                 f"{directory / _FILE}: found the columns of another version; remove {directory}, and it is built again"
             )
+        self.layout: Layout = layouts[0]
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._batches = batches
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
@@ -96,10 +110,14 @@ class CorpusCache:
         # Views: offsets and values stay in the mapped file.
         self._lists = {
             name: [(c.offsets.to_numpy(), c.values.to_numpy()) for c in (b.column(name) for b in batches)]
-            for name in _LISTS
+            for name in (*_LISTS, *([_TRUNK] if self.layout == "tree" else []))
         }
         self.num_tokens = self._list_lengths("token_ids")
         self.num_candidate_tokens = self._list_lengths("candidate_offsets") // 2
+        if self.layout == "tree":
+            lengths = self._list_lengths(_TRUNK)
+            self.trunk_row = np.maximum.accumulate(np.where(lengths > 0, np.arange(len(lengths)), 0))
+            self.num_trunk_tokens = lengths[self.trunk_row]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -187,15 +205,16 @@ def _build(
     emotions = ordered_emotions(u.emotion for d in dialogues for u in d.utterances if u.emotion)
     indexed = ((index, pair) for index, d in enumerate(dialogues) for pair in pairs_of(d, "fold1+neutral"))
     num_pairs = num_truncated = 0
+    schema = _SCHEMAS[encoder.layout]
     with (
         atomic_path(directory / _FILE) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, _SCHEMA) as writer,
+        pa.ipc.new_file(sink, schema) as writer,
     ):
         for rows in _chunks(_encoded_rows(indexed, encoder, emotions), _ROWS_PER_BATCH):
             num_pairs += len(rows)
             num_truncated += sum(row.pop("num_truncated") > 0 for row in rows)
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     if num_truncated:
         logger.warning(
             "%s: %d of %d prompts are longer than %d tokens even without history; ends of their utterances were cut",
@@ -222,9 +241,15 @@ def _encoded_rows(
     indexed: Iterable[tuple[int, Pair]], encoder: PairEncoder, emotions: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     emotion_index = {label: index for index, label in enumerate(emotions)}
+    last: tuple[int, int] | None = None
     for chunk in _chunks(indexed, _ENCODED_AT_ONCE):
         for (dialogue, pair), encoded in zip(chunk, encoder.encode([pair for _, pair in chunk]), strict=True):
-            yield _row(dialogue, pair, encoded, emotion_index)
+            row = _row(dialogue, pair, encoded, emotion_index)
+            if encoder.layout == "tree":
+                # Once per target: its rows follow one another.
+                row[_TRUNK] = encoded.trunk_ids if (dialogue, pair.target) != last else []
+                last = (dialogue, pair.target)
+            yield row
 
 
 def _row(dialogue: int, pair: Pair, encoded: EncodedPair, emotion_index: dict[str, int]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Encode a pair as the student reads it: token ids, positions of the masks, tokens of u_j's copy, gold span.
 
-Prompts are tokenised as a whole, and every position is found by its character offset in the prompt. A prompt that is
-too long loses its oldest history tokens, then the end of u_i, then the end of u_j.
+There are two layouts of the same text (Eq. 5). In the layout `pair` a prompt is tokenised as a whole; if it is too
+long, it loses its oldest history tokens, then the end of u_i, then the end of u_j. In the layout `tree` the prompts of
+a target share one trunk, which ends with the target clause, and each candidate adds a branch. In both, every position
+is found by its character offset in the text.
 """
 
 import hashlib
@@ -10,16 +12,20 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from kdecs.corpus.pairs import Pair
 from kdecs.corpus.prompts import (
     EQ_5,
     PROMPT_VERSION,
+    BranchPrompt,
     PromptVariant,
     StudentPrompt,
     kept_tokens,
+    student_branch,
     student_prompt,
+    student_trunk,
+    tokens_inside,
 )
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import ModelError
@@ -34,12 +40,13 @@ _LONG_CHARACTERS_PER_TOKEN = 8
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """One prompt in tokens. All positions are indices into `token_ids`; masks missing from the variant have position 0.
+    """One prompt in tokens. All positions are indices into the prompt; masks missing from the variant have position 0.
 
-    `distance` is i - j. `candidate_first` is the first token of u_j's copy, and `candidate_offsets` holds the
-    characters [start, end) in u_j's text of each of its M tokens. `span_start` and `span_end` are the first and last
-    token of the longest gold span, 1-based within the copy; 0 stands for no span, -1 for one that was truncated away.
-    `num_truncated` counts the tokens lost beyond the history.
+    The prompt is `token_ids`; in the layout `tree` it is `trunk_ids`, a list that all pairs of a target share, and then
+    the branch, `token_ids`. `distance` is i - j. `candidate_first` is the first token of u_j's copy, and
+    `candidate_offsets` holds the characters [start, end) in u_j's text of each of its M tokens. `span_start` and
+    `span_end` are the first and last token of the longest gold span, 1-based within the copy; 0 stands for no span, -1
+    for one that was truncated away. `num_truncated` counts the tokens lost beyond the history.
     """
 
     token_ids: list[int]
@@ -53,6 +60,10 @@ class EncodedPair:
     span_end: int
     num_truncated: int
     distance: int = 0
+    trunk_ids: Sequence[int] = ()
+
+
+Layout = Literal["pair", "tree"]
 
 
 class HistoryWindow:
@@ -94,6 +105,8 @@ class PairEncoder:
     `tokenizer` is a fast Transformers tokenizer with a mask token. Raises ModelError otherwise.
     """
 
+    layout: ClassVar[Layout] = "pair"
+
     def __init__(self, tokenizer: Any, max_tokens: int, variant: PromptVariant = EQ_5) -> None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
@@ -127,6 +140,8 @@ class PairEncoder:
         # Only for variants, so that the plain prompt keeps the key of its existing caches.
         if self.variant != EQ_5:
             parts.append(json.dumps(asdict(self.variant), sort_keys=True))
+        if self.layout != "pair":
+            parts.append(self.layout)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedPair]:
@@ -164,10 +179,7 @@ class PairEncoder:
         ]
         visible = _visible(prompt.text, prompt.candidate_range)
         if (tokens := _token_range(encoding, visible)) is None:
-            raise ModelError(
-                f"dialogue {pair.dialogue.id}, turn {pair.candidate}: the tokenizer has no token for the text "
-                f"{prompt.text[slice(*visible)]!a}; give the utterance a visible character"
-            )
+            raise _no_token(pair.dialogue, pair.candidate, prompt.text[slice(*visible)])
         first, last = tokens
         offsets = _offsets_within(encoding, prompt.text, first, last, prompt.candidate_range)
         removed, num_truncated = self._removed(pair, prompt, encoding, first)
@@ -208,6 +220,186 @@ class PairEncoder:
                 f"more than {self.max_tokens}; raise max_prompt_tokens or shorten the speakers' names"
             )
         return removed, sum(offsets[token][0] >= prompt.history_end for token in removed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """A candidate's branch in tokens; positions count from the branch's own begin."""
+
+    token_ids: list[int]
+    connective_mask: int | None
+    start_mask: int
+    end_mask: int
+    first: int
+    offsets: list[tuple[int, int]]
+
+    def cut(self, max_tokens: int) -> "_Branch | None":
+        """The branch without the last tokens of u_j that are too many; None if less than a token of u_j would stay."""
+        surplus = len(self.token_ids) - max_tokens
+        if surplus <= 0:
+            return self
+        if surplus >= len(self.offsets):
+            return None
+        # The connective's mask is before u_j and the span's masks are behind it.
+        end = self.first + len(self.offsets)
+        return replace(
+            self,
+            token_ids=self.token_ids[: end - surplus] + self.token_ids[end:],
+            start_mask=self.start_mask - surplus,
+            end_mask=self.end_mask - surplus,
+            offsets=self.offsets[:-surplus],
+        )
+
+
+class TreeEncoder(PairEncoder):
+    """Encodes the pairs of a target as one trunk with a branch per candidate. Thread-safe.
+
+    Branches do not depend on the target, so those of a dialogue are tokenised once. How a trunk is cut depends on all
+    candidates that its target could have, not on those asked for: a pair's prompt is the same whatever stands beside
+    it. If the trunk and the longest branch are too long together, the trunk loses its oldest history, then the end of
+    u_i; a branch then gets what the trunk leaves, which is at least half of the maximum.
+    """
+
+    layout = "tree"
+
+    def __init__(self, tokenizer: Any, max_tokens: int, variant: PromptVariant = EQ_5) -> None:
+        super().__init__(tokenizer, max_tokens, variant)
+        # [CLS] begins the trunk and [SEP] ends each branch: between them they have the special tokens of a prompt.
+        added = self._backend.encode("a").special_tokens_mask
+        self._num_leading, self._num_trailing = added.index(0), added[::-1].index(0)
+        self._last_branches: tuple[Dialogue | None, list[_Branch | ModelError]] = (None, [])
+
+    def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedPair]:
+        """The encoded pairs, in order; those of a target that follow one another share their `trunk_ids`.
+
+        Raises ModelError if the bare template is too long already, or if an utterance has no token.
+        """
+        starts = [
+            index
+            for index, pair in enumerate(pairs)
+            if index == 0 or not _share_trunk(pair, pairs[index - 1])
+        ]
+        trunks = [
+            student_trunk(
+                pairs[start].dialogue,
+                pairs[start].target,
+                mask=self._mask,
+                separator=self._separator,
+                variant=self._within_reach(pairs[start]),
+            )
+            for start in starts
+        ]
+        encodings = self._backend.encode_batch([trunk.text for trunk in trunks])
+        for start, end, trunk, encoding in zip(
+            starts, [*starts[1:], len(pairs)], trunks, encodings, strict=True
+        ):
+            target = pairs[start]
+            branches = self._branches(target.dialogue)
+            num_tokens = len(encoding.ids) - self._num_trailing
+            limit = self.max_tokens - self._reserved(branches[: target.target])
+            offsets = _covering_offsets(encoding)[:num_tokens]
+            removable = [
+                *tokens_inside(offsets, (0, trunk.history_end)),
+                *reversed(tokens_inside(offsets, trunk.target_range)),
+            ]
+            removed = set(removable[: max(0, num_tokens - limit)])
+            trunk_ids = [t for index, t in enumerate(encoding.ids[:num_tokens]) if index not in removed]
+            emotion_mask = 0
+            if trunk.emotion_mask is not None:
+                emotion_mask = _Shift(removed)(encoding.char_to_token(trunk.emotion_mask))
+            num_lost = sum(offsets[token][0] >= trunk.history_end for token in removed)
+            for pair in pairs[start:end]:
+                branch = branches[pair.candidate - 1]
+                if isinstance(branch, ModelError):
+                    raise branch
+                kept = branch.cut(self.max_tokens - len(trunk_ids))
+                if kept is None or len(trunk_ids) > limit:
+                    raise ModelError(
+                        f"pair {pair.id}: the template with its speakers alone has more than {self.max_tokens} tokens; "
+                        "raise max_prompt_tokens or shorten the speakers' names"
+                    )
+                yield self._joined(
+                    pair,
+                    trunk_ids,
+                    emotion_mask,
+                    kept,
+                    num_lost + len(branch.token_ids) - len(kept.token_ids),
+                )
+
+    def _reserved(self, branches: Sequence["_Branch | ModelError"]) -> int:
+        """What the trunk leaves for a branch: the longest one, or half of the maximum, or a template and one token."""
+        whole = [b for b in branches if isinstance(b, _Branch)]
+        longest = max((len(b.token_ids) for b in whole), default=0)
+        shortest = max((len(b.token_ids) - len(b.offsets) + 1 for b in whole), default=0)
+        return min(longest, max(self.max_tokens // 2, shortest))
+
+    def _joined(
+        self, pair: Pair, trunk_ids: list[int], emotion_mask: int, branch: _Branch, num_truncated: int
+    ) -> EncodedPair:
+        start, end = _span_tokens(pair, branch.offsets)
+        shift = len(trunk_ids)
+        return EncodedPair(
+            token_ids=branch.token_ids,
+            emotion_mask=emotion_mask,
+            connective_mask=0 if branch.connective_mask is None else shift + branch.connective_mask,
+            start_mask=shift + branch.start_mask,
+            end_mask=shift + branch.end_mask,
+            candidate_first=shift + branch.first,
+            candidate_offsets=branch.offsets,
+            span_start=start,
+            span_end=end,
+            num_truncated=num_truncated,
+            distance=pair.target - pair.candidate,
+            trunk_ids=trunk_ids,
+        )
+
+    def _branches(self, dialogue: Dialogue) -> list[_Branch | ModelError]:
+        """The branch of each utterance; an error in the place of one that has no token."""
+        # Read once and replaced as a whole, as in HistoryWindow.
+        last, branches = self._last_branches
+        if dialogue is not last:
+            numbers = range(1, len(dialogue.utterances) + 1)
+            prompts = [student_branch(dialogue, j, mask=self._mask, variant=self.variant) for j in numbers]
+            encodings = self._backend.encode_batch([prompt.text for prompt in prompts])
+            branches = [
+                self._branch(dialogue, j, prompt, encoding)
+                for j, prompt, encoding in zip(numbers, prompts, encodings, strict=True)
+            ]
+            self._last_branches = (dialogue, branches)
+        return branches
+
+    def _branch(
+        self, dialogue: Dialogue, candidate: int, prompt: BranchPrompt, encoding: Any
+    ) -> _Branch | ModelError:
+        visible = _visible(prompt.text, prompt.candidate_range)
+        if (tokens := _token_range(encoding, visible)) is None:
+            return _no_token(dialogue, candidate, prompt.text[slice(*visible)])
+        skipped = self._num_leading
+        connective = None
+        if prompt.connective_mask is not None:
+            connective = encoding.char_to_token(prompt.connective_mask) - skipped
+        return _Branch(
+            token_ids=encoding.ids[skipped:],
+            connective_mask=connective,
+            start_mask=encoding.char_to_token(prompt.start_mask) - skipped,
+            end_mask=encoding.char_to_token(prompt.end_mask) - skipped,
+            first=tokens[0] - skipped,
+            offsets=_offsets_within(encoding, prompt.text, *tokens, prompt.candidate_range),
+        )
+
+
+ENCODERS: dict[Layout, type[PairEncoder]] = {"pair": PairEncoder, "tree": TreeEncoder}
+
+
+def _share_trunk(pair: Pair, other: Pair) -> bool:
+    return pair.dialogue is other.dialogue and pair.target == other.target
+
+
+def _no_token(dialogue: Dialogue, turn: int, text: str) -> ModelError:
+    return ModelError(
+        f"dialogue {dialogue.id}, turn {turn}: the tokenizer has no token for the text {text!a}; "
+        "give the utterance a visible character"
+    )
 
 
 class _Shift:

@@ -61,6 +61,27 @@ class StudentPrompt:
     candidate_range: tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class TrunkPrompt:
+    """What all prompts of a target begin with, and the character ranges that may be cut to fit a model."""
+
+    text: str
+    history_end: int
+    emotion_mask: int | None
+    target_range: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BranchPrompt:
+    """What follows the trunk for one candidate; all offsets count from the branch's own begin."""
+
+    text: str
+    connective_mask: int | None
+    start_mask: int
+    end_mask: int
+    candidate_range: tuple[int, int]
+
+
 class _Writer:
     """Joins pieces of text and returns where each begins."""
 
@@ -111,11 +132,34 @@ def student_prompt(
     separator: str = "\n",
     variant: PromptVariant = EQ_5,
 ) -> StudentPrompt:
-    """Eq. 5 with the tokenizer's mask token in all four places, or a variant of it.
+    """Eq. 5 with the tokenizer's mask token in all four places, or a variant of it: a trunk and one branch.
 
     Raises CorpusError if the variant shows emotions and the target has none.
     """
-    u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
+    trunk = student_trunk(dialogue, target, mask=mask, separator=separator, variant=variant)
+    branch = student_branch(dialogue, candidate, mask=mask, variant=variant)
+    shift = len(trunk.text)
+    connective, (start, end) = branch.connective_mask, branch.candidate_range
+    return StudentPrompt(
+        text=trunk.text + branch.text,
+        history_end=trunk.history_end,
+        emotion_mask=trunk.emotion_mask,
+        connective_mask=None if connective is None else shift + connective,
+        start_mask=shift + branch.start_mask,
+        end_mask=shift + branch.end_mask,
+        target_range=trunk.target_range,
+        candidate_range=(shift + start, shift + end),
+    )
+
+
+def student_trunk(
+    dialogue: Dialogue, target: int, *, mask: str, separator: str = "\n", variant: PromptVariant = EQ_5
+) -> TrunkPrompt:
+    """Eq. 5 up to the end of the target clause, `[his] d_i sp_i feels <mask_emo> and says u_i.`
+
+    Raises CorpusError if the variant shows emotions and the target has none.
+    """
+    u_i = dialogue.utterances[target - 1]
     writer = _Writer()
     writer.add(history_text(dialogue, target, separator, variant.history_utterances))
     history_end = writer.length
@@ -124,7 +168,22 @@ def student_prompt(
     writer.add(" and says ")
     target_start = writer.add(u_i.text)
     target_range = (target_start, writer.length)
-    writer.add(". ")
+    writer.add(".")
+    return TrunkPrompt(
+        text=writer.text(),
+        history_end=history_end,
+        emotion_mask=emotion_mask if variant.given_emotions is None else None,
+        target_range=target_range,
+    )
+
+
+def student_branch(
+    dialogue: Dialogue, candidate: int, *, mask: str, variant: PromptVariant = EQ_5
+) -> BranchPrompt:
+    """Eq. 5 after the target clause, from the space on: the same text for every target that has this candidate."""
+    u_j = dialogue.utterances[candidate - 1]
+    writer = _Writer()
+    writer.add(" ")
     connective_mask = None
     if variant.has_connective:
         connective_mask = writer.add(mask)
@@ -138,14 +197,11 @@ def student_prompt(
     writer.add(", end at ")
     end_mask = writer.add(mask)
     writer.add(".")
-    return StudentPrompt(
+    return BranchPrompt(
         text=writer.text(),
-        history_end=history_end,
-        emotion_mask=emotion_mask if variant.given_emotions is None else None,
         connective_mask=connective_mask,
         start_mask=start_mask,
         end_mask=end_mask,
-        target_range=target_range,
         candidate_range=candidate_range,
     )
 
@@ -171,11 +227,15 @@ def kept_tokens(
     surplus = len(offsets) - max_tokens
     if surplus <= 0:
         return list(range(len(offsets)))
-    # Byte-level tokenizers trim white space off offsets: (n, n) with n > 0 is a token of spaces, not a special one.
-    inside = [
-        [n for n, (left, right) in enumerate(offsets) if right > 0 and left >= start and right <= end]
-        for start, end in ((0, prompt.history_end), prompt.target_range, prompt.candidate_range)
-    ]
+    ranges = ((0, prompt.history_end), prompt.target_range, prompt.candidate_range)
+    inside = [tokens_inside(offsets, characters) for characters in ranges]
     candidates = [*inside[0], *reversed(inside[1]), *reversed(inside[2])]
     dropped = set(candidates[:surplus])
     return [n for n in range(len(offsets)) if n not in dropped]
+
+
+def tokens_inside(offsets: Sequence[tuple[int, int]], characters: tuple[int, int]) -> list[int]:
+    """Indices of the tokens that lie in a range of characters [start, end), special tokens aside."""
+    start, end = characters
+    # Byte-level tokenizers trim white space off offsets: (n, n) with n > 0 is a token of spaces, not a special one.
+    return [n for n, (left, right) in enumerate(offsets) if right > 0 and left >= start and right <= end]

@@ -26,8 +26,8 @@ from kdecs.errors import ArtifactError, ModelError
 from kdecs.models import load_pretrained, load_tokenizer, save_pretrained
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
+from kdecs.student.batches import on_device
 from kdecs.student.decision import best_spans
-from kdecs.student.model import on_device
 from kdecs.student.product import MODEL_FOLDER
 from kdecs.tracking.record import METRICS_NAME
 

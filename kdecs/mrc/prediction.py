@@ -18,8 +18,8 @@ from kdecs.corpus.schema import NEUTRAL, Dialogue
 from kdecs.evaluation.predictions import Prediction
 from kdecs.mrc.model import MrcCard, answer_logits, answers, load_product, question_batch
 from kdecs.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
+from kdecs.student.batches import batches_of_tokens
 from kdecs.student.decision import autocast
-from kdecs.student.model import batches_of_tokens
 from kdecs.student.predict.streaming import DEFAULT_BATCH_TOKENS, PairPrediction
 
 _PAIRS_AT_ONCE = 2048

@@ -21,7 +21,7 @@ from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split, training_split
 from kdecs.errors import CorpusError, ModelError
 from kdecs.mrc.config import MrcConfig
-from kdecs.student.model import Ints
+from kdecs.student.batches import Ints
 
 NO_ANSWER = 0
 UNKNOWN_ANSWER = -1

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdecs.config import (
     Config,
+    HashedUnlessDefault,
     InputPath,
     ModelReference,
     Name,
@@ -27,6 +28,11 @@ class StudentModelConfig(Config):
     """The student: a masked language model with span heads."""
 
     base: ModelReference
+    layout: Annotated[Literal["pair", "tree"], HashedUnlessDefault()] = Field(
+        default="pair",
+        description="pair: a prompt per pair (Eq. 5); tree: a sequence per target, whose history and clause are read "
+        "once for all of its candidates",
+    )
     span_head: Literal["position", "pointer"] = Field(
         default="position", description="position: Eq. 8-9 as written; pointer: a query against each token"
     )

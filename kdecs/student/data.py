@@ -14,14 +14,14 @@ from torch import Tensor
 
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.cache import CorpusCache, open_cache
-from kdecs.corpus.encoding import PairEncoder
+from kdecs.corpus.encoding import ENCODERS
 from kdecs.corpus.pairs import training_subset
 from kdecs.corpus.schema import NEUTRAL, Corpus
 from kdecs.corpus.splits import emotion_table, read_split, training_split
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.labels import SoftLabels
+from kdecs.student.batches import Batch, cached_batch, on_device
 from kdecs.student.config import StudentConfig
-from kdecs.student.model import Batch, cached_batch, on_device
 from kdecs.student.priors import TrainingCounts, count_training
 
 Ints = npt.NDArray[np.integer[Any]]
@@ -142,7 +142,7 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
     Raises CorpusError, LabelError (labels that do not cover the training pairs, or have other answer words),
     ArtifactError (labels unfinished or damaged).
     """
-    encoder = PairEncoder(tokenizer, max_prompt_tokens, config.prompt)
+    encoder = ENCODERS[config.model.layout](tokenizer, max_prompt_tokens, config.prompt)
     table = emotion_table(config.corpus)
     train = open_cache(config.corpus.train, encoder, config.cache, table)
     valid = open_cache(config.corpus.valid, encoder, config.cache, table)

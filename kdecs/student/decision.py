@@ -25,7 +25,8 @@ from kdecs.evaluation.counts import f1
 from kdecs.evaluation.metrics import Scores, evaluate
 from kdecs.evaluation.predictions import Prediction
 from kdecs.evaluation.rows import token_f1
-from kdecs.student.model import Batch, Ints, StudentModel, StudentOutput, batches_of_tokens, cached_batch
+from kdecs.student.batches import Batch, Ints, batches_of_tokens, cache_targets, cached_batch
+from kdecs.student.model import StudentModel, StudentOutput
 
 if TYPE_CHECKING:  # pyarrow: prediction does without
     from kdecs.corpus.cache import CorpusCache
@@ -74,7 +75,7 @@ def validate(
     rows = np.arange(len(cache))
     batches = (
         (chunk, cached_batch(cache, chunk, pad_id))
-        for chunk in batches_of_tokens(cache.num_tokens, rows, batch_tokens)
+        for chunk in batches_of_tokens(cache.num_tokens, rows, batch_tokens, cache_targets(cache))
     )
     # In float32, whatever the training's precision: a student predicts in float32, and a threshold between two scores
     # of another precision would not separate the same pairs.

@@ -1,7 +1,7 @@
-"""The student (Eq. 5-9): its batches, a masked language model read at its masks, and two span heads.
+"""The student (Eq. 5-9): a masked language model read at its masks, and two span heads.
 
-Legend: B prompts, T tokens, H hidden, E emotions, A connective answer words, M tokens of u_j's copy,
-S = M + 1 span places (0 = no span), P places read per prompt, L longest prompt.
+Legend: B pairs, R sequences (R = B in the layout pair), T tokens, H hidden, E emotions, A connective answer words,
+M tokens of u_j's copy, S = M + 1 span places (0 = no span), P places read per pair, L longest prompt.
 
 A step of a `*ForMaskedLM` spends most of its head on tokens that nobody reads. Here the last layer is computed only
 where it is read (`EncoderStates`), the head of the language model sees only the word masks, and only the answer words'
@@ -13,29 +13,21 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
-from kdecs.corpus.encoding import EncodedPair
 from kdecs.errors import ModelError
-from kdecs.models import load_pretrained
+from kdecs.models import first_line, load_pretrained
+from kdecs.student.batches import Batch, Ints, Tree, padded_batch
 from kdecs.student.priors import Priors
 
-if TYPE_CHECKING:  # prediction runs without pyarrow
-    from kdecs.corpus.cache import CorpusCache
-
 logger = logging.getLogger(__name__)
-
-Ints = npt.NDArray[np.integer[Any]]
-_MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
-_PAD_MULTIPLE = 8  # tensor cores want multiples of 8
 
 SpanHeadName = Literal["position", "pointer"]
 CauseBy = Literal["connective", "cls", "none"]
@@ -49,100 +41,6 @@ class Outputs:
     emotions: bool = True
     spans: bool = True
     priors: bool = False
-
-
-class Batch(NamedTuple):
-    """Tensors of B prompts, int64 except for the bool `candidate_mask_BM`.
-
-    `masks_B4` are the positions of mask_emo, mask_cau, mask_st and mask_ed; masks missing from the prompt have
-    position 0. `candidate_BM` are the positions of u_j's tokens, `distance_B` is i - j.
-    """
-
-    token_ids_BT: Tensor
-    attention_BT: Tensor
-    masks_B4: Tensor
-    candidate_BM: Tensor
-    candidate_mask_BM: Tensor
-    distance_B: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; to a GPU without waiting for it."""
-        return Batch(*(on_device(tensor, device) for tensor in self))
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; to a GPU from pinned memory, since any other copy waits for what runs there."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def batches_of_tokens(num_tokens_P: Ints, rows: Ints, max_tokens: int) -> list[Ints]:
-    """The rows, sorted by length, in batches of at most `max_tokens` padded tokens; a longer prompt stands alone."""
-    ordered = rows[np.argsort(num_tokens_P[rows], kind="stable")]
-    batches: list[Ints] = []
-    start = 0
-    for end in range(1, len(ordered) + 1):
-        # In ascending order the next prompt would set the padded length of the whole batch.
-        is_last = end == len(ordered)
-        if is_last or (end - start + 1) * _padded(int(num_tokens_P[ordered[end]])) > max_tokens:
-            batches.append(ordered[start:end])
-            start = end
-    return batches
-
-
-def cached_batch(cache: "CorpusCache", rows: Ints, pad_id: int) -> Batch:
-    """The prompts of some rows of a memory-mapped cache."""
-    return padded_batch(
-        [cache.list_at("token_ids", int(row)) for row in rows],
-        np.stack([cache.column(name)[rows] for name in _MASK_COLUMNS], axis=1),
-        cache.column("candidate_first")[rows],
-        cache.num_candidate_tokens[rows],
-        cache.column("target")[rows] - cache.column("candidate")[rows],
-        pad_id,
-    )
-
-
-def encoded_batch(encoded: Sequence[EncodedPair], pad_id: int) -> Batch:
-    """The prompts of freshly encoded pairs."""
-    return padded_batch(
-        [np.asarray(pair.token_ids) for pair in encoded],
-        np.array([(p.emotion_mask, p.connective_mask, p.start_mask, p.end_mask) for p in encoded]),
-        np.array([pair.candidate_first for pair in encoded]),
-        np.array([len(pair.candidate_offsets) for pair in encoded]),
-        np.array([pair.distance for pair in encoded]),
-        pad_id,
-    )
-
-
-def padded_batch(
-    prompts: Sequence[Ints], masks_B4: Ints, first_B: Ints, length_B: Ints, distance_B: Ints, pad_id: int
-) -> Batch:
-    """Prompts padded on the right to the longest, rounded up to a multiple of 8 tokens.
-
-    `first_B` and `length_B` give the place of u_j's copy in each prompt, `distance_B` is i - j.
-    """
-    lengths_B = np.array([len(prompt) for prompt in prompts])
-    width = _padded(int(lengths_B.max()))
-    token_ids_BT = np.full((len(prompts), width), pad_id, dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        token_ids_BT[row, : len(prompt)] = prompt
-    places_M = np.arange(int(length_B.max()))
-    candidate_mask_BM = places_M < length_B[:, None]
-    # Padding points to position 0, which every prompt has; the mask keeps it out of every softmax.
-    candidate_BM = np.where(candidate_mask_BM, first_B[:, None] + places_M, 0)
-    return Batch(
-        token_ids_BT=torch.from_numpy(token_ids_BT),
-        attention_BT=torch.from_numpy((np.arange(width) < lengths_B[:, None]).astype(np.int64)),
-        masks_B4=torch.from_numpy(masks_B4.astype(np.int64)),
-        candidate_BM=torch.from_numpy(candidate_BM.astype(np.int64)),
-        candidate_mask_BM=torch.from_numpy(candidate_mask_BM),
-        distance_B=torch.from_numpy(distance_B.astype(np.int64)),
-    )
-
-
-def _padded(length: int) -> int:
-    return -(-length // _PAD_MULTIPLE) * _PAD_MULTIPLE
 
 
 class StudentOutput(NamedTuple):
@@ -258,10 +156,9 @@ class StudentModel(nn.Module):
 
     def forward(self, batch: Batch) -> StudentOutput:
         """Logits at the masks for a batch of prompts."""
-        # All places that some head reads, in one gather: the first token, the four masks, the tokens of u_j.
-        first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
-        places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
-        states_BPH = self.states(batch.token_ids_BT, batch.attention_BT, places_BP)
+        # All places that some head reads, in one gather: the first token (in a tree, the last of the branch, since the
+        # first is the same for all candidates), the four masks, the tokens of u_j.
+        states_BPH = self.states(batch)
         first_BH, masks_B4H, tokens_BMH = states_BPH[:, 0], states_BPH[:, 1:5], states_BPH[:, 5:]
         emotion_BE, connective_BA = self._words(masks_B4H)
         start_BS, end_BS = self._spans(batch, masks_B4H, tokens_BMH)
@@ -321,6 +218,9 @@ class EncoderStates:
         self.encoder = encoder
         self._places = threading.local()  # a served student answers several requests at once
         self._is_narrow = False
+        self._first_position = first_position(encoder)
+        kinds = getattr(encoder.config, "layer_types", None) or ()
+        self._window = encoder.config.sliding_window if "sliding_attention" in kinds else None
         layers = getattr(getattr(encoder, "encoder", None), "layer", None)
         last: Any = None if layers is None else layers[-1]
         # The last layer's attention still reads all tokens, but its feed-forward works on each token by itself, so it
@@ -337,13 +237,38 @@ class EncoderStates:
         self._is_narrow = False
         self.encoder.compile(dynamic=True)
 
-    def __call__(self, token_ids_BT: Tensor, attention_BT: Tensor, places_BP: Tensor) -> Tensor:
-        """(B, P, H): the states at the places, which may repeat."""
+    def __call__(self, batch: Batch) -> Tensor:
+        """(B, P, H): the states at the places of each pair, which may repeat."""
+        if batch.tree is not None:
+            return self._of_trees(batch, batch.tree)
+        first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
+        places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
+        return self._at_places(places_BP, input_ids=batch.token_ids_RT, attention_mask=batch.attention_RT)
+
+    def _of_trees(self, batch: Batch, tree: Tree) -> Tensor:
+        states_1NH = self._at_places(
+            tree.places_BP.reshape(1, -1),
+            input_ids=batch.token_ids_RT,
+            attention_mask=self._tree_mask(tree),
+            position_ids=tree.positions_RT + self._first_position,
+        )
+        return states_1NH.view(*tree.places_BP.shape, -1)
+
+    def _tree_mask(self, tree: Tree) -> Any:
+        visible_R1TT = tree.visible().unsqueeze(1)
+        if self._window is None:
+            return visible_R1TT
+        # ModernBERT's windows, by the positions in the prompt.
+        apart_RTT = (tree.positions_RT[:, None, :] - tree.positions_RT[:, :, None]).abs()
+        near_R1TT = visible_R1TT & (apart_RTT <= self._window).unsqueeze(1)
+        return {"full_attention": visible_R1TT, "sliding_attention": near_R1TT}
+
+    def _at_places(self, places_BP: Tensor, **inputs: Any) -> Tensor:
         if not self._is_narrow:
-            return _at(self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0], places_BP)
+            return _at(self.encoder(**inputs)[0], places_BP)
         self._places.now = places_BP
         try:
-            return self.encoder(input_ids=token_ids_BT, attention_mask=attention_BT)[0]
+            return self.encoder(**inputs)[0]
         finally:
             self._places.now = None
 
@@ -351,8 +276,66 @@ class EncoderStates:
         places_BP = getattr(self._places, "now", None) if self._is_narrow else None
         return self._all_places(states_BTH if places_BP is None else _at(states_BTH, places_BP))
 
+    def check_trees(self, name: str) -> None:
+        """Compare a small tree with its trunk and branches read one by one. Raises ModelError if they differ.
+
+        Some encoders ignore the positions that they are given, or take no mask of this shape.
+        """
+        generator = np.random.default_rng(0)
+        limit = min(self.encoder.config.vocab_size, 1000)
+        trunk, *branches = (generator.integers(5, limit, size=length) for length in (9, 5, 7))
+
+        def states(some: Sequence[Ints]) -> Tensor:
+            lengths = [len(branch) for branch in some]
+            batch = padded_batch(
+                some,
+                np.tile([0, len(trunk), len(trunk), len(trunk)], (len(some), 1)),
+                np.full(len(some), len(trunk)),
+                np.array(lengths),
+                np.zeros(len(some), dtype=np.int64),
+                0,
+                [trunk] * len(some),
+            )
+            return self(batch.to(self.encoder.device))
+
+        was_training = self.encoder.training
+        self.encoder.eval()
+        try:
+            with torch.no_grad():
+                together = states(branches)
+                alone = [states([branch])[0] for branch in branches]
+                ids = torch.from_numpy(np.concatenate((trunk, branches[1]))).to(self.encoder.device)
+                # A single branch is the plain sequence, but that the trunk does not see it: plain positions, no tree.
+                mask_TT = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device)
+                mask_TT[: len(trunk), len(trunk) :] = False
+                plain = self.encoder(input_ids=ids[None], attention_mask=self._plain_mask(mask_TT))[0][
+                    0, len(trunk) :
+                ]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"{name}: cannot read trees ({first_line(error)}); set model.layout=pair"
+            ) from None
+        finally:
+            self.encoder.train(was_training)
+        same = all(
+            torch.allclose(together[row, : 5 + len(branch)], alone[row], atol=1e-4)
+            for row, branch in enumerate(branches)
+        )
+        if not (same and torch.allclose(together[1, 5 : 5 + len(branches[1])], plain, atol=1e-4)):
+            raise ModelError(
+                f"{name}: reads a tree otherwise than its prompts one by one, since it ignores the positions that it "
+                "is given; set model.layout=pair"
+            )
+
+    def _plain_mask(self, mask_TT: Tensor) -> Any:
+        mask = mask_TT[None, None]
+        return mask if self._window is None else {"full_attention": mask, "sliding_attention": mask}
+
 
 def _at(states_BTH: Tensor, places_BP: Tensor) -> Tensor:
+    """(B, P, H): of each sequence its places; a single row of places counts through the tokens of all sequences."""
+    if len(places_BP) != len(states_BTH):
+        states_BTH = states_BTH.reshape(1, -1, states_BTH.size(-1))
     index = places_BP.unsqueeze(-1).expand(-1, -1, states_BTH.size(-1))
     return torch.gather(states_BTH, 1, index)
 
@@ -425,11 +408,15 @@ def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
         limits.append(tokenizer.model_max_length)
     positions = getattr(language_model.config, "max_position_embeddings", None)
     if positions:
-        embeddings = getattr(language_model.base_model, "embeddings", None)
-        table = getattr(embeddings, "position_embeddings", None)
-        offset = getattr(table, "padding_idx", None)  # RoBERTa counts positions from padding_idx + 1
-        limits.append(positions - (0 if offset is None else offset + 1))
+        limits.append(positions - first_position(language_model.base_model))
     return min(limits)
+
+
+def first_position(encoder: Any) -> int:
+    """The row of the position table for the first token: RoBERTa and its kin count from padding_idx + 1."""
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def _check_head(language_model: Any) -> None:

@@ -64,6 +64,7 @@ class StudentCard(BaseModel):
     mode: Mode = "kd"
     task: Literal["ecspe", "ecpe"] = "ecspe"
     priors: bool = False
+    layout: Literal["pair", "tree"] = "pair"
     given_emotions: dict[str, str] | None = Field(
         default=None, description="if not null, the prompt gives the target's emotion, mapped by this table"
     )

@@ -28,6 +28,7 @@ from kdecs.runtime import (
     seed_everything,
     warn_of_emulation,
 )
+from kdecs.student.batches import cache_targets, groups_of
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import TrainingData, load_training_data
 from kdecs.student.decision import DEFAULT_THRESHOLD, DecisionRule, Level, Validation, autocast, validate
@@ -121,11 +122,17 @@ def prepare(
 ) -> tuple["StudentTask", EpochLoop]:
     """The task of a config and the loop over it, resumed from a checkpoint if there is one. Collective."""
     task = StudentTask(config, runtime)
+    train = task.data.train
+    groups = group_tokens = None
+    if (targets := cache_targets(train)) is not None:
+        groups, group_tokens = groups_of(task.data.rows, train.num_tokens, targets)
     settings = LoopSettings(
         output=config.output,
         config_hash=digest,
         rows=task.data.rows,
-        num_tokens=task.data.train.num_tokens,
+        num_tokens=train.num_tokens,
+        groups=groups,
+        group_tokens=group_tokens,
         batch_size=config.batches.global_batch_pairs,
         bucket_batches=config.batches.bucket_batches,
         optimization=config.optimization,
@@ -169,6 +176,7 @@ class StudentTask:
             threshold=DEFAULT_THRESHOLD,
             mode=config.distillation.mode,
             task=config.task,
+            layout=config.model.layout,
             priors=config.model.priors == "training",
             given_emotions=config.emotion_table,
             history_utterances=config.model.history_utterances,
@@ -180,6 +188,8 @@ class StudentTask:
             max_prompt_tokens=max_prompt_tokens,
             outputs=self.card.outputs,
         ).to(runtime.device)
+        if config.model.layout == "tree":
+            self.model.states.check_trees(config.model.base)
         self.network: torch.nn.Module = self.model
         self.optimizer = adamw(
             self.model,

@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,11 +96,40 @@ class LoopSettings:
     optimization: Optimization
     patience_epochs: int | None = None
     unit: str = "pair"
+    groups: Sequence[Ints] | None = None
+    """The rows to train on in groups that stay together in a batch and on a rank; None: each row by itself."""
+    group_tokens: Ints | None = None
+    """Length of each group."""
 
     @property
     def epoch_steps(self) -> int:
         """Steps per epoch."""
-        return math.ceil(len(self.rows) / self.batch_size)
+        steps = math.ceil(len(self.rows) / self.batch_size)
+        return steps if self.groups is None else min(steps, len(self.groups))
+
+    def epoch_batches(self, epoch: int) -> list[list[Ints]]:
+        """The groups of each batch of an epoch (of single rows: one group, the whole batch)."""
+        seed = self.optimization.seed
+        if self.groups is None or self.group_tokens is None:
+            batches = epoch_batches(
+                self.num_tokens,
+                self.rows,
+                batch_size=self.batch_size,
+                bucket_batches=self.bucket_batches,
+                seed=seed,
+                epoch=epoch,
+            )
+            return [[rows] for rows in batches]
+        sizes = np.array([len(group) for group in self.groups])
+        chosen = grouped_batches(
+            self.group_tokens,
+            sizes,
+            num_batches=self.epoch_steps,
+            bucket_batches=self.bucket_batches,
+            seed=seed,
+            epoch=epoch,
+        )
+        return [[self.groups[index] for index in batch] for batch in chosen]
 
 
 class EpochLoop:
@@ -162,32 +191,25 @@ class EpochLoop:
 
     def _train_epoch(self) -> None:
         settings, state, runtime = self.settings, self.state, self.runtime
-        batches = epoch_batches(
-            settings.num_tokens,
-            settings.rows,
-            batch_size=settings.batch_size,
-            bucket_batches=settings.bucket_batches,
-            seed=settings.optimization.seed,
-            epoch=state.epoch,
-        )
+        batches = settings.epoch_batches(state.epoch)
         self.task.model.train()  # Transformers loads a model in evaluation mode
         began = last_line = time.monotonic()
         name = f"epoch {state.epoch + 1}/{settings.optimization.epochs}"
         # `disable=None` shows the bar on a terminal only.
         with tqdm(
             total=len(settings.rows),
-            initial=sum(len(rows) for rows in batches[: state.batch]),
+            initial=sum(len(rows) for batch in batches[: state.batch] for rows in batch),
             desc=name,
             unit=settings.unit,
             disable=None if runtime.is_main else True,
             leave=False,
         ) as bar:
             while state.batch < len(batches):
-                rows = batches[state.batch]
-                self.step(rows)
+                batch = batches[state.batch]
+                self.step(batch)
                 state.batch += 1
                 state.step += 1
-                bar.update(len(rows))
+                bar.update(sum(map(len, batch)))
                 if state.batch % self.steps.check_every == 0:
                     self._refuse_not_finite()
                     # All ranks agree to stop, or those that go on would wait forever for the gradients of the others.
@@ -201,14 +223,17 @@ class EpochLoop:
         self._refuse_not_finite()
         state.seconds += time.monotonic() - began
 
-    def step(self, rows: Ints) -> None:
-        """One optimizer step on a global batch: forward and backward of this rank's share."""
+    def step(self, batch: Sequence[Ints]) -> None:
+        """One optimizer step on the groups of a global batch: forward and backward of this rank's share."""
         settings, runtime, state = self.settings, self.runtime, self.state
-        share, weights = rank_share(rows, runtime.rank, runtime.world_size)
+        if settings.groups is None:
+            share, weights = rank_share(np.concatenate(batch), runtime.rank, runtime.world_size)
+        else:
+            share, weights = group_share(batch, runtime.rank, runtime.world_size)
         # Dropout from the step's own seed: a resume restores no random states.
         torch.manual_seed(step_seed(settings.optimization.seed, state.step, runtime.rank))
         total_steps = settings.epoch_steps * settings.optimization.epochs
-        loss, sums = self.task.loss(share, weights, len(rows))
+        loss, sums = self.task.loss(share, weights, sum(map(len, batch)))
         self.steps.take(loss, learning_rate_at(state.step, total_steps, settings.optimization))
         state.sums += sums
 
@@ -326,6 +351,51 @@ def epoch_batches(
         batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
     order = generator.permutation(len(batches))
     return [batches[index] for index in order]
+
+
+def grouped_batches(
+    num_tokens_G: Ints, sizes_G: Ints, *, num_batches: int, bucket_batches: int, seed: int, epoch: int
+) -> list[Ints]:
+    """Every group once, in `num_batches` batches of about equally many rows and of groups of similar length.
+
+    As `epoch_batches`, but a batch holds whole groups: groups are shuffled and cut into buckets of about
+    `bucket_batches` batches, each bucket is sorted by length, and the whole order is cut where a batch's share of the
+    rows is reached, so that every epoch has the same number of steps.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    shuffled = generator.permutation(len(sizes_G))
+    rows_before = np.cumsum(sizes_G[shuffled]) - sizes_G[shuffled]
+    bucket_rows = int(sizes_G.sum()) / num_batches * bucket_batches
+    order = shuffled[np.lexsort((num_tokens_G[shuffled], (rows_before / bucket_rows).astype(np.int64)))]
+    # The end of each batch lies where the cumulative rows are nearest to its share; each batch has at least one group.
+    ends = np.cumsum(sizes_G[order])
+    wanted = ends[-1] * np.arange(1, num_batches) / num_batches
+    cuts = np.searchsorted(ends - sizes_G[order] / 2, wanted)
+    spare = np.arange(1, num_batches)
+    cuts = np.maximum.accumulate(np.maximum(cuts, 1) - spare) + spare
+    cuts = np.minimum(cuts, len(order) - num_batches + spare)
+    batches = np.split(order, cuts)
+    return [batches[index] for index in generator.permutation(num_batches)]
+
+
+def group_share(groups: Sequence[Ints], rank: int, world_size: int) -> tuple[Ints, Floats]:
+    """This rank's whole groups of a global batch, and the weights of their rows.
+
+    Ranks get about equally many rows. A rank that would get nothing takes a row of weight 0, so that it reaches the
+    collectives.
+    """
+    loads = [0] * world_size
+    mine: list[Ints] = []
+    # The largest first, each to the rank with the fewest rows so far: the same on every rank.
+    for group in sorted(groups, key=len, reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += len(group)
+        if least == rank:
+            mine.append(group)
+    if not mine:
+        return groups[0][:1], np.zeros(1, dtype=np.float32)
+    share = np.concatenate(mine)
+    return share, np.ones(len(share), dtype=np.float32)
 
 
 def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, Floats]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdecs.student.model import batches_of_tokens, on_device, padded_batch
+from kdecs.student.batches import batches_of_tokens, on_device, padded_batch
 
 
 def lengths(num_rows: int = 500) -> np.ndarray:
@@ -29,9 +29,9 @@ def test_padding():
         np.array([0, 2]),
         pad_id=99,
     )
-    assert batch.token_ids_BT.shape == (2, 16)
-    assert batch.token_ids_BT[0].tolist() == [5, 6, 7] + [99] * 13
-    assert batch.attention_BT.sum(dim=1).tolist() == [3, 9]
+    assert batch.token_ids_RT.shape == (2, 16)
+    assert batch.token_ids_RT[0].tolist() == [5, 6, 7] + [99] * 13
+    assert batch.attention_RT.sum(dim=1).tolist() == [3, 9]
     assert batch.candidate_BM.tolist() == [[1, 0, 0], [4, 5, 6]]
     assert batch.candidate_mask_BM.tolist() == [[True, False, False], [True, True, True]]
 

@@ -27,12 +27,12 @@ from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ModelError
 from kdecs.models import load_tokenizer
+from kdecs.student.batches import encoded_batch
 from kdecs.student.decision import best_spans, cause_scores
 from kdecs.student.model import (
     AnswerIds,
     StudentModel,
     StudentOutput,
-    encoded_batch,
     load_language_model,
     longest_prompt,
     student_answer_ids,
@@ -79,7 +79,7 @@ def test_answer_logits_are_those_of_the_whole_model(base, batch):
     output = model(batch)
     logits = (
         RobertaForMaskedLM.from_pretrained(base)
-        .eval()(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT)
+        .eval()(input_ids=batch.token_ids_RT, attention_mask=batch.attention_RT)
         .logits
     )
     rows = torch.arange(len(logits))
@@ -95,7 +95,7 @@ def test_other_architectures_pass_the_check_of_their_head(name, batch):
     model = StudentModel(
         language_model, AnswerIds((3, 4, 5), (6, 7, 8, 9, 10)), span_head="pointer", max_prompt_tokens=256
     )
-    small = batch._replace(token_ids_BT=batch.token_ids_BT % 60)
+    small = batch._replace(token_ids_RT=batch.token_ids_RT % 60)
     output = model(small)
     assert output.emotion_BE.shape == (6, 3)
     output.connective_BA.sum().backward()
@@ -111,7 +111,7 @@ def test_the_last_feed_forward_runs_where_states_are_read(base, batch, span_head
             lambda module, inputs, output: seen.append(inputs[0].size(1))
         )
     narrow = model(batch)
-    num_tokens, num_read = batch.token_ids_BT.size(1), 5 + batch.candidate_BM.size(1)
+    num_tokens, num_read = batch.token_ids_RT.size(1), 5 + batch.candidate_BM.size(1)
     assert num_read < num_tokens
     assert seen == [num_tokens] * (len(layers) - 1) + [num_read]
     model.states._is_narrow = False  # as after compiling: the places are taken from all states
@@ -153,7 +153,7 @@ def test_the_position_head_is_a_softmax_over_the_prompt_restricted_to_u_j(base, 
     """Eq. 8-9: the same probabilities as the softmax over all positions, renormalised over 0 and u_j's copy."""
     model = student_of(base, "position")
     output = model(batch)
-    hidden = model.language_model.base_model(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT)[
+    hidden = model.language_model.base_model(input_ids=batch.token_ids_RT, attention_mask=batch.attention_RT)[
         0
     ]
     for row in range(len(hidden)):

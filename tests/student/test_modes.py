@@ -48,6 +48,11 @@ MODES: dict[str, dict[str, object]] = {
     },
     "priors, classifier": {"model": {"priors": "training"}, "distillation": {"mode": "cls"}},
     "share": {"distillation": {**KD, "hard_share": 0.5, "teacher_weighting": "confidence"}},
+    "tree": {"model": {"layout": "tree", "span_head": "position", "priors": "training"}, "distillation": KD},
+    "tree, classifier": {
+        "model": {"layout": "tree", "given_emotions": "coarse"},
+        "distillation": {"mode": "cls"},
+    },
 }
 PARTS = {
     "kd": {"emotion", "span", "distillation"},
@@ -60,6 +65,8 @@ PARTS = {
     "priors": {"emotion", "span", "distillation", "connective"},
     "priors, classifier": {"emotion", "span", "classifier"},
     "share": {"emotion", "span", "distillation"},
+    "tree": {"emotion", "span", "distillation"},
+    "tree, classifier": {"span", "classifier"},
 }
 
 
@@ -147,7 +154,7 @@ def test_a_mode_resumes_exactly(mode, trained_in):
     """From the end of an epoch, as after a kill; some modes from within the next one, too."""
     trained = trained_in(mode)
     config = trained.config.model_copy(update={"output": trained.after_first})
-    if mode in ("priors", "share"):
+    if mode in ("priors", "share", "tree"):
         with pytest.raises(Stopped, match="stopped at step 10, state saved; run the same command again"):
             train_student(config, RUNTIME, stop=StopAfter(2))
         assert not (config.output / "manifest.json").exists()

@@ -107,7 +107,7 @@ def test_training_equals_the_plain_loop(make_config, runtime, plain_base):
     total = loop.settings.epoch_steps * config.optimization.epochs
     for step, rows in enumerate((batches * 2)[:STEPS]):
         before = loop.state.sums[0].item()
-        loop.step(rows)
+        loop.step([rows])
         loop.state.step += 1
         ours = (loop.state.sums[0].item() - before) / len(rows)
         theirs = plain.step(rows, learning_rate_at(step, total, config.optimization))

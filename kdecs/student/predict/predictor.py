@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from kdecs.artifact import read_verified_manifest
-from kdecs.corpus.encoding import PairEncoder
+from kdecs.corpus.encoding import ENCODERS
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
 from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.student.batches import batches_of_tokens, encoded_batch, encoded_targets
 from kdecs.student.decision import decide, pair_emotions, score_pairs, span_characters
-from kdecs.student.model import StudentModel, batches_of_tokens, encoded_batch
+from kdecs.student.model import StudentModel
 from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
     PairPrediction,
@@ -45,7 +46,7 @@ class Student:
         self.card = card
         self.device = device
         self.precision = precision
-        self.encoder = PairEncoder(tokenizer, card.max_prompt_tokens, card.prompt)
+        self.encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
         self._pad_id: int = tokenizer.pad_token_id or 0
 
     @classmethod
@@ -134,7 +135,9 @@ class Student:
         lengths = np.array([len(pair.token_ids) for pair in encoded])
         batches = (
             (rows, encoded_batch([encoded[row] for row in rows], self._pad_id))
-            for rows in batches_of_tokens(lengths, np.arange(len(encoded)), batch_tokens)
+            for rows in batches_of_tokens(
+                lengths, np.arange(len(encoded)), batch_tokens, encoded_targets(encoded)
+            )
         )
         scores = score_pairs(
             self.model,

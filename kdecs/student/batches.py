@@ -1,0 +1,256 @@
+"""A student's batches, in two layouts: a sequence per pair, or a tree per target.
+
+Legend: B pairs, R sequences, T tokens, M tokens of u_j's copy, P rows of a cache.
+
+In the layout `pair` each pair is a sequence (R = B). In the layout `tree` a sequence is a trunk followed by branches,
+one for each candidate of the target (Eq. 5 cut behind the target clause). A token sees the trunk and its own branch,
+and the positions of every branch go on from the trunk's end, so a branch does not notice the others: its states are
+those of trunk and branch alone. A target with many candidates takes several sequences with the same trunk.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdecs.corpus.encoding import EncodedPair
+
+if TYPE_CHECKING:  # prediction runs without pyarrow
+    from kdecs.corpus.cache import CorpusCache
+
+Ints = npt.NDArray[np.integer[Any]]
+_MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
+_PAD_MULTIPLE = 8  # tensor cores want multiples of 8
+# A longer tree is split: its dense mask grows with the square of its length, and one that is much longer than the
+# others of a batch makes padding of them all. Few targets of RECCON reach it.
+_MAX_TREE_TOKENS = 1024
+PADDING, TRUNK = -1, 0  # in `Tree.branches_RT`; branches count from 1
+
+
+class Tree(NamedTuple):
+    """What a batch of trees has in addition, all int64.
+
+    `branches_RT` is the branch of each token (PADDING, TRUNK, 1, 2, …), `positions_RT` its position in its prompt.
+    `places_BP` are indices into the R x T tokens of what is read of each pair: the last token of its branch, the four
+    masks, and the tokens of u_j (P = 5 + M).
+    """
+
+    branches_RT: Tensor
+    positions_RT: Tensor
+    places_BP: Tensor
+
+    def visible(self) -> Tensor:
+        """Which tokens (last axis) a token sees: (R, T, T), bool."""
+        # Padding sees the trunk, since a softmax over nothing is not a number.
+        keys = self.branches_RT[:, None, :]
+        return (keys == TRUNK) | ((keys == self.branches_RT[:, :, None]) & (keys != PADDING))
+
+
+class Batch(NamedTuple):
+    """Tensors of B pairs, int64 except for the bool `candidate_mask_BM`. Positions count from the prompt's begin.
+
+    `masks_B4` are the positions of mask_emo, mask_cau, mask_st and mask_ed; masks missing from the prompt have
+    position 0. `candidate_BM` are the positions of u_j's tokens, `distance_B` is i - j. `attention_RT` is 0 for
+    padding and 1 for others.
+    """
+
+    token_ids_RT: Tensor
+    attention_RT: Tensor
+    masks_B4: Tensor
+    candidate_BM: Tensor
+    candidate_mask_BM: Tensor
+    distance_B: Tensor
+    tree: Tree | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; to a GPU without waiting for it."""
+        tree = self.tree and Tree(*(on_device(tensor, device) for tensor in self.tree))
+        return Batch(*(on_device(tensor, device) for tensor in self[:-1]), tree)  # type: ignore[call-arg,misc]
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; to a GPU from pinned memory, since any other copy waits for what runs there."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def batches_of_tokens(
+    num_tokens_P: Ints, rows: Ints, max_tokens: int, targets: "Targets | None" = None
+) -> list[Ints]:
+    """The rows, sorted by length, in batches of at most `max_tokens` padded tokens; a longer prompt stands alone.
+
+    With `targets` (layout tree) the rows of a target stay together, and lengths are those of whole trees.
+    """
+    groups, lengths = groups_of(rows, num_tokens_P, targets)
+    ordered = np.argsort(lengths, kind="stable")
+    batches: list[Ints] = []
+    start = 0
+    for end in range(1, len(ordered) + 1):
+        # In ascending order the next prompt would set the padded length of the whole batch.
+        is_last = end == len(ordered)
+        if is_last or (end - start + 1) * _padded(int(lengths[ordered[end]])) > max_tokens:
+            batches.append(np.concatenate([groups[index] for index in ordered[start:end]]))
+            start = end
+    return batches
+
+
+class Targets(NamedTuple):
+    """The target of each pair (P,), as any number that its pairs share, and the length of its trunk (P,)."""
+
+    number_P: Ints
+    num_trunk_tokens_P: Ints
+
+
+def groups_of(rows: Ints, num_tokens_P: Ints, targets: Targets | None) -> tuple[list[Ints], Ints]:
+    """The rows in groups that must stay together, and the tokens of each: single rows, or the pairs of a target.
+
+    Groups come in the order of their first rows, and the rows of a group in the order given.
+    """
+    if targets is None:
+        return list(rows[:, None]), num_tokens_P[rows]
+    _, first, group_of_row = np.unique(targets.number_P[rows], return_index=True, return_inverse=True)
+    # `unique` numbers the groups by value; the order of first appearance is that of `first`.
+    rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+    order = np.argsort(rank[group_of_row], kind="stable")
+    sizes = np.bincount(rank[group_of_row], minlength=len(first))
+    groups = np.split(rows[order], np.cumsum(sizes)[:-1])
+    branches = np.add.reduceat(num_tokens_P[rows[order]], np.cumsum([0, *sizes[:-1]])) if len(rows) else sizes
+    return groups, branches + targets.num_trunk_tokens_P[[int(group[0]) for group in groups]]
+
+
+def cache_targets(cache: "CorpusCache") -> Targets | None:
+    """The targets of a cache in the layout tree; None for the layout pair."""
+    return Targets(cache.trunk_row, cache.num_trunk_tokens) if cache.layout == "tree" else None
+
+
+def encoded_targets(encoded: Sequence[EncodedPair]) -> Targets | None:
+    """The targets of encoded pairs in the layout tree, which share their trunks; None for the layout pair."""
+    if not encoded or not encoded[0].trunk_ids:
+        return None
+    numbers: dict[int, int] = {}
+    return Targets(
+        np.array([numbers.setdefault(id(pair.trunk_ids), len(numbers)) for pair in encoded]),
+        np.array([len(pair.trunk_ids) for pair in encoded]),
+    )
+
+
+def cached_batch(cache: "CorpusCache", rows: Ints, pad_id: int) -> Batch:
+    """The prompts of some rows of a memory-mapped cache."""
+    trunks = None
+    if cache.layout == "tree":
+        # One array per target, so that equal trunks are known by their identity.
+        found = {int(row): cache.list_at("trunk_ids", int(row)) for row in np.unique(cache.trunk_row[rows])}
+        trunks = [found[int(row)] for row in cache.trunk_row[rows]]
+    return padded_batch(
+        [cache.list_at("token_ids", int(row)) for row in rows],
+        np.stack([cache.column(name)[rows] for name in _MASK_COLUMNS], axis=1),
+        cache.column("candidate_first")[rows],
+        cache.num_candidate_tokens[rows],
+        cache.column("target")[rows] - cache.column("candidate")[rows],
+        pad_id,
+        trunks,
+    )
+
+
+def encoded_batch(encoded: Sequence[EncodedPair], pad_id: int) -> Batch:
+    """The prompts of freshly encoded pairs."""
+    return padded_batch(
+        [np.asarray(pair.token_ids) for pair in encoded],
+        np.array([(p.emotion_mask, p.connective_mask, p.start_mask, p.end_mask) for p in encoded]),
+        np.array([pair.candidate_first for pair in encoded]),
+        np.array([len(pair.candidate_offsets) for pair in encoded]),
+        np.array([pair.distance for pair in encoded]),
+        pad_id,
+        [pair.trunk_ids for pair in encoded] if encoded[0].trunk_ids else None,
+    )
+
+
+def padded_batch(
+    prompts: Sequence[Ints],
+    masks_B4: Ints,
+    first_B: Ints,
+    length_B: Ints,
+    distance_B: Ints,
+    pad_id: int,
+    trunks: Sequence[Sequence[int] | Ints] | None = None,
+) -> Batch:
+    """Prompts padded on the right to the longest, rounded up to a multiple of 8 tokens.
+
+    `first_B` and `length_B` give the place of u_j's copy in each prompt, `distance_B` is i - j. With `trunks` (layout
+    tree) `prompts` are branches; pairs whose trunk is the same object share it.
+    """
+    rows_B: Ints = np.zeros(len(prompts), dtype=np.int64)
+    starts_B = rows_B
+    sequences: list[list[Any]] = [[prompt] for prompt in prompts]
+    if trunks is not None:
+        sequences, rows_B, starts_B = _planted(prompts, trunks)
+    lengths_R = np.array([sum(map(len, parts)) for parts in sequences])
+    width = _padded(int(lengths_R.max()))
+    token_ids_RT = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    for row, parts in enumerate(sequences):
+        token_ids_RT[row, : lengths_R[row]] = np.concatenate(parts)
+    places_M = np.arange(int(length_B.max()))
+    candidate_mask_BM = places_M < length_B[:, None]
+    # Padding points to a token that the prompt has; the mask keeps it out of every softmax.
+    inside_BM = first_B[:, None] + places_M
+    candidate_BM = np.where(candidate_mask_BM, inside_BM, 0 if trunks is None else first_B[:, None])
+    tree = None
+    if trunks is not None:
+        # In the R x T tokens: the first token of each pair's sequence, and what a position in its branch is shifted by.
+        row_B1 = (rows_B * width)[:, None]
+        shift_B1 = row_B1 + (starts_B - np.array([len(trunk) for trunk in trunks]))[:, None]
+        last_B1 = row_B1 + (starts_B + np.array([len(prompt) - 1 for prompt in prompts]))[:, None]
+        in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + shift_B1, last_B1)
+        places = (last_B1, row_B1 + masks_B4[:, :1], in_branch_B3, candidate_BM + shift_B1)
+        tree = Tree(*_tokens_of_trees(sequences, width), torch.from_numpy(np.concatenate(places, axis=1)))
+    return Batch(
+        token_ids_RT=torch.from_numpy(token_ids_RT),
+        attention_RT=torch.from_numpy((np.arange(width) < lengths_R[:, None]).astype(np.int64)),
+        masks_B4=torch.from_numpy(masks_B4.astype(np.int64)),
+        candidate_BM=torch.from_numpy(candidate_BM.astype(np.int64)),
+        candidate_mask_BM=torch.from_numpy(candidate_mask_BM),
+        distance_B=torch.from_numpy(distance_B.astype(np.int64)),
+        tree=tree,
+    )
+
+
+def _planted(
+    branches: Sequence[Ints], trunks: Sequence[Sequence[int] | Ints]
+) -> tuple[list[list[Any]], Ints, Ints]:
+    """The parts of each sequence (a trunk, then branches), and each branch's sequence and first token in it."""
+    sequences: list[list[Any]] = []
+    lengths: list[int] = []
+    open_sequence: dict[int, int] = {}
+    rows_B, starts_B = np.empty(len(branches), dtype=np.int64), np.empty(len(branches), dtype=np.int64)
+    for index, (branch, trunk) in enumerate(zip(branches, trunks, strict=True)):
+        row = open_sequence.get(id(trunk))
+        if row is None or lengths[row] + len(branch) > _MAX_TREE_TOKENS:
+            row = open_sequence[id(trunk)] = len(sequences)
+            sequences.append([trunk])
+            lengths.append(len(trunk))
+        rows_B[index], starts_B[index] = row, lengths[row]
+        sequences[row].append(branch)
+        lengths[row] += len(branch)
+    return sequences, rows_B, starts_B
+
+
+def _tokens_of_trees(sequences: list[list[Any]], width: int) -> tuple[Tensor, Tensor]:
+    """Branch and position of each token (R, T)."""
+    branches_RT = np.full((len(sequences), width), PADDING, dtype=np.int64)
+    positions_RT = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, (trunk, *branches) in enumerate(sequences):
+        lengths = [len(trunk), *map(len, branches)]
+        end = sum(lengths)
+        branches_RT[row, :end] = np.repeat(np.arange(len(lengths)), lengths)
+        starts = np.cumsum([0, *lengths[:-1]])
+        firsts = [0, *[len(trunk)] * len(branches)]
+        positions_RT[row, :end] = np.arange(end) - np.repeat(starts - firsts, lengths)
+    return torch.from_numpy(branches_RT), torch.from_numpy(positions_RT)
+
+
+def _padded(length: int) -> int:
+    return -(-length // _PAD_MULTIPLE) * _PAD_MULTIPLE

@@ -1,0 +1,216 @@
+"""The layout tree against its definition: a trunk and one branch at a time, each token with the mask of Eq. 5's cut."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import made_once, save_tiny_encoder
+from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+
+from kdecs.corpus.encoding import PairEncoder, TreeEncoder
+from kdecs.corpus.pairs import candidate_pairs
+from kdecs.corpus.prompts import PromptVariant
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import Dialogue, Utterance
+from kdecs.errors import ModelError
+from kdecs.models import load_tokenizer
+from kdecs.student import batches
+from kdecs.student.batches import batches_of_tokens, encoded_batch, encoded_targets
+from kdecs.student.model import Outputs, StudentModel, first_position, load_language_model, student_answer_ids
+
+FAMILIES = ("roberta", "bert", "xlm-roberta", "modernbert", "distilbert")
+VARIANTS = (
+    PromptVariant(),
+    PromptVariant(has_connective=False, history_utterances=1),
+    PromptVariant(given_emotions={}),
+)
+
+
+def make_base(kind: str, directory: Path) -> Path:
+    """A tiny encoder whose layers do not cancel out: with Transformers' small random weights every mask looks alike."""
+    if kind != "distilbert":
+        save_tiny_encoder(directory, kind)
+        model = AutoModelForMaskedLM.from_pretrained(directory)
+    else:
+        save_tiny_encoder(directory, "bert")
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 256}
+        model = DistilBertForMaskedLM(DistilBertConfig(vocab_size=900, pad_token_id=0, **sizes))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory) -> Path:
+    kind = request.param
+    return made_once(tmp_path_factory, f"tree-{kind}", lambda path: make_base(kind, path))
+
+
+@pytest.fixture(scope="module")
+def dialogues() -> list[Dialogue]:
+    return list(read_corpus(bundled_sample("valid")).dialogues[:2])
+
+
+def student_of(base: Path, variant: PromptVariant, span_head: str) -> StudentModel:
+    torch.manual_seed(0)
+    outputs = Outputs(
+        cause_by="connective" if variant.has_connective else "cls", emotions=variant.given_emotions is None
+    )
+    answers = student_answer_ids(load_tokenizer(base), ["neutral", "happiness", "anger"])
+    model = StudentModel(
+        load_language_model(base), answers, span_head=span_head, max_prompt_tokens=256, outputs=outputs
+    )
+    return model.eval()
+
+
+def one_by_one(model: StudentModel, pair) -> dict[str, torch.Tensor]:
+    """The definition: a single prompt with plain positions, in which the trunk does not see the branch."""
+    ids = torch.tensor([[*pair.trunk_ids, *pair.token_ids]])
+    num_trunk, size = len(pair.trunk_ids), ids.size(1)
+    mask = torch.ones(size, size, dtype=torch.bool)
+    mask[:num_trunk, num_trunk:] = False
+    attention = mask[None, None]
+    encoder = model.language_model.base_model
+    if "sliding_attention" in (getattr(encoder.config, "layer_types", None) or ()):
+        places = torch.arange(size)
+        near = (places[:, None] - places).abs() <= encoder.config.sliding_window
+        attention = {"full_attention": attention, "sliding_attention": attention & near}
+    logits = model.language_model(input_ids=ids, attention_mask=attention).logits[0]
+    # All layers in full: the student's own shortcut through the last one is off.
+    states = encoder(input_ids=ids, attention_mask=attention)[0][0]
+    first, last = pair.candidate_first, pair.candidate_first + len(pair.candidate_offsets)
+    start, end = model.span_head(
+        states[None, pair.start_mask],
+        states[None, pair.end_mask],
+        states[None, first:last],
+        torch.arange(first, last)[None],
+    )
+    found = {"start_BS": start[0], "end_BS": end[0]}
+    if model.outputs.emotions:
+        found["emotion_BE"] = logits[pair.emotion_mask, model.emotion_ids]
+    if model.classifier is None:
+        found["connective_BA"] = logits[pair.connective_mask, model.connective_ids]
+    else:
+        found["classifier_B2"] = model.classifier(states[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "span_head"), zip(VARIANTS, ("pointer", "position", "pointer"), strict=True)
+)
+def test_a_tree_gives_what_trunk_and_branch_give_alone(base, dialogues, variant, span_head, monkeypatch):
+    """Logits and gradients over trees of all sizes in one batch, in shuffled order, one of them split."""
+    monkeypatch.setattr(batches, "_MAX_TREE_TOKENS", 200)
+    model = student_of(base, variant, span_head)
+    encoder = TreeEncoder(load_tokenizer(base), 128, variant)
+    pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
+    generator = np.random.default_rng(0)
+    chosen = generator.choice(len(pairs), size=24, replace=False)
+    # Encoded together, so that the pairs of a target share their trunk, then taken in any order.
+    encoded = list(encoder.encode(pairs))
+    batch = encoded_batch([encoded[index] for index in chosen], pad_id=1)
+    assert batch.tree is not None
+    num_targets = len({id(encoded[index].trunk_ids) for index in chosen})
+    assert num_targets < len(batch.token_ids_RT) < len(chosen), "some targets share a sequence, some need two"
+    output = model(batch)
+    weights = torch.randn(len(chosen))
+    total = torch.zeros(())
+    for row, index in enumerate(chosen):
+        for name, alone in one_by_one(model, encoded[index]).items():
+            found = getattr(output, name)[row][: len(alone)]
+            torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+            total = total + weights[row] * alone.sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(total, parameters, allow_unused=True)
+    ours = torch.zeros(())
+    for logits in output:
+        if logits is not None:
+            ours = ours + (weights[:, None] * logits.masked_fill(logits == -torch.inf, 0)).sum()
+    found = torch.autograd.grad(ours, parameters, allow_unused=True)
+    assert [gradient is None for gradient in found] == [gradient is None for gradient in expected]
+    # Of all parameters together: the gradient of a key's bias is zero but for rounding.
+    found_N, expected_N = (
+        torch.cat([g.flatten() for g in some if g is not None]) for some in (found, expected)
+    )
+    assert (found_N - expected_N).norm() <= 1e-5 * expected_N.norm()
+
+
+def test_trunk_and_branch_are_the_tokens_of_the_prompt(base, dialogues):
+    tokenizer = load_tokenizer(base)
+    for variant in VARIANTS:
+        pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
+        trees = TreeEncoder(tokenizer, 256, variant).encode(pairs)
+        for tree, plain in zip(trees, PairEncoder(tokenizer, 256, variant).encode(pairs), strict=True):
+            assert [*tree.trunk_ids, *tree.token_ids] == plain.token_ids
+            for name in ("emotion_mask", "connective_mask", "start_mask", "end_mask", "candidate_first"):
+                assert getattr(tree, name) == getattr(plain, name), name
+            assert tree.candidate_offsets == plain.candidate_offsets
+            assert (tree.span_start, tree.span_end) == (plain.span_start, plain.span_end)
+            assert tree.distance == plain.distance
+
+
+def long_dialogue(*lengths: int) -> Dialogue:
+    texts = [" ".join(["anger"] * length) for length in lengths]
+    return Dialogue("d", tuple(Utterance(n, "A", text, "anger", ()) for n, text in enumerate(texts, 1)))
+
+
+@pytest.mark.parametrize("lengths", [(30, 30, 30, 5), (5, 90, 5, 5), (5, 5, 5, 90), (90, 90), (200, 3, 200)])
+def test_long_prompts_lose_the_history_once_for_all_branches(base, lengths):
+    """History first, then the end of u_i; a branch keeps what the trunk leaves, and at least half."""
+    tokenizer = load_tokenizer(base)
+    dialogue, limit = long_dialogue(*lengths), 64
+    encoder = TreeEncoder(tokenizer, limit)
+    pairs = candidate_pairs(dialogue)
+    together = list(encoder.encode(pairs))
+    for pair, found in zip(pairs, together, strict=True):
+        prompt = [*found.trunk_ids, *found.token_ids]
+        assert len(prompt) <= limit
+        masks = (found.emotion_mask, found.connective_mask, found.start_mask, found.end_mask)
+        assert [prompt[place] for place in masks] == [tokenizer.mask_token_id] * 4
+        text = dialogue.utterances[pair.candidate - 1].text
+        kept = found.candidate_offsets
+        assert text[kept[0][0] : kept[-1][1]] == " ".join(["anger"] * len(kept)), (
+            "a token each, from the first on"
+        )
+        # Alone, a pair has the prompt that it has beside others.
+        (alone,) = TreeEncoder(tokenizer, limit).encode([pair])
+        assert [*alone.trunk_ids, *alone.token_ids] == prompt
+        assert alone.num_truncated == found.num_truncated
+
+
+def test_a_template_that_does_not_fit_is_refused(base):
+    dialogue = Dialogue("d", (Utterance(1, "Anna " * 60, "Hello !", "anger", ()),))
+    with pytest.raises(
+        ModelError, match=r"d/1/1: the template with its speakers alone has more than 32 tokens"
+    ):
+        list(TreeEncoder(load_tokenizer(base), 32).encode(candidate_pairs(dialogue)))
+
+
+def test_batches_keep_the_pairs_of_a_target_together(base, dialogues):
+    pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
+    encoded = list(TreeEncoder(load_tokenizer(base), 128).encode(pairs))
+    lengths = np.array([len(pair.token_ids) for pair in encoded])
+    found = batches_of_tokens(lengths, np.arange(len(encoded)), 512, encoded_targets(encoded))
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(encoded)))
+    place = {int(row): number for number, rows in enumerate(found) for row in rows}
+    for row, pair in enumerate(encoded[1:], start=1):
+        if pair.trunk_ids is encoded[row - 1].trunk_ids:
+            assert place[row] == place[row - 1]
+    assert len(found) > 2
+
+
+def test_an_encoder_that_ignores_positions_is_refused(tmp_path):
+    model = student_of(save_tiny_encoder(tmp_path / "mpnet", "mpnet"), PromptVariant(), "pointer")
+    with pytest.raises(ModelError, match=r"^mpnet: .*set model\.layout=pair$"):
+        model.states.check_trees("mpnet")
+
+
+def test_encoders_of_the_other_families_are_not(base):
+    model = student_of(base, PromptVariant(), "pointer")
+    model.states.check_trees("base")
+    assert first_position(model.language_model.base_model) == (2 if "roberta" in base.name else 0)
