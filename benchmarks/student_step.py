@@ -12,11 +12,15 @@ padding that it has over all of these dialogues, 2.2 tokens for one of ours, 3 s
 Blocks of 16 MiB and more go back to the system when they are freed, on both sides: glibc would keep those below 32 MiB,
 in fragments, and at RoBERTa-base's shape the Trainer outgrows 24 GiB.
 
+`--against pair` sets our step over trees (`model.layout: tree`) against our step over pairs, and `--layout tree` sets
+it against the Trainer: in both, the sides train on the same pairs, each in batches of about 16 made in its own way.
+
 `--against eager` sets our step with a compiled encoder (`compile: true`) against our step without; compiling comes
 before, and its seconds stand in the record.
 
     python benchmarks/student_step.py                    # both shapes
     python benchmarks/student_step.py --shape minilm --against eager
+    python benchmarks/student_step.py --shape minilm --against pair --tokens 128
 """
 
 import argparse
@@ -44,12 +48,13 @@ from kdecs.runtime import Runtime
 from kdecs.student.config import StudentConfig
 from kdecs.student.losses import step_loss
 from kdecs.student.training import StudentTask, prepare
-from kdecs.training.loop import EpochLoop, epoch_batches
+from kdecs.training.loop import EpochLoop
 
 BATCH_PAIRS = 16
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 NAMES = {"minilm": "student_step_vs_hf_trainer", "base": "student_step_vs_hf_trainer_base"}
 TARGETS = {"minilm": 3.5, "base": 2.5}
+TREE_TARGETS = {128: 2.0, 512: 2.5}
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,38 @@ class Job:
     """The same work for both sides: a base, batches of rows of a corpus cache, our training over them."""
 
     base: Path
-    batches: list[np.ndarray]
+    batches: list[list[np.ndarray]]
+    """Of each step the rows, in groups that stay together."""
     task: StudentTask
     loop: EpochLoop
 
     @property
     def rows(self) -> np.ndarray:
         """The rows of all batches."""
-        return np.concatenate(self.batches)
+        return np.concatenate([rows for batch in self.batches for rows in batch])
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all batches, padding included."""
+        ones = np.ones(len(self.rows), dtype=np.float32)
+        sizes = [np.concatenate(batch) for batch in self.batches]
+        return sum(self.task.data.batch(rows, ones[: len(rows)])[0].token_ids_RT.numel() for rows in sizes)
 
 
 def make_job(
-    directory: Path, shape: Shape, num_steps: int, max_tokens: int, *, is_compiled: bool = False
+    directory: Path,
+    shape: Shape,
+    num_steps: int,
+    max_tokens: int,
+    *,
+    is_compiled: bool = False,
+    layout: str = "pair",
+    same_rows: np.ndarray | None = None,
 ) -> tuple[Job, str]:
-    """A trainer over the corpus, and `num_steps` of its first epoch's batches, evenly spaced by length."""
+    """A trainer over the corpus, and `num_steps` of its first epoch's batches, evenly spaced by length.
+
+    With `same_rows` (another layout's choice) these rows instead, in batches of like length.
+    """
     directory.mkdir(exist_ok=True)
     train, corpus = corpus_split("train")
     train = first_dialogues(train, directory, 60)
@@ -80,7 +103,8 @@ def make_job(
         "output": str(directory / "student"),
         "cache": str(directory / "cache"),
         "corpus": {"train": str(train), "valid": str(valid)},
-        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": max_tokens},
+        "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": max_tokens}
+        | {"layout": layout},
         "distillation": {"mode": "joint"},
         "batches": {"global_batch_pairs": BATCH_PAIRS},
         "optimization": {"learning_rate": 1e-4, "weight_decay": 0.01, "epochs": 1},
@@ -91,10 +115,17 @@ def make_job(
     runtime = Runtime(0, 0, 1, torch.device("cpu"))
     task, loop = prepare(config, config_hash(config), runtime, StopSignal())
     lengths = task.data.train.num_tokens
-    batches = epoch_batches(
-        lengths, task.data.rows, batch_size=BATCH_PAIRS, bucket_batches=50, seed=0, epoch=0
-    )
-    batches = sorted((rows for rows in batches if len(rows) == BATCH_PAIRS), key=lambda r: lengths[r].max())
+    if same_rows is not None:
+        ordered = same_rows[np.argsort(lengths[same_rows], kind="stable")]
+        batches = [[rows] for rows in np.array_split(ordered, round(len(ordered) / BATCH_PAIRS))]
+        return Job(base, batches, task, loop), corpus
+    batches = loop.settings.epoch_batches(0)
+    if layout == "pair":
+        batches = [batch for batch in batches if len(batch[0]) == BATCH_PAIRS]
+        batches.sort(key=lambda batch: lengths[batch[0]].max())
+    else:
+        sizes = {id(g): int(t) for g, t in zip(loop.settings.groups, loop.settings.group_tokens, strict=True)}
+        batches.sort(key=lambda batch: sum(sizes[id(group)] for group in batch))
     chosen = (np.arange(num_steps) + 0.5) * len(batches) / num_steps
     return Job(base, [batches[int(place)] for place in chosen], task, loop), corpus
 
@@ -104,8 +135,8 @@ def our_side(job: Job) -> Callable[[], float]:
 
     def train() -> float:
         job.task.model.train()
-        for rows in job.batches:
-            job.loop.step([rows])
+        for batch in job.batches:
+            job.loop.step(batch)
         return float(len(job.rows))
 
     return train
@@ -289,10 +320,54 @@ def measure_compiled(shape_name: str, num_steps: int, rounds: int, max_tokens: i
         )
 
 
-def measure(
+def measure_trees(
     shape_name: str, num_steps: int, rounds: int, against: str, max_tokens: int, at_once: int
 ) -> None:
+    """Our step over trees against our step over pairs, or against the Trainer."""
+    shape = SHAPES[shape_name]
+    with tempfile.TemporaryDirectory() as scratch:
+        tree, corpus = make_job(Path(scratch, "tree"), shape, num_steps, max_tokens, layout="tree")
+        pair, _ = make_job(Path(scratch, "pair"), shape, num_steps, max_tokens, same_rows=tree.rows)
+        suffix = ("" if shape_name == "minilm" else f"_{shape_name}") + (
+            "" if max_tokens == 512 else f"_{max_tokens}"
+        )
+        if against == "pair":
+            name, baseline, baseline_name = "student_step_tree_vs_pair", our_side(pair), "our step over pairs"
+            target = TREE_TARGETS.get(max_tokens)
+        else:
+            name, baseline_name, target = "student_step_tree_vs_hf_trainer", "transformers.Trainer", 10.0
+            baseline = hugging_face_side(pair, Path(scratch), at_once)
+        rates = alternate(our_side(tree), baseline, rounds=rounds)
+        write_record(
+            name + suffix,
+            unit="pairs/s",
+            ours=float(np.median(rates.ours)),
+            baseline=float(np.median(rates.baseline)),
+            ratio=rates.ratio,
+            baseline_name=f"{baseline_name}, {shape.description}",
+            corpus=corpus,
+            dtype="float32",
+            target=target,
+            details={
+                "ratios": rates.ratios,
+                "pairs": len(tree.rows),
+                "steps": len(tree.batches),
+                "baseline_steps": len(pair.batches),
+                "tokens": tree.num_tokens,
+                "pair_tokens": pair.num_tokens,
+                "max_prompt_tokens": max_tokens,
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+
+def measure(
+    shape_name: str, num_steps: int, rounds: int, against: str, max_tokens: int, at_once: int, layout: str
+) -> None:
     """One shape against the Trainer, TextBrewer (MiniLM's shape, where it is installed), or both."""
+    if against == "pair" or layout == "tree":
+        measure_trees(shape_name, num_steps, rounds, against, max_tokens, at_once)
+        return
     if against == "eager":
         measure_compiled(shape_name, num_steps, rounds, max_tokens)
         return
@@ -349,7 +424,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
-    parser.add_argument("--against", choices=("trainer", "textbrewer", "both", "eager"), default="both")
+    parser.add_argument(
+        "--against", choices=("trainer", "textbrewer", "both", "eager", "pair"), default="both"
+    )
+    parser.add_argument("--layout", choices=("pair", "tree"), default="pair")
     parser.add_argument("--steps", type=int, help="steps a side and round (default 12, base 8)")
     parser.add_argument("--tokens", type=int, default=512, help="longest prompt")
     parser.add_argument("--rounds", type=int, default=3)
@@ -371,6 +449,7 @@ def main() -> None:
                 arguments.against,
                 arguments.tokens,
                 arguments.at_once,
+                arguments.layout,
             )
 
 

@@ -84,11 +84,13 @@ def base_without_dropout(base: Path, tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("layout", ["pair", "tree"])
 def test_two_ranks_train_what_one_trains_also_after_a_stop(
-    make_config, runtime, base_without_dropout, train_on_two_ranks
+    make_config, runtime, base_without_dropout, train_on_two_ranks, layout
 ):
     groups = {
-        "model": {"base": str(base_without_dropout), "span_head": "pointer", "max_prompt_tokens": 256},
+        "model": {"base": str(base_without_dropout), "span_head": "pointer", "max_prompt_tokens": 256}
+        | {"layout": layout},
         "batches": {
             "global_batch_pairs": 7
         },  # the last batch holds one pair: a rank's share is padding alone

@@ -19,6 +19,8 @@ from kdecs.training.loop import (
     LoopSettings,
     adamw,
     epoch_batches,
+    group_share,
+    grouped_batches,
     learning_rate_at,
     rank_share,
     step_seed,
@@ -296,6 +298,43 @@ def test_shares_of_ranks_cover_the_batch_once_and_are_of_one_size(num_rows: int,
     assert sorted(counted) == rows.tolist()
     assert len({len(share) for share, _ in shares}) == 1
     assert all(len(share) == len(weights) for share, weights in shares)
+
+
+@pytest.mark.parametrize(("num_groups", "batch_size"), [(1, 16), (3, 1), (40, 16), (700, 16), (700, 3)])
+def test_batches_of_groups_hold_each_group_once_and_about_equally_many_rows(num_groups, batch_size):
+    generator = np.random.default_rng(num_groups)
+    sizes = generator.integers(1, 12, size=num_groups)
+    tokens = 40 + 20 * sizes + generator.integers(0, 100, size=num_groups)
+    num_batches = min(-(-int(sizes.sum()) // batch_size), num_groups)
+    options = {"num_batches": num_batches, "bucket_batches": 10, "seed": 1}
+    batches = grouped_batches(tokens, sizes, **options, epoch=0)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(num_groups))
+    assert len(batches) == num_batches and all(len(batch) for batch in batches)
+    if batch_size == 16:
+        rows = np.array([sizes[batch].sum() for batch in batches])
+        assert (abs(rows - sizes.sum() / num_batches) <= sizes.max()).all()
+    if num_groups > 100 and batch_size > 3:
+        spread = np.mean([np.ptp(tokens[batch]) for batch in batches])
+        assert spread < 0.2 * np.ptp(tokens), "groups of a batch have similar lengths"
+        others = grouped_batches(tokens, sizes, **options, epoch=1)
+        assert not all(np.array_equal(a, b) for a, b in zip(batches, others, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shares_of_groups_are_whole_and_a_rank_without_any_reaches_the_collectives(world_size):
+    groups = [np.arange(start, start + size) for start, size in ((0, 5), (5, 1), (6, 7), (13, 2))]
+    shares = [group_share(groups, rank, world_size) for rank in range(world_size)]
+    counted = [
+        int(row) for rows, weights in shares for row, weight in zip(rows, weights, strict=True) if weight
+    ]
+    assert sorted(counted) == list(range(15))
+    assert all(len(rows) for rows, _ in shares)
+    for group in groups:
+        assert (
+            sum(bool(set(group.tolist()) & set(rows[weights > 0].tolist())) for rows, weights in shares) == 1
+        )
+    if world_size <= 3:
+        assert max(len(rows) for rows, _ in shares) <= 15 / world_size + 4
 
 
 def test_learning_rate_rises_then_falls_to_zero():
