@@ -4,11 +4,13 @@ import os
 
 from kdecs.errors import DependencyError
 from kdecs.process import run_entry
+from kdecs.runtime import check_extension_directory
 
 
 def main() -> None:
     # Before the import, which chooses the accelerator: only CPU ranks need this extension, a minute of g++ and ninja.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_extension_directory()
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     try:
