@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from kdecs.errors import DeviceError
+from kdecs.errors import DeviceError, KdecsError
 from kdecs.process import launched_rank
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,39 @@ def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
     gathered: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def on_main(action: Callable[[], _T], runtime: Runtime) -> _T:
+    """What `action` returns on rank 0, on every rank. If it refuses something there, every rank does. Collective."""
+    result: _T | KdecsError | None = None
+    if runtime.is_main:
+        try:
+            result = action()
+        except KdecsError as error:
+            result = error
+    made = gather_objects(result, runtime)[0]
+    if isinstance(made, KdecsError):
+        raise made
+    return made
+
+
+@contextmanager
+def plain_torch_loads() -> Iterator[None]:
+    """Within the block torch.load makes tensors and plain values only, even where a library asks it for any object.
+
+    Other objects are made by running code that the file names. Where there is one, torch raises an UnpicklingError.
+    """
+    # torch reads these variables at each load. The two of them together it refuses.
+    wanted = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
+    before = {name: os.environ.pop(name, None) for name in wanted}
+    try:
+        os.environ.update({name: value for name, value in wanted.items() if value is not None})
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def seed_everything(seed: int) -> None:

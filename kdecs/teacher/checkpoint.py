@@ -3,33 +3,42 @@
     checkpoints/step-N/
         *_model_states.pt, *_optim_states.pt   DeepSpeed's format without frozen weights; each rank writes its part
         product/                               the adapter or model, if step N is the best on validation so far
-        state.json                             step, best so far, world size, ZeRO stage, config hash, file sizes
+        state.json                             step, best so far, world size, ZeRO stage, config hash, files with sha256
 
 `state.json` is written last, by rename, and a folder without one does not count: so training state and best product are
 one unit at every moment. The newest `keep_last` folders are kept, and the best of each. A start with another number of
 ranks, stage or offload goes through DeepSpeed's universal checkpoint (`load_universal`).
+
+DeepSpeed's files are pickles, and a checkpoint may come from anywhere. So a resume compares every file with its sha256
+first, and nothing in them becomes an object that could run code (`_read_safely`).
 There are no random states: batches depend on (seed, epoch), dropout on (seed, step, rank).
 """
 
 import argparse
 import contextlib
 import io
-import json
+import pickle
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils.tensor_fragment import fragment_address
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
-from kdecs.artifact import fsync, write_json
-from kdecs.errors import ArtifactError, TrainingError
-from kdecs.runtime import Runtime, any_rank
+from kdecs.artifact import FileEntry, file_entries, file_faults, write_json
+from kdecs.errors import ArtifactError, KdecsError, TrainingError, explain_disk_full
+from kdecs.models import first_line
+from kdecs.runtime import Runtime, any_rank, on_main, plain_torch_loads
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.network import trainable_parameters
 from kdecs.teacher.product import save_product
@@ -38,6 +47,16 @@ CHECKPOINTS = "checkpoints"
 PRODUCT = "product"
 STATE = "state.json"
 UNIVERSAL = "universal"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_DEEPSPEED_VALUES = [
+    ZeroStageEnum,
+    fragment_address,
+    loss_scaler.LossScaler,
+    loss_scaler.DynamicLossScaler,
+    loss_scaler.LossScaleConfig,
+    loss_scaler.LossScaleProfile,
+]
+"""What DeepSpeed saves besides tensors and plain values: enumerations and records, whose making runs no code."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter."""
 
@@ -46,10 +65,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TeacherState:
     """All that a resume needs besides DeepSpeed's own state: finished steps, what they saw, the best validation."""
 
-    step: int = 0
-    pairs_seen: int = 0
-    tokens_seen: int = 0
-    best_step: int = 0
+    step: NonNegativeInt = 0
+    pairs_seen: NonNegativeInt = 0
+    tokens_seen: NonNegativeInt = 0
+    best_step: NonNegativeInt = 0
     best: dict[str, float] = field(default_factory=dict)
 
     def keep_if_best(self, scores: dict[str, float]) -> None:
@@ -62,9 +81,32 @@ class TeacherState:
             self.best_step, self.best = self.step, scores
 
 
-def product_directory(config: TeacherConfig, step: int) -> Path:
-    """Where the product of a step is kept that was the best on validation."""
-    return _folder(config, step) / PRODUCT
+class _Record(BaseModel):
+    """`state.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    work: str
+    layout: dict[str, int | bool]
+    optimizer_steps: float
+    loss_scale: float | None
+    progress: TeacherState
+    files: tuple[FileEntry, ...]
+
+    @property
+    def product(self) -> list[FileEntry]:
+        """The files of the product, if the step was the best so far."""
+        return [entry for entry in self.files if entry.path.startswith(f"{PRODUCT}/")]
+
+
+def best_product(config: TeacherConfig, step: int) -> tuple[Path, list[str]]:
+    """Where the product of a step is kept that was the best on validation, and its files' relative paths.
+
+    Raises ArtifactError if a file is not the one that the training wrote.
+    """
+    folder = _folder(config, step)
+    product = _read_record(folder).product
+    _check_files(folder, product)
+    return folder / PRODUCT, [entry.path.removeprefix(f"{PRODUCT}/") for entry in product]
 
 
 def save_checkpoint(
@@ -96,22 +138,21 @@ def save_checkpoint(
     )
     any_rank(False, runtime)  # a barrier: state.json may only name files that are complete
     if runtime.is_main:
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        # To disk before state.json: after a power failure a finished state must not name files that were never written.
-        for path in files:
-            fsync(path)
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        # On disk before state.json: after a power failure a finished state must not name files that were never written.
+        files = file_entries(folder, names)
         # What AdamW corrects its bias by. It is below `state.step` if a float16 training has skipped steps.
         steps = next((float(values["step"]) for values in base_optimizer(engine).state.values()), 0.0)
         holder = loss_scale_holder(engine)
-        record = {
-            "work": work,
-            "layout": save_layout(config, runtime),
-            "optimizer_steps": steps,
-            "loss_scale": float(holder.cur_scale) if holder is not None else None,
-            "progress": asdict(state),
-            "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
-        }
-        write_json(folder / STATE, record)
+        record = _Record(
+            work=work,
+            layout=save_layout(config, runtime),
+            optimizer_steps=steps,
+            loss_scale=float(holder.cur_scale) if holder is not None else None,
+            progress=state,
+            files=tuple(files),
+        )
+        write_json(folder / STATE, record.model_dump(mode="json"))
         _prune(folder.parent, config.keep_last)
     any_rank(False, runtime)  # no rank may end the job while rank 0 removes old checkpoints
 
@@ -122,42 +163,123 @@ def resume(
     """Load the newest finished checkpoint into the engine, or return a new state if there is none. Collective.
 
     `prime` makes the engine take a step that moves nothing, so that its optimizer has its states. Raises ArtifactError
-    for a checkpoint of other work, or if files are missing or truncated.
+    for a checkpoint of other work, or if a file is missing, damaged, or could run code.
     """
+    record = on_main(lambda: _newest(config, work), runtime)
+    if record is None:
+        return TeacherState()
+    folder = _folder(config, record.progress.step)
+    is_same_layout = record.layout == save_layout(config, runtime)
+    if not is_same_layout:
+        prime()
+    with _read_safely(folder):
+        if is_same_layout:
+            # Not strict, since the frozen weights are not in the checkpoint.
+            found, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+            if found is None:  # DeepSpeed only warns
+                raise ValueError("a file of DeepSpeed's is missing")
+        else:
+            load_universal(engine, folder, record, runtime)
+    return record.progress
+
+
+def _newest(config: TeacherConfig, work: str) -> _Record | None:
+    """The record of the newest finished checkpoint, after every file that a resume or the end will read is checked."""
     root = config.output / CHECKPOINTS
-    if runtime.is_main and root.is_dir():
+    if root.is_dir():
         _prune(root, config.keep_last)  # a killed save may have left an unfinished folder
-    any_rank(False, runtime)  # a barrier: the others list the folders only now
     finished = _finished(root)
     if not finished:
-        return TeacherState()
+        return None
     folder = finished[-1]
-    record = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    _check_record(record, folder, work)
-    if record["layout"] == save_layout(config, runtime):
-        # Not strict, since the frozen weights are not in the checkpoint.
-        engine.load_checkpoint(str(root), tag=folder.name, load_module_strict=False)
-    else:
-        prime()
-        load_universal(engine, folder, record, runtime)
-    return TeacherState(**record["progress"])
-
-
-def _check_record(record: dict[str, Any], folder: Path, work: str) -> None:
-    if record["work"] != work:
+    record = _read_record(folder)
+    if record.work != work:
         raise ArtifactError(
-            f"{folder.parent}: these checkpoints belong to other work (the config or its inputs changed); "
+            f"{root}: these checkpoints belong to other work (the config or its inputs changed); "
             "choose another output, or remove them"
         )
-    # Sizes show what a crash leaves behind; hashing every file would hold up each start of a large training.
-    for name, size in record["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise ArtifactError(
-                f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes: the checkpoint "
-                f"is damaged; remove {folder} to resume from an older one if it was kept, or from the start"
-            )
+    _check_files(folder, record.files)
+    # DeepSpeed finds its files by their names, so one that nobody listed would be read, too.
+    states = sorted(folder.glob("*.pt"))
+    listed = {entry.path for entry in record.files}
+    if strangers := [path for path in states if path.name not in listed]:
+        raise ArtifactError(
+            f"{strangers[0]}: {STATE} does not list this file, but DeepSpeed would read it; remove the file"
+        )
+    for path in states:
+        with _read_safely(path):
+            torch.load(
+                path, map_location="cpu", weights_only=True, mmap=True
+            )  # mapped: this reads no tensors
+    if record.progress.best and record.progress.best_step != record.progress.step:
+        best = _folder(config, record.progress.best_step)
+        _check_files(best, _read_record(best).product)
+    return record
+
+
+def _read_record(folder: Path) -> _Record:
+    """A folder's `state.json`. Raises ArtifactError, one line, if it is not what a training of this version writes."""
+    path = folder / STATE
+    try:
+        record = _Record.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing; remove {folder.parent} to start over") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(
+            f"{path}: {field}: {first['msg']}: it is damaged, or another version of kdecs wrote it; remove {folder} "
+            "to resume from an older checkpoint if one was kept, or from the start"
+        ) from None
+    if folder.name != f"step-{record.progress.step}":
+        raise ArtifactError(
+            f"{path}: is of step {record.progress.step}; remove {folder}, which holds another checkpoint's record"
+        )
+    return record
+
+
+def _check_files(folder: Path, entries: Sequence[FileEntry]) -> None:
+    for fault in file_faults(folder, entries, says="expected"):
+        raise ArtifactError(
+            f"{fault}: the checkpoint is damaged; remove {folder} to resume from an older one if it was kept, or from "
+            "the start"
+        )
+
+
+@contextlib.contextmanager
+def _read_safely(path: Path) -> Iterator[None]:
+    """Let torch make only tensors, plain values and DeepSpeed's own records of what is read inside the block.
+
+    Raises ArtifactError for what it refuses, and for values that are not those of a checkpoint.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        with plain_torch_loads(), torch.serialization.safe_globals(_DEEPSPEED_VALUES):
+            yield
+    except (KdecsError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError:
+        raise ArtifactError(
+            f"{path}: holds objects that could run code, whereas a training state holds tensors and plain values "
+            f"alone; kdecs did not write it: remove {folder}"
+        ) from None
+    # Whatever DeepSpeed raises over values of another shape or type than it saved.
+    except (
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        EOFError,
+    ) as error:
+        if explain_disk_full(error):
+            raise
+        # Another rank may be the cause, so the files may be sound.
+        raise ArtifactError(
+            f"{path}: the training state does not load ({type(error).__name__}: {first_line(error)}); if its files "
+            f"are those that the training wrote, run the same command again, otherwise remove {folder}"
+        ) from None
 
 
 def _are_finite(module: nn.Module, rank: int) -> bool:
@@ -183,18 +305,24 @@ def _is_finished(folder: Path) -> bool:
 
 def _finished(root: Path) -> list[Path]:
     """Finished folders, by step."""
-    folders = [folder for folder in root.glob("step-*") if _is_finished(folder)]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+    steps = {
+        int(match[1]): folder
+        for folder in root.glob("step-*")
+        if (match := _STEP_FOLDER.fullmatch(folder.name)) and _is_finished(folder)
+    }
+    return [steps[step] for step in sorted(steps)]
 
 
 def _prune(root: Path, keep_last: int) -> None:
     kept = _finished(root)[-keep_last:]
     # A resume may start from any kept state, and each needs its own best product.
-    states = [json.loads((folder / STATE).read_text(encoding="utf-8")) for folder in kept]
-    names = {folder.name for folder in kept} | {f"step-{s['progress']['best_step']}" for s in states}
+    names = {folder.name for folder in kept} | {
+        f"step-{_read_record(folder).progress.best_step}" for folder in kept
+    }
     for path in root.iterdir():
         if path.name not in names:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            # A link is removed, not what it leads to.
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 # Loading under another number of ranks, stage or offload. DeepSpeed's own universal load keeps the stage and knows no
@@ -223,15 +351,16 @@ def loss_scale_holder(engine: Any) -> Any:
     return next((holder for holder in kept if hasattr(holder, "cur_scale")), None)
 
 
-def load_universal(engine: Any, folder: Path, record: dict[str, Any], runtime: Runtime) -> None:
+def load_universal(engine: Any, folder: Path, record: _Record, runtime: Runtime) -> None:
     """Load a checkpoint's weights and moments into an engine of another layout. Collective.
 
     The engine's optimizer must have its states already (after one step). Raises ArtifactError if the checkpoint lacks
     one of the engine's parameters.
     """
-    target = folder / UNIVERSAL
+    # Beside the checkpoints, which hold what their records list and no more. The next start removes what a kill leaves.
+    target = folder.parent / UNIVERSAL
     if runtime.is_main:
-        _convert(engine, folder, target, stage=record["layout"]["stage"])
+        _convert(engine, folder, target, stage=record.layout["stage"])
     any_rank(False, runtime)
     for name, parameter in _trainable(engine.module):
         path = target / "zero" / name
@@ -241,10 +370,10 @@ def load_universal(engine: Any, folder: Path, record: dict[str, Any], runtime: R
             )
         _set(engine, parameter, *(_read(path / f"{key}.pt") for key in ("fp32", *MOMENTS)))
     for values in base_optimizer(engine).state.values():
-        values["step"] = torch.full_like(values["step"], record["optimizer_steps"])
+        values["step"] = torch.full_like(values["step"], record.optimizer_steps)
     holder = loss_scale_holder(engine)
-    if holder is not None and record["loss_scale"] is not None:
-        holder.cur_scale = record["loss_scale"]
+    if holder is not None and record.loss_scale is not None:
+        holder.cur_scale = record.loss_scale
     any_rank(False, runtime)
     if runtime.is_main:
         shutil.rmtree(target)
@@ -268,7 +397,7 @@ def _convert(engine: Any, folder: Path, target: Path, *, stage: int) -> None:
     # It prints a line and a bar per file.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
-    (folder / "latest_universal").unlink(missing_ok=True)
+    (target.parent / "latest_universal").unlink(missing_ok=True)
 
 
 def _convert_replicated(engine: Any, folder: Path, target: Path) -> None:
@@ -276,7 +405,7 @@ def _convert_replicated(engine: Any, folder: Path, target: Path) -> None:
 
     ds_to_universal only knows the sharded stages.
     """
-    saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    saved = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
     optimizer = saved["optimizer"]
     in_half = "fp32_groups" in optimizer  # a bf16 or fp16 wrapper around AdamW
     states = (optimizer["optimizer_state_dict"] if in_half else optimizer)["state"]
@@ -329,6 +458,6 @@ def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _read(path: Path) -> Tensor:
-    """A tensor that rank 0 of this job has just written (so unpickling it is safe)."""
-    value = torch.load(path, map_location="cpu", weights_only=False)
+    """A tensor of the universal form."""
+    value = torch.load(path, map_location="cpu", weights_only=True)
     return (value["param"] if isinstance(value, dict) else value).float()

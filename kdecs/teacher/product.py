@@ -12,7 +12,7 @@ manifest.json                                    names the base by checksum
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,18 @@ def save_product(network: nn.Module, directory: Path, runtime: Runtime, *, zero_
         _save_model(network, directory / MODEL_FOLDER, runtime, zero_stage=zero_stage)
 
 
-def install_product(source: Path, family: Family, output: Path) -> list[str]:
-    """Copy a checkpoint's product and the tokenizer into the teacher directory; return the files' relative paths."""
-    is_adapter = (source / ADAPTER_FILE).is_file()
-    folder = output if is_adapter else output / MODEL_FOLDER
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    for path in files:
+def install_product(source: Path, names: Sequence[str], family: Family, output: Path) -> list[str]:
+    """Copy the named files of a checkpoint's product, and the tokenizer, into the teacher directory.
+
+    Returns the relative paths of all that it wrote.
+    """
+    folder = output if ADAPTER_FILE in names else output / MODEL_FOLDER
+    for name in names:
         # A copy: the checkpoint stays whole if this is interrupted.
-        with atomic_path(output / path.relative_to(source)) as temporary:
-            shutil.copyfile(path, temporary)
+        with atomic_path(output / name) as temporary:
+            shutil.copyfile(source / name, temporary)
     tokenizer_files = family.tokenizer.save_pretrained(folder)
-    names = [path.relative_to(source).as_posix() for path in files]
-    return names + [
+    return [*names] + [
         Path(path).relative_to(output).as_posix() for path in tokenizer_files if Path(path).is_file()
     ]
 

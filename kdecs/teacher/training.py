@@ -26,7 +26,7 @@ from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, any_rank, gather_objects, seed_everything, warn_of_emulation
-from kdecs.teacher.checkpoint import product_directory, resume, save_checkpoint
+from kdecs.teacher.checkpoint import best_product, resume, save_checkpoint
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import (
     MicroBatch,
@@ -303,7 +303,7 @@ class TeacherTraining:
         # What a validation score has to beat at the very least.
         majority = [sum(labels) * 2 > len(labels)] * len(labels)
         majority_f1 = PairCounts.of(labels, majority).scores()["macro_f1"]
-        files = install_product(product_directory(config, state.best_step), family, config.output)
+        files = install_product(*best_product(config, state.best_step), family, config.output)
         write_manifest(
             config.output,
             "teacher",

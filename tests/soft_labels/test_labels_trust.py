@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from label_directories import WORDS, make_labels, make_table
+from support import Bomb
 from typer.testing import CliRunner
 
 from kdecs.artifact import Manifest, read_manifest, sha256_of_file, with_checksum, write_json
@@ -92,16 +93,6 @@ def opened(directory: Path, cache: Path) -> SoftLabels | None:
         SoftLabels.open(directory, cache)
     assert "\n" not in str(refusal.value)
     return None
-
-
-class Bomb:
-    """Unpickling it leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return (exec, (f"open({str(self.mark)!r}, 'w').close()",))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("kind", ["arrow.py_extension_type", "arrow.opaque", "kdecs.unknown"])
