@@ -22,7 +22,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
+import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdecs import __version__
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, OutputError
 
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_KEY = "seal"  # in the details of a manifest that carries its own checksum
@@ -51,6 +53,7 @@ _LOADED_NAMES = re.compile(
 )
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
+_LONGEST_NAME = 255 - len("..0123456789abcdef.tmp")  # bytes of a name that a temporary one can still hold
 
 
 class FileEntry(BaseModel):
@@ -133,24 +136,158 @@ def fsync(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to. On success, fsync it and rename it to `path`.
 
-    On any error the temporary file is removed and `path` stays as it was.
+    On any error the temporary file is removed and `path` stays as it was. The file gets the mode that the umask gives,
+    and what killed writers of the same path left is removed. A link in the place of `path` is replaced, never followed.
+    Raises OutputError if something else than a file stands there.
     """
+    if not path.is_symlink() and path.exists() and not path.is_file():
+        raise OutputError(f"{path}: {kind_of(path)} stands in the place of a file; remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    remove_leftovers(path)
+    temporary, handle = _locked_file(path)
     try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
         yield temporary
         # Before the rename, or a crash of the machine could leave the final name over an empty file.
         fsync(temporary)
-        # mkstemp lets the owner alone read the file, but a run's outputs are shared by a group.
-        os.chmod(temporary, 0o666 & ~_current_umask())
+        # safetensors puts a file of its own in this place, which the owner alone may read.
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
         # The rename itself is an entry of the directory.
         fsync(path.parent)
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a private folder beside `path`, for what is to become that path or is needed only while it is made.
+
+    It is removed at the end, together with those that killed processes left beside the same path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    while True:
+        folder = temporary_path(path)
+        folder.mkdir(mode=0o700)
+        with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
+            handle = os.open(folder, os.O_RDONLY)
+            if _is_locked(handle):
+                break
+            os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def temporary_path(path: Path) -> Path:
+    """A new hidden name beside a path. `remove_leftovers` knows it again after its writer was killed."""
+    return path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files and folders that killed writers of a path left beside it.
+
+    Each writer holds a kernel lock on its own until it ends, so those of living writers stay.
+    """
+    names = re.compile(re.escape(_prefix(path)) + r"[0-9a-f]{16}\.tmp")
+    with contextlib.suppress(OSError):  # no such directory, or none of ours
+        for entry in os.scandir(path.parent):
+            # In a shared directory such as /tmp, another user's files are not ours to judge.
+            if names.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                _remove_unlocked(entry)
+
+
+def _remove_unlocked(entry: "os.DirEntry[str]") -> None:
+    is_folder = entry.is_dir(follow_symlinks=False)
+    with contextlib.suppress(OSError):  # locked, or gone already
+        # NFS locks only what is open for writing, which a folder cannot be.
+        handle = os.open(entry, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_folder:
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                Path(entry).unlink()
+        finally:
+            os.close(handle)
+
+
+def _locked_file(path: Path) -> tuple[Path, int]:
+    """A new temporary file for a path, and its open, locked handle."""
+    while True:
+        temporary = temporary_path(path)
+        # The kernel applies the umask, and the directory's default ACL, to this mode.
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _is_locked(handle):
+            return temporary, handle
+        os.close(handle)
+
+
+def _is_locked(handle: int) -> bool:
+    """Lock a new temporary file or folder. False if another process has taken it for a leftover and removed it."""
+    with contextlib.suppress(OSError):  # without kernel locks nobody removes it either
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return os.fstat(handle).st_nlink > 0
+
+
+def _prefix(path: Path) -> str:
+    # A long name leaves no room for the rest of a temporary one.
+    name = path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else _digest_of(path.name)
+    return f".{name}."
+
+
+def _digest_of(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def share_files(folder: Path) -> None:
+    """Give every file below a folder the mode that new files have there: safetensors gives its own to their owner."""
+    probe, handle = _locked_file(folder / "mode")
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        probe.unlink()
+        os.close(handle)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
+
+
+def install_files(source: Path, target: Path) -> list[str]:
+    """Move every file below a folder to the same place below another, each atomically; returns their relative paths.
+
+    For what libraries write file by file, such as a model with its tokenizer.
+    """
+    share_files(source)
+    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        fsync(source / name)
+        os.replace(source / name, target / name)
+    for folder in {(target / name).parent for name in names}:
+        fsync(folder)
+    return names
+
+
+def kind_of(path: Path) -> str:
+    """What stands at a path that exists, in words, for messages."""
+    mode = path.stat().st_mode
+    kinds = (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a disk device"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "something that is no file")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -475,9 +612,3 @@ def _inside(directory: Path, name: str) -> Path:
     if path.exists() and not path.resolve().is_relative_to(directory.resolve()):
         raise ArtifactError(f"{directory}: {name!r} is a link that leaves the directory")
     return path
-
-
-def _current_umask() -> int:
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask

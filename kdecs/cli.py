@@ -10,7 +10,7 @@ from kdecs import __version__
 from kdecs.corpus import commands as corpus_commands
 from kdecs.evaluation import commands as evaluation_commands
 from kdecs.mrc import commands as mrc_commands
-from kdecs.process import exit_code_of
+from kdecs.process import exit_code_of, open_standard_streams
 from kdecs.soft_labels import commands as soft_label_commands
 from kdecs.student import commands as student_commands
 from kdecs.sweep import commands as sweep_commands
@@ -65,7 +65,7 @@ def verify(
     from tqdm import tqdm
 
     from kdecs.artifact import read_manifest, verify_artifact
-    from kdecs.errors import ArtifactError
+    from kdecs.errors import ArtifactError, printable
 
     manifest = read_manifest(directory)
     total = sum(entry.bytes for entry in manifest.files)
@@ -79,7 +79,7 @@ def verify(
             faults = content_faults(directory, manifest, on_rows=bar.update)
     # The first fault is the error that ends the command, so the others come before it.
     for fault in faults[1:]:
-        print(f"kdecs: error: {fault}", file=sys.stderr)
+        print(f"kdecs: error: {printable(fault)}", file=sys.stderr)
     if faults:
         more = f" ({len(faults)} faults in all)" if len(faults) > 1 else ""
         raise ArtifactError(f"{faults[0]}{more}")
@@ -122,6 +122,7 @@ def configs(
 
 def main() -> None:
     """Entry point. A refusal prints one line on stderr and exits with 1; a usage error exits with 2."""
+    open_standard_streams(prints_result=True)
     sys.exit(exit_code_of(lambda: app(standalone_mode=True)))
 
 

@@ -5,6 +5,7 @@ Entries print it on stderr and exit with `exit_code`; only bugs of kdecs itself 
 """
 
 import errno
+import re
 
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
@@ -27,6 +28,10 @@ class CorpusError(KdecsError):
 
 class ArtifactError(KdecsError):
     """An artifact directory that is missing, unfinished, damaged or of another kind."""
+
+
+class OutputError(KdecsError):
+    """An output that cannot be written to, or that is an input of the same command."""
 
 
 class LabelError(KdecsError):
@@ -59,24 +64,54 @@ class Stopped(KdecsError):
     exit_code = EXIT_STOPPED
 
 
-def explain_disk_full(error: Exception) -> str | None:
-    """One line if a library's own error hides a full disk (safetensors, torch's checkpoint writer), else None."""
+# C0 and C1 control characters, and those that reverse the direction of the text after them.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_DISK_FULL = "the disk is full{}: free some space and run the same command again"
+_FILE_TOO_LARGE = (
+    "a file would be larger than this shell or file system allows{}: raise the limit (ulimit -f), or write to another "
+    "disk, and run the same command again"
+)
+_OS_ERRORS = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EFBIG: _FILE_TOO_LARGE,
+    errno.EDQUOT: "the disk quota is used up{}: free some space and run the same command again",
+    errno.EROFS: "the file system is read-only{}: choose another output directory",
+    errno.ENAMETOOLONG: "a name is too long for the file system{}: choose a shorter one",
+    errno.ELOOP: "too many symbolic links{}: they lead in a circle; choose another path",
+    errno.EMFILE: "too many open files{}: raise the limit (ulimit -n) and run the same command again",
+    errno.EIO: "the disk or its server reports an input/output error{}: check it and run the same command again",
+    errno.ESTALE: "the file server has lost a file{}: run the same command again",
+    errno.ENXIO: "nothing can be opened{}: choose another path",
+    errno.ENODEV: "there is no such device{}: choose another path",
+}
+
+
+def printable(text: str) -> str:
+    """Text with each control character as its escape: what a file or a path holds must not steer the terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def explain_library_error(error: Exception) -> str | None:
+    """One line if a library's own error hides a full disk or a limit (safetensors, torch's writer), else None."""
     # Neither library keeps the errno: safetensors has its own type of error, torch raises a RuntimeError.
     message = str(error)
-    if "No space left on device" in message or "PytorchStreamWriter failed writing" in message:
-        return "the disk is full: free some space and run the same command again"
+    if "File too large" in message:
+        return _FILE_TOO_LARGE.format("")
+    if "No space left on device" in message:
+        return _DISK_FULL.format("")
+    if "PytorchStreamWriter failed writing" in message:
+        return (
+            "the disk is full, or a file is larger than this shell allows: free some space or raise the limit "
+            "(ulimit -f), and run the same command again"
+        )
     return None
 
 
 def explain_os_error(error: OSError) -> str | None:
     """One line for an operating-system error that a user can act on, else None."""
     place = f" at {error.filename}" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return f"the disk is full{place}: free some space and run the same command again"
-    if error.errno == errno.EDQUOT:
-        return f"the disk quota is used up{place}: free some space and run the same command again"
-    if error.errno == errno.EROFS:
-        return f"the file system is read-only{place}: choose another output directory"
+    if error.errno in _OS_ERRORS:
+        return _OS_ERRORS[error.errno].format(place)
     if isinstance(error, PermissionError):
         return f"permission denied{place}: check the owner of the path"
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | FileExistsError):

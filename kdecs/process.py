@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import io
 import os
 import re
 import shlex
@@ -15,16 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from kdecs.config import AnyConfig, find_config, load_config
 from kdecs.errors import (
     EXIT_REFUSED,
     EXIT_STOPPED,
+    CorpusError,
     KdecsError,
+    OutputError,
     Stopped,
-    explain_disk_full,
+    explain_library_error,
     explain_os_error,
+    printable,
 )
 
 ERROR_PREFIX = "kdecs: error: "
@@ -91,6 +95,7 @@ def say_skipped(line: str) -> None:
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run an entry and end the process. A refusal prints one line on stderr; only a bug of kdecs prints a traceback."""
+    open_standard_streams()
     code = exit_code_of(main)
     if launched_rank()[2] == 1:
         sys.exit(code)
@@ -106,21 +111,93 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
+def open_standard_streams(*, prints_result: bool = False) -> None:
+    """Make the standard streams UTF-8, whatever the locale says, and open those that the caller has closed.
+
+    A closed one would give its number to the next file that is opened, and all that any library prints would land in
+    that file. What a stage prints may be lost then. A command that `prints_result` raises OutputError when it prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is the one that is missing, since those below it are open.
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            os.set_inheritable(number, True)
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput() if prints_result else _null_stream()
+    if sys.stderr is None:
+        sys.stderr = _null_stream()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path may hold bytes that are no text. Printed as escapes they end no command.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _null_stream() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 (as long as the process)
+
+
+class _ClosedOutput(io.TextIOBase):
+    """Stands for a standard output that the caller has closed."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        """Raise OutputError, because the text would be lost."""
+        del text
+        raise OutputError(
+            "standard output is closed, so the result would be lost; redirect it to a file or a pipe"
+        )
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """Raise OutputError, as `write`."""
+        self.write("")
+        raise AssertionError
+
+
+def is_output_closed() -> bool:
+    """True if the caller has closed standard output and this command must not lose what it prints."""
+    return isinstance(sys.stdout, _ClosedOutput)
+
+
+def standard_input() -> BinaryIO:
+    """The bytes of standard input. Raises CorpusError if the caller has closed it."""
+    if sys.stdin is None:
+        raise CorpusError("standard input is closed; expected one dialogue per line")
+    return sys.stdin.buffer
+
+
+def say(line: str) -> None:
+    """Print a line about a result that is in a file: on standard error if standard output is closed."""
+    print(line, file=sys.stderr if is_output_closed() else sys.stdout, flush=True)
+
+
 def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return its exit code, 0 if it returned. Prints one line for an error that a user can act on."""
     try:
-        main()
+        try:
+            main()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, because the interpreter would print a traceback where this fails
     except KdecsError as error:
         _print_line(str(error))
         return error.exit_code
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        _discard_output()
+        return EXIT_REFUSED
     except OSError as error:
         line = explain_os_error(error)
         if line is None:
             raise
+        _discard_output()
         _print_line(line)
         return EXIT_REFUSED
     except Exception as error:
-        line = explain_disk_full(error)
+        line = explain_library_error(error)
         if line is None:
             raise
         _print_line(line)
@@ -131,8 +208,19 @@ def exit_code_of(main: Callable[[], None]) -> int:
     return 0
 
 
+def _discard_output() -> None:
+    """Drop what is still buffered for standard output if it cannot be written, or the interpreter would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            handle = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(handle, sys.stdout.fileno())
+            os.close(handle)
+
+
 def _print_line(message: str) -> None:
-    print(f"{ERROR_PREFIX}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{ERROR_PREFIX}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 @dataclass

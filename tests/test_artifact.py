@@ -2,6 +2,11 @@
 
 import contextlib
 import json
+import os
+import signal
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +18,18 @@ from kdecs.artifact import (
     content_checksum,
     file_lock,
     has_valid_checksum,
+    install_files,
     is_complete,
     listed_file,
     read_manifest,
     read_verified_manifest,
+    remove_leftovers,
+    share_files,
+    temporary_folder,
     verify_artifact,
     write_manifest,
 )
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, OutputError
 
 
 @pytest.fixture
@@ -126,6 +135,89 @@ def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+WRITES_AND_DIES = """
+import os, sys
+from pathlib import Path
+from kdecs.artifact import atomic_path, temporary_folder
+folder = Path(sys.argv[1])
+with temporary_folder(folder / "product") as temporary, atomic_path(folder / "file") as path:
+    (temporary / "weights").write_text("half")
+    path.write_text("half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_leftovers_of_the_killed_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    foreign = [".file.tmp", ".file.0123456789abcdef.tmp.txt", ".other.0123456789abcdef.tmp", ".file.1.tmp"]
+    for name in foreign:
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", WRITES_AND_DIES, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+        during = sorted(tmp_path.iterdir())
+        assert len(during) == len(foreign) + 2
+        for name in ("file", "product"):
+            remove_leftovers(tmp_path / name)
+        assert sorted(tmp_path.iterdir()) == during
+        os.kill(writer.pid, signal.SIGKILL)
+    assert sorted(tmp_path.iterdir()) == during
+    with atomic_path(tmp_path / "file") as path:
+        path.write_text("whole")
+    with temporary_folder(tmp_path / "product") as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*foreign, "file"])
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ä" * 127, "n" * 233])
+def test_a_name_as_long_as_the_file_system_allows_is_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("old")
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("new")
+        remove_leftovers(tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "new")]
+
+
+def test_only_a_file_or_a_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "target").write_text("kept")
+    (tmp_path / "link").symlink_to("target")
+    for name in ("directory", "pipe", "link"):
+        expectation = contextlib.nullcontext() if name == "link" else pytest.raises(OutputError, match=name)
+        with expectation, atomic_path(tmp_path / name) as temporary:
+            temporary.write_text("new")
+    assert (tmp_path / "target").read_text() == "kept"
+    assert not (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "link", "pipe", "target"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_modes_follow_the_umask_whoever_writes(tmp_path: Path, umask: int) -> None:
+    def write_privately(path: Path) -> None:  # as safetensors does: another file, for its owner alone
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "ours") as path:
+            path.write_text("text")
+        with atomic_path(tmp_path / "theirs") as path:
+            write_privately(path)
+        (tmp_path / "model" / "sub").mkdir(parents=True)
+        for name in ("model/a", "model/sub/b"):
+            write_privately(tmp_path / name)
+        share_files(tmp_path / "model")
+        with temporary_folder(tmp_path / "installed") as folder:
+            write_privately(folder / "c")
+            assert install_files(folder, tmp_path / "installed") == ["c"]
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
 
 
 def test_checksum_of_a_directory_depends_on_content_alone(tmp_path: Path) -> None:

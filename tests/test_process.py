@@ -1,5 +1,6 @@
 """How an entry ends its process, and how it runs and ends its children."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from kdecs import process
-from kdecs.process import StopSignal, last_error, module_command, run_child
+from kdecs.process import StopSignal, exit_code_of, last_error, module_command, run_child
 
 SCRIPT = """
 import atexit, os, sys, threading, time
@@ -45,6 +46,87 @@ def test_a_rank_of_several_ends_with_its_code_without_a_tear_down(argument, code
         check=False,
     )
     assert (done.returncode, done.stdout.split("\n")) == (code, ["thread", "exit functions", ""])
+
+
+STREAMS = r"""
+import os, sys
+from kdecs.errors import ConfigError
+from kdecs.process import exit_code_of, open_standard_streams, say, standard_input
+
+def main():
+    with open(sys.argv[1], "w") as file:
+        assert file.fileno() > 2
+        if "input" in sys.argv[2:]:
+            standard_input().read()
+        if "print" in sys.argv[2:]:
+            print("rés\udcff", flush=True)
+        if "fail" in sys.argv[2:]:
+            raise ConfigError("é\x1b[2J\x9b31m")
+        file.write("done")
+    say("saved")
+
+open_standard_streams(prints_result="stage" not in sys.argv[2:])
+sys.exit(exit_code_of(main))
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "out", "err"),
+    [
+        ("print", 0, "rés\\udcff\nsaved\n", ""),
+        ("fail", 1, "", "kdecs: error: é\\x1b[2J\\x9b31m\n"),
+        ("print >&-", 1, "", "kdecs: error: standard output is closed, so the result would be lost"),
+        (">&-", 0, "", "saved\n"),
+        ("stage print <&- >&- 2>&-", 0, "", ""),
+        ("fail <&- >&- 2>&-", 1, "", ""),
+        ("input <&-", 1, "", "kdecs: error: standard input is closed"),
+        ("print > /dev/full", 1, "", "kdecs: error: the disk is full"),
+    ],
+)
+def test_standard_streams_are_utf8_and_never_lose_a_result(tmp_path, shell, code, out, err):
+    """Under a Latin-1 locale; `shell` is the rest of the command line."""
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" "$2" {shell}', sys.executable, STREAMS, str(tmp_path / "file")],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1:strict", "PYTHONUTF8": "0"},
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.decode("utf-8")) == (code, out)
+    shown = done.stderr.decode("utf-8")
+    assert shown.startswith(err) and bool(shown) == bool(err) and "Traceback" not in shown
+    assert (tmp_path / "file").read_text() == ("done" if not code else "")
+
+
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [
+        (errno.EFBIG, "ulimit -f"),
+        (errno.ENAMETOOLONG, "too long"),
+        (errno.ELOOP, "circle"),
+        (errno.EMFILE, "ulimit -n"),
+    ],
+)
+def test_a_limit_of_the_system_is_one_line(capsys, number, word):
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "runs/out")
+
+    assert exit_code_of(fail) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("kdecs: error: ") and line.count("\n") == 1 and word in line and "runs/out" in line
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word():
+    program = (
+        "import sys\nfrom kdecs.process import exit_code_of\n"
+        "sys.exit(exit_code_of(lambda: [print('x' * 1000) for _ in range(1000)] and None))"
+    )
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -c 5; exit ${PIPESTATUS[0]}', sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "xxxxx", "")
 
 
 # Prints "ready"; on SIGTERM it takes a moment, as a checkpoint does, and says so.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kdecs.errors import CorpusError, ModelError
+from kdecs.process import say
 
 if TYPE_CHECKING:
     from kdecs.corpus.schema import Corpus, Fault
@@ -208,7 +209,7 @@ def fetch(
     for file in RECCON_FILES:
         with tqdm(unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
             is_new = fetch_file(file, directory, base_url=mirror or RECCON_URL, on_bytes=bar.update)
-        print(f"{directory / file.name}: {'downloaded' if is_new else 'already there'}, sha256 verified")
+        say(f"{directory / file.name}: {'downloaded' if is_new else 'already there'}, sha256 verified")
 
 
 def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":

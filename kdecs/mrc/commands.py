@@ -33,7 +33,7 @@ def predict_mrc(
     from kdecs.student.predict.files import FileRequest, predict_file
 
     predict_file(
-        FileRequest(input, output, max_distance, batch_tokens, offsets, has_example=False),
+        FileRequest(input, output, max_distance, batch_tokens, offsets, has_example=False, model=model),
         lambda runtime: MrcBaseline.from_pretrained(model, device=runtime.device),
         device=device,
     )

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from kdecs.process import say
+
 app = typer.Typer(help="Show, combine and import soft labels.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
@@ -118,9 +120,7 @@ def combine(
     with tempfile.TemporaryDirectory(prefix="kdecs-combine-") as scratch:
         manifest = run(config, cache_dir=cache or Path(scratch))
     num_pairs = sum(manifest.details["num_pairs"].values())
-    typer.echo(
-        f"soft labels {output.name}: {num_pairs:,} pairs of {len(labels)} teachers by {rule}: {output}"
-    )
+    say(f"soft labels {output.name}: {num_pairs:,} pairs of {len(labels)} teachers by {rule}: {output}")
 
 
 @app.command("import")
@@ -168,4 +168,4 @@ def import_table(
     )
     manifest = import_labels(config)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.details["num_pairs"].items())
-    typer.echo(f"soft labels {output.name}: {counts} pairs, written to {output}")
+    say(f"soft labels {output.name}: {counts} pairs, written to {output}")

@@ -65,7 +65,7 @@ def predict(
     from kdecs.student.predict.predictor import Student
 
     predict_file(
-        FileRequest(input, output, max_distance, batch_tokens, offsets, show, example and not show),
+        FileRequest(input, output, max_distance, batch_tokens, offsets, show, example and not show, student),
         lambda runtime: Student.from_pretrained(student, device=runtime.device),
         device=device,
     )

@@ -7,6 +7,7 @@ import typer
 
 from kdecs.artifact import read_manifest
 from kdecs.errors import ArtifactError, DependencyError
+from kdecs.process import say
 from kdecs.sweep.config import REPORT_FOLDER
 
 
@@ -14,7 +15,7 @@ def report(
     sweep_dir: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="a finished sweep's directory")],
 ) -> None:
     """Write a sweep's report: a page that opens offline, with tables and figures (HTML + PNG)."""
-    typer.echo(f"report: {write_report_of(sweep_dir.absolute())}")
+    say(f"report: {write_report_of(sweep_dir.absolute())}")
 
 
 def write_report_of(sweep: Path) -> Path:

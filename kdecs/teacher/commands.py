@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from kdecs.errors import ConfigError, DependencyError
+from kdecs.process import say
 
 EPILOG = (
     "Examples:\n\nkdecs plan --teacher llama-7b --gpus 4 --gpu-memory-gib 40\n\n"
@@ -164,7 +165,7 @@ def import_teacher(
     )
     manifest = import_adapter(wanted, start_runtime(threads=0), dtype=dtype)
     macro_f1 = manifest.details["valid"]["valid_macro_f1"]
-    typer.echo(
+    say(
         f"teacher {output.name}: {family}, scored by {manifest.details['batching']}, valid macro F1 "
         f"{macro_f1:.2f}; written to {output}"
     )

@@ -1,8 +1,8 @@
 """Predict files of dialogues (`kdecs predict`, `kdecs predict-mrc`) in constant memory.
 
-Input is RECCON JSON or JSON lines (kdecs.corpus.schema), or JSON lines on standard input ("-"). Output is one line per
-pair (kdecs.evaluation.predictions); on request each line also has span_start and span_end, the span's characters
-[start, end) in the candidate's text (null without a span), and score, in [0, 1].
+Input is RECCON JSON or JSON lines (kdecs.corpus.schema), or JSON lines on standard input ("-") or from a pipe. Output
+is one line per pair (kdecs.evaluation.predictions); on request each line also has span_start and span_end, the span's
+characters [start, end) in the candidate's text (null without a span), and score, in [0, 1].
 """
 
 import contextlib
@@ -11,15 +11,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
 
-from kdecs.artifact import atomic_path
+from kdecs.artifact import kind_of
 from kdecs.corpus.reading import iter_dialogues, parse_dialogue
 from kdecs.corpus.schema import Dialogue, Fault
-from kdecs.errors import CorpusError
+from kdecs.errors import CorpusError, printable
+from kdecs.output import STANDARD_STREAM, is_standard_output, open_output, refuse_inputs
+from kdecs.process import is_output_closed, standard_input
 from kdecs.runtime import Runtime, start_runtime
 from kdecs.student.predict.render import render_dialogue
 from kdecs.student.predict.streaming import (
@@ -32,12 +34,12 @@ from kdecs.student.predict.streaming import (
     warn_of_long_dialogues,
 )
 
-STANDARD_STREAM = Path("-")
+_STREAMS = ("a named pipe", "a device", "a socket")
 
 
 @dataclass(frozen=True)
 class FileRequest:
-    """What to predict and where to write it. With `output` None nothing is written; `shows` still prints."""
+    """What to predict, with which model, and where to write it. Without `output` nothing is written; `shows` prints."""
 
     input: Path
     output: Path | None
@@ -46,25 +48,33 @@ class FileRequest:
     has_offsets: bool = False
     shows: bool = False
     has_example: bool = True
+    model: Path | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """True if the input can be read only once: standard input, or a pipe."""
+        return self.input == STANDARD_STREAM or (self.input.exists() and kind_of(self.input) in _STREAMS)
 
 
 def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, device: str = "auto") -> None:
     """Predict the dialogues of a file with the predictor that `load` returns, and print a line that sums up.
 
-    The predictions appear complete or not at all. Raises CorpusError if a dialogue breaks the schema.
+    The predictions appear complete or not at all. Raises CorpusError if a dialogue breaks the schema, and OutputError
+    if the output is an input or cannot be written to.
     """
-    # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once. Standard
-    # input can be read only once.
-    total = None if request.input == STANDARD_STREAM else _checked(request)
-    predictor = load(start_runtime(device=device))
+    if request.output is not None:
+        refuse_inputs(request.output, [request.input, request.model])
+    # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once.
+    total = None if request.is_stream else _checked(request)
     # Predictions on standard output are read by a program: everything for people goes to standard error.
-    console = Console(stderr=request.output == STANDARD_STREAM)
+    console = Console(stderr=is_standard_output(request.output) or is_output_closed())
     num_dialogues = num_pairs = num_causes = 0
     example: tuple[Dialogue, list[PairPrediction]] | None = None
     with (
-        _opened(request.output) as file,
+        open_output(request.output) if request.output else contextlib.nullcontext() as file,
         tqdm(total=total, unit="pair", desc="predict", disable=None) as bar,
     ):
+        predictor = load(start_runtime(device=device))
         for dialogue, found in stream(
             predictor,
             _dialogues(request),
@@ -86,7 +96,7 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
             # The first dialogue with a cause is the best example; until then, the first one.
             elif example is None or (causes and not any(p.prediction.is_cause for p in example[1])):
                 example = dialogue, found
-    place = "" if request.output in (None, STANDARD_STREAM) else f"{request.output}: "
+    place = "" if request.output in (None, STANDARD_STREAM) else f"{printable(str(request.output))}: "
     line = f"{place}{num_pairs} pairs of {num_dialogues} dialogues, {num_causes} causes"
     print(line, file=console.file, flush=True)
     if request.has_example and example is not None:
@@ -111,16 +121,23 @@ def _watched(request: FileRequest, dialogues: Iterable[Dialogue], place: str) ->
 
 
 def _dialogues(request: FileRequest) -> Iterator[Dialogue]:
-    if request.input != STANDARD_STREAM:
+    if not request.is_stream:
         return iter_dialogues(request.input, labelled=False)  # `_checked` has warned already
-    return _watched(request, _from_standard_input(), "standard input: ")
+    if request.input == STANDARD_STREAM:
+        return _watched(request, _from_lines(standard_input(), "standard input"), "standard input: ")
+    return _watched(request, _from_pipe(request.input), f"{request.input}: ")
 
 
-def _from_standard_input() -> Iterator[Dialogue]:
+def _from_pipe(path: Path) -> Iterator[Dialogue]:
+    with path.open("rb") as lines:
+        yield from _from_lines(lines, str(path))
+
+
+def _from_lines(lines: Iterable[bytes], source: str) -> Iterator[Dialogue]:
     seen: set[str] = set()
-    for number, line in enumerate(sys.stdin.buffer, start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            place = f"standard input, line {number}"
+            place = f"{source}, line {number}"
             dialogue = parse_dialogue(line, place, default_id=f"line {number}")
             if dialogue.id in seen:
                 fault = Fault(place, dialogue.id, None, "id", "a second dialogue of this id", "each id once")
@@ -129,21 +146,12 @@ def _from_standard_input() -> Iterator[Dialogue]:
             yield dialogue
 
 
-@contextlib.contextmanager
-def _opened(output: Path | None) -> Iterator[IO[str] | None]:
-    if output is None or output == STANDARD_STREAM:
-        yield None if output is None else sys.stdout
-        return
-    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-        yield file
-
-
-def _lines(found: Iterable[PairPrediction], *, has_offsets: bool) -> Iterator[str]:
+def _lines(found: Iterable[PairPrediction], *, has_offsets: bool) -> Iterator[bytes]:
     for item in found:
         record: dict[str, Any] = asdict(item.prediction)
         if has_offsets:
             record |= offsets_of(item)
-        yield json.dumps(record, ensure_ascii=False) + "\n"
+        yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def _needs_marks(console: Console) -> bool:
