@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
 from kdecs.artifact import FileEntry, file_entries, file_faults, write_json
-from kdecs.errors import ArtifactError, KdecsError, TrainingError, explain_disk_full
+from kdecs.errors import ArtifactError, KdecsError, TrainingError, explain_library_error
 from kdecs.models import first_line
 from kdecs.runtime import Runtime, any_rank, on_main, plain_torch_loads
 from kdecs.teacher.config import TeacherConfig
@@ -273,7 +273,7 @@ def _read_safely(path: Path) -> Iterator[None]:
         AssertionError,
         EOFError,
     ) as error:
-        if explain_disk_full(error):
+        if explain_library_error(error):
             raise
         # Another rank may be the cause, so the files may be sound.
         raise ArtifactError(
