@@ -45,7 +45,7 @@ from kdecs.artifact import (
 from kdecs.corpus.encoding import EncodedPair, Layout, PairEncoder
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import open_dialogues
-from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL
+from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL, NO_TABLE
 from kdecs.corpus.splits import Split
 from kdecs.errors import ArtifactError
 
@@ -201,7 +201,7 @@ def _build(
     emotion_table: Mapping[str, str] | None,
 ) -> None:
     # Two passes over a file that is read on demand: the first one checks it and finds the emotions.
-    dialogues = Split(open_dialogues(corpus_file), table=emotion_table)
+    dialogues = Split(open_dialogues(corpus_file, emotion_table or NO_TABLE), table=emotion_table)
     emotions = ordered_emotions(u.emotion for d in dialogues for u in d.utterances if u.emotion)
     indexed = ((index, pair) for index, d in enumerate(dialogues) for pair in pairs_of(d, "fold1+neutral"))
     num_pairs = num_truncated = 0

@@ -7,6 +7,7 @@ faults like any other.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -151,6 +152,11 @@ MAX_CHARACTERS = 100_000
 MAX_ID_CHARACTERS = 500
 
 
+# Keys that look like those of causes: named where a file has no cause.
+_LIKE_CAUSES = re.compile("cause|evidence|span", re.IGNORECASE)
+_MOST_ODD_KEYS = 4
+
+
 class Checker:
     """Checks the dialogues of one file; collects faults, replaced label variants and warnings.
 
@@ -158,15 +164,23 @@ class Checker:
     """
 
     def __init__(
-        self, file: str, *, labelled: bool = True, emotions: Collection[str] = KNOWN_EMOTIONS
+        self,
+        file: str,
+        *,
+        labelled: bool = True,
+        emotions: Collection[str] = KNOWN_EMOTIONS,
+        own_labels: Collection[str] = (),
     ) -> None:
         self.file = file
         self.labelled = labelled
         self.emotions = emotions
+        self.own_labels = own_labels
         self.faults: list[Fault] = []
         self.normalised: Counter[str] = Counter()
         self.warnings: list[str] = []
         self._ids: set[str] = set()
+        self._has_causes = False
+        self._odd_keys: dict[str, None] = {}
         self._located: set[int] = set()
 
     def fault(
@@ -213,6 +227,15 @@ class Checker:
             return None
         return Dialogue(identifier, tuple(u for u in parsed if u is not None), part)
 
+    def warn_without_causes(self) -> None:
+        """Add a warning if no utterance of a labelled file has a cause, with the keys that may be misspelt."""
+        if not self.labelled or self._has_causes or not self._ids:
+            return
+        odd = f" (there are {', '.join(map(shorten, self._odd_keys))})" if self._odd_keys else ""
+        self.warnings.append(
+            f'{self.file}: no utterance has a cause; causes are under the keys "{EVIDENCE_KEY}" and "{SPAN_KEY}"{odd}'
+        )
+
     def note_repeated(self, value: Any, *, dialogue: str | None, turn: int | None = None) -> None:
         """Note the keys that an object at a known place contains more than once."""
         if isinstance(value, RepeatedKeys) and id(value) not in self._located:
@@ -236,6 +259,10 @@ class Checker:
             self._text(raw, key, number, dialogue)
         emotion = self._emotion(raw, number, dialogue)
         evidence = self._evidence(raw, number, texts, dialogue)
+        self._has_causes = self._has_causes or any(item.turn is not None for item in evidence or ())
+        if not self._has_causes and len(self._odd_keys) < _MOST_ODD_KEYS:
+            odd = (key for key in raw.keys() - {EVIDENCE_KEY, SPAN_KEY} if _LIKE_CAUSES.search(key))
+            self._odd_keys.update(dict.fromkeys(sorted(odd)))
         if len(self.faults) > before:
             return None
         return Utterance(number, raw["speaker"], raw["utterance"], emotion, evidence)
@@ -268,6 +295,10 @@ class Checker:
         value = raw.get("emotion")
         if value is None and not self.labelled:
             return None
+        if (
+            isinstance(value, str) and value in self.own_labels
+        ):  # before the variants: a table may map them, too
+            return value
         if isinstance(value, str) and value in EMOTION_VARIANTS:
             self.normalised[value] += 1
             value = EMOTION_VARIANTS[value]

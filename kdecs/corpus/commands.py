@@ -35,7 +35,7 @@ Part = Annotated[
     str | None,
     typer.Option(
         "--part",
-        help="first word of the row ids; default: iemocap if the id or the file name says so, else dailydialog",
+        help="first word of the row ids; default: iemocap if the id says so, else dailydialog",
     ),
 ]
 Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions to coarse ones")]
@@ -45,6 +45,12 @@ Table = Annotated[
         "--table",
         metavar="FILE",
         help="like --coarse, with a JSON object {fine: coarse} over the built-in table",
+    ),
+]
+OwnLabels = Annotated[
+    Path | None,
+    typer.Option(
+        "--table", metavar="FILE", help="accept labels of your own that this JSON object {label: label} maps"
     ),
 ]
 DropCrossSplit = Annotated[
@@ -71,17 +77,24 @@ TokenizerDirectory = Annotated[
     epilog="Examples:\n\nkdecs corpus verify train.json test.json\n\nkdecs corpus verify my.jsonl --labels fine"
 )
 def verify(
-    files: Files, labels: Labels = "any", unlabelled: Unlabelled = False, as_json: Json = False
+    files: Files,
+    labels: Labels = "any",
+    table: OwnLabels = None,
+    unlabelled: Unlabelled = False,
+    as_json: Json = False,
 ) -> None:
     """Check files against the schema and report every fault: file, dialogue, turn, field, found and expected."""
-    from kdecs.corpus.reading import count_variants, scan_file
+    from kdecs.corpus.reading import count_variants, read_table, scan_file
+    from kdecs.corpus.schema import NO_TABLE
     from kdecs.corpus.splits import DuplicateFinder
 
+    known = read_table(table) if table else NO_TABLE
     finder = DuplicateFinder()
     faults: list[Fault] = []
     for file in files:
         add = partial(finder.add, str(file))
-        checked = scan_file(file, add, labelled=not unlabelled, label_set=labels)
+        checked = scan_file(file, add, labelled=not unlabelled, label_set=labels, table=known)
+        checked.warn_without_causes()
         faults += checked.faults
         if as_json:
             continue
@@ -121,7 +134,7 @@ def stats(
 ) -> None:
     """Count dialogues, utterances, rows of fold 1, all pairs and emotions (the paper's Tables 1 and 2)."""
     from kdecs.corpus.reading import check_file, read_table
-    from kdecs.corpus.schema import FINE_TO_COARSE, map_corpus
+    from kdecs.corpus.schema import FINE_TO_COARSE, NO_TABLE, map_corpus
     from kdecs.corpus.statistics import statistics_of
 
     if tokenizer and not plots:
@@ -131,7 +144,8 @@ def stats(
             "--drop-cross-split needs at least two files: the training file first, then the other splits"
         )
     mapping = read_table(table) if table else FINE_TO_COARSE
-    checked = [check_file(file, label_set=labels) for file in files]
+    known = mapping if table else NO_TABLE
+    checked = [check_file(file, label_set=labels, table=known) for file in files]
     corpora = [map_corpus(corpus, mapping) if coarse or table else corpus for corpus, _ in checked]
     if drop_cross_split:
         corpora[0] = _without_cross_split(corpora[0], corpora[1:])
@@ -171,13 +185,16 @@ def pairs(
         ),
     ] = "fold1",
     labels: Labels = "any",
+    table: OwnLabels = None,
     part: Part = None,
 ) -> None:
     """Print a file's pairs as JSON lines: id, dialogue_id, target, candidate, label, spans (row_ids)."""
     from kdecs.corpus.pairs import pairs_of
-    from kdecs.corpus.reading import read_corpus
+    from kdecs.corpus.reading import read_corpus, read_table
+    from kdecs.corpus.schema import NO_TABLE, map_corpus
 
-    corpus = read_corpus(file, label_set=labels, part=part)
+    mapping = read_table(table) if table else NO_TABLE
+    corpus = map_corpus(read_corpus(file, label_set=labels, part=part, table=mapping), mapping)
     for dialogue in corpus.dialogues:
         for pair in pairs_of(dialogue, universe):
             record: dict[str, object] = {

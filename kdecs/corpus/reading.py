@@ -22,18 +22,30 @@ from kdecs.corpus.checking import (
     OTHER_ENCODING,
     Checker,
     NotJson,
+    RepeatedKeys,
     decode_json,
     is_other_encoding,
+    is_unicode,
     iter_lines,
     shorten,
 )
-from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS, Corpus, Dialogue, Fault, LabelSet, emotions_of
+from kdecs.corpus.schema import (
+    FINE_TO_COARSE,
+    KNOWN_EMOTIONS,
+    NO_TABLE,
+    Corpus,
+    Dialogue,
+    Fault,
+    LabelSet,
+    emotions_of,
+)
 from kdecs.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
 DAILYDIALOG, IEMOCAP = "dailydialog", "iemocap"
-_IEMOCAP_ID = re.compile(r"Ses\d\d[FM]_")
+# RECCON's files put the split before IEMOCAP's own ids, sometimes twice (test.test.Ses05F_impro01).
+_IEMOCAP_ID = re.compile(r"((train|valid|test)[._])*Ses\d\d[FM]_")
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 _CHANGED = "the file changed while it was in use: put it back and run the same command again"
 
@@ -55,18 +67,19 @@ def read_corpus(
     label_set: LabelSet = "any",
     part: str | None = None,
     log: bool = True,
+    table: Mapping[str, str] = NO_TABLE,
 ) -> Corpus:
     """Read a whole file into memory; label variants are replaced and counted.
 
     Replaced variants and causes in the future are logged (`log_notes`) unless `log` is false, which suits callers
     that may still refuse something else. `labelled=False` accepts utterances without emotion and evidence.
-    `label_set` narrows the known emotions. `part` is the first word of the row ids; None derives it from the
-    dialogue id and the file's name (`corpus_part`).
+    `label_set` narrows the known emotions, and the labels of `table` are known, too: the caller maps them with it.
+    `part` is the first word of the row ids; None derives it from the dialogue id (`corpus_part`).
 
     Raises CorpusError, one line: the first fault and how many there are.
     """
     path = Path(path)
-    checker = Checker(str(path), labelled=labelled, emotions=emotions_of(label_set))
+    checker = Checker(str(path), labelled=labelled, emotions=emotions_of(label_set), own_labels=table)
     dialogues = tuple(_dialogues(path, checker, part))
     if checker.faults:
         raise CorpusError(_first_fault(checker.faults, path))
@@ -76,13 +89,15 @@ def read_corpus(
     return corpus
 
 
-def open_dialogues(path: Path) -> Dialogues:
+def open_dialogues(path: Path, table: Mapping[str, str] = NO_TABLE) -> Dialogues:
     """The labelled dialogues of a file: JSON lines are read on demand, RECCON JSON is loaded.
 
+    The labels of `table` are known, too: the caller maps them with it.
     Raises CorpusError for RECCON JSON that has a fault; JSON lines are checked when they are iterated.
     """
     # A missing file goes to read_corpus, which reports it.
-    return LineDialogues(path) if path.is_file() and holds_lines(path) else read_corpus(path).dialogues
+    is_lines = path.is_file() and holds_lines(path)
+    return LineDialogues(path, table) if is_lines else read_corpus(path, table=table).dialogues
 
 
 class LineDialogues:
@@ -92,13 +107,14 @@ class LineDialogues:
     Access by position parses that line alone. Threads may share an instance.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, table: Mapping[str, str] = NO_TABLE) -> None:
         self.path = path
+        self._table = table
         self._starts: array[int] | None = None
         self._is_logged = False
 
     def __iter__(self) -> Iterator[Dialogue]:
-        checker = Checker(str(self.path))
+        checker = Checker(str(self.path), own_labels=self._table)
         yield from _dialogues(self.path, checker, None, on_dialogue=lambda: _refuse(checker))
         _refuse(checker)
         if not self._is_logged:
@@ -117,9 +133,9 @@ class LineDialogues:
         with self.path.open("rb") as file:
             file.seek(starts[position])
             line = file.readline()
-        checker, dialogue = Checker(str(self.path)), None
+        checker, dialogue = Checker(str(self.path), own_labels=self._table), None
         for identifier, utterances in _raw_from_line(line, f"at byte {starts[position]}", checker):
-            part = corpus_part(self.path, identifier if isinstance(identifier, str) else "")
+            part = corpus_part(identifier if isinstance(identifier, str) else "")
             dialogue = checker.dialogue(identifier, utterances, part)
         if checker.faults or dialogue is None:
             raise CorpusError(f"{checker.faults[0]}; {_CHANGED}")
@@ -138,13 +154,19 @@ class LineDialogues:
         return self._starts
 
 
-def iter_dialogues(path: Path | str, *, labelled: bool = True, part: str | None = None) -> Iterator[Dialogue]:
+def iter_dialogues(
+    path: Path | str,
+    *,
+    labelled: bool = True,
+    part: str | None = None,
+    table: Mapping[str, str] = NO_TABLE,
+) -> Iterator[Dialogue]:
     """Yield the dialogues one by one: JSON lines are streamed, RECCON JSON is loaded as a whole.
 
-    Raises CorpusError at the first dialogue that has a fault.
+    The labels of `table` are known, too. Raises CorpusError at the first dialogue that has a fault.
     """
     path = Path(path)
-    checker = Checker(str(path), labelled=labelled)
+    checker = Checker(str(path), labelled=labelled, own_labels=table)
     # Also after a dialogue that is not yielded: the first fault ends the pass.
     yield from _dialogues(path, checker, part, on_dialogue=lambda: _refuse(checker))
     _refuse(checker)
@@ -162,19 +184,22 @@ def scan_file(
     labelled: bool = True,
     label_set: LabelSet = "any",
     part: str | None = None,
+    table: Mapping[str, str] = NO_TABLE,
 ) -> Checker:
     """Pass each valid dialogue to `on_dialogue` and collect every fault of the others; no dialogue is kept."""
     path = Path(path)
-    checker = Checker(str(path), labelled=labelled, emotions=emotions_of(label_set))
+    checker = Checker(str(path), labelled=labelled, emotions=emotions_of(label_set), own_labels=table)
     for dialogue in _dialogues(path, checker, part):
         on_dialogue(dialogue)
     return checker
 
 
-def check_file(path: Path | str, *, label_set: LabelSet = "any") -> tuple[Corpus, list[Fault]]:
+def check_file(
+    path: Path | str, *, label_set: LabelSet = "any", table: Mapping[str, str] = NO_TABLE
+) -> tuple[Corpus, list[Fault]]:
     """The valid dialogues of a file and every fault of the others, so that a faulty file can be counted, too."""
     dialogues: list[Dialogue] = []
-    checker = scan_file(path, dialogues.append, label_set=label_set)
+    checker = scan_file(path, dialogues.append, label_set=label_set, table=table)
     return Corpus(Path(path), tuple(dialogues), checker.normalised, tuple(checker.warnings)), checker.faults
 
 
@@ -210,7 +235,8 @@ def parse_dialogue(row: Any, place: str, *, default_id: str | None = None) -> Di
 def read_table(path: Path | str) -> dict[str, str]:
     """FINE_TO_COARSE, overridden by the entries of a file that holds a JSON object {label: label}.
 
-    Raises CorpusError, one line, if the file is not such an object or names an unknown label.
+    The labels on the left may be a corpus' own; those on the right are known ones.
+    Raises CorpusError, one line, if the file is not such an object, has a label twice or maps one to an unknown one.
     """
     path = Path(path)
     try:
@@ -219,17 +245,19 @@ def read_table(path: Path | str) -> dict[str, str]:
         raise CorpusError(f"{path}: {error.strerror or error}, expected a table of labels") from None
     except NotJson as error:
         raise CorpusError(f"{path}: found {error.found}, expected {error.expected}") from None
-    if not isinstance(decoded.value, dict) or decoded.repeated:
-        raise CorpusError(
-            f"{path}: found {shorten(decoded.value)}, expected an object {{label: label}}, each once"
-        )
+    if not isinstance(decoded.value, dict):
+        raise CorpusError(f"{path}: found {shorten(decoded.value)}, expected an object {{label: label}}")
+    if isinstance(decoded.value, RepeatedKeys):
+        label = decoded.value.repeated()[0]
+        raise CorpusError(f"{path}: found the label {shorten(label)} more than once, expected each once")
     for label, coarse in decoded.value.items():
-        for name in (label, coarse):
-            if not isinstance(name, str) or name not in KNOWN_EMOTIONS:
-                known = ", ".join(sorted(KNOWN_EMOTIONS))
-                raise CorpusError(
-                    f"{path}: the entry {shorten(label)}: found {shorten(name)}, expected one of {known}"
-                )
+        if not label.strip() or not is_unicode(label):
+            raise CorpusError(f"{path}: found the label {shorten(label)}, expected a text that is not empty")
+        if not isinstance(coarse, str) or coarse not in KNOWN_EMOTIONS:
+            known = ", ".join(sorted(KNOWN_EMOTIONS))
+            raise CorpusError(
+                f"{path}: the entry {shorten(label)}: found {shorten(coarse)}, expected one of {known}"
+            )
     return {**FINE_TO_COARSE, **decoded.value}
 
 
@@ -246,11 +274,9 @@ def count_variants(normalised: Mapping[str, int]) -> str:
     return ", ".join(f"{label} ({count})" for label, count in sorted(normalised.items()))
 
 
-def corpus_part(path: Path, dialogue_id: str) -> str:
-    """The part of RECCON that a dialogue belongs to: "iemocap" by its id (Ses01F_…) or the file's name."""
-    if _IEMOCAP_ID.match(dialogue_id) or IEMOCAP in path.name.lower():
-        return IEMOCAP
-    return DAILYDIALOG
+def corpus_part(dialogue_id: str) -> str:
+    """The part of RECCON that a dialogue belongs to, by its id: IEMOCAP's are Ses01F_… or train.Ses01F_…"""
+    return IEMOCAP if _IEMOCAP_ID.match(dialogue_id) else DAILYDIALOG
 
 
 def bundled_sample(split: str) -> Path:
@@ -288,7 +314,7 @@ def _dialogues(
     try:
         for identifier, utterances in _raw_dialogues(path, checker):
             num_seen += 1
-            dialogue_part = part or corpus_part(path, identifier if isinstance(identifier, str) else "")
+            dialogue_part = part or corpus_part(identifier if isinstance(identifier, str) else "")
             dialogue = checker.dialogue(identifier, utterances, dialogue_part)
             if on_dialogue:
                 on_dialogue()

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 NEUTRAL = "neutral"
@@ -85,6 +86,8 @@ FINE_TO_COARSE: dict[str, str] = {
     "praise": "happiness",
     "others": NEUTRAL,
 }
+
+NO_TABLE: Mapping[str, str] = MappingProxyType({})
 
 LabelSet = Literal["any", "coarse", "fine"]
 

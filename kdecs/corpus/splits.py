@@ -20,9 +20,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdecs.config import Config, InputPath, Seed
+from kdecs.corpus.checking import EVIDENCE_KEY, SPAN_KEY
 from kdecs.corpus.pairs import training_subset
-from kdecs.corpus.reading import Dialogues, open_dialogues, read_corpus, read_table
-from kdecs.corpus.schema import FINE_TO_COARSE, Corpus, Dialogue, map_corpus, map_dialogue
+from kdecs.corpus.reading import Dialogues, iter_dialogues, open_dialogues, read_corpus, read_table
+from kdecs.corpus.schema import FINE_TO_COARSE, NO_TABLE, Corpus, Dialogue, map_corpus, map_dialogue
 from kdecs.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def open_splits(config: CorpusConfig) -> dict[str, Split]:
     splits = {"train": training_split(config)}
     for name, path in (("valid", config.valid), ("test", config.test)):
         if path is not None:
-            splits[name] = Split(open_dialogues(path), table=table)
+            splits[name] = Split(open_dialogues(path, table or NO_TABLE), table=table)
     return splits
 
 
@@ -108,12 +109,14 @@ def training_split(config: CorpusConfig) -> Split:
 
     Raises CorpusError if a file is missing or breaks the schema, or if no dialogue is left.
     """
-    dialogues = open_dialogues(config.train)
+    table = emotion_table(config)
+    known = table or NO_TABLE
+    dialogues = open_dialogues(config.train, known)
     if not config.drop_cross_split and config.train_share == 1:
-        return Split(dialogues, table=emotion_table(config))
+        return Split(dialogues, table=table)
     others = [path for path in (config.valid, config.test) if path is not None and config.drop_cross_split]
     # Digests, since the texts of a large split would fill the memory.
-    elsewhere = {text_digest(dialogue) for path in others for dialogue in open_dialogues(path)}
+    elsewhere = {text_digest(dialogue) for path in others for dialogue in open_dialogues(path, known)}
     num_all, kept, ids = 0, array("q"), []
     for place, dialogue in enumerate(dialogues):
         num_all += 1
@@ -134,13 +137,13 @@ def training_split(config: CorpusConfig) -> Split:
         )
     chosen = training_subset(ids, config.train_share, config.train_share_seed)
     places = array("q", (kept[position] for position in chosen))
-    return Split(dialogues, places=places, table=emotion_table(config))
+    return Split(dialogues, places=places, table=table)
 
 
 def read_split(config: CorpusConfig, path: Path) -> Corpus:
     """Read a labelled corpus file into memory, its emotions mapped as the config wants. Raises CorpusError."""
     table = emotion_table(config)
-    corpus = read_corpus(path)
+    corpus = read_corpus(path, table=table or NO_TABLE)
     return corpus if table is None else map_corpus(corpus, table)
 
 
@@ -149,6 +152,37 @@ def emotion_table(config: CorpusConfig) -> dict[str, str] | None:
     if config.emotions == "as-is":
         return None
     return read_table(config.emotion_table) if config.emotion_table else dict(FINE_TO_COARSE)
+
+
+def require_causes(path: Path, is_cause: Iterable[bool]) -> None:
+    """Raise CorpusError if no pair of a training or validation file is a cause: every epoch would score 0."""
+    if not any(is_cause):
+        raise CorpusError(
+            f"{path}: no cause to learn from or to validate on in any of the pairs in use; "
+            f'expected targets with the keys "{EVIDENCE_KEY}" and "{SPAN_KEY}"'
+        )
+
+
+def warn_of_shared_texts(config: CorpusConfig) -> None:
+    """Warn if validation dialogues are training dialogues, too, by their texts: scores on them promise too much.
+
+    Reads both files once more, the training file dialogue by dialogue.
+    """
+    if config.drop_cross_split:  # `training_split` leaves them out
+        return
+    known = emotion_table(config) or NO_TABLE
+    digests = [text_digest(dialogue) for dialogue in iter_dialogues(config.valid, table=known)]
+    wanted = set(digests)
+    found = {d for d in map(text_digest, iter_dialogues(config.train, table=known)) if d in wanted}
+    if num_shared := sum(digest in found for digest in digests):
+        logger.warning(
+            "%s: %d of %d validation dialogues have the text of a training dialogue of %s, so their scores promise "
+            "too much; name another file, or set corpus.drop_cross_split=true",
+            config.valid,
+            num_shared,
+            len(digests),
+            config.train,
+        )
 
 
 @dataclass(frozen=True, slots=True)

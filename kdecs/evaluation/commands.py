@@ -80,10 +80,10 @@ def evaluate(
 
     emotion_table = _emotion_table(coarse, table)
     # Notes are logged at the end: a fault of the predictions should be the only line then.
-    gold = read_corpus(corpus, log=False)
+    gold = read_corpus(corpus, log=False, table=emotion_table)
     found = []
     for file in predictions:
-        given = read_predictions(file, gold)
+        given = read_predictions(file, gold, emotion_table)
         scores = score(gold, given, universe=universe, protocol=protocol, emotion_table=emotion_table)
         run: dict[str, Any] = scores.as_dict()
         if intervals:
@@ -123,11 +123,11 @@ def compare(
     from kdecs.evaluation.significance import compare_systems
 
     emotion_table = _emotion_table(coarse, table)
-    gold = read_corpus(corpus, log=False)
+    gold = read_corpus(corpus, log=False, table=emotion_table)
     scores: list[Scores] = [
         score(
             gold,
-            read_predictions(file, gold),
+            read_predictions(file, gold, emotion_table),
             universe=universe,
             protocol=protocol,
             emotion_table=emotion_table,

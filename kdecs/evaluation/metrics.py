@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdecs.corpus.pairs import Universe
-from kdecs.corpus.schema import Corpus, map_corpus
+from kdecs.corpus.schema import NO_TABLE, Corpus, map_corpus
 from kdecs.evaluation.baselines import (
     ALL_NEGATIVE,
     MAJORITY_EMOTION,
@@ -25,7 +25,6 @@ from kdecs.evaluation.counts import f1, ratio
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.evaluation.rows import (
     COLUMN,
-    NO_TABLE,
     Protocol,
     Row,
     ScoredRows,

@@ -16,7 +16,7 @@ from typing import Any
 
 from kdecs.artifact import atomic_path
 from kdecs.corpus.checking import NotJson, RepeatedKeys, decode_json, is_unicode, iter_lines, shorten
-from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Corpus
+from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, NO_TABLE, Corpus
 from kdecs.errors import PredictionError
 
 PairKey = tuple[str, int, int]
@@ -42,8 +42,12 @@ class Prediction:
 _KEYS = tuple(Prediction.__dataclass_fields__)
 
 
-def read_predictions(path: Path | str, corpus: Corpus) -> dict[PairKey, Prediction]:
+def read_predictions(
+    path: Path | str, corpus: Corpus, emotion_table: Mapping[str, str] = NO_TABLE
+) -> dict[PairKey, Prediction]:
     """Read a file's predictions by (dialogue id, target, candidate); label variants are replaced.
+
+    The labels of `emotion_table` are known, too: `evaluate` maps them with it.
 
     Raises PredictionError, one line, at the first fault: the file is unreadable or not JSON lines, a key is missing
     or has the wrong type, a dialogue, turn or emotion is unknown, a pair occurs twice, a target has two emotions, or
@@ -54,13 +58,13 @@ def read_predictions(path: Path | str, corpus: Corpus) -> dict[PairKey, Predicti
     predictions: dict[PairKey, Prediction] = {}
     emotions: dict[tuple[str, int], str] = {}
     for place, line in _lines(path):
-        prediction = _parse(line, place)
+        prediction = _parse(line, place, emotion_table)
         _check_place(prediction, num_turns, place, corpus)
         if prediction.key in predictions:
             raise PredictionError(
                 f"{place}: the pair {_name(prediction)} occurs a second time, expected it once"
             )
-        _check_emotion(prediction, emotions, place)
+        _check_emotion(prediction, emotions, place, emotion_table)
         predictions[prediction.key] = prediction
     return predictions
 
@@ -95,7 +99,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise PredictionError(f"{path}: {error.strerror or error}, expected a prediction file") from None
 
 
-def _parse(line: bytes, place: str) -> Prediction:
+def _parse(line: bytes, place: str, emotion_table: Mapping[str, str]) -> Prediction:
     try:
         decoded = decode_json(line)
     except NotJson as error:
@@ -116,7 +120,7 @@ def _parse(line: bytes, place: str) -> Prediction:
         value["dialogue_id"],
         value["target"],
         value["candidate"],
-        EMOTION_VARIANTS.get(emotion, emotion) if emotion is not None else None,
+        emotion if emotion is None or emotion in emotion_table else EMOTION_VARIANTS.get(emotion, emotion),
         value["is_cause"],
         value["span"],
     )
@@ -160,11 +164,16 @@ def _check_place(prediction: Prediction, num_turns: Mapping[str, int], place: st
             )
 
 
-def _check_emotion(prediction: Prediction, emotions: dict[tuple[str, int], str], place: str) -> None:
+def _check_emotion(
+    prediction: Prediction,
+    emotions: dict[tuple[str, int], str],
+    place: str,
+    emotion_table: Mapping[str, str],
+) -> None:
     emotion = prediction.emotion
     if emotion is None:
         return
-    if emotion not in KNOWN_EMOTIONS:
+    if emotion not in KNOWN_EMOTIONS and emotion not in emotion_table:
         known = ", ".join(sorted(KNOWN_EMOTIONS))
         raise PredictionError(f"{place}: the emotion {shorten(emotion)} is unknown, expected one of {known}")
     first = emotions.setdefault((prediction.dialogue_id, prediction.target), emotion)

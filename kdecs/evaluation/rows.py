@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdecs.corpus.pairs import Universe, causes_of, pairs_of
-from kdecs.corpus.schema import NEUTRAL, Corpus, Dialogue
+from kdecs.corpus.schema import NEUTRAL, NO_TABLE, Corpus, Dialogue
 from kdecs.errors import PredictionError
 from kdecs.evaluation.predictions import PairKey, Prediction
 
@@ -77,7 +76,6 @@ COLUMNS = (
     "emotions_decided",
 )
 COLUMN = {name: position for position, name in enumerate(COLUMNS)}
-NO_TABLE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

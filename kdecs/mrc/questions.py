@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.schema import Corpus
-from kdecs.corpus.splits import read_split, training_split
+from kdecs.corpus.splits import read_split, require_causes, training_split
 from kdecs.errors import CorpusError, ModelError
 from kdecs.mrc.config import MrcConfig
 from kdecs.student.batches import Ints
@@ -251,8 +251,7 @@ def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
     valid_corpus = read_split(config.corpus, config.corpus.valid)
     valid_pairs = [pair for dialogue in valid_corpus.dialogues for pair in pairs_of(dialogue, "fold1")]
     for path, found in ((config.corpus.train, pairs), (config.corpus.valid, valid_pairs)):
-        if not any(pair.is_cause for pair in found):
-            raise CorpusError(f"{path}: no cause to learn from or to score, expected targets with evidence")
+        require_causes(path, (pair.is_cause for pair in found))
     train = _encoded(encoder, pairs, "encode train")
     return MrcData(
         train=train,

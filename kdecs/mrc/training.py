@@ -8,6 +8,7 @@ import torch
 
 from kdecs.artifact import check_output, is_complete
 from kdecs.config import config_hash, write_config
+from kdecs.corpus.splits import warn_of_shared_texts
 from kdecs.errors import ConfigError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.models import load_tokenizer
@@ -61,6 +62,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
     )
     loop = EpochLoop(task, settings, runtime, stop or StopSignal())
     write_config(config, config.output)
+    warn_of_shared_texts(config.corpus)
     num_causes = sum(question.answer_start != 0 for question in task.data.train)
     num_cut = task.data.num_cut
     cut = f", {num_cut} cut to {task.max_tokens} tokens beyond their old context" if num_cut else ""

@@ -17,7 +17,7 @@ from kdecs.corpus.cache import CorpusCache, open_cache
 from kdecs.corpus.encoding import ENCODERS
 from kdecs.corpus.pairs import training_subset
 from kdecs.corpus.schema import NEUTRAL, Corpus
-from kdecs.corpus.splits import emotion_table, read_split, training_split
+from kdecs.corpus.splits import emotion_table, read_split, require_causes, training_split
 from kdecs.errors import CorpusError
 from kdecs.soft_labels.labels import SoftLabels
 from kdecs.student.batches import Batch, cached_batch, on_device
@@ -147,9 +147,9 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
     train = open_cache(config.corpus.train, encoder, config.cache, table)
     valid = open_cache(config.corpus.valid, encoder, config.cache, table)
     valid_corpus = read_split(config.corpus, config.corpus.valid)
-    if len(valid) == 0:
-        raise CorpusError(f"{config.corpus.valid}: no pair to validate on, expected targets with causes")
     rows, is_gold_P = training_rows(config, train)
+    require_causes(config.corpus.train, train.column("is_cause")[rows[is_gold_P[rows]]] > 0)
+    require_causes(config.corpus.valid, valid.column("is_cause") > 0)
     teachers, teacher_rows_KP = _joined_labels(config, train, rows)
     gold_weights_P = np.zeros(len(train), dtype=np.float32)
     # A batch holds rows without gold labels, too. The factor makes the batch mean over all rows, in expectation, the

@@ -17,6 +17,7 @@ from kdecs.artifact import MANIFEST_NAME, check_output, is_complete
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION
+from kdecs.corpus.splits import warn_of_shared_texts
 from kdecs.evaluation.predictions import write_predictions
 from kdecs.models import load_tokenizer
 from kdecs.process import StopSignal
@@ -78,6 +79,7 @@ def train_student(
     warn_of_emulation(runtime, config.precision, "precision")
     task, loop = prepare(config, digest, runtime, stop or StopSignal(), on_epoch)
     if runtime.is_main:
+        warn_of_shared_texts(config.corpus)
         # A manifest of this very work whose files are damaged must not stand over a student in training.
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)
         write_config(config, config.output)

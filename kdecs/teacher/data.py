@@ -14,8 +14,7 @@ import torch
 from tqdm import tqdm
 
 from kdecs.corpus.pairs import Pair, pairs_of
-from kdecs.corpus.splits import read_split, training_split
-from kdecs.errors import CorpusError
+from kdecs.corpus.splits import read_split, require_causes, training_split
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import EncodedPrompt, Family
@@ -243,10 +242,7 @@ def prepare_data(
         p for dialogue in read_split(corpus, corpus.valid).dialogues for p in pairs_of(dialogue, "fold1")
     ]
     for path, pairs in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
-        if not pairs:
-            raise CorpusError(
-                f"{path}: no pairs to train or validate on; expected dialogues with targets and their causes"
-            )
+        require_causes(path, (pair.is_cause for pair in pairs))
     tree_pairs = max_pairs_per_tree(config.batches.global_batch_pairs)
     train = _prompt_set(
         config, family, train_pairs, use_tree, max_pairs=tree_pairs, show_progress=show_progress

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from kdecs.artifact import check_output, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
+from kdecs.corpus.splits import warn_of_shared_texts
 from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
@@ -378,6 +379,7 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
             # On a resume, too: settings outside the config hash (stage, offload, logging) may have changed.
             write_config(config, config.output)
             metrics.cut_back(training.state.step)
+            warn_of_shared_texts(config.corpus)
             for prompts, split in ((data.train, "train"), (data.valid, "valid")):
                 cut = prompts.num_cut
                 if any(cut.values()):

@@ -184,6 +184,26 @@ def test_verify_lists_every_fault(write, valid_document):
     ]
 
 
+def test_verify_warns_of_a_file_without_causes_and_takes_labels_of_ones_own(write, valid_document):
+    assert "no utterance has a cause" not in run("verify", write(valid_document)).stdout
+    for nested in valid_document.values():
+        for utterance in nested[0]:
+            for key in [key for key in utterance if key.startswith("expanded")]:
+                utterance[key.replace(" ", "_")] = utterance.pop(key)
+    path = write(valid_document)
+    assert (
+        f'warning: {path}: no utterance has a cause; causes are under the keys "expanded emotion cause evidence" and '
+        "\"expanded emotion cause span\" (there are 'expanded_emotion_cause_evidence', 'expanded_emotion_cause_span')"
+    ) in run("verify", path).stdout
+    assert "no utterance" not in run("verify", path, "--unlabelled").stdout
+    valid_document["tr_1"][0][0]["emotion"] = "joy"
+    path, table = write(valid_document), write({"joy": "happiness"}, "table.json")
+    run("verify", path, refused=True)
+    assert "valid, 2 dialogues" in run("verify", path, "--table", table).stdout
+    run("pairs", path, "--table", table, "--universe", "all")
+    assert json.loads(run("stats", path, "--table", table, "--json").stdout)[0]["emotions"]["happiness"] >= 1
+
+
 def test_verify_passes_the_sample():
     files = [bundled_sample(split) for split in ("train", "valid", "test")]
     assert run("verify", *files).stdout.count(": valid, ") == 3

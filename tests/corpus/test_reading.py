@@ -3,7 +3,14 @@ import json
 
 import pytest
 
-from kdecs.corpus.reading import bundled_sample, find_faults, iter_dialogues, read_corpus, read_table
+from kdecs.corpus.reading import (
+    bundled_sample,
+    find_faults,
+    iter_dialogues,
+    open_dialogues,
+    read_corpus,
+    read_table,
+)
 from kdecs.corpus.schema import FINE_EMOTIONS, FINE_TO_COARSE, KNOWN_EMOTIONS, Evidence, map_corpus
 from kdecs.errors import CorpusError
 
@@ -322,14 +329,18 @@ def test_unlabelled_dialogues(write):
     assert only_fault(wrong, labelled=False).field == "emotion"
 
 
-def test_iemocap_is_known_by_id_or_file_name(write):
+def test_iemocap_is_known_by_its_ids_whatever_the_name(write):
     utterances = [
         {"turn": 1, "speaker": "F", "utterance": "I can't .", "emotion": "frustrated"},
         {"turn": 2, "speaker": "F", "utterance": "I just can't .", "emotion": "excited"},
     ]
     assert read_corpus(write({"Ses05F_impro01": [utterances]})).dialogues[0].part == "iemocap"
-    assert read_corpus(write({"x": [utterances]}, "iemocap_test.json")).dialogues[0].part == "iemocap"
-    assert read_corpus(write({"x": [utterances]}, "other.json")).dialogues[0].part == "dailydialog"
+    for name in ("other.json", "dailydialog_test.json"):
+        ids = ("train.Ses05F_impro01", "test.test.Ses01M_script01_1", "valid.Ses02F_impro03")
+        corpus = read_corpus(write({id: [utterances] for id in ids}, name))
+        assert {dialogue.part for dialogue in corpus.dialogues} == {"iemocap"}
+    for id in ("x", "tr_10", "SessionsF_1", "my.Ses01F_1"):
+        assert read_corpus(write({id: [utterances]}, "iemocap_test.json")).dialogues[0].part == "dailydialog"
     assert read_corpus(write({"x": [utterances]}), part="mine").dialogues[0].part == "mine"
 
 
@@ -353,13 +364,37 @@ def test_fine_labels_map_to_coarse_ones(write, valid_document):
     assert [u.emotion for u in mapped.dialogues[1].utterances] == ["happiness", "frustrated", "neutral"]
 
 
-@pytest.mark.parametrize("table", ["[]", "{", '{"worry": "bliss"}', '{"bliss": "fear"}', '{"worry": 3}', "7"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "[]",
+        "{",
+        '{"worry": "bliss"}',
+        '{" ": "fear"}',
+        '{"worry": 3}',
+        "7",
+        '{"joy": "fear", "joy": "like"}',
+    ],
+)
 def test_a_faulty_table_is_refused(write, table):
     path = write(table, "table.json")
     with pytest.raises(CorpusError, match=r"table\.json: "):
         read_table(path)
     with pytest.raises(CorpusError, match="no_table"):
         read_table(path.parent / "no_table.json")
+
+
+def test_labels_of_ones_own_are_known_where_a_table_maps_them(write, valid_document):
+    valid_document["tr_1"][0][0]["emotion"] = "joy"
+    valid_document["tr_2"][0][2]["emotion"] = "happy"  # a spelling variant, which the table maps first
+    path = write(valid_document)
+    assert only_fault(path).found == "'joy'"
+    table = read_table(write({"joy": "like", "happy": "surprise"}, "table.json"))
+    corpus = map_corpus(read_corpus(path, table=table), table)
+    assert [corpus.dialogues[d].utterances[u].emotion for d, u in ((0, 0), (1, 2))] == ["like", "surprise"]
+    lines = (json.dumps({"id": id, "utterances": nested[0]}) for id, nested in valid_document.items())
+    opened = open_dialogues(write("\n".join(lines), "x.jsonl"), table)
+    assert [d.id for d in opened] == ["tr_1", "tr_2"] and opened[0].utterances[0].emotion == "joy"
 
 
 def test_paths_that_hold_no_file(tmp_path):

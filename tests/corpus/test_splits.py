@@ -8,7 +8,15 @@ import pytest
 from kdecs.config import ConfigError, parse_config
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS
-from kdecs.corpus.splits import CorpusConfig, find_duplicates, read_split, training_split
+from kdecs.corpus.splits import (
+    CorpusConfig,
+    find_duplicates,
+    read_split,
+    require_causes,
+    training_split,
+    warn_of_shared_texts,
+)
+from kdecs.errors import CorpusError
 
 
 def config(**values: object) -> CorpusConfig:
@@ -69,3 +77,25 @@ def test_coarse_emotions_by_the_built_in_table_and_by_an_own_one(tmp_path: Path)
 def test_table_without_mapping_is_refused() -> None:
     with pytest.raises(ConfigError, match="emotion_table needs emotions: coarse"):
         config(emotion_table="table.json")
+
+
+def test_validation_texts_that_are_trained_on_are_warned_of(write, valid_document, caplog) -> None:
+    valid = write(valid_document, "valid.json")
+    twins = {f"other_{name}": nested for name, nested in valid_document.items()}
+    sample = json.loads(bundled_sample("train").read_text(encoding="utf-8"))
+    one = {**sample, "a": twins["other_tr_1"]}
+    for train, num_shared in ((valid_document, 2), (twins, 2), (one, 1), (sample, 0)):
+        caplog.clear()
+        files = {"train": str(write(train, "train.json")), "valid": str(valid)}
+        warn_of_shared_texts(config(**files))
+        assert (f"{num_shared} of 2 validation dialogues have the text" in caplog.text) == (num_shared > 0)
+        caplog.clear()
+        warn_of_shared_texts(config(**files, drop_cross_split=True))
+        assert not caplog.text, "none of them is trained on"
+
+
+def test_a_file_without_causes_is_refused(tmp_path: Path) -> None:
+    require_causes(tmp_path, iter([False, True]))
+    for none in ([], [False, False]):
+        with pytest.raises(CorpusError, match="no cause to learn from or to validate on"):
+            require_causes(tmp_path, none)

@@ -10,7 +10,7 @@ import torch
 from support import Killed, StopAfter, kill, weights
 
 from kdecs.artifact import read_manifest, verify_artifact
-from kdecs.errors import ArtifactError, LabelError, Stopped, TrainingError
+from kdecs.errors import ArtifactError, CorpusError, LabelError, Stopped, TrainingError
 from kdecs.student import training
 from kdecs.student.losses import LossParts
 from kdecs.student.training import train_student
@@ -114,6 +114,22 @@ def test_labels_that_do_not_cover_the_pairs_or_have_other_words_are_refused(
     foreign = write_labels(tmp_path / "foreign", corpus_files, ("because", "as", "so", "thus", "other"))
     with pytest.raises(LabelError, match=r"because, as, so, thus, other, expected"):
         train_student(make_config(distillation={"mode": "kd", "labels": str(foreign)}), runtime)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_without_causes_is_refused_before_training(
+    make_config, runtime, tmp_path, corpus_files, split
+):
+    raw = json.loads(corpus_files[split].read_text())
+    for nested in raw.values():
+        for utterance in nested[0]:
+            if "expanded emotion cause evidence" in utterance:
+                utterance |= {"expanded emotion cause evidence": [], "expanded emotion cause span": []}
+    without = tmp_path / f"without-{split}.json"
+    without.write_text(json.dumps(raw))
+    corpus = {name: str(path) for name, path in corpus_files.items()} | {split: str(without)}
+    with pytest.raises(CorpusError, match=f"without-{split}.json: no cause to learn from or to validate on"):
+        train_student(make_config(corpus=corpus, distillation={"mode": "joint"}), runtime)
 
 
 def test_share_and_neutral_share_choose_nested_subsets(make_config, base):

@@ -25,7 +25,8 @@ from kdecs.artifact import Manifest, atomic_path, content_checksum, read_manifes
 from kdecs.config import input_checksums
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.corpus.reading import holds_lines, iter_dialogues
-from kdecs.corpus.splits import text_digest, training_split
+from kdecs.corpus.schema import NO_TABLE
+from kdecs.corpus.splits import emotion_table, text_digest, training_split
 from kdecs.errors import ArtifactError, CorpusError
 from kdecs.soft_labels.derive.combine import combined_rows
 from kdecs.soft_labels.derive.config import CrossFitConfig
@@ -68,11 +69,11 @@ def write_folds(config: CrossFitConfig) -> dict[int, int]:
     return {fold: sum(number == fold for number in folds.values()) for fold in range(config.num_folds)}
 
 
-def check_apart(train: Path, held_out: Path) -> int:
+def check_apart(train: Path, held_out: Path, table: Mapping[str, str] = NO_TABLE) -> int:
     """The number of dialogues in a held-out file. Raises ArtifactError if the training file has one, by id or text."""
-    held = {dialogue.id: text_digest(dialogue) for dialogue in iter_dialogues(held_out)}
+    held = {dialogue.id: text_digest(dialogue) for dialogue in iter_dialogues(held_out, table=table)}
     texts = set(held.values())
-    for dialogue in iter_dialogues(train):
+    for dialogue in iter_dialogues(train, table=table):
         if dialogue.id in held or text_digest(dialogue) in texts:
             raise ArtifactError(
                 f"{train}: the dialogue {dialogue.id} is also held out in {held_out}; "
@@ -157,7 +158,7 @@ def _checked_fold(config: CrossFitConfig, fold: int) -> dict[str, Any]:
                 f"{path}: made with another {name} ({str(inputs.get(name))[:12]}…, expected {expected[:12]}…); "
                 f"remove {directory} and run the same command again"
             )
-    num_dialogues = check_apart(train, held_out)
+    num_dialogues = check_apart(train, held_out, emotion_table(config.corpus) or NO_TABLE)
     return {
         **found,
         "fold": fold,
