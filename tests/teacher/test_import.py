@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support import rewrite_manifest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, MistralConfig
 from typer.testing import CliRunner
 
-from kdecs.artifact import read_manifest, verify_artifact, write_manifest
+from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.prompts import teacher_prompt
@@ -150,15 +151,7 @@ def test_an_adapter_s_config_leads_nowhere_else(
 
     def forge(**changes: object) -> None:
         (output / "adapter_config.json").write_text(json.dumps(values | changes))
-        manifest = read_manifest(output, "teacher")
-        write_manifest(
-            output,
-            "teacher",
-            config_hash=manifest.config_hash,
-            inputs=manifest.inputs,
-            files=[entry.path for entry in manifest.files],
-            details=manifest.details,
-        )
+        rewrite_manifest(output)
 
     def logits(teacher: Path) -> np.ndarray:
         scorer = TeacherScorer.load(teacher, runtime=runtime, dtype="float32", micro_batch_tokens=2048)

@@ -20,6 +20,7 @@ from kdecs.corpus.encoding import ENCODERS
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
 from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.models import refusing
 from kdecs.student.batches import batches_of_tokens, encoded_batch, encoded_targets
 from kdecs.student.decision import decide, pair_emotions, score_pairs, span_characters
 from kdecs.student.model import StudentModel
@@ -46,7 +47,8 @@ class Student:
         self.card = card
         self.device = device
         self.precision = precision
-        self.encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
+        with refusing(f"tokenizer {tokenizer.name_or_path}: cannot be used"):
+            self.encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
         self._pad_id: int = tokenizer.pad_token_id or 0
 
     @classmethod
@@ -131,7 +133,9 @@ class Student:
     def _detail_chunk(
         self, pairs: list[Pair], batch_tokens: int, on_batch: Callable[[int], object] | None
     ) -> list[PairPrediction]:
-        encoded = list(self.encoder.encode(pairs))
+        # A tokenizer that somebody sent may fail at a text, and a panic of its Rust code is no Exception.
+        with refusing(f"pair {pairs[0].id} or one shortly after it: the tokenizer fails"):
+            encoded = list(self.encoder.encode(pairs))
         lengths = np.array([len(pair.token_ids) for pair in encoded])
         batches = (
             (rows, encoded_batch([encoded[row] for row in rows], self._pad_id))

@@ -60,14 +60,11 @@ def resolve_architecture(reference: str) -> Architecture:
 
 
 def _from_directory(directory: Path) -> Architecture:
+    from kdecs.models import read_settings
+
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as a model's config: {str(error).splitlines()[0]}"
-        ) from None
-    if not isinstance(values, dict) or "model_type" not in values:
+    values = read_settings(path)
+    if "model_type" not in values:
         raise ModelError(f"{path}: has no model_type, expected a Transformers model's config")
     return _architecture(directory.name, values, str(directory))
 
@@ -75,14 +72,13 @@ def _from_directory(directory: Path) -> Architecture:
 def _architecture(name: str, values: dict[str, Any], reference: str) -> Architecture:
     from transformers import AutoConfig
 
+    from kdecs.models import plain_config, refusing
     from kdecs.teacher.network import family_of
 
     values = dict(values)
     model_type = values.pop("model_type")
-    try:
-        config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"model {reference}: {str(error).splitlines()[0]}") from None
+    with refusing(f"model {reference}: its config cannot be read"):
+        config = plain_config(AutoConfig.for_model(model_type, **values), reference)
     return Architecture(name, config, reference, family_of(config))
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pandas
 import pytest
+from support import change_json, rewrite_manifest
 
 from kdecs.artifact import read_manifest, write_json
 from kdecs.corpus.pairs import candidate_pairs, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import NEUTRAL, Dialogue, Utterance
-from kdecs.errors import ArtifactError, CorpusError
+from kdecs.errors import ArtifactError, CorpusError, KdecsError, ModelError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
 from kdecs.student.commands import predict as predict_command
@@ -215,3 +217,67 @@ def test_prediction_needs_neither_pyarrow_nor_the_training_stack():
 def test_the_command_module_loads_without_torch():
     code = "import sys, kdecs.student.commands, kdecs.student.config\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_student_from_anybody_runs_no_code_and_reads_no_other_file(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a forged manifest or without, and with a yes to whatever is asked."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    marker = tmp_path / "marker"
+    code = f"open({str(marker)!r}, 'w').close()"
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForMaskedLM": "someone/models--own.Model"}
+
+    def forged(name: str, files: dict[str, str], *, is_listed: bool, **config: object) -> Path:
+        student = Path(shutil.copytree(directory, tmp_path / name))
+        for path, text in files.items():
+            (student / path).write_text(text)
+        change_json(student / "model" / "config.json", **config)
+        rewrite_manifest(student, *(files if is_listed else ()))
+        return student
+
+    adapter = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/nowhere"})
+    for number, (files, is_listed, config, message) in enumerate(
+        (
+            ({"model/own.py": code}, True, {"auto_map": auto_map, "model_type": "own"}, "Python code"),
+            ({"model/own.py": code}, True, {"auto_map": auto_map}, "Python code"),
+            ({"model/own.py": code}, False, {"auto_map": auto_map}, "does not list this file"),
+            ({}, True, {"auto_map": auto_map}, "Python code"),
+            ({"model/adapter_config.json": adapter}, True, {}, "holds an adapter"),
+            ({"model/adapter_config.json": adapter}, False, {}, "does not list this file"),
+            ({"model/model.safetensors.index.json": "{}"}, False, {}, "does not list this file"),
+            ({"model/.metadata": "x"}, False, {}, "does not list this file"),
+            ({}, True, {"return_dict": False}, "does not run as a student's"),
+            ({}, True, {"chunk_size_feed_forward": "x"}, "does not run as a student's"),
+            ({}, True, {"hidden_size": "x"}, "cannot be loaded"),
+            ({}, True, {"num_hidden_layers": 10**6}, "the weights hold"),
+        )
+    ):
+        with pytest.raises(KdecsError, match=message) as caught:
+            Student.from_pretrained(forged(str(number), files, is_listed=is_listed, **config))
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_a_student_s_config_does_not_choose_its_attention(
+    directory: Path, student: Student, tmp_path: Path
+) -> None:
+    dialogues = read_corpus(bundled_sample("test")).dialogues[:1]
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    change_json(copy / "model" / "config.json", attn_implementation="kernels-community/flash-attn2")
+    rewrite_manifest(copy)
+    assert Student.from_pretrained(copy).predict(dialogues) == student.predict(dialogues)
+
+
+def test_a_text_that_the_tokenizer_fails_at_is_one_line(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """What a panic of Rust code arrives as."""
+
+    def panic(pairs: object) -> None:
+        raise PanicException("retry-limit-in-match over\nstack")
+
+    monkeypatch.setattr(student.encoder, "encode", panic)
+    with pytest.raises(ModelError, match=r"pair .*: the tokenizer fails: retry-limit-in-match over$"):
+        student.predict([dialogue_of("Hello!", "Hi.")])
