@@ -2,10 +2,8 @@
 
 Legend: B pairs, R sequences, T tokens, M tokens of u_j's copy, P rows of a cache.
 
-In the layout `pair` each pair is a sequence (R = B). In the layout `tree` a sequence is a trunk followed by branches,
-one for each candidate of the target (Eq. 5 cut behind the target clause). A token sees the trunk and its own branch,
-and the positions of every branch go on from the trunk's end, so a branch does not notice the others: its states are
-those of trunk and branch alone. A target with many candidates takes several sequences with the same trunk.
+In the layout `pair` each pair is a sequence (R = B). In the layout `tree` a sequence is a trunk and a branch for
+each candidate of the target (kdecs.trees).
 """
 
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdecs.corpus.encoding import EncodedPair
+from kdecs.trees import Tree, plant, tree_of
 
 if TYPE_CHECKING:  # prediction runs without pyarrow
     from kdecs.corpus.cache import CorpusCache
@@ -24,29 +23,6 @@ if TYPE_CHECKING:  # prediction runs without pyarrow
 Ints = npt.NDArray[np.integer[Any]]
 _MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
 _PAD_MULTIPLE = 8  # tensor cores want multiples of 8
-# A longer tree is split: its dense mask grows with the square of its length, and one that is much longer than the
-# others of a batch makes padding of them all. Few targets of RECCON reach it.
-_MAX_TREE_TOKENS = 1024
-PADDING, TRUNK = -1, 0  # in `Tree.branches_RT`; branches count from 1
-
-
-class Tree(NamedTuple):
-    """What a batch of trees has in addition, all int64.
-
-    `branches_RT` is the branch of each token (PADDING, TRUNK, 1, 2, …), `positions_RT` its position in its prompt.
-    `places_BP` are indices into the R x T tokens of what is read of each pair: the last token of its branch, the four
-    masks, and the tokens of u_j (P = 5 + M).
-    """
-
-    branches_RT: Tensor
-    positions_RT: Tensor
-    places_BP: Tensor
-
-    def visible(self) -> Tensor:
-        """Which tokens (last axis) a token sees: (R, T, T), bool."""
-        # Padding sees the trunk, since a softmax over nothing is not a number.
-        keys = self.branches_RT[:, None, :]
-        return (keys == TRUNK) | ((keys == self.branches_RT[:, :, None]) & (keys != PADDING))
 
 
 class Batch(NamedTuple):
@@ -54,7 +30,8 @@ class Batch(NamedTuple):
 
     `masks_B4` are the positions of mask_emo, mask_cau, mask_st and mask_ed; masks missing from the prompt have
     position 0. `candidate_BM` are the positions of u_j's tokens, `distance_B` is i - j. `attention_RT` is 0 for
-    padding and 1 for others.
+    padding and 1 for others. In the layout tree `places_BP` are indices into the R x T tokens of what is read of each
+    pair: the last token of its branch, the four masks, and the tokens of u_j (P = 5 + M).
     """
 
     token_ids_RT: Tensor
@@ -64,11 +41,16 @@ class Batch(NamedTuple):
     candidate_mask_BM: Tensor
     distance_B: Tensor
     tree: Tree | None = None
+    places_BP: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; to a GPU without waiting for it."""
-        tree = self.tree and Tree(*(on_device(tensor, device) for tensor in self.tree))
-        return Batch(*(on_device(tensor, device) for tensor in self[:-1]), tree)  # type: ignore[call-arg,misc]
+        moved = {
+            name: on_device(part, device) for name, part in self._asdict().items() if isinstance(part, Tensor)
+        }
+        if self.tree is not None:
+            moved["tree"] = Tree(*(on_device(tensor, device) for tensor in self.tree))
+        return self._replace(**moved)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -187,7 +169,7 @@ def padded_batch(
     starts_B = rows_B
     sequences: list[list[Any]] = [[prompt] for prompt in prompts]
     if trunks is not None:
-        sequences, rows_B, starts_B = _planted(prompts, trunks)
+        sequences, rows_B, starts_B = plant(prompts, trunks, [id(trunk) for trunk in trunks])
     lengths_R = np.array([sum(map(len, parts)) for parts in sequences])
     width = _padded(int(lengths_R.max()))
     token_ids_RT = np.full((len(sequences), width), pad_id, dtype=np.int64)
@@ -198,7 +180,7 @@ def padded_batch(
     # Padding points to a token that the prompt has; the mask keeps it out of every softmax.
     inside_BM = first_B[:, None] + places_M
     candidate_BM = np.where(candidate_mask_BM, inside_BM, 0 if trunks is None else first_B[:, None])
-    tree = None
+    tree = places_BP = None
     if trunks is not None:
         # In the R x T tokens: the first token of each pair's sequence, and what a position in its branch is shifted by.
         row_B1 = (rows_B * width)[:, None]
@@ -206,7 +188,7 @@ def padded_batch(
         last_B1 = row_B1 + (starts_B + np.array([len(prompt) - 1 for prompt in prompts]))[:, None]
         in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + shift_B1, last_B1)
         places = (last_B1, row_B1 + masks_B4[:, :1], in_branch_B3, candidate_BM + shift_B1)
-        tree = Tree(*_tokens_of_trees(sequences, width), torch.from_numpy(np.concatenate(places, axis=1)))
+        tree, places_BP = tree_of(sequences, width), torch.from_numpy(np.concatenate(places, axis=1))
     return Batch(
         token_ids_RT=torch.from_numpy(token_ids_RT),
         attention_RT=torch.from_numpy((np.arange(width) < lengths_R[:, None]).astype(np.int64)),
@@ -215,41 +197,8 @@ def padded_batch(
         candidate_mask_BM=torch.from_numpy(candidate_mask_BM),
         distance_B=torch.from_numpy(distance_B.astype(np.int64)),
         tree=tree,
+        places_BP=places_BP,
     )
-
-
-def _planted(
-    branches: Sequence[Ints], trunks: Sequence[Sequence[int] | Ints]
-) -> tuple[list[list[Any]], Ints, Ints]:
-    """The parts of each sequence (a trunk, then branches), and each branch's sequence and first token in it."""
-    sequences: list[list[Any]] = []
-    lengths: list[int] = []
-    open_sequence: dict[int, int] = {}
-    rows_B, starts_B = np.empty(len(branches), dtype=np.int64), np.empty(len(branches), dtype=np.int64)
-    for index, (branch, trunk) in enumerate(zip(branches, trunks, strict=True)):
-        row = open_sequence.get(id(trunk))
-        if row is None or lengths[row] + len(branch) > _MAX_TREE_TOKENS:
-            row = open_sequence[id(trunk)] = len(sequences)
-            sequences.append([trunk])
-            lengths.append(len(trunk))
-        rows_B[index], starts_B[index] = row, lengths[row]
-        sequences[row].append(branch)
-        lengths[row] += len(branch)
-    return sequences, rows_B, starts_B
-
-
-def _tokens_of_trees(sequences: list[list[Any]], width: int) -> tuple[Tensor, Tensor]:
-    """Branch and position of each token (R, T)."""
-    branches_RT = np.full((len(sequences), width), PADDING, dtype=np.int64)
-    positions_RT = np.zeros((len(sequences), width), dtype=np.int64)
-    for row, (trunk, *branches) in enumerate(sequences):
-        lengths = [len(trunk), *map(len, branches)]
-        end = sum(lengths)
-        branches_RT[row, :end] = np.repeat(np.arange(len(lengths)), lengths)
-        starts = np.cumsum([0, *lengths[:-1]])
-        firsts = [0, *[len(trunk)] * len(branches)]
-        positions_RT[row, :end] = np.arange(end) - np.repeat(starts - firsts, lengths)
-    return torch.from_numpy(branches_RT), torch.from_numpy(positions_RT)
 
 
 def _padded(length: int) -> int:

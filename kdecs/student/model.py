@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,9 +22,10 @@ from transformers import AutoModelForMaskedLM
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.errors import ModelError
-from kdecs.models import first_line, load_pretrained
-from kdecs.student.batches import Batch, Ints, Tree, padded_batch
+from kdecs.models import load_pretrained
+from kdecs.student.batches import Batch
 from kdecs.student.priors import Priors
+from kdecs.trees import first_position, tree_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -218,9 +218,6 @@ class EncoderStates:
         self.encoder = encoder
         self._places = threading.local()  # a served student answers several requests at once
         self._is_narrow = False
-        self._first_position = first_position(encoder)
-        kinds = getattr(encoder.config, "layer_types", None) or ()
-        self._window = encoder.config.sliding_window if "sliding_attention" in kinds else None
         layers = getattr(getattr(encoder, "encoder", None), "layer", None)
         last: Any = None if layers is None else layers[-1]
         # The last layer's attention still reads all tokens, but its feed-forward works on each token by itself, so it
@@ -239,29 +236,13 @@ class EncoderStates:
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B, P, H): the states at the places of each pair, which may repeat."""
-        if batch.tree is not None:
-            return self._of_trees(batch, batch.tree)
-        first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
-        places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
-        return self._at_places(places_BP, input_ids=batch.token_ids_RT, attention_mask=batch.attention_RT)
-
-    def _of_trees(self, batch: Batch, tree: Tree) -> Tensor:
-        states_1NH = self._at_places(
-            tree.places_BP.reshape(1, -1),
-            input_ids=batch.token_ids_RT,
-            attention_mask=self._tree_mask(tree),
-            position_ids=tree.positions_RT + self._first_position,
-        )
-        return states_1NH.view(*tree.places_BP.shape, -1)
-
-    def _tree_mask(self, tree: Tree) -> Any:
-        visible_R1TT = tree.visible().unsqueeze(1)
-        if self._window is None:
-            return visible_R1TT
-        # ModernBERT's windows, by the positions in the prompt.
-        apart_RTT = (tree.positions_RT[:, None, :] - tree.positions_RT[:, :, None]).abs()
-        near_R1TT = visible_R1TT & (apart_RTT <= self._window).unsqueeze(1)
-        return {"full_attention": visible_R1TT, "sliding_attention": near_R1TT}
+        if batch.tree is None or batch.places_BP is None:
+            first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
+            places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
+            return self._at_places(places_BP, input_ids=batch.token_ids_RT, attention_mask=batch.attention_RT)
+        inputs = tree_inputs(self.encoder, batch.tree)
+        states_1NH = self._at_places(batch.places_BP.reshape(1, -1), input_ids=batch.token_ids_RT, **inputs)
+        return states_1NH.view(*batch.places_BP.shape, -1)
 
     def _at_places(self, places_BP: Tensor, **inputs: Any) -> Tensor:
         if not self._is_narrow:
@@ -275,61 +256,6 @@ class EncoderStates:
     def _feed_forward(self, states_BTH: Tensor) -> Tensor:
         places_BP = getattr(self._places, "now", None) if self._is_narrow else None
         return self._all_places(states_BTH if places_BP is None else _at(states_BTH, places_BP))
-
-    def check_trees(self, name: str) -> None:
-        """Compare a small tree with its trunk and branches read one by one. Raises ModelError if they differ.
-
-        Some encoders ignore the positions that they are given, or take no mask of this shape.
-        """
-        generator = np.random.default_rng(0)
-        limit = min(self.encoder.config.vocab_size, 1000)
-        trunk, *branches = (generator.integers(5, limit, size=length) for length in (9, 5, 7))
-
-        def states(some: Sequence[Ints]) -> Tensor:
-            lengths = [len(branch) for branch in some]
-            batch = padded_batch(
-                some,
-                np.tile([0, len(trunk), len(trunk), len(trunk)], (len(some), 1)),
-                np.full(len(some), len(trunk)),
-                np.array(lengths),
-                np.zeros(len(some), dtype=np.int64),
-                0,
-                [trunk] * len(some),
-            )
-            return self(batch.to(self.encoder.device))
-
-        was_training = self.encoder.training
-        self.encoder.eval()
-        try:
-            with torch.no_grad():
-                together = states(branches)
-                alone = [states([branch])[0] for branch in branches]
-                ids = torch.from_numpy(np.concatenate((trunk, branches[1]))).to(self.encoder.device)
-                # A single branch is the plain sequence, but that the trunk does not see it: plain positions, no tree.
-                mask_TT = torch.ones(len(ids), len(ids), dtype=torch.bool, device=ids.device)
-                mask_TT[: len(trunk), len(trunk) :] = False
-                plain = self.encoder(input_ids=ids[None], attention_mask=self._plain_mask(mask_TT))[0][
-                    0, len(trunk) :
-                ]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"{name}: cannot read trees ({first_line(error)}); set model.layout=pair"
-            ) from None
-        finally:
-            self.encoder.train(was_training)
-        same = all(
-            torch.allclose(together[row, : 5 + len(branch)], alone[row], atol=1e-4)
-            for row, branch in enumerate(branches)
-        )
-        if not (same and torch.allclose(together[1, 5 : 5 + len(branches[1])], plain, atol=1e-4)):
-            raise ModelError(
-                f"{name}: reads a tree otherwise than its prompts one by one, since it ignores the positions that it "
-                "is given; set model.layout=pair"
-            )
-
-    def _plain_mask(self, mask_TT: Tensor) -> Any:
-        mask = mask_TT[None, None]
-        return mask if self._window is None else {"full_attention": mask, "sliding_attention": mask}
 
 
 def _at(states_BTH: Tensor, places_BP: Tensor) -> Tensor:
@@ -410,13 +336,6 @@ def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
     if positions:
         limits.append(positions - first_position(language_model.base_model))
     return min(limits)
-
-
-def first_position(encoder: Any) -> int:
-    """The row of the position table for the first token: RoBERTa and its kin count from padding_idx + 1."""
-    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    return 0 if padding is None else padding + 1
 
 
 def _check_head(language_model: Any) -> None:

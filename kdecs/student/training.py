@@ -51,6 +51,7 @@ from kdecs.student.product import (
 )
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
 from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
+from kdecs.trees import check_trees
 
 _PARTS = ("emotion", "span", "distillation", "cause")  # of the loss, in the order of the sums after the total
 _EMOTION_KEY = "emotion_accuracy"
@@ -191,7 +192,7 @@ class StudentTask:
             outputs=self.card.outputs,
         ).to(runtime.device)
         if config.model.layout == "tree":
-            self.model.states.check_trees(config.model.base)
+            check_trees(language_model.base_model, f"model {config.model.base}")
         self.network: torch.nn.Module = self.model
         self.optimizer = adamw(
             self.model,

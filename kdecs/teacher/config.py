@@ -4,7 +4,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Threads, Unhashed
+from kdecs.config import (
+    Config,
+    HashedUnlessDefault,
+    ModelReference,
+    Name,
+    Optimization,
+    OutputPath,
+    Threads,
+    Unhashed,
+)
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.tracking.record import TrackingConfig
@@ -47,6 +56,11 @@ class MaskedModel(PretrainedModel):
     """An encoder teacher (RoBERTa, BERT): the connective fills the mask token."""
 
     family: Literal["masked"]
+    layout: Annotated[Literal["pair", "tree"], HashedUnlessDefault()] = Field(
+        default="pair",
+        description="pair: a prompt per pair (Eq. 1); tree: a sequence per target, whose history and clause are read "
+        "once for all of its candidates",
+    )
 
 
 ModelConfig = Annotated[CausalModel | Seq2SeqModel | MaskedModel, Field(discriminator="family")]

@@ -19,6 +19,7 @@ from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.tree.prefix_tree import tree_size
+from kdecs.trees import MAX_TREE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,30 @@ def pair_units(prompts: Sequence[EncodedPrompt]) -> list[Unit]:
     return [Unit((n,), len(p.tokens), len(p.tokens)) for n, p in enumerate(prompts)]
 
 
+def target_units(prompts: Sequence[EncodedPrompt], *, max_tokens: int, max_pairs: int) -> list[Unit]:
+    """Sequences of consecutive prompts that share a trunk, within both limits unless a single prompt exceeds them."""
+    units: list[Unit] = []
+    for _, group in groupby(range(len(prompts)), key=lambda n: prompts[n].trunk):
+        held: list[int] = []
+        size = 0
+        for n in group:
+            num_branch = len(prompts[n].tokens) - prompts[n].num_trunk
+            if held and (size + num_branch > max_tokens or len(held) == max_pairs):
+                units.append(Unit(tuple(held), size, size))
+                held = []
+            size = num_branch + (size if held else prompts[n].num_trunk)
+            held.append(n)
+        units.append(Unit(tuple(held), size, size))
+    return units
+
+
+def single_units(prompts: Sequence[EncodedPrompt], *, max_tokens: int, max_pairs: int) -> list[Unit]:
+    """Units of a teacher without prefix trees: a target's tree if the prompts have trunks, otherwise single prompts."""
+    if prompts and prompts[0].num_trunk:
+        return target_units(prompts, max_tokens=min(max_tokens, MAX_TREE_TOKENS), max_pairs=max_pairs)
+    return pair_units(prompts)
+
+
 def make_units(
     family: Family,
     pairs: Sequence[Pair],
@@ -74,10 +99,10 @@ def make_units(
     max_tokens: int,
     max_pairs: int,
 ) -> list[Unit]:
-    """Trees if they are wanted and the family shares prefixes, otherwise single prompts."""
+    """Prefix trees if they are wanted and the family shares prefixes, otherwise target trees or single prompts."""
     if use_tree and family.can_share_prefixes:
         return tree_units(pairs, prompts, max_tokens=max_tokens, max_pairs=max_pairs)
-    return pair_units(prompts)
+    return single_units(prompts, max_tokens=max_tokens, max_pairs=max_pairs)
 
 
 def max_pairs_per_tree(batch_pairs: int) -> int:

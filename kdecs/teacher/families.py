@@ -26,9 +26,10 @@ from kdecs.corpus.prompts import TeacherPrompt, kept_tokens, teacher_prompt
 from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ModelError
 from kdecs.models import load_pretrained, load_tokenizer
-from kdecs.teacher.config import ModelConfig, TreeAttention
+from kdecs.teacher.config import MaskedModel, ModelConfig, TreeAttention
 from kdecs.teacher.tree.attention import FLEX_BLOCK, mask_arguments, resolve, use_tree_attention
 from kdecs.teacher.tree.prefix_tree import pack
+from kdecs.trees import Tree, check_trees, plant, tree_inputs, tree_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,19 @@ HEADS = ("lm_head.", "cls.")  # names that a language model's head begins with
 class EncodedPrompt:
     """A pair's prompt in tokens. `answer` is the index of the token whose output predicts the connective.
 
-    `cut` is what an over-long prompt lost: only its oldest history, or text of u_i or u_j as well.
+    `cut` is what an over-long prompt lost: only its oldest history, or text of u_i or u_j as well. `num_trunk` tokens
+    end with the target clause: candidates of a target share them in the layout tree (0 in other layouts).
     """
 
     tokens: np.ndarray
     answer: int
     cut: Literal["nothing", "history", "text"] = "nothing"
+    num_trunk: int = 0
+
+    @property
+    def trunk(self) -> bytes:
+        """The trunk's tokens as a key."""
+        return self.tokens[: self.num_trunk].tobytes()
 
 
 class Family(ABC):
@@ -57,6 +65,7 @@ class Family(ABC):
     answer_context: ClassVar[tuple[str, str]]
     """The text of the prompt right before and after the connective."""
     tree_attention: TreeAttention = "auto"
+    layout: Literal["pair", "tree"] = "pair"
 
     def __init__(self, reference: str, *, max_prompt_tokens: int, emotions_shown: str) -> None:
         self.tokenizer = load_tokenizer(reference)
@@ -89,7 +98,13 @@ class Family(ABC):
         tokens = np.asarray(encoded["input_ids"], dtype=np.int32)[kept]
         offsets = [encoded["offset_mapping"][n] for n in kept]
         answer = self.answer_index(tokens, offsets, len(prompt.text))
-        return EncodedPrompt(tokens, answer, _what_was_cut(encoded["offset_mapping"], kept, prompt))
+        num_trunk = 0
+        if self.layout == "tree":
+            # Behind the full stop of the target clause.
+            num_trunk = next(n for n, (_, right) in enumerate(offsets) if right > prompt.target_range[1] + 1)
+        return EncodedPrompt(
+            tokens, answer, _what_was_cut(encoded["offset_mapping"], kept, prompt), num_trunk
+        )
 
     @property
     def answer_suffix(self) -> str:
@@ -394,11 +409,40 @@ class MaskedFamily(Family):
     def hidden_at_answers(
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
-        """Run the encoder over the padded prompts; the head's transform is part of `head`."""
+        """Run the encoder over the padded prompts, or over their trees; the head's transform is part of `head`."""
+        encoder = language_model(network).base_model
+        if self.layout == "tree":
+            return self._hidden_in_trees(encoder, prompts, device)
         ids_PT, mask_PT, answers_P = self._padded(prompts, device)
-        model = language_model(network)
-        output = model.base_model(input_ids=ids_PT, attention_mask=mask_PT)
+        output = encoder(input_ids=ids_PT, attention_mask=mask_PT)
         return output.last_hidden_state[torch.arange(len(prompts), device=ids_PT.device), answers_P]
+
+    def _hidden_in_trees(
+        self, encoder: Any, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> Tensor:
+        sequences, rows_P, starts_P = plant(
+            [prompt.tokens[prompt.num_trunk :] for prompt in prompts],
+            [prompt.tokens[: prompt.num_trunk] for prompt in prompts],
+            [prompt.trunk for prompt in prompts],
+        )
+        width = max(sum(map(len, parts)) for parts in sequences)
+        ids_RT = np.full((len(sequences), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        for row, parts in enumerate(sequences):
+            ids_RT[row, : sum(map(len, parts))] = np.concatenate(parts)
+        tree = Tree(*(part.to(device) for part in tree_of(sequences, width)))
+        output = encoder(input_ids=torch.from_numpy(ids_RT).to(device), **tree_inputs(encoder, tree))
+        answers_P = starts_P + np.array([prompt.answer - prompt.num_trunk for prompt in prompts])
+        places = (torch.from_numpy(rows_P).to(device), torch.from_numpy(answers_P).to(device))
+        return output.last_hidden_state[places]
+
+    def load_network(
+        self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
+    ) -> nn.Module:
+        """Load as the base class does, and check that the encoder reads trees if the layout asks for them."""
+        network = super().load_network(reference, dtype=dtype, new_head=new_head, **options)
+        if self.layout == "tree":
+            check_trees(language_model(network).base_model, f"model {reference}")
+        return network
 
     def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
         """The masked language model's head (transform, norm and output embedding)."""
@@ -432,6 +476,8 @@ def make_family(
         model.base, max_prompt_tokens=max_prompt_tokens, emotions_shown=emotions_shown
     )
     family.tree_attention = tree_attention
+    if isinstance(model, MaskedModel):
+        family.layout = model.layout
     return family
 
 

@@ -212,9 +212,16 @@ class Meter:
         self._seconds, self._pairs, self._tokens, self._flops = 0.0, 0, 0, 0.0
 
     def _attended_pairs(self, unit: Unit) -> int:
-        """(query, key) pairs that the mask lets through: ancestors in a tree, all of a prompt for an encoder."""
+        """(query, key) pairs that the mask lets through: ancestors in a tree, all of a prompt for an encoder.
+
+        In an encoder's tree the trunk attends to itself, and a branch to the trunk and itself.
+        """
         if not self._is_causal:
-            return sum(len(self._train.prompts[n].tokens) ** 2 for n in unit.pairs)
+            prompts = [self._train.prompts[n] for n in unit.pairs]
+            if num_trunk := prompts[0].num_trunk:
+                branches = [len(prompt.tokens) - num_trunk for prompt in prompts]
+                return num_trunk**2 + sum(size * (num_trunk + size) for size in branches)
+            return sum(len(prompt.tokens) ** 2 for prompt in prompts)
         if unit.pairs not in self._attended:  # the same trees come again in every epoch
             tree = pack([self._train.prompts[n].tokens for n in unit.pairs])
             self._attended[unit.pairs] = int(np.sum(tree.positions_N + 1))

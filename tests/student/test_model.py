@@ -132,7 +132,7 @@ def test_a_base_that_computes_its_feed_forward_in_chunks_gives_the_same(base, ba
 def test_threads_do_not_share_the_places_that_are_read(base, batch):
     model = student_of(base, "pointer")
     alone = [
-        batch._replace(**{name: getattr(batch, name)[row : row + 1] for name in batch._fields})
+        batch._replace(**{name: getattr(batch, name)[row : row + 1] for name in batch._fields[:6]})
         for row in range(len(batch.masks_B4))
     ]
     with torch.inference_mode():
@@ -179,7 +179,7 @@ def test_every_parameter_but_unused_ones_gets_a_gradient(base, batch, span_head)
 
 def test_padding_changes_nothing(base, batch):
     model = student_of(base, "pointer")
-    alone = model(batch._replace(**{name: getattr(batch, name)[:1] for name in batch._fields}))
+    alone = model(batch._replace(**{name: getattr(batch, name)[:1] for name in batch._fields[:6]}))
     together = model(batch)
     torch.testing.assert_close(alone.emotion_BE, together.emotion_BE[:1], atol=1e-5, rtol=1e-5)
 

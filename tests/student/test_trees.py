@@ -8,6 +8,7 @@ import torch
 from support import made_once, save_tiny_encoder
 from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
+from kdecs import trees
 from kdecs.corpus.encoding import PairEncoder, TreeEncoder
 from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.prompts import PromptVariant
@@ -15,9 +16,9 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ModelError
 from kdecs.models import load_tokenizer
-from kdecs.student import batches
 from kdecs.student.batches import batches_of_tokens, encoded_batch, encoded_targets
-from kdecs.student.model import Outputs, StudentModel, first_position, load_language_model, student_answer_ids
+from kdecs.student.model import Outputs, StudentModel, load_language_model, student_answer_ids
+from kdecs.trees import check_trees, first_position
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "modernbert", "distilbert")
 VARIANTS = (
@@ -105,7 +106,7 @@ def one_by_one(model: StudentModel, pair) -> dict[str, torch.Tensor]:
 )
 def test_a_tree_gives_what_trunk_and_branch_give_alone(base, dialogues, variant, span_head, monkeypatch):
     """Logits and gradients over trees of all sizes in one batch, in shuffled order, one of them split."""
-    monkeypatch.setattr(batches, "_MAX_TREE_TOKENS", 200)
+    monkeypatch.setattr(trees, "MAX_TREE_TOKENS", 200)
     model = student_of(base, variant, span_head)
     encoder = TreeEncoder(load_tokenizer(base), 128, variant)
     pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
@@ -207,10 +208,10 @@ def test_batches_keep_the_pairs_of_a_target_together(base, dialogues):
 def test_an_encoder_that_ignores_positions_is_refused(tmp_path):
     model = student_of(save_tiny_encoder(tmp_path / "mpnet", "mpnet"), PromptVariant(), "pointer")
     with pytest.raises(ModelError, match=r"^mpnet: .*set model\.layout=pair$"):
-        model.states.check_trees("mpnet")
+        check_trees(model.language_model.base_model, "mpnet")
 
 
 def test_encoders_of_the_other_families_are_not(base):
     model = student_of(base, PromptVariant(), "pointer")
-    model.states.check_trees("base")
+    check_trees(model.language_model.base_model, "base")
     assert first_position(model.language_model.base_model) == (2 if "roberta" in base.name else 0)

@@ -11,6 +11,7 @@ from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ModelError
 from kdecs.teacher.config import LoraConfig
+from kdecs.teacher.data import target_units
 from kdecs.teacher.families import Family
 from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
 
@@ -66,6 +67,49 @@ def test_tree_gives_the_same_loss_and_gradients(
     torch.testing.assert_close(loss_a, loss_b, rtol=1e-5, atol=0)
     assert float((grad_a - grad_b).norm() / grad_a.norm()) < 1e-5
     assert float(grad_a.norm()) > 0
+
+
+def test_a_masked_teacher_in_trees_reads_trunk_and_branch_alone(
+    families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    """Against prompts one by one in which the trunk does not see the branch; logits and gradients."""
+    family = families("masked")
+    family.layout = "tree"
+    prompts = [family.encode(pair) for pair in some_pairs]
+    order = np.random.default_rng(0).permutation(len(prompts))
+    is_cause_P = torch.tensor([some_pairs[n].is_cause for n in order])
+    network = network_of(family, bases("masked"), use_tree=False)
+    with torch.no_grad():
+        for parameter in network.parameters():  # small random weights hardly attend, whatever the mask
+            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
+    logits_PA = network([prompts[n] for n in order])
+    connective_loss(logits_PA, is_cause_P).backward()
+    found = torch.cat([p.grad.flatten() for p in trainable_parameters(network)])
+    network.zero_grad()
+    alone = []
+    for n in order:
+        prompt = prompts[n]
+        assert family.tokenizer.decode(prompt.tokens[: prompt.num_trunk]).endswith(".")
+        ids = torch.from_numpy(prompt.tokens.astype(np.int64))[None]
+        mask = torch.ones(1, 1, ids.size(1), ids.size(1), dtype=torch.bool)
+        mask[..., : prompt.num_trunk, prompt.num_trunk :] = False
+        logits_V = network.network(input_ids=ids, attention_mask=mask).logits[0, prompt.answer]
+        alone.append(logits_V[family.answer_ids])
+    torch.testing.assert_close(logits_PA, torch.stack(alone), atol=1e-4, rtol=1e-4)
+    family.layout = "pair"
+    with torch.no_grad():
+        as_pairs = network([family.encode(some_pairs[n]) for n in order])
+    assert float((as_pairs - logits_PA).abs().max()) > 2e-3, "the trunk that sees a branch is another model"
+    connective_loss(torch.stack(alone), is_cause_P).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainable_parameters(network)])
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    units = target_units(prompts, max_tokens=300, max_pairs=4)
+    assert sorted(n for unit in units for n in unit.pairs) == list(range(len(prompts)))
+    assert max(len(unit.pairs) for unit in units) == 4
+    for unit in units:
+        assert len({prompts[n].trunk for n in unit.pairs}) == 1
+        assert unit.tokens <= 300 or len(unit.pairs) == 1
+    assert sum(unit.tokens for unit in units) < 0.7 * sum(len(prompt.tokens) for prompt in prompts)
 
 
 def test_rest_mass_completes_the_distribution(

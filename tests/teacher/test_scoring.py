@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import StopAfter
 
 from kdecs.artifact import Manifest
 from kdecs.corpus.pairs import Pair
-from kdecs.teacher.config import LoraConfig
+from kdecs.runtime import Runtime
+from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.families import Family
 from kdecs.teacher.network import TeacherNetwork, add_lora
 from kdecs.teacher.scoring import TeacherScorer, fold_adapter
+from kdecs.teacher.training import train_teacher
 
 CPU = torch.device("cpu")
 
@@ -63,3 +66,18 @@ def test_top_logits_are_the_largest_of_the_whole_vocabulary(
             _, head_V = family.model_logits(network, family.encode(pair), CPU)
         np.testing.assert_allclose(head_V[ids[row]].numpy(), logits[row], atol=1e-4)
         np.testing.assert_allclose(np.sort(head_V.numpy())[::-1][:7], logits[row], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_masked_teacher_trained_in_trees_scores_in_trees(
+    make_config: Callable[..., TeacherConfig], runtime: Runtime, group: None, some_pairs: list[Pair]
+) -> None:
+    """Its config says so: the scores of pairs together are those of each pair alone."""
+    config = make_config(family="masked", model__layout="tree", optimization__epochs=1)
+    train_teacher(config, runtime, StopAfter())
+    scorer = TeacherScorer.load(config.output, runtime=runtime, dtype="float32", micro_batch_tokens=600)
+    assert scorer.network.family.encode(some_pairs[0]).num_trunk > 0
+    answers, rest = scorer.score(some_pairs)
+    alone = [scorer.score([pair]) for pair in some_pairs]
+    np.testing.assert_allclose(answers, np.concatenate([found for found, _ in alone]), atol=1e-4)
+    np.testing.assert_allclose(rest, np.concatenate([found for _, found in alone]), atol=1e-4)

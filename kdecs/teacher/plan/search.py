@@ -245,6 +245,10 @@ class Planner:
         if key not in self._activations:
             work = self.workload(micro_batch_tokens)
             longest = max(len(prompt.tokens) for prompt in self.training.counted.prompts)
+            if self.training.counted.prompts[0].num_trunk:
+                longest = max(
+                    longest, work.largest_tokens
+                )  # a target's tree is longer than its longest prompt
             if self.training.batching == "pairs":
                 rows = max(1, micro_batch_tokens // longest)
                 shape = Shape(rows, longest, rows)

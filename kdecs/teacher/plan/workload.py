@@ -16,14 +16,14 @@ from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.prompts import teacher_prompt
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import CorpusError, ModelError
-from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.config import MaskedModel, TeacherConfig
 from kdecs.teacher.data import (
     MicroBatch,
     Unit,
     global_batches,
     max_pairs_per_tree,
-    pair_units,
     share_among_ranks,
+    single_units,
     tree_units,
 )
 from kdecs.teacher.families import EncodedPrompt, make_family
@@ -64,15 +64,21 @@ class Workload:
         return replace(self, **{name: getattr(self, name) * factor for name in (*sums, *ranks)})
 
 
-def estimated_prompts(pairs: Sequence[Pair], *, max_prompt_tokens: int) -> list[EncodedPrompt]:
+def estimated_prompts(
+    pairs: Sequence[Pair], *, max_prompt_tokens: int, has_trunks: bool = False
+) -> list[EncodedPrompt]:
     """Stand-ins for encoded prompts: about as long, and with equal tokens wherever the texts are equal."""
     prompts = []
     for pair in pairs:
-        text = teacher_prompt(pair.dialogue, pair.target, pair.candidate, emotion=str(pair.emotion)).text
+        prompt = teacher_prompt(pair.dialogue, pair.target, pair.candidate, emotion=str(pair.emotion))
         # Equal pieces have equal ids, so that estimated prompts share the prefixes that real ones would.
-        ids = [0, *(crc32(piece.encode()) & 0x7FFFFFFF for piece in _PIECES.findall(text))]
+        ids = [0, *(crc32(piece.encode()) & 0x7FFFFFFF for piece in _PIECES.findall(prompt.text))]
         tokens = np.asarray(ids[-max_prompt_tokens:], dtype=np.int32)
-        prompts.append(EncodedPrompt(tokens=tokens, answer=len(tokens) - 1))
+        num_trunk = 0
+        if has_trunks:
+            behind = len(_PIECES.findall(prompt.text[prompt.target_range[1] + 1 :]))
+            num_trunk = max(0, len(tokens) - behind)
+        prompts.append(EncodedPrompt(tokens=tokens, answer=len(tokens) - 1, num_trunk=num_trunk))
     return prompts
 
 
@@ -91,13 +97,11 @@ def measure_workload(
 
     `accumulation` is the greatest of any step.
     """
-    units = (
-        tree_units(
-            pairs, prompts, max_tokens=micro_batch_tokens, max_pairs=max_pairs_per_tree(global_batch_pairs)
-        )
-        if use_tree
-        else pair_units(prompts)
-    )
+    tree_pairs = max_pairs_per_tree(global_batch_pairs)
+    if use_tree:
+        units = tree_units(pairs, prompts, max_tokens=micro_batch_tokens, max_pairs=tree_pairs)
+    else:
+        units = single_units(prompts, max_tokens=micro_batch_tokens, max_pairs=tree_pairs)
     costs = _Costs(units, prompts, use_tree=use_tree)
     steps = [
         step
@@ -183,7 +187,7 @@ class _Costs:
             return _Cost(tokens, tokens**2, ancestors, len(micro.pairs), 1)
         longest = max(unit.longest for unit in units)
         rows = len(units)
-        return _Cost(rows * longest, rows * longest**2, ancestors, rows, rows)
+        return _Cost(rows * longest, rows * longest**2, ancestors, len(micro.pairs), rows)
 
 
 @dataclass(frozen=True)
@@ -229,9 +233,9 @@ def count_prompts(
     scale = num_pairs / max(1, len(pairs))
     longest = config.batches.max_prompt_tokens
     if not has_tokenizer(config.model.base):
-        return CountedPrompts(
-            pairs, estimated_prompts(pairs, max_prompt_tokens=longest), True, longest, scale
-        )
+        has_trunks = isinstance(config.model, MaskedModel) and config.model.layout == "tree"
+        estimated = estimated_prompts(pairs, max_prompt_tokens=longest, has_trunks=has_trunks)
+        return CountedPrompts(pairs, estimated, True, longest, scale)
     family = make_family(config.model, max_prompt_tokens=longest, emotions_shown=config.emotions_shown)
     shown = tqdm(pairs, desc="prompts", unit="pair", disable=None if show_progress else True, leave=False)
     return CountedPrompts(
