@@ -48,6 +48,12 @@ def launched_rendezvous() -> tuple[str, str]:
     return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
 
 
+def served_request_timeout_s() -> float | None:
+    """The seconds after which MLflow's scoring server gives a request up, or None outside of such a server."""
+    given = os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT")
+    return float(given) if given else None
+
+
 def is_main_rank() -> bool:
     """True if this process prints for the whole job. It can be asked before torch is imported."""
     return launched_rank()[0] == 0

@@ -235,7 +235,7 @@ def check_stage(program: str, arguments: list[str], *, is_module: bool, whole: b
     if is_module and not program.startswith("kdecs."):
         importlib.import_module(program)
         return
-    module = importlib.import_module(f"kdecs.launch.{name}")
+    module = importlib.import_module(program if is_module else f"kdecs.launch.{name}")
     if not arguments and not whole:
         return
     parsed = parse_only(module.main, arguments)

@@ -1,12 +1,15 @@
-"""A served student answers what it answers in Python: over HTTP behind `mlflow models serve`, and to threads."""
+"""A served student answers what it answers in Python, over HTTP and to threads, within its bounds."""
 
 import contextlib
+import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,12 +19,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support import kill
 
 from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.reading import parse_dialogue
 from kdecs.corpus.schema import Dialogue, Utterance
+from kdecs.errors import CorpusError, KdecsError
+from kdecs.student.predict import predictor, streaming
 from kdecs.student.predict.streaming import offsets_of
-from kdecs.student.pyfunc import ServedStudent
+from kdecs.student.pyfunc import ServedStudent, request_ended
 from kdecs.tracking.mlflow import Tracker
 from kdecs.tracking.record import RunRecord, TrackingConfig
 from kdecs.tracking.registry import register_student
@@ -62,8 +68,8 @@ def server(directory, tmp_path_factory) -> Iterator[str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/kdecs-student@champion"]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "kdecs.tracking.serving", "models:/kdecs-student@champion"]
+    command += ["--port", str(port)]
     log = folder / "server.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -153,6 +159,68 @@ def test_requests_that_overlap_are_answered_as_one_by_one(student):
     assert found == alone * 3
 
 
+SHORT = {"utterances": [{"speaker": "A", "utterance": "We won ."}]}
+
+
+def dialogue_of(num_utterances, text="We won ."):
+    return {"utterances": [{"speaker": "A", "utterance": text}] * num_utterances}
+
+
+@pytest.mark.parametrize(
+    ("rows", "params", "message"),
+    [
+        ([SHORT] * 1001, {}, "found 1,001 dialogues, expected at most 1,000"),
+        ([dialogue_of(150)] * 3, {}, "found 33,975 pairs up to row 2, expected at most 25,000"),
+        ([dialogue_of(1700)], {"max_distance": 20}, "found 35,490 pairs"),
+        ([SHORT, dialogue_of(11, "x" * 99_999)], {}, "found 1,100,009 characters up to row 1"),
+    ],
+)
+def test_a_request_beyond_its_bounds_is_refused_before_any_work(student, monkeypatch, rows, params, message):
+    monkeypatch.setattr(type(student), "detail", kill)
+    with pytest.raises(CorpusError, match=re.escape(message)) as caught:
+        ServedStudent(student).predict(rows, params)
+    assert str(caught.value).startswith("request: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("why", ["timeout", "client"])
+def test_the_work_for_a_request_stops_once_nobody_waits(student, monkeypatch, why):
+    batches = []
+    score = predictor.score_pairs
+
+    def counted(*arguments, **options):
+        batches.append(None)
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(predictor, "score_pairs", counted)
+    monkeypatch.setattr(streaming, "PAIRS_PER_GROUP", 10)
+    served, rows = ServedStudent(student), [dialogue_of(4)] * 4
+    assert len(served.predict(rows)) == 4
+    in_all = len(batches)
+    assert in_all == 4
+    if why == "timeout":
+        monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "0.000001")
+        with pytest.raises(KdecsError, match=r"not answered within 1e-06 s"):
+            served.predict(rows)
+    else:
+        ended = threading.Event()
+        ended.set()
+        token = request_ended.set(ended)
+        with pytest.raises(KdecsError, match="client has left"):
+            served.predict(rows)
+        request_ended.reset(token)
+    assert len(batches) == in_all + 1
+
+
+@pytest.mark.slow
+def test_a_foreign_host_header_gets_no_answer(server):
+    host = server.removeprefix("http://")
+    for name, status in (("evil.example", 403), (host, 200), (f"localhost:{host.partition(':')[2]}", 200)):
+        connection = http.client.HTTPConnection(host, timeout=60)
+        connection.request("GET", "/ping", headers={"Host": name})
+        assert connection.getresponse().status == status
+        connection.close()
+
+
 @pytest.mark.slow
 def test_a_served_student_answers_as_in_python(server, student):
     texts = [json.dumps(dialogue) for dialogue in DIALOGUES]
@@ -177,8 +245,7 @@ def test_a_faulty_request_is_refused_by_name_and_the_server_lives(server):
         ("{", "row 0: not JSON"),
     ):
         status, answer = post(server, {"dataframe_records": [{"dialogue": text}]})
-        assert status in (400, 500)
-        assert message in json.dumps(answer)
+        assert status == 400 and message in answer["message"] and "stack_trace" not in answer
     status, answer = post(server, {"dataframe_records": [{"text": "x"}]})
     assert status == 400 and "dialogue" in json.dumps(answer)
     assert post(server, {"dataframe_records": [{"dialogue": json.dumps(DIALOGUES[0])}]})[0] == 200
