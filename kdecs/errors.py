@@ -46,6 +46,10 @@ class ModelError(KdecsError):
     """A model or tokenizer that cannot be loaded or lacks what the method needs."""
 
 
+class DialogueError(CorpusError, ModelError):
+    """A valid dialogue that this model cannot read, such as a speaker's name that leaves no room for the texts."""
+
+
 class DeviceError(KdecsError):
     """A requested device that is not available."""
 

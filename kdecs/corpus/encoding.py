@@ -28,7 +28,7 @@ from kdecs.corpus.prompts import (
     tokens_inside,
 )
 from kdecs.corpus.schema import Dialogue
-from kdecs.errors import ModelError
+from kdecs.errors import DialogueError, ModelError
 
 NO_SPAN = 0
 UNKNOWN_SPAN = -1
@@ -36,6 +36,9 @@ UNKNOWN_SPAN = -1
 
 # English has 4 to 5 characters per token: texts below this bound hardly reach twice the limit.
 _LONG_CHARACTERS_PER_TOKEN = 8
+
+# Said in training and in prediction, where a trained student's limit is fixed.
+_SHORTER = "shorten the speakers' names, or train with a larger model.max_prompt_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class PairEncoder:
     def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedPair]:
         """The encoded pairs, in order.
 
-        Raises ModelError if the bare template is too long already, or if an utterance has no token.
+        Raises DialogueError if the bare template is too long already, or if an utterance has no token.
         """
         prompts = [
             student_prompt(
@@ -215,9 +218,9 @@ class PairEncoder:
         # `kept_tokens` drops only texts. If that is not enough, or u_j has lost its first token, no usable prompt is
         # left.
         if len(kept) > self.max_tokens or first in removed:
-            raise ModelError(
+            raise DialogueError(
                 f"pair {pair.id}: the prompt has {num_tokens} tokens, and the template with its speakers alone has "
-                f"more than {self.max_tokens}; raise max_prompt_tokens or shorten the speakers' names"
+                f"more than {self.max_tokens}; {_SHORTER}"
             )
         return removed, sum(offsets[token][0] >= prompt.history_end for token in removed)
 
@@ -267,12 +270,12 @@ class TreeEncoder(PairEncoder):
         # [CLS] begins the trunk and [SEP] ends each branch: between them they have the special tokens of a prompt.
         added = self._backend.encode("a").special_tokens_mask
         self._num_leading, self._num_trailing = added.index(0), added[::-1].index(0)
-        self._last_branches: tuple[Dialogue | None, list[_Branch | ModelError]] = (None, [])
+        self._last_branches: tuple[Dialogue | None, list[_Branch | DialogueError]] = (None, [])
 
     def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedPair]:
         """The encoded pairs, in order; those of a target that follow one another share their `trunk_ids`.
 
-        Raises ModelError if the bare template is too long already, or if an utterance has no token.
+        Raises DialogueError if the bare template is too long already, or if an utterance has no token.
         """
         starts = [
             index
@@ -310,13 +313,13 @@ class TreeEncoder(PairEncoder):
             num_lost = sum(offsets[token][0] >= trunk.history_end for token in removed)
             for pair in pairs[start:end]:
                 branch = branches[pair.candidate - 1]
-                if isinstance(branch, ModelError):
+                if isinstance(branch, DialogueError):
                     raise branch
                 kept = branch.cut(self.max_tokens - len(trunk_ids))
                 if kept is None or len(trunk_ids) > limit:
-                    raise ModelError(
+                    raise DialogueError(
                         f"pair {pair.id}: the template with its speakers alone has more than {self.max_tokens} tokens; "
-                        "raise max_prompt_tokens or shorten the speakers' names"
+                        f"{_SHORTER}"
                     )
                 yield self._joined(
                     pair,
@@ -326,7 +329,7 @@ class TreeEncoder(PairEncoder):
                     num_lost + len(branch.token_ids) - len(kept.token_ids),
                 )
 
-    def _reserved(self, branches: Sequence["_Branch | ModelError"]) -> int:
+    def _reserved(self, branches: Sequence["_Branch | DialogueError"]) -> int:
         """What the trunk leaves for a branch: the longest one, or half of the maximum, or a template and one token."""
         whole = [b for b in branches if isinstance(b, _Branch)]
         longest = max((len(b.token_ids) for b in whole), default=0)
@@ -353,7 +356,7 @@ class TreeEncoder(PairEncoder):
             trunk_ids=trunk_ids,
         )
 
-    def _branches(self, dialogue: Dialogue) -> list[_Branch | ModelError]:
+    def _branches(self, dialogue: Dialogue) -> list[_Branch | DialogueError]:
         """The branch of each utterance; an error in the place of one that has no token."""
         # Read once and replaced as a whole, as in HistoryWindow.
         last, branches = self._last_branches
@@ -370,7 +373,7 @@ class TreeEncoder(PairEncoder):
 
     def _branch(
         self, dialogue: Dialogue, candidate: int, prompt: BranchPrompt, encoding: Any
-    ) -> _Branch | ModelError:
+    ) -> _Branch | DialogueError:
         visible = _visible(prompt.text, prompt.candidate_range)
         if (tokens := _token_range(encoding, visible)) is None:
             return _no_token(dialogue, candidate, prompt.text[slice(*visible)])
@@ -395,8 +398,8 @@ def _share_trunk(pair: Pair, other: Pair) -> bool:
     return pair.dialogue is other.dialogue and pair.target == other.target
 
 
-def _no_token(dialogue: Dialogue, turn: int, text: str) -> ModelError:
-    return ModelError(
+def _no_token(dialogue: Dialogue, turn: int, text: str) -> DialogueError:
+    return DialogueError(
         f"dialogue {dialogue.id}, turn {turn}: the tokenizer has no token for the text {text!a}; "
         "give the utterance a visible character"
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdecs.corpus.schema import Dialogue
-from kdecs.errors import CorpusError
+from kdecs.errors import DialogueError
 
 PROMPT_VERSION = 1
 """Part of every lineage, so that labels and caches of different template versions are never mixed."""
@@ -134,7 +134,7 @@ def student_prompt(
 ) -> StudentPrompt:
     """Eq. 5 with the tokenizer's mask token in all four places, or a variant of it: a trunk and one branch.
 
-    Raises CorpusError if the variant shows emotions and the target has none.
+    Raises DialogueError if the variant shows emotions and the target has none.
     """
     trunk = student_trunk(dialogue, target, mask=mask, separator=separator, variant=variant)
     branch = student_branch(dialogue, candidate, mask=mask, variant=variant)
@@ -209,7 +209,7 @@ def student_branch(
 def _given(dialogue: Dialogue, target: int, variant: PromptVariant) -> str:
     emotion = dialogue.utterances[target - 1].emotion
     if emotion is None:
-        raise CorpusError(
+        raise DialogueError(
             f"dialogue {dialogue.id}, turn {target}: found no emotion, and this student reads the emotion "
             "of its target; give each utterance an emotion, or use a student that predicts it"
         )

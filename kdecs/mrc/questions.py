@@ -19,7 +19,7 @@ from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split, require_causes, training_split
-from kdecs.errors import CorpusError, ModelError
+from kdecs.errors import DialogueError, ModelError
 from kdecs.mrc.config import MrcConfig
 from kdecs.student.batches import Ints
 
@@ -66,11 +66,11 @@ class EncodedQuestion:
 def mrc_text(pair: Pair, *, first_turn: int = 1) -> MrcText:
     """Question and context of a pair, without the turns before `first_turn` except for u_j.
 
-    Raises CorpusError if the target has no emotion, which the question names.
+    Raises DialogueError if the target has no emotion, which the question names.
     """
     target, candidate = (pair.dialogue.utterances[turn - 1] for turn in (pair.target, pair.candidate))
     if target.emotion is None:
-        raise CorpusError(
+        raise DialogueError(
             f"dialogue {pair.dialogue.id}, turn {pair.target}: no emotion, which the question names; "
             "give each utterance its emotion"
         )
@@ -130,7 +130,7 @@ class QuestionEncoder:
     def encode(self, pairs: Sequence[Pair]) -> Iterator[EncodedQuestion]:
         """The encoded questions, in order.
 
-        Raises CorpusError if a target has no emotion, ModelError if even the bare question is too long.
+        Raises DialogueError if a target has no emotion, or if even the bare question is too long.
         """
         texts = [mrc_text(p, first_turn=self._window.first_turn(p.dialogue, p.target)) for p in pairs]
         encodings = self._backend.encode_batch([(text.question, text.context) for text in texts])
@@ -185,8 +185,9 @@ class QuestionEncoder:
         ends[-1] = ends[-1][:-1]  # one token of u_j stays
         order = np.concatenate([old, *ends])
         if surplus > len(order):
-            raise ModelError(
-                f"pair {pair.id}: {self.max_tokens} tokens do not hold even the bare question; raise model.max_tokens"
+            raise DialogueError(
+                f"pair {pair.id}: {self.max_tokens} tokens do not hold even the bare question; train with a larger "
+                "model.max_tokens"
             )
         removed = order[:surplus]
         return np.setdiff1d(np.arange(len(sequence_T)), removed), max(0, surplus - len(old))

@@ -53,11 +53,11 @@ def predict(
 
     Examples:
 
-    kdecs predict --student runs/demo/student --input dialogues.json --output predictions.jsonl
+    kdecs predict --student runs/student-tiny --input dialogues.json --output predictions.jsonl
 
-    kdecs predict --student runs/demo/student --input dialogues.json --show
+    kdecs predict --student runs/student-tiny --input dialogues.json --show
 
-    cat dialogues.jsonl | kdecs predict --student runs/demo/student --input - --output - --offsets
+    cat dialogues.jsonl | kdecs predict --student runs/student-tiny --input - --output - --offsets
     """
     if output is None and not show:
         raise typer.BadParameter("nothing to do: give --output FILE, or --show to print the dialogues")

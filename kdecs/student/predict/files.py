@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kdecs.artifact import kind_of
 from kdecs.corpus.reading import iter_dialogues, parse_dialogue
 from kdecs.corpus.schema import Dialogue, Fault
-from kdecs.errors import CorpusError, printable
+from kdecs.errors import CorpusError, DialogueError, printable
 from kdecs.output import STANDARD_STREAM, is_standard_output, open_output, refuse_inputs
 from kdecs.process import is_output_closed, standard_input
 from kdecs.runtime import Runtime, start_runtime
@@ -60,7 +60,8 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
     """Predict the dialogues of a file with the predictor that `load` returns, and print a line that sums up.
 
     The predictions appear complete or not at all. Raises CorpusError if a dialogue breaks the schema, and OutputError
-    if the output is an input or cannot be written to.
+    if the output is an input or cannot be written to. Valid dialogues that the model cannot read are named on standard
+    error and left out; at the end, DialogueError says how many.
     """
     if request.output is not None:
         refuse_inputs(request.output, [request.input, request.model])
@@ -69,7 +70,14 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
     # Predictions on standard output are read by a program: everything for people goes to standard error.
     console = Console(stderr=is_standard_output(request.output) or is_output_closed())
     num_dialogues = num_pairs = num_causes = 0
+    faults: list[DialogueError] = []
     example: tuple[Dialogue, list[PairPrediction]] | None = None
+
+    def leave_out(fault: DialogueError) -> None:
+        faults.append(fault)
+        with bar.external_write_mode():
+            print(f"kdecs: warning: {printable(str(fault))}; left out", file=sys.stderr, flush=True)
+
     with (
         open_output(request.output) if request.output else contextlib.nullcontext() as file,
         tqdm(total=total, unit="pair", desc="predict", disable=None) as bar,
@@ -81,6 +89,7 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
             max_distance=request.max_distance,
             batch_tokens=request.batch_tokens,
             on_batch=bar.update,
+            on_fault=leave_out,
         ):
             causes = sum(item.prediction.is_cause for item in found)
             num_dialogues += 1
@@ -96,11 +105,20 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
             # The first dialogue with a cause is the best example; until then, the first one.
             elif example is None or (causes and not any(p.prediction.is_cause for p in example[1])):
                 example = dialogue, found
+        if faults and not num_dialogues:
+            raise DialogueError(
+                f"{request.input}: the model can read no dialogue; the first one: {faults[0]}"
+            )
     place = "" if request.output in (None, STANDARD_STREAM) else f"{printable(str(request.output))}: "
     line = f"{place}{num_pairs} pairs of {num_dialogues} dialogues, {num_causes} causes"
     print(line, file=console.file, flush=True)
     if request.has_example and example is not None:
         console.print(render_dialogue(*example, marks=_needs_marks(console)))
+    if faults:
+        raise DialogueError(
+            f"{request.input}: {len(faults)} of {len(faults) + num_dialogues} dialogues left out, which the model "
+            f"cannot read; the predictions of the others are complete; the first one: {faults[0]}"
+        )
 
 
 def _checked(request: FileRequest) -> int:

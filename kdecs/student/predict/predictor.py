@@ -1,6 +1,6 @@
 """A trained student as a predictor: who feels what, and why, for whole dialogues.
 
-student = Student.from_pretrained("runs/demo/student")
+student = Student.from_pretrained("runs/student-tiny")
 predictions = student.predict(dialogues)
 for dialogue, found in student.stream(dialogues):  # found: predictions, scores, characters of the spans
     ...

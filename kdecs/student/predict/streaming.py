@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from kdecs.corpus.pairs import Pair, candidate_pairs
 from kdecs.corpus.schema import Dialogue
+from kdecs.errors import DialogueError
 from kdecs.evaluation.predictions import Prediction
 
 DEFAULT_BATCH_TOKENS = 8192
@@ -58,11 +59,13 @@ def stream(
     max_distance: int | None = None,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     on_batch: Callable[[int], object] | None = None,
+    on_fault: Callable[[DialogueError], object] | None = None,
 ) -> Iterator[tuple[Dialogue, list[PairPrediction]]]:
     """Each dialogue with its predictions for every pair j <= i, in order.
 
     `max_distance` bounds i - j; `on_batch` is called with the number of pairs just predicted. Dialogues are read
-    about a thousand pairs ahead.
+    about a thousand pairs ahead. A dialogue that the predictor cannot read is passed over, and `on_fault` is called
+    with the reason; without `on_fault` the DialogueError is raised.
     """
     group: list[tuple[Dialogue, list[Pair]]] = []
     num_pairs = 0
@@ -71,9 +74,9 @@ def stream(
         group.append((dialogue, pairs))
         num_pairs += len(pairs)
         if num_pairs >= PAIRS_PER_GROUP:
-            yield from _predicted_group(predictor, group, batch_tokens, on_batch)
+            yield from _predicted_group(predictor, group, batch_tokens, on_batch, on_fault)
             group, num_pairs = [], 0
-    yield from _predicted_group(predictor, group, batch_tokens, on_batch)
+    yield from _predicted_group(predictor, group, batch_tokens, on_batch, on_fault)
 
 
 def _predicted_group(
@@ -81,9 +84,20 @@ def _predicted_group(
     group: list[tuple[Dialogue, list[Pair]]],
     batch_tokens: int,
     on_batch: Callable[[int], object] | None,
+    on_fault: Callable[[DialogueError], object] | None,
 ) -> Iterator[tuple[Dialogue, list[PairPrediction]]]:
     together = [pair for _, pairs in group for pair in pairs]
-    found = iter(predictor.detail(together, batch_tokens=batch_tokens, on_batch=on_batch))
+    try:
+        found = iter(predictor.detail(together, batch_tokens=batch_tokens, on_batch=on_batch))
+    except DialogueError as error:
+        if on_fault is None:
+            raise
+        if len(group) == 1:
+            on_fault(error)
+            return
+        for one in group:  # which of them it is, and whether it is the only one
+            yield from _predicted_group(predictor, [one], batch_tokens, on_batch, on_fault)
+        return
     for dialogue, pairs in group:
         yield dialogue, [next(found) for _ in pairs]
 

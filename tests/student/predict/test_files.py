@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
-from kdecs.errors import CorpusError
+from kdecs.errors import CorpusError, DialogueError
 from kdecs.evaluation.predictions import Prediction, read_predictions
 from kdecs.student.commands import predict
 from kdecs.student.predict import files as prediction_files
@@ -200,6 +201,48 @@ def test_a_second_dialogue_of_an_id_is_refused_on_standard_input_as_in_a_file(
         with pytest.raises(CorpusError, match=f"{place}, dialogue a, field id: .*second dialogue of this id"):
             predict(directory, path, tmp_path / "out.jsonl", device="cpu")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_dialogue_that_the_student_cannot_read_costs_that_dialogue(
+    directory, student, tmp_path, monkeypatch, capsys, is_stream
+):
+    good = [dialogue_of("a", 3), dialogue_of("b", 2)]
+    unfit = dialogue_of("unfit", 2)
+    unfit = replace(
+        unfit, utterances=(replace(unfit.utterances[0], speaker="Wolfeschlegel " * 60), unfit.utterances[1])
+    )
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(map(line_of, (good[0], unfit, good[1]))))
+    if is_stream:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(path.read_bytes())))
+    with pytest.raises(
+        DialogueError, match=r"1 of 3 dialogues left out.*the others are complete.*pair unfit/1/1"
+    ):
+        predict(directory, Path("-") if is_stream else path, output, device="cpu", example=False)
+    found = [Prediction(**json.loads(line)) for line in output.read_text().splitlines()]
+    assert found == student.predict(good)
+    shown = capsys.readouterr()
+    assert "9 pairs of 2 dialogues" in shown.out and shown.err.count("left out") == 1
+    # `kdecs predict` has no option for the length of a prompt.
+    assert (
+        "shorten the speakers' names, or train with a larger model.max_prompt_tokens; left out" in shown.err
+    )
+    with pytest.raises(DialogueError):
+        student.predict([good[0], unfit])
+
+
+def test_nothing_is_written_if_no_dialogue_can_be_read(tmp_path):
+    class Unfit(Echo):
+        def detail(self, pairs, **options):
+            raise DialogueError(f"dialogue {pairs[0].dialogue.id}: unfit")
+
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(line_of(dialogue_of("a", 2)) + line_of(dialogue_of("b", 2)))
+    request = prediction_files.FileRequest(path, output)
+    with pytest.raises(DialogueError, match="can read no dialogue; the first one: dialogue a: unfit"):
+        prediction_files.predict_file(request, lambda runtime: Unfit(), device="cpu")
+    assert not output.exists()
 
 
 def test_a_late_fault_leaves_the_earlier_output_as_it_was(directory, tmp_path):
