@@ -45,6 +45,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
         )
     digest = config_hash(config)
     if is_complete(config.output, "mrc", digest):
+        remove_checkpoint(config.output)  # of a start that was killed right after it wrote the manifest
         print(f"{config.output}: MRC baseline complete, skipped", flush=True)
         return config.output
     check_output(config.output, "mrc", digest)

@@ -74,6 +74,7 @@ def train_student(
     digest = config_hash(config)
     if is_complete(config.output, "student", digest):
         if runtime.is_main:
+            remove_checkpoint(config.output)  # of a start that was killed right after it wrote the manifest
             print(f"{config.output}: student complete, skipped", flush=True)
         return config.output
     check_output(config.output, "student", digest, can_repair=True)

@@ -1,6 +1,6 @@
 """What the epoch loop keeps on disk so that a kill at any moment costs at most one epoch.
 
-    checkpoint.pt   the training state, the weights and the optimizer, replaced atomically
+    checkpoint.pt   the training state, the weights and the optimizer, and a sha256 over all three, replaced atomically
     best-3/         the files of the best epoch so far (here 3), as the output directory will hold them
     metrics.jsonl   one JSON object per epoch (it stays beside the product)
 
@@ -8,21 +8,25 @@ The checkpoint names its best epoch. The folder of an epoch appears complete or 
 rename), before the checkpoint that names it is written; older folders are removed after that. So wherever a kill
 hits, the folder that the checkpoint names is there. At the end of the training its files move to their final places,
 and a second run can finish a move that was interrupted.
+
+The checkpoint also holds the sha256 of each file of the best epoch. A resume and the end of the training compare them,
+since a model that was changed on the disk must not be finished under the scores of the one that was validated.
 """
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from kdecs.artifact import atomic_path, fsync
+from kdecs.artifact import FileEntry, atomic_path, file_entries, file_faults, fsync
 from kdecs.errors import ArtifactError
 from kdecs.tracking.record import METRICS_NAME, read_points
 
@@ -48,6 +52,8 @@ class TrainState:
     seconds: float = 0.0
     best_epoch: int = 0
     best_macro_f1: float = -1.0
+    best_files: list[dict[str, Any]] = field(default_factory=list)
+    """Path, size and sha256 of each file of the best epoch (`FileEntry`)."""
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -65,6 +71,7 @@ def save_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    values["sha256"] = _sha256_of(values)
     with atomic_path(output / CHECKPOINT_NAME) as temporary:
         torch.save(values, temporary)
 
@@ -85,8 +92,8 @@ def load_checkpoint(
         return None
     try:
         # `weights_only` unpickles tensors and plain values, no code: the file may come from anywhere.
-        values: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        found, state = values["config_hash"], values["progress"]
+        values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found, progress = values["config_hash"], values["progress"]
     except _UNREADABLE as error:
         raise ArtifactError(
             f"{path}: not a readable checkpoint ({_reason(error)}); remove it to start the training again"
@@ -96,13 +103,40 @@ def load_checkpoint(
             f"{output}: holds the unfinished training of another config; remove it or choose another output"
         )
     try:
+        state = TrainState(**progress)
+        expected = values.pop("sha256")
+        if (sha256 := _sha256_of(values)) != expected:
+            raise ArtifactError(
+                f"{path}: sha256 of its values {sha256[:12]}…, expected {expected[:12]}…: the file is damaged; remove "
+                "it to start the training again"
+            )
+        state.sums = state.sums.to(device)
         model.load_state_dict(values["model"])
         optimizer.load_state_dict(values["optimizer"])
-        return TrainState(**state)
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        return state
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path}: written by another version of kdecs ({_reason(error)}); remove it to start the training again"
         ) from None
+
+
+def _sha256_of(value: Any) -> str:
+    """A checksum of nested dictionaries, lists and tuples of tensors and plain values, on any device.
+
+    It is over values, not over the file: the file has to hold it, so that both are replaced together. torch checks no
+    checksum when it reads a file.
+    """
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+        # As bytes, since numpy has no bfloat16. A tensor without dimensions has no other view.
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+    if isinstance(value, Mapping):
+        value = ["mapping", *([repr(key), _sha256_of(item)] for key, item in value.items())]
+    elif isinstance(value, list | tuple):
+        value = ["sequence", *map(_sha256_of, value)]
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def remove_checkpoint(output: Path) -> None:
@@ -152,6 +186,37 @@ def save_best(output: Path, epoch: int, write: Callable[[Path], object]) -> None
         raise
     temporary.rename(folder)
     fsync(output)
+
+
+def best_files(output: Path, epoch: int) -> list[dict[str, Any]]:
+    """The files of an epoch's folder, for `TrainState.best_files`."""
+    folder = _folder(output, epoch)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [entry.model_dump() for entry in file_entries(folder, names)]
+
+
+def check_best(output: Path, state: TrainState) -> None:
+    """Raise ArtifactError if a file of the best epoch is not the one that the training wrote.
+
+    A kill may have left some of them in their final places (`install_best`).
+    """
+    folder = _folder(output, state.best_epoch)
+    listed = [FileEntry.model_validate(values) for values in state.best_files]
+    for top in sorted({PurePosixPath(entry.path).parts[0] for entry in listed}):
+        place = folder if (folder / top).exists() else output
+        if not (place / top).exists():
+            continue  # `install_best` knows what an epoch may lack
+        entries = [entry for entry in listed if PurePosixPath(entry.path).parts[0] == top]
+        for fault in file_faults(place, entries, says="but the checkpoint names it with"):
+            raise ArtifactError(f"{fault}; remove {output} to start the training again")
+        # Folders move as a whole, so a file that somebody put there would become part of the product.
+        found = {
+            path.relative_to(place).as_posix(): path for path in (place / top).rglob("*") if path.is_file()
+        }
+        if strangers := sorted(set(found) - {entry.path for entry in entries}):
+            raise ArtifactError(
+                f"{found[strangers[0]]}: the checkpoint does not name this file of the best epoch; remove the file"
+            )
 
 
 def keep_best(output: Path, epoch: int) -> None:

@@ -28,9 +28,11 @@ from tqdm import tqdm
 from kdecs.config import Optimization
 from kdecs.errors import Stopped, TrainingError
 from kdecs.process import StopSignal
-from kdecs.runtime import Runtime, any_rank, gather_objects
+from kdecs.runtime import Runtime, any_rank, gather_objects, on_main
 from kdecs.training.checkpoint import (
     TrainState,
+    best_files,
+    check_best,
     keep_best,
     load_checkpoint,
     save_best,
@@ -168,6 +170,7 @@ class EpochLoop:
         """
         settings, state = self.settings, self.state
         epochs = settings.optimization.epochs
+        on_main(lambda: check_best(settings.output, state), self.runtime)  # of a resume
         if self.runtime.is_main:
             keep_best(settings.output, state.best_epoch)
             write_metrics(settings.output, state.history)  # a kill may have left the last line unwritten
@@ -183,6 +186,7 @@ class EpochLoop:
             # After the last epoch there is nothing to resume: the training finishes in seconds and ignores the stop.
             if state.epoch < epochs and any_rank(self.stop.requested, self.runtime):
                 self._save_and_stop()
+        on_main(lambda: check_best(settings.output, state), self.runtime)  # the stage installs them next
         return state.history[state.best_epoch - 1]
 
     def _is_patience_over(self) -> bool:
@@ -262,6 +266,7 @@ class EpochLoop:
             # the checkpoint is written the folder of the previous best epoch stays, too.
             if runtime.is_main:
                 save_best(settings.output, state.epoch + 1, task.save)
+                state.best_files = best_files(settings.output, state.epoch + 1)
             state.best_epoch, state.best_macro_f1 = state.epoch + 1, metrics[task.criterion]
         state.history.append(metrics)
         state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0

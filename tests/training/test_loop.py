@@ -2,12 +2,13 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import Killed, StopAfter
+from support import Bomb, Killed, StopAfter, flip_bit
 
 from kdecs.config import Optimization
 from kdecs.errors import ArtifactError, Stopped, TrainingError
@@ -221,6 +222,83 @@ def test_a_checkpoint_of_another_config_or_damaged_is_one_clear_line(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ArtifactError, match=r"checkpoint\.pt: not a readable checkpoint"):
         train(output)
+    mark = tmp_path / "ran"
+    for value in (state | {"sums": Bomb(mark)}, Bomb(mark)):
+        torch.save(value, path)
+        with pytest.raises(ArtifactError, match=r"checkpoint\.pt: not a readable checkpoint"):
+            train(output)
+    path.write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(ArtifactError, match=r"checkpoint\.pt: not a readable checkpoint"):
+        train(output)
+    assert not mark.exists()
+
+
+def test_a_changed_checkpoint_is_refused(tmp_path):
+    """torch reads a file with flipped bytes without a word."""
+    output = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        train(output, Regression({1: 1.0}), stop=StopAfter(STEPS + 2))
+    path = output / "checkpoint.pt"
+    weights = torch.load(path, weights_only=True)["model"]["1.weight"].numpy().tobytes()
+    before = path.read_bytes()
+    flip_bit(path, before.index(weights))
+    with pytest.raises(
+        ArtifactError, match=r"checkpoint\.pt: sha256 of its values .* expected .* is damaged; remove"
+    ):
+        train(output)
+    values = torch.load(path, weights_only=True)
+    for changed in (
+        {"progress": values["progress"] | {"best_macro_f1": 0.5}},
+        {"optimizer": values["optimizer"] | {"param_groups": values["optimizer"]["param_groups"][::-1]}},
+        {"model": dict(reversed(values["model"].items()))},
+    ):
+        torch.save(values | changed, path)
+        with pytest.raises(ArtifactError, match="sha256 of its values"):
+            train(output)
+    path.write_bytes(before)
+    train(output, Regression({1: 1.0}))
+
+
+def test_a_changed_file_of_the_best_epoch_is_not_installed(tmp_path, monkeypatch):
+    output = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        train(output, Regression({1: 1.0}), stop=StopAfter(STEPS + 2))
+    for name in NAMES:
+        path = output / "best-1" / name
+        before = flip_bit(path)
+        with pytest.raises(
+            ArtifactError, match=f"best-1/{name}: sha256 .* is damaged; remove {output} to start"
+        ):
+            train(output, Regression({1: 1.0}))
+        path.write_bytes(before)
+
+    def flip_at_the_end(task, metrics):
+        if metrics["epoch"] == EPOCHS:
+            flip_bit(output / "best-1" / "weights.pt")
+        return "epoch"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Regression, "line", flip_at_the_end)
+        with pytest.raises(ArtifactError, match=r"best-1/weights\.pt: sha256"):
+            train(output, Regression({1: 1.0}))
+    assert not (output / "weights.pt").exists()
+    # Installed by a start that was killed before it removed the checkpoint, and changed after that.
+    flip_bit(output / "best-1" / "weights.pt")
+    install_best(output, 1, NAMES)
+    flip_bit(output / "weights.pt")
+    with pytest.raises(ArtifactError, match=r"stopped/weights\.pt: sha256"):
+        train(output, Regression({1: 1.0}))
+
+
+def test_a_file_that_somebody_adds_to_the_best_epoch_is_not_installed(tmp_path):
+    with_folder = Regression({1: 1.0})
+    with_folder.save = lambda folder: (folder / "model").mkdir() or (folder / "model/weights").write_text("1")
+    output = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        train(output, with_folder, stop=StopAfter(STEPS + 2))
+    (output / "best-1/model/evil.py").write_text("")
+    with pytest.raises(ArtifactError, match=r"best-1/model/evil\.py: the checkpoint does not name this file"):
+        train(output, with_folder)
 
 
 def test_epochs_that_only_the_checkpoint_holds_are_restored(tmp_path, monkeypatch):
