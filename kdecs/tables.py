@@ -1,7 +1,18 @@
 """Tables of figures and lengths of time, as every command prints them on a terminal."""
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+
+
+def terminal(**options: Any) -> Console:
+    """Rich's console, on which names of files, teachers and trials look as they are.
+
+    By default `[x]` in a name would be markup, which disappears or ends the command, and `:x:` an emoji.
+    """
+    return Console(markup=False, emoji=False, **options)
 
 
 def figures_table(title: str, first: str, *columns: str, tight: bool = False) -> Table:

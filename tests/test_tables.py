@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from kdecs.tables import duration, figures_table
+from kdecs.tables import duration, figures_table, terminal
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(12, "12s"), (100, "1m40s"), (7500, "2h05m")])
@@ -24,3 +24,11 @@ def test_a_heading_breaks_between_words_and_figures_stand_right() -> None:
     assert (first.split(), second.split()) == (["positive"], ["score", "(%)", "rows", "F1"])
     assert row.split() == ["utterance", "macro", "F1", "1,234", "58.78"]
     assert second.rstrip().endswith("F1") and len(second.rstrip()) == len(row.rstrip())
+
+
+def test_a_name_with_brackets_and_colons_is_shown_as_it_is() -> None:
+    name, output = "[/bold] [red]x :smile:", io.StringIO()
+    table = figures_table(f"Scores of {name}", "file")
+    table.add_row(name)
+    terminal(file=output, width=80).print(table, name)
+    assert output.getvalue().count(name) == 3

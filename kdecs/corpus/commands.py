@@ -242,14 +242,14 @@ def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":
 
 def _print_statistics(counted: "list[CorpusStatistics]") -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
     from kdecs.corpus.reading import count_variants
     from kdecs.corpus.statistics import display_names
+    from kdecs.tables import terminal
 
-    console = Console(soft_wrap=True)
+    console = terminal(soft_wrap=True)
     # Tight, as RECCON's three file names and the sum must fit into 80 characters.
     make_table = partial(RichTable, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     sizes = make_table("", title="Pairs and sizes (Table 2)")

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from kdecs.evaluation.metrics import STRICT_KEYS, EmotionReport, Scores
 from kdecs.evaluation.significance import Comparison, SeedSummary
-from kdecs.tables import figures_table
+from kdecs.tables import figures_table, terminal
 
 # A confusion matrix of more labels does not fit into 80 columns.
 _MANY_LABELS = 8
@@ -18,7 +18,7 @@ _MOST_WRONG = 3
 
 def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
     """Print scores next to the trivial rules, with intervals, emotions and breakdowns if `found` has them."""
-    console = Console(soft_wrap=True)
+    console = terminal(soft_wrap=True)
     table = figures_table("Scores next to trivial rules", "score (%)", "system", "strict", *scores.baselines)
     for key in ("emotion_accuracy", "emotion_macro_f1", *STRICT_KEYS):
         rules = [f"{rule[key]:.2f}" if key in rule else "" for rule in scores.baselines.values()]
@@ -40,7 +40,7 @@ def print_comparison(
     a: Path, b: Path, scores_a: Scores, scores_b: Scores, compared: Mapping[str, Comparison]
 ) -> None:
     """Print, for each score, A, B, their difference with its interval, p, and the best trivial rule."""
-    console = Console(soft_wrap=True)
+    console = terminal(soft_wrap=True)
     columns = ("A", "B", "A − B", "95% interval", "p", "rule")
     table = figures_table("A minus B, paired by dialogue", "score (%)", *columns, tight=True)
     for key, found in compared.items():
@@ -56,7 +56,7 @@ def print_comparison(
 
 def print_seeds(files: Sequence[Path], runs: Sequence[Scores], summary: Mapping[str, SeedSummary]) -> None:
     """Print mean, standard deviation and 95% interval of each score over runs, next to the best trivial rule."""
-    console = Console(soft_wrap=True)
+    console = terminal(soft_wrap=True)
     columns = ("mean", "std", "95% interval", "best rule")
     table = figures_table(f"Over {len(runs)} runs", "score (%)", *columns)
     for key, found in summary.items():

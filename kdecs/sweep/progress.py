@@ -32,7 +32,7 @@ from kdecs.sweep.space import Trial, missing_teachers
 from kdecs.sweep.status import TrialResult, is_trained, read_note, trial_result
 from kdecs.sweep.teachers import build_commands
 from kdecs.sweep.trial import find_student
-from kdecs.tables import duration
+from kdecs.tables import duration, terminal
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 _MOVING = ("running", "stopped")
@@ -68,7 +68,7 @@ class SweepProgress:
         self._began = time.monotonic()
         self._epochs_before = _epochs_done(before)
         self._printed = {result.id for result in before if result.status in ("complete", "pruned")}
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._console = console or terminal(file=sys.stdout, highlight=False)
         # Without a thread of Rich's: the driver calls `update` once a second anyway.
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
@@ -199,7 +199,7 @@ def print_dry_run(config: SweepConfig) -> None:
             f"{result.score:.2f}" if result.has_score else "",
             duration(result.seconds) if result.seconds else "",
         )
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     console.print(table)
     number = search.num_trials()
     num_done = len(known) - len(left) - num_stored

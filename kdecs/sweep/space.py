@@ -24,7 +24,7 @@ import numpy as np
 
 from kdecs.artifact import MANIFEST_NAME, read_manifest
 from kdecs.config import config_hash, parse_config, set_dotted
-from kdecs.errors import ConfigError
+from kdecs.errors import ConfigError, printable
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import MAX_POINTS, Dimension, GridSearch, SweepConfig, TwoStageSearch, flat_keys
 
@@ -336,7 +336,8 @@ def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]
         if key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             parts.append(f"{key.rpartition('.')[2]}={shown}")
-    return " ".join([*parts, f"s{student.optimization.seed}"])
+    # Names and values come from a config, and this text goes to terminals, figures and MLflow.
+    return printable(" ".join([*parts, f"s{student.optimization.seed}"]))
 
 
 def _ascii_name(label: str) -> str:

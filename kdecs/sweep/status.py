@@ -9,12 +9,12 @@ still be training. `trial_status` holds the one table.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kdecs.artifact import is_complete, read_manifest, write_json
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, printable
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import Trial, settings_key, trials_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
@@ -213,7 +213,8 @@ def read_results(sweep: Path) -> list[TrialResult]:
     read_manifest(sweep, "sweep")
     path = sweep / TRIALS_NAME
     try:
-        results = [TrialResult(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        found = [TrialResult(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        results = [replace(result, label=printable(result.label)) for result in found]
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: not a sweep's trials ({error}); run the sweep again") from None
     if not results:

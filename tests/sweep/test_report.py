@@ -4,14 +4,17 @@ import csv
 import re
 import shutil
 
+import matplotlib as mpl
 import pytest
+from matplotlib.text import Text
 from scipy import stats
 
 from kdecs.artifact import verify_artifact
+from kdecs.sweep.report.figures import figure_label
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.report.study_figures import pooled_sd
 from kdecs.sweep.report.tables import latex_escaped
-from kdecs.sweep.selection.choose import select_student
+from kdecs.sweep.selection.choose import print_selection, select_student
 from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.status import read_results
 
@@ -111,6 +114,65 @@ def test_shares_make_lines(finish, make_labels, runs):
     ]
     assert float(rows[2]["mean"]) - float(rows[0]["mean"]) == pytest.approx(3.6)
     assert 'src="share.png"' in page and "What each part is worth" not in page
+
+
+HOSTILE = {
+    "maths": "$\\alpha",
+    "formula": "$x_1^{2}$",
+    "hidden": "_hidden",
+    "markup": "[/bold] :smile: [red]",
+    "terminal": "\x1b[31mred\n\u202eback",
+    "long": "x" * 300,
+    "script": "教师",
+}
+
+
+def test_names_of_every_kind_are_names_in_figures_tables_and_on_the_terminal(
+    finish, make_labels, runs, monkeypatch, capfd, recwarn
+):
+    monkeypatch.setitem(mpl.rcParams, "text.usetex", True)  # from a user's own matplotlibrc
+    sweep = finish(
+        teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
+        variants={
+            name: {"distillation.alpha": place / 10} for place, name in enumerate(HOSTILE.values(), start=1)
+        },
+        space={
+            "variant": {"grid": list(HOSTILE.values())},
+            "distillation.hard_share": {"grid": [0.5, 1.0]},
+            "optimization.seed": {"grid": [0]},
+        },
+    )
+    drawn = []
+    draw = Text.draw
+
+    def noted(text, renderer, *arguments, **options):
+        drawn.append(text.get_text())
+        return draw(text, renderer, *arguments, **options)
+
+    monkeypatch.setattr(Text, "draw", noted)
+    print_selection(sweep, select_student(sweep))
+    page = write_report(sweep)
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err and "[/bold] :smile: [red]" in out and "\\x1b[31mred" in out
+    assert [str(w.message) for w in recwarn if "matplotlib" in str(w.filename)] == []
+    labels = {row["setting"] for row in table_of(page.parent / "leaderboard.csv")}
+    assert any(HOSTILE["long"] in label for label in labels)
+    texts = " ".join(drawn)
+    assert "$x_1^{2}$" in texts and "_hidden" in texts and HOSTILE["long"] not in texts
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("llama-7b α0.6 τ2", "llama-7b α0.6 τ2"),
+        ("_hidden", " _hidden"),
+        ("two\nlines\x07", "two\\nlines\\x07"),
+        ("\u202eback", "\\u202eback"),
+        ("a" * 40 + "b" * 40, "a" * 24 + "…" + "b" * 23),
+    ],
+)
+def test_a_label_is_one_short_line_that_no_legend_drops(name, shown):
+    assert figure_label(name) == shown and len(shown) <= 48
 
 
 def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels, runs):

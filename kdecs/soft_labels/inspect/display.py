@@ -9,7 +9,7 @@ from rich.text import Text
 
 from kdecs.artifact import atomic_path
 from kdecs.errors import DependencyError
-from kdecs.tables import figures_table
+from kdecs.tables import figures_table, terminal
 
 _BAR = 30  # characters
 _MAX_WORD = 60
@@ -20,7 +20,7 @@ def print_labels(found: Mapping[str, Any]) -> None:
     """Print everything that `describe` found as tables."""
     # Lines are not wrapped: a pipe takes them whole. Text from the directory is shown as `Text`, which interprets no
     # markup, and without control characters.
-    console = Console(soft_wrap=True, highlight=False)
+    console = terminal(soft_wrap=True, highlight=False)
     splits = ", ".join(f"{name} {item['num_pairs']:,}" for name, item in found["splits"].items())
     console.print(Text(f"{found['directory']}: {splits} pairs in {found['shards']} files"))
     lineage = found.get("lineage", {})

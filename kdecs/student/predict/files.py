@@ -33,6 +33,7 @@ from kdecs.student.predict.streaming import (
     stream,
     warn_of_long_dialogues,
 )
+from kdecs.tables import terminal
 
 _STREAMS = ("a named pipe", "a device", "a socket")
 
@@ -68,7 +69,7 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
     # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once.
     total = None if request.is_stream else _checked(request)
     # Predictions on standard output are read by a program: everything for people goes to standard error.
-    console = Console(stderr=is_standard_output(request.output) or is_output_closed())
+    console = terminal(stderr=is_standard_output(request.output) or is_output_closed())
     num_dialogues = num_pairs = num_causes = 0
     faults: list[DialogueError] = []
     example: tuple[Dialogue, list[PairPrediction]] | None = None

@@ -6,6 +6,7 @@ The functions draw without a display. Those that a sweep may have no data for re
 
 import csv
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from kdecs.artifact import write_text
+from kdecs.errors import printable
 from kdecs.sweep.selection.record import SettingScore
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY
 
@@ -26,6 +28,7 @@ _SHOWN_PER_INCH = 105  # CSS pixels; the widest figures have 8.6 inches
 INK, MUTED, ACCENT, RULE = "#1c2330", "#9aa3b2", "#2457c5", "#c2571a"
 COLOURS = ("#2457c5", "#c2571a", "#1c8a5a", "#8a3fb0", "#b8860b", "#0f7f95")
 _MAX_LEADERBOARD = 25  # rows that stay readable on one screen
+_MAX_LABEL = 48  # characters; longer names would leave no room for what is drawn
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -37,6 +40,10 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.constrained_layout.use": True,
+    # A name that holds `$…$` is a name, not a formula, whatever the user's own matplotlibrc says.
+    "text.parse_math": False,
+    "axes.formatter.use_mathtext": False,
+    "text.usetex": False,
 }
 
 
@@ -48,6 +55,16 @@ class Figure:
     data: str
     title: str
     caption: str
+
+
+def figure_label(name: str) -> str:
+    """A name as a figure shows it: one line, shortened in its middle if it is long. The figure's data has it whole."""
+    name = printable(name)
+    if len(name) > _MAX_LABEL:
+        name = f"{name[: _MAX_LABEL // 2]}…{name[1 - _MAX_LABEL // 2 :]}"
+    return (
+        f" {name}" if name.startswith("_") else name
+    )  # matplotlib leaves labels with a leading _ out of a legend
 
 
 def leaderboard_figure(
@@ -81,7 +98,7 @@ def leaderboard_figure(
                 )
         axes.set_xlim(low, high)
         axes.set_ylim(len(shown) - 0.5, -0.6)
-        axes.set_yticks(range(len(shown)), [setting.label for setting in shown])
+        axes.set_yticks(range(len(shown)), [figure_label(setting.label) for setting in shown])
         axes.set_xlabel("macro F1 on validation, percent")
         axes.grid(axis="x", color="#e6e9ef", zorder=0)
         save(figure, target)
@@ -141,7 +158,7 @@ def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> 
                     dark = value < (low + high) / 2
                     colour = "white" if dark else INK
                     axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
-            axes.set_title(teacher, fontsize=10)
+            axes.set_title(figure_label(teacher), fontsize=10)
             axes.set_xticks(range(len(temperatures)), [_shown(value) for value in temperatures])
             axes.set_yticks(range(len(alphas)), [_shown(value) for value in alphas])
             axes.set_xlabel("temperature τ")
@@ -182,7 +199,13 @@ def curves_figure(
             if shortest and place < len(COLOURS):
                 mean = np.mean([curve[:shortest] for curve in curves], axis=0)
                 axes.plot(
-                    range(1, shortest + 1), mean, color=colour, lw=2, marker="o", ms=3, label=setting.label
+                    range(1, shortest + 1),
+                    mean,
+                    color=colour,
+                    lw=2,
+                    marker="o",
+                    ms=3,
+                    label=figure_label(setting.label),
                 )
         axes.set_xlabel("epoch")
         axes.set_ylabel("macro F1 on validation, percent")
@@ -234,5 +257,8 @@ def shown_width(target: Path) -> int:
 def save(figure: Any, target: Path) -> None:
     """Write a figure as PNG and free its memory."""
     # Without matplotlib's version in the file, equal data give equal bytes.
-    figure.savefig(target, dpi=_DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the page and the data have its letters.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(target, dpi=_DPI, metadata={"Software": None})
     plt.close(figure)

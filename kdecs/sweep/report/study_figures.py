@@ -9,7 +9,18 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
-from kdecs.sweep.report.figures import ACCENT, COLOURS, INK, MUTED, RULE, STYLE, Figure, save, write_csv
+from kdecs.sweep.report.figures import (
+    ACCENT,
+    COLOURS,
+    INK,
+    MUTED,
+    RULE,
+    STYLE,
+    Figure,
+    figure_label,
+    save,
+    write_csv,
+)
 from kdecs.sweep.selection.record import SettingScore
 from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
 from kdecs.sweep.status import TrialResult
@@ -44,7 +55,10 @@ def teacher_figure(
         axes.plot(range(len(names)), means, color=ACCENT, lw=1.5, zorder=2)
         for place, name in enumerate(names):
             _point(axes, place, best[name], scores[best[name].key], ACCENT)
-        ticks = [f"{name}\nown {own_scores[name]:.1f}" if name in own_scores else name for name in names]
+        ticks = [
+            figure_label(name) + (f"\nown {own_scores[name]:.1f}" if name in own_scores else "")
+            for name in names
+        ]
         axes.set_xticks(range(len(names)), ticks)
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_ylabel("student's macro F1, percent")
@@ -85,7 +99,15 @@ def share_figure(
             shares = sorted(by_share)
             colour = COLOURS[place % len(COLOURS)]
             means = [by_share[share].mean for share in shares]
-            axes.plot([100 * s for s in shares], means, color=colour, lw=1.8, marker="o", ms=4, label=name)
+            axes.plot(
+                [100 * s for s in shares],
+                means,
+                color=colour,
+                lw=1.8,
+                marker="o",
+                ms=4,
+                label=figure_label(name),
+            )
             bands = [by_share[s].interval or (by_share[s].mean, by_share[s].mean) for s in shares]
             low, high = zip(*bands, strict=True)
             axes.fill_between([100 * s for s in shares], low, high, color=colour, alpha=0.14, lw=0)
@@ -126,7 +148,7 @@ def spread_figure(
         for place, setting in enumerate(shown):
             distances = [score - setting.mean for score in scores[setting.key]]
             axes.plot(distances, [place] * len(distances), "o", ms=4.5, color=ACCENT, alpha=0.7)
-        axes.set_yticks(range(len(shown)), [setting.label for setting in shown])
+        axes.set_yticks(range(len(shown)), [figure_label(setting.label) for setting in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("points of macro F1 from the setting's mean")
         save(figure, target)
@@ -177,11 +199,11 @@ def time_figure(
                 ms=6,
                 alpha=0.75,
                 color=COLOURS[place % len(COLOURS)],
-                label=group,
+                label=figure_label(group),
             )
         best = settings[0]
         axes.annotate(
-            best.label,
+            figure_label(best.label),
             (seconds[best.key] / factor, best.mean),
             xytext=(6, 6),
             textcoords="offset points",

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from kdecs.artifact import (
@@ -52,6 +51,7 @@ from kdecs.sweep.selection.record import (
 from kdecs.sweep.space import VARIANT_KEY, Trial
 from kdecs.sweep.status import TrialResult, read_results, trial_directory
 from kdecs.sweep.tracking import sweep_record, trial_record
+from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
 from kdecs.tracking.registry import register_student
 
@@ -299,7 +299,7 @@ def _as_trial(sweep: Path, result: TrialResult) -> Trial:
 def print_selection(sweep: Path, record: SelectionRecord) -> None:
     """Print the ranked settings, then the winner's test scores beside those of the trivial rules."""
     assert record.test is not None
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     table = Table("setting", "seeds", "macro F1", "sd", "95% interval", title="validation, fold1, percent")
     for setting in record.settings:
         table.add_row(

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kdecs.tables import figures_table
+from kdecs.tables import figures_table, terminal
 from kdecs.teacher.plan.memory import GIB, Limits
 from kdecs.teacher.plan.search import Layout
 
@@ -136,7 +136,7 @@ def as_record(layout: Layout, limits: Limits) -> dict[str, Any]:
 
 def make_console() -> Console:
     """A console that never wraps lines, so that people can copy them."""
-    return Console(soft_wrap=True, highlight=False)
+    return terminal(soft_wrap=True, highlight=False)
 
 
 def _plain(value: Any) -> str:
