@@ -28,7 +28,7 @@ def test_a_heading_breaks_between_words_and_figures_stand_right() -> None:
 
 def test_a_name_with_brackets_and_colons_is_shown_as_it_is() -> None:
     name, output = "[/bold] [red]x :smile:", io.StringIO()
-    table = figures_table(f"Scores of {name}", "file")
+    table = figures_table(name, "file with a long heading")
     table.add_row(name)
     terminal(file=output, width=80).print(table, name)
     assert output.getvalue().count(name) == 3

@@ -96,7 +96,7 @@ def scoring_app(uri: str) -> _App:
         raise ModelError(
             f"{uri}: MLflow finds no such model ({error}); check it and MLFLOW_TRACKING_URI"
         ) from None
-    if loader.get("loader_module") != _LOADER or "code" in loader:
+    if loader.get("loader_module") != _LOADER or loader.get("code"):
         raise ModelError(f"{uri}: not a student that kdecs has registered; serve it by `mlflow models serve`")
     model = mlflow.pyfunc.load_model(directory)
 
