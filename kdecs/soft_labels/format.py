@@ -53,12 +53,14 @@ SPLITS = ("train", "valid", "test")
 SHARD_FORMAT = "1"
 WORK_DIRECTORY = ".work"
 QUARANTINE_DIRECTORY = "quarantine"
+UNKNOWN_REST_MASS = -100.0
+"""`log_rest_mass` of a label whose maker did not tell it: finite, and less than any model's."""
 ROWS_PER_GROUP = 65_536
 """Rows that a writer holds in memory, and that a reader decodes at once."""
 
 # A reader refuses sizes that no export writes before it decodes anything, so that a forged file of a few bytes cannot
 # fill its memory: distinct pair ids alone take more than a quarter of a byte each.
-_MAX_ROWS_PER_BYTE = 4
+MAX_ROWS_PER_BYTE = 4
 _MAX_ROW_GROUP_BYTES = 1 << 30
 
 
@@ -300,7 +302,7 @@ def check_footer(path: Path, rows: int | None) -> None:
     size = path.stat().st_size
     if footer.num_rows != rows:
         raise ArtifactError(f"{path}: {footer.num_rows} rows, the manifest says {rows}")
-    if footer.num_rows > _MAX_ROWS_PER_BYTE * size:
+    if footer.num_rows > MAX_ROWS_PER_BYTE * size:
         raise ArtifactError(f"{path}: {footer.num_rows} rows, more than its {size} bytes can hold")
     for index in range(footer.num_row_groups):
         if (decoded := footer.row_group(index).total_byte_size) > _MAX_ROW_GROUP_BYTES:

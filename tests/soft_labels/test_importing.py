@@ -1,12 +1,16 @@
 """Tables made elsewhere: accepted whole, refused in one line, row and pair named."""
 
 import json
+import resource
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from label_directories import WORDS, names_of, sample_pairs
 from typer.testing import CliRunner
@@ -194,6 +198,98 @@ def test_a_dialogue_that_stands_twice_is_refused(rows: Rows, tmp_path: Path) -> 
     corpus.write_text("\n".join([*lines, lines[3]]))
     result = run(write(tmp_path / "t.jsonl", rows), tmp_path / "labels", corpus=str(corpus))
     assert f"dialogue {list(value)[3]}, field id: found a second dialogue of this id" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (
+            lambda line: line.replace('{"pair_id": ', '{"pair_id": "x/1/1", "pair_id": ', 1),
+            "key 'pair_id' more than once",
+        ),
+        (lambda line: line.replace('"logits"', '"logit"', 1), "its columns are pair_id, logit"),
+    ],
+)
+def test_keys_of_json_lines_are_named(rows: Rows, tmp_path: Path, alter: Any, message: str) -> None:
+    table = write(tmp_path / "t.jsonl", rows[:1])
+    table.write_text(alter(table.read_text()))
+    assert message in str(run(table, tmp_path / "labels").exception)
+
+
+def test_a_place_that_is_no_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    message = f"{tmp_path}: is a directory, expected a Parquet or JSON-lines table"
+    assert message in str(run(tmp_path, tmp_path / "labels").exception)
+
+
+def test_parquet_names_the_columns_that_are_there_and_takes_decimals(rows: Rows, tmp_path: Path) -> None:
+    frame = pd.DataFrame([{"pair": row["pair_id"], "score": 1.0} for row in rows])
+    frame.to_parquet(tmp_path / "odd.parquet")
+    assert "no column pair_id; its columns are pair, score" in str(
+        run(tmp_path / "odd.parquet", tmp_path / "labels").exception
+    )
+    ids = pa.array([row["pair_id"] for row in rows])
+    for kind in (pa.decimal128(6, 3), pa.float16(), pa.int8()):
+        values = [
+            Decimal(n % 3) if pa.types.is_decimal(kind) else np.float16(n % 3) for n in range(len(rows))
+        ]
+        values = [int(v) for v in values] if pa.types.is_integer(kind) else values
+        columns = {"pair_id": ids, **{word: pa.array(values, kind) for word in WORDS}}
+        pq.write_table(pa.table(columns), tmp_path / f"{kind.id}.parquet")
+        result = run(tmp_path / f"{kind.id}.parquet", tmp_path / f"labels-{kind.id}")
+        assert result.exit_code == 0, result.exception
+
+
+def bomb(kind: str) -> pa.Table:
+    """A table of a few KB whose plain form would take gigabytes."""
+    if kind == "rows":
+        return pa.table({"pair_id": ["d/1/1"] * 1_000_000, **{word: [0.0] * 1_000_000 for word in WORDS}})
+    if kind == "texts":
+        ids = pa.DictionaryArray.from_arrays(np.zeros(8192, dtype=np.int32), ["x" * 1_000_000])
+        return pa.table({"pair_id": ids, **{word: [0.0] * 8192 for word in WORDS}})
+    return pa.table({"pair_id": [f"d/{n}/1" for n in range(64)], "logits": [[0.0] * 100_000] * 64})
+
+
+@pytest.mark.parametrize("kind", ["rows", "texts", "lists"])
+def test_a_small_file_cannot_fill_the_memory(tmp_path: Path, kind: str) -> None:
+    table = tmp_path / "bomb.parquet"
+    pq.write_table(bomb(kind), table, compression="zstd")
+    assert table.stat().st_size < 200_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = run(table, tmp_path / "labels")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024, "KiB"
+    assert isinstance(result.exception, KdecsError) and "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [([0.2, 0.1, 0.1, 0.1, 0.25], 0.25), ([1e-4, 1e-4, 1e-4, 2e-4, 2e-4], 0.9993), ([0.2] * 5, 0.0)],
+)
+def test_what_probabilities_leave_of_1_is_outside_the_answer_words(
+    rows: Rows, tmp_path: Path, given: list[float], share: float
+) -> None:
+    table = write(tmp_path / "t.jsonl", [row | {"logits": given} for row in rows])
+    assert run(table, tmp_path / "labels", "--scores", "probabilities").exit_code == 0
+    shown = CliRunner().invoke(app, ["soft-labels", "show", str(tmp_path / "labels")]).output
+    assert f"probability outside the answer words: {100 * share:.2f}%" in " ".join(shown.split())
+
+
+def test_what_is_outside_logits_is_not_known(rows: Rows, tmp_path: Path) -> None:
+    table = write(tmp_path / "t.jsonl", rows)
+    for name in ("a", "b"):
+        assert run(table, tmp_path / name).exit_code == 0
+    both = [str(tmp_path / name) for name in ("a", "b")]
+    combined = CliRunner().invoke(app, ["soft-labels", "combine", *both, "--output", str(tmp_path / "c")])
+    assert combined.exit_code == 0, combined.exception
+    for name in ("a", "c"):
+        shown = CliRunner().invoke(app, ["soft-labels", "show", str(tmp_path / name)]).output
+        assert "probability outside the answer words: not known" in " ".join(shown.split()), name
+
+
+def test_probabilities_that_add_up_to_more_than_1_are_refused(rows: Rows, tmp_path: Path) -> None:
+    table = write(tmp_path / "t.jsonl", [row | {"logits": [0.9, 0.9, 0.8, 0.8, 0.8]} for row in rows])
+    result = run(table, tmp_path / "labels", "--scores", "probabilities")
+    assert "row 1: the probabilities of the pair" in str(result.exception)
+    assert "add up to 4.2, expected at most 1" in str(result.exception)
 
 
 def test_probabilities_of_zero_are_refused(rows: Rows, tmp_path: Path) -> None:

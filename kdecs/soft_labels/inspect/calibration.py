@@ -18,6 +18,7 @@ import numpy as np
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.errors import LabelError
 from kdecs.evaluation.counts import PairCounts
+from kdecs.soft_labels.format import UNKNOWN_REST_MASS
 from kdecs.soft_labels.scoring import is_causal
 
 SCORES = ("positive_f1", "negative_f1", "macro_f1")
@@ -60,6 +61,7 @@ class LabelSums:
         self.num_pairs = 0
         self._num_causal = 0
         self._rest = 0.0
+        self._num_known = 0  # pairs whose mass of the rest is known
         self._mass_A = np.zeros(len(answer_words))
         self._first_A = np.zeros(len(answer_words), dtype=np.int64)
         self._entropy_T = np.zeros(len(TEMPERATURES))
@@ -68,20 +70,23 @@ class LabelSums:
         """Count a batch."""
         self.num_pairs += len(logits_nA)
         self._num_causal += int(is_causal(logits_nA).sum())
-        self._rest += float(np.exp(log_rest_mass_n.astype(np.float64)).sum())
+        # A combination of labels without it is a rounding error away from the constant.
+        known_n = log_rest_mass_n[log_rest_mass_n > UNKNOWN_REST_MASS + 1].astype(np.float64)
+        self._rest += float(np.exp(known_n).sum())
+        self._num_known += len(known_n)
         self._mass_A += probabilities(logits_nA, 1.0).sum(axis=0)
         self._first_A += np.bincount(logits_nA.argmax(axis=1), minlength=len(self.answer_words))
         for index, temperature in enumerate(TEMPERATURES):
             self._entropy_T[index] += entropies(probabilities(logits_nA, temperature)).sum()
 
     def as_dict(self) -> dict[str, Any]:
-        """Means over the pairs; shares in [0, 1], entropies in nats."""
+        """Means over the pairs; shares in [0, 1], entropies in nats. `rest_mass` is None if it is not known."""
         n = max(1, self.num_pairs)
         words = zip(self.answer_words, self._mass_A, self._first_A, strict=True)
         return {
             "num_pairs": self.num_pairs,
             "share_causal": self._num_causal / n,
-            "rest_mass": self._rest / n,
+            "rest_mass": self._rest / self._num_known if self._num_known else None,
             "max_entropy": float(np.log(len(self.answer_words))),
             "entropy": {str(t): float(e / n) for t, e in zip(TEMPERATURES, self._entropy_T, strict=True)},
             "words": {

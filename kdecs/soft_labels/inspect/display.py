@@ -100,10 +100,10 @@ def _print_split(console: Console, name: str, item: Mapping[str, Any]) -> None:
     console.print(table)
     entropy = ", ".join(f"τ {tau} {value:.3f}" for tau, value in item["entropy"].items())
     console.print(Text(f"entropy, nats (at most {item['max_entropy']:.3f}): {entropy}"))
+    rest = "not known" if item["rest_mass"] is None else f"{100 * item['rest_mass']:.2f}%"
     console.print(
         Text(
-            f"decided as causes: {100 * item['share_causal']:.2f}%; probability outside the answer words: "
-            f"{100 * item['rest_mass']:.2f}%"
+            f"decided as causes: {100 * item['share_causal']:.2f}%; probability outside the answer words: {rest}"
         )
     )
 
