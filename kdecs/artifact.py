@@ -547,18 +547,17 @@ def _in_threads(action: Callable[[_Given], _Made], items: Sequence[_Given]) -> l
         return list(pool.map(action, items))
 
 
-def listed_file(directory: Path, manifest: Manifest, name: str) -> Path:
+def listed_file(directory: Path, manifest: Manifest, name: str, *, remedy: str | None = None) -> Path:
     """The path of a file of an artifact after reading every byte of it, for readers that need this file alone.
 
-    Raises ArtifactError if the manifest does not list the file, or if it is not as the manifest says.
+    Raises ArtifactError, which ends with the remedy, if the manifest does not list the file or says otherwise of it.
     """
+    remedy = remedy or f"run the command that writes {directory} again"
     entry = next((entry for entry in manifest.files if entry.path == name), None)
     if entry is None:
-        raise ArtifactError(
-            f"{directory}: its {MANIFEST_NAME} lists no {name}; run the command that writes the directory again"
-        )
+        raise ArtifactError(f"{directory}: its {MANIFEST_NAME} lists no {name}; {remedy}")
     for fault in file_faults(directory, [entry]):
-        raise ArtifactError(f"{fault}; run the command that writes {directory} again")
+        raise ArtifactError(f"{fault}; {remedy}")
     return directory / name
 
 

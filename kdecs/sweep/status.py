@@ -9,11 +9,14 @@ still be training. `trial_status` holds the one table.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdecs.artifact import is_complete, read_manifest, write_json
+from pydantic import TypeAdapter, ValidationError
+
+from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
 from kdecs.errors import ArtifactError, printable
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import Trial, settings_key, trials_directory
@@ -145,6 +148,10 @@ class TrialResult:
         return self.status == "complete" and self.stage != "search"
 
 
+_RESULTS = TypeAdapter(list[TrialResult])
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
 def selection_metric(config: StudentConfig) -> str:
     """What students are chosen by on validation: macro F1 with spans, or of utterances if the task has no spans."""
     return "utterance_macro_f1" if config.task == "ecpe" else SELECTION_METRIC
@@ -165,11 +172,15 @@ def is_trained(trial: Trial) -> bool:
 def trial_result(trial: Trial, *, is_live: bool, stage: str = "grid") -> TrialResult:
     """Read a trial's files. `is_live`: a process may be training it, so that a note `running` is believed."""
     note = read_note(trial.directory)
-    status = trial_status(note.status if note else None, is_complete=is_trained(trial), is_live=is_live)
+    is_complete = is_trained(trial)
+    status = trial_status(note.status if note else None, is_complete=is_complete, is_live=is_live)
     error = note.error if note and status != "complete" else None
     if note and note.status == "running" and status == "failed":
         error = DIED
-    points = read_points(trial.directory / METRICS_NAME)
+    # A complete student's scores go into the sweep's results, so a changed digit has to be seen here.
+    points = read_points(
+        student_file(trial.directory, METRICS_NAME) if is_complete else trial.directory / METRICS_NAME
+    )
     metric = selection_metric(trial.config)
     point = best_point(points, metric)
     metrics = {
@@ -209,16 +220,28 @@ def write_results(sweep: Path, results: list[TrialResult]) -> None:
 
 
 def read_results(sweep: Path) -> list[TrialResult]:
-    """The trials of a finished sweep. Raises ArtifactError if the sweep is unfinished or damaged."""
-    read_manifest(sweep, "sweep")
+    """The trials of a finished sweep, after checking every file that the sweep's manifest lists.
+
+    Among them are the students' manifests, which `student_file` relies on. Raises ArtifactError if the sweep is
+    unfinished or damaged.
+    """
+    read_verified_manifest(sweep, "sweep")
     path = sweep / TRIALS_NAME
     try:
-        found = [TrialResult(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        found = _RESULTS.validate_json(path.read_bytes())
         results = [replace(result, label=printable(result.label)) for result in found]
-    except (OSError, ValueError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a sweep's trials ({error}); run the sweep again") from None
+    except (OSError, ValidationError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        raise ArtifactError(f"{path}: not a sweep's trials ({reason}); run the sweep again") from None
     if not results:
         raise ArtifactError(f"{path}: no trials, expected at least one")
+    for result in results:
+        # The directories of trials are found by this name.
+        if not _ID.fullmatch(result.id):
+            raise ArtifactError(f"{path}: {result.id!r} is no trial's id; run the sweep again")
     return results
 
 
@@ -228,6 +251,16 @@ def by_settings(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
     for result in (result for result in results if result.is_compared):
         groups.setdefault(settings_key(result.settings), []).append(result)
     return groups
+
+
+def student_file(directory: Path, name: str) -> Path:
+    """A file of a trial's finished student. Raises ArtifactError unless it is as the student's manifest says."""
+    return listed_file(
+        directory,
+        read_manifest(directory, "student"),
+        name,
+        remedy=f"restore the file, or remove {directory} and run the sweep again",
+    )
 
 
 def trial_directory(sweep: Path, result: TrialResult) -> Path:

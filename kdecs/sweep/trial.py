@@ -25,7 +25,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ImportString
 
-from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, read_manifest, write_text
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    file_lock,
+    is_complete,
+    read_manifest,
+    read_verified_manifest,
+    write_text,
+)
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
@@ -233,6 +240,11 @@ class _Attempt:
         """Take the student from the store if it is there. Returns whether it was."""
         source = find_student(self.run.store, digest)
         if source is None or source == self.directory.resolve():
+            return False
+        try:
+            read_verified_manifest(source, "student")
+        except ArtifactError as fault:  # as if it were not there
+            print(f"not taken from {source}: {fault}", flush=True)
             return False
         found = read_note(source) or TrialNote(started=time.time())
         self.note = replace(found, status="running", finished=None, error=None, reused_from=str(source))

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from support import flip_bit, rewrite_manifest
 
-from kdecs.artifact import read_manifest, write_manifest
 from kdecs.config import load_config
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError
@@ -55,15 +55,9 @@ def sweep(finished, asked):
 
 
 def renew_manifest(directory, *more):
-    """Make the manifest agree with the files that it lists, and `more`."""
-    manifest = read_manifest(directory)
-    write_manifest(
-        directory,
-        "student",
-        config_hash=manifest.config_hash,
-        inputs=manifest.inputs,
-        files=[*(entry.path for entry in manifest.files), *more],
-    )
+    """Make a trial's manifest agree with the files that it lists, and `more`, and the sweep's manifest with that."""
+    rewrite_manifest(directory, *more)
+    rewrite_manifest(directory.parents[1])
 
 
 def keep_predictions(sweep):
@@ -120,3 +114,14 @@ def test_a_damaged_student_is_refused(sweep):
         path.write_text(path.read_text().replace("false", "true ", 1))
     with pytest.raises(ArtifactError, match=r"valid-predictions\.jsonl.*sha256"):
         select_student(sweep)
+
+
+def test_predictions_that_selection_kept_are_those_that_it_wrote(sweep):
+    select_student(sweep)
+    (sweep / "selection.json").unlink()
+    path = sorted((sweep / "valid-predictions").iterdir())[0]
+    flip_bit(path, path.read_bytes().index(b"false"))
+    with pytest.raises(ArtifactError, match=r"valid-predictions/.* changed since it was written.*remove it"):
+        select_student(sweep)
+    path.unlink()
+    select_student(sweep)

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from support import flip_bit, rewrite_manifest
 
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample, read_corpus
@@ -10,10 +11,11 @@ from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
 from kdecs.student.predict.predictor import Student
+from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection.choose import COMPARED, print_selection, scores_of_student, select_student
 from kdecs.sweep.selection.model_card import model_card
 from kdecs.sweep.selection.record import SelectionRecord, rank_settings
-from kdecs.sweep.status import read_results
+from kdecs.sweep.status import read_results, trial_directory
 
 
 def test_settings_are_ranked_by_mean_over_seeds(finished):
@@ -106,6 +108,7 @@ def test_a_store_that_mlflow_has_retired_leaves_test_unopened(finished, asked):
     path = finished / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "tracking": {"uri": "file:///data/mlruns"}}))
+    rewrite_manifest(finished)
     with pytest.raises(ConfigError, match="retired"):
         select_student(finished)
     assert asked == [] and not (finished / "selection.json").exists()
@@ -161,4 +164,48 @@ def test_test_opened_for_another_state_is_refused(finished):
 def test_unfinished_sweep_is_refused(finished):
     (finished / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="unfinished"):
+        select_student(finished)
+
+
+def test_a_changed_byte_of_a_sweep_is_refused(finished):
+    """By whatever reads it: the results, a report's curves, a selection's settings and its winner."""
+    winner = trial_directory(finished, max(read_results(finished), key=lambda result: result.score))
+    files = [finished / name for name in ("trials.json", "baselines.json", "config.json")]
+    files += [winner / "manifest.json", winner / "metrics.jsonl", winner / "config.json"]
+    for path in files:
+        before = flip_bit(path)
+        readers = [write_report] if path.name == "metrics.jsonl" else [select_student]
+        readers += [write_report] if path.parent == finished else []
+        for read in readers:
+            with pytest.raises(ArtifactError, match=r"sha256 .* damaged; ") as caught:
+                read(finished)
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        path.write_bytes(before)
+    assert not (finished / "selection.json").exists() and not [*(finished / "report").glob("*")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "../../elsewhere"}, "is no trial's id"),
+        ({"metrics": {"macro_f1": "high"}}, r"0\.metrics\.macro_f1"),
+        ({"seed": None}, r"0\.seed"),
+        ({"settings": []}, r"0\.settings"),
+    ],
+)
+def test_forged_results_are_refused_in_one_line(finished, change, message):
+    path = finished / "trials.json"
+    first, *others = json.loads(path.read_text())
+    path.write_text(json.dumps([first | change, *others]))
+    rewrite_manifest(finished)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        select_student(finished)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_winner_of_no_trial_is_refused(finished):
+    record = select_student(finished).as_json()
+    record["winner"]["id"] = "../../elsewhere"
+    (finished / "selection.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"winner .* is no trial of this sweep"):
         select_student(finished)

@@ -5,9 +5,11 @@ import threading
 
 import pytest
 from fake_trainer import train
+from support import flip_bit
 
 from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, verify_artifact
 from kdecs.config import load_config, write_config
+from kdecs.errors import ArtifactError
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.space import Space
 from kdecs.sweep.status import read_note, trial_result
@@ -181,6 +183,23 @@ def test_a_finished_student_is_found_until_it_is_damaged_or_gone(trial, make_run
     assert find_student(run.store, trial.config_hash) == trial.directory.resolve()
     (trial.directory / "weights.bin").write_bytes(b"cut")
     assert find_student(run.store, trial.config_hash) is None
+
+
+def test_a_student_of_the_same_size_with_another_byte_is_not_taken(trial, make_run, tmp_path):
+    other = copied_trial(trial, tmp_path)
+    run_trial(other, make_run(), lambda metrics: None)
+    flip_bit(other / "weights.bin")
+    note = run_trial(trial.directory, make_run(), lambda metrics: None)
+    assert (note.status, note.reused_from) == ("complete", None), "it was trained anew"
+    assert "weights.bin: sha256" in (trial.directory / "log.txt").read_text()
+
+
+def test_a_changed_score_of_a_finished_student_is_seen(trial, make_run):
+    run_trial(trial.directory, make_run(), lambda metrics: None)
+    path = trial.directory / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"macro_f1": 6', b'"macro_f1": 9', 1))
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl: sha256 .*; restore the file, or remove"):
+        trial_result(trial, is_live=False)
 
 
 def test_a_taken_student_outlives_its_source(trial, make_run, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
+from pydantic import TypeAdapter
 
 from kdecs import __version__
 from kdecs.artifact import read_manifest, write_manifest, write_text
@@ -39,10 +40,11 @@ from kdecs.sweep.selection.record import (
     read_selection,
 )
 from kdecs.sweep.space import TEACHER_KEY
-from kdecs.sweep.status import TrialResult, read_results, trial_directory
+from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
 from kdecs.tables import duration
 from kdecs.tracking.record import METRICS_NAME, read_points
 
+_BASELINES = TypeAdapter(dict[str, dict[str, float]])
 PAGE_NAME = "index.html"
 TABLE_NAME = "table.tex"
 
@@ -133,10 +135,10 @@ def _environment() -> Environment:
 def _baselines(sweep: Path) -> dict[str, dict[str, float]]:
     path = sweep / BASELINES_NAME
     try:
-        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        return _BASELINES.validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not readable ({error}); run the sweep again") from None
-    return found
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path}: not readable ({reason}); run the sweep again") from None
 
 
 def _figures(
@@ -151,7 +153,9 @@ def _figures(
     metric = results[0].metric
     scores = {setting.key: [by_id[i].score for i in setting.trials] for setting in ranked}
     points = {
-        setting.key: [read_points(trial_directory(sweep, by_id[i]) / METRICS_NAME) for i in setting.trials]
+        setting.key: [
+            read_points(student_file(trial_directory(sweep, by_id[i]), METRICS_NAME)) for i in setting.trials
+        ]
         for setting in ranked
     }
     teachers = config.space[TEACHER_KEY].values if TEACHER_KEY in config.space else tuple(config.teachers)
@@ -172,12 +176,11 @@ def _own_scores(sweep: Path, ranked: list[SettingScore]) -> dict[str, float]:
     found: dict[str, float] = {}
     for setting in ranked:
         if setting.teacher and setting.teacher not in found:
-            details = read_manifest(sweep / "trials" / setting.trials[0], "student").details
-            teacher = details.get("teacher")
-            agreement = teacher.get("details", {}).get("agreement") if isinstance(teacher, dict) else None
-            score = ((agreement or {}).get("valid") or {}).get("macro_f1")
-            if score is not None:
-                found[setting.teacher] = float(score)
+            found_there: Any = read_manifest(sweep / "trials" / setting.trials[0], "student").details
+            for key in ("teacher", "details", "agreement", "valid", "macro_f1"):
+                found_there = found_there.get(key) if isinstance(found_there, dict) else None
+            if isinstance(found_there, int | float):
+                found[setting.teacher] = float(found_there)
     return found
 
 

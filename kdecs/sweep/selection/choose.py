@@ -24,6 +24,7 @@ from kdecs.artifact import (
     file_lock,
     read_manifest,
     read_verified_manifest,
+    sha256_of_file,
     write_json,
     write_text,
 )
@@ -49,7 +50,7 @@ from kdecs.sweep.selection.record import (
     rank_settings,
 )
 from kdecs.sweep.space import VARIANT_KEY, Trial
-from kdecs.sweep.status import TrialResult, read_results, trial_directory
+from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
 from kdecs.sweep.tracking import sweep_record, trial_record
 from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
@@ -97,7 +98,12 @@ def select_student(sweep: Path) -> SelectionRecord:
                 f"{sweep / SELECTION_NAME}: the test split was opened on {record.test_opened_at} for another state of "
                 "this sweep; remove the file only if you want to look at test a second time"
             )
-        winner = next(result for result in results if result.id == record.winner.id)
+        winner = next((result for result in results if result.id == record.winner.id), None)
+        if winner is None:
+            raise ArtifactError(
+                f"{sweep / SELECTION_NAME}: its winner {record.winner.id!r} is no trial of this sweep; "
+                "restore the file from a backup"
+            )
         if "runner_up" not in record.model_fields_set:
             record = record.model_copy(update=_comparisons(sweep, results))
         if record.test is None:
@@ -155,7 +161,7 @@ def compare_settings(
     """
     seeds = {result.seed for result in first} & {result.seed for result in second}
     configs = [
-        load_config(StudentConfig, trial_directory(sweep, group[0]) / CONFIG_NAME)
+        load_config(StudentConfig, student_file(trial_directory(sweep, group[0]), CONFIG_NAME))
         for group in (first, second)
     ]
     corpus = read_split(configs[0].corpus, configs[0].corpus.valid)
@@ -185,13 +191,19 @@ def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> 
     from kdecs.student.predict.predictor import Student
 
     directory = trial_directory(sweep, result)
-    path = sweep / VALID_PREDICTIONS_FOLDER / f"{result.id}-{content_checksum(directory)[:8]}.jsonl"
-    if not path.is_file():
+    folder, stem = sweep / VALID_PREDICTIONS_FOLDER, f"{result.id}-{content_checksum(directory)[:8]}"
+    if not (path := next(folder.glob(f"{stem}-*.jsonl"), None)):
         if (kept := _kept_predictions(directory, corpus)) is not None:
             return kept
         student = Student.from_pretrained(directory, device=start_runtime().device)
-        path.parent.mkdir(exist_ok=True)
-        write_predictions(path, student.predict_pairs(corpus).values())
+        folder.mkdir(exist_ok=True)
+        # No manifest covers these files, so each carries the checksum of its content in its name.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+            written = Path(temporary) / stem
+            write_predictions(written, student.predict_pairs(corpus).values())
+            path = written.replace(folder / f"{stem}-{sha256_of_file(written)[:16]}.jsonl")
+    if sha256_of_file(path)[:16] != path.stem.rpartition("-")[2]:
+        raise ArtifactError(f"{path}: changed since it was written, as its name shows; remove it")
     return read_predictions(path, corpus)
 
 
@@ -217,7 +229,7 @@ def _score_on_test(sweep: Path, winner: TrialResult, record: SelectionRecord) ->
     from kdecs.student.predict.predictor import Student
 
     directory = trial_directory(sweep, winner)
-    config = load_config(StudentConfig, directory / CONFIG_NAME)
+    config = load_config(StudentConfig, student_file(directory, CONFIG_NAME))
     if config.corpus.test is None:
         raise ConfigError(
             f"{directory / CONFIG_NAME}: corpus.test is missing, and selection scores the winner on it"
@@ -258,6 +270,7 @@ def _register(
     if not tracker.sync_family(parent, children, now=True):
         return None
     directory = trial_directory(sweep, winner)
+    names = [entry.path for entry in read_verified_manifest(directory, "student").files]
     student = load_config(StudentConfig, directory / CONFIG_NAME)
     card = model_card(sweep, record, student)
     write_text(sweep / CARD_NAME, card)
@@ -268,7 +281,7 @@ def _register(
     with tempfile.TemporaryDirectory() as temporary:
         # Only the files of the manifest are registered, neither checkpoints nor logs.
         copy = Path(temporary) / "student"
-        for name in [*(entry.path for entry in read_manifest(directory, "student").files), MANIFEST_NAME]:
+        for name in [*names, MANIFEST_NAME]:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / name, copy / name)
         return register_student(
@@ -284,7 +297,9 @@ def _register(
 
 def _as_trial(sweep: Path, result: TrialResult) -> Trial:
     directory = trial_directory(sweep, result)
-    config = load_config(StudentConfig, directory / CONFIG_NAME)
+    # A trial that the search has pruned has no manifest.
+    path = student_file(directory, CONFIG_NAME) if result.status == "complete" else directory / CONFIG_NAME
+    config = load_config(StudentConfig, path)
     return Trial(
         id=result.id,
         label=result.label,

@@ -7,6 +7,7 @@ from kdecs import __version__
 from kdecs.artifact import content_checksum, read_manifest
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.selection.record import SelectionRecord
+from kdecs.sweep.space import trials_directory
 
 CARD_NAME = "model-card.md"
 _SCORES = (
@@ -21,7 +22,7 @@ _SCORES = (
 
 def model_card(sweep: Path, record: SelectionRecord, config: StudentConfig) -> str:
     """Markdown from the selection's record and the winner's config. It is published, so it names no local path."""
-    details = read_manifest(sweep / record.winner.directory, "student").details
+    details = read_manifest(trials_directory(sweep) / record.winner.id, "student").details
     test = record.test or {}
     lines = [
         f"# {record.winner.label}",
