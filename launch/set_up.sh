@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs kdecs and what it needs into a virtual environment: launch/set_up.sh VENV. `make setup` calls it.
 #
-# Everything in requirements.lock is checked against its hash. PyTorch is not: which build a machine gets (CPU, or one
-# of several CUDA versions) depends on the index it comes from, and each index has wheels of its own.
-# TORCH_INDEX names another index for PyTorch alone.
+# Everything in requirements.lock is checked against its hash, also what builds a package: nothing is fetched into an
+# isolated build. PyTorch is checked if torch.lock is there (`make lock-torch`): which build a machine gets (CPU, or one
+# of several CUDA versions) depends on the index it comes from, and each index has wheels of its own, so that the hashes
+# of one would refuse all others. TORCH_INDEX names another index for PyTorch alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1/bin/python
@@ -24,9 +25,10 @@ export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
 
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT
+lock_of() { awk -v name="$1==" '/^[^ ]/ { found = index($0, name) == 1 } found' requirements.lock > "$locked"; }
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
-  awk '/^[^ ]/ { found = /^uv==/ } found' requirements.lock > "$locked"
+  lock_of uv
   if "$python" -m pip install --quiet --no-deps --require-hashes --requirement "$locked"; then
     uv=$1/bin/uv
   else
@@ -39,8 +41,15 @@ else
   install() { "$python" -m pip install --quiet "$@"; }
 fi
 
+# DeepSpeed is published as source alone. Its build gets the setuptools of the lock.
+lock_of setuptools
+install --no-deps --require-hashes --requirement "$locked"
 # The lock holds all of their dependencies already, so nothing has to be resolved.
-install --no-deps --require-hashes --requirement requirements.lock
-install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --constraint constraints.txt "$(pin torch)"
+install --no-deps --no-build-isolation --require-hashes --requirement requirements.lock
+if [ -f torch.lock ]; then
+  install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps --require-hashes --requirement torch.lock
+else
+  install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --constraint constraints.txt "$(pin torch)"
+fi
 install --no-deps --no-build-isolation --editable .
 "$python" launch/prepare_extensions.py

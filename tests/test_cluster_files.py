@@ -4,8 +4,10 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -265,6 +267,49 @@ def test_the_mlflow_server_keeps_to_loopback_and_refuses_passwords(tmp_path: Pat
     assert "secret" not in result.stderr
     for line in (CLUSTER / "mlflow" / "mlflow.env.example").read_text().splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Z_]+=\S+", line)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("command", ["make ui", "serve.sh"])
+def test_an_address_that_is_taken_is_named_and_ends_no_service_as_if_all_were_well(
+    tmp_path: Path, command: str
+) -> None:
+    binaries, run = tmp_path / "venv" / "bin", tmp_path / "run"
+    binaries.mkdir(parents=True)
+    run.mkdir()
+    (run / "mlflow.db").touch()
+    (binaries / "python").symlink_to(sys.executable)
+    (binaries / "mlflow").write_text("#!/bin/sh\necho started\n")  # MLflow itself would end with 0 as well
+    (binaries / "mlflow").chmod(0o755)
+    (tmp_path / "venv" / ".complete").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = {
+            "make ui": [
+                "make",
+                "-C",
+                str(ROOT),
+                "ui",
+                f"VENV={tmp_path / 'venv'}",
+                f"RUN={run}",
+                f"PORT={port}",
+            ],
+            "serve.sh": ["bash", str(CLUSTER / "mlflow" / "serve.sh")],
+        }[command]
+        uri = {
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{run / 'mlflow.db'}",
+            "MLFLOW_ARTIFACTS": str(run / "a"),
+        }
+        environment = os.environ | uri | {"MLFLOW_PORT": str(port)}
+        environment["PATH"] = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+
+        def start() -> subprocess.CompletedProcess[str]:
+            return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+        result = start()
+        assert result.returncode != 0 and "started" not in result.stdout
+        assert f"127.0.0.1:{port} is in use" in result.stderr
+    assert "started" in start().stdout
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")

@@ -7,6 +7,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import ROOT
 
+LOCKED_EXTRAS = ("teacher", "sweep", "dev", "postgres")
+
 
 def pins(name: str) -> dict[str, str]:
     """Package -> version, of the lines that pin one."""
@@ -31,7 +33,7 @@ def test_every_locked_file_has_its_hash() -> None:
 def test_what_setup_installs_is_locked_and_allowed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["teacher"], *extras["sweep"], *extras["dev"]]
+    wanted = [*project["dependencies"], *(line for name in LOCKED_EXTRAS for line in extras[name])]
     pinned, locked = pins("constraints.txt"), pins("requirements.lock")
     for requirement in map(Requirement, wanted):
         name = canonicalize_name(requirement.name)
@@ -39,3 +41,18 @@ def test_what_setup_installs_is_locked_and_allowed() -> None:
         assert requirement.specifier.contains(pinned[name]), (
             f"{requirement}: constraints.txt has {pinned[name]}"
         )
+
+
+def test_what_builds_kdecs_is_pinned_and_no_build_fetches_anything() -> None:
+    [builder] = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert builder == f"setuptools=={pins('requirements.lock')['setuptools']}"
+    installs = re.findall(r"(?m)^ *install (.*)$", (ROOT / "launch" / "set_up.sh").read_text())
+    builds = [line for line in installs if "requirements.lock" in line or "--editable" in line]
+    assert len(builds) == 2 and all("--no-build-isolation" in line for line in builds)
+    assert "pip install" not in (ROOT / "Makefile").read_text()
+
+
+def test_workflows_name_actions_by_commit() -> None:
+    for path in (ROOT / ".github" / "workflows").iterdir():
+        uses = re.findall(r"uses: *(\S+)", path.read_text())
+        assert uses and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", name) for name in uses), path

@@ -16,6 +16,12 @@ if [[ $uri =~ ://[^/@]*:[^/@]*@ ]]; then
     echo "MLFLOW_BACKEND_STORE_URI holds a password: put it into ~/.pgpass (mode 600) instead" >&2
     exit 1
 fi
+port=${MLFLOW_PORT:-5000}
+# MLflow itself ends with exit code 0 if it cannot listen, which looks like a clean end to whoever started it.
+if ! python -c 'import socket, sys; socket.create_server(("127.0.0.1", int(sys.argv[1])))' "$port" 2>/dev/null; then
+    echo "127.0.0.1:$port is in use: end the server that listens there, or set MLFLOW_PORT" >&2
+    exit 1
+fi
 mkdir -p "$artifacts"
-exec mlflow server --host 127.0.0.1 --port "${MLFLOW_PORT:-5000}" --workers 2 \
+exec mlflow server --host 127.0.0.1 --port "$port" --workers 2 \
     --backend-store-uri "$uri" --artifacts-destination "$artifacts"
