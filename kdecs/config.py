@@ -228,6 +228,44 @@ def input_checksums(**paths: Path | str | None) -> dict[str, str]:
     return {name: _checksum(path) for name, path in paths.items() if path is not None}
 
 
+def outputs_and_inputs(config: Config) -> tuple[dict[str, Path], list[Path]]:
+    """The paths that a config names: the places that are written, by dotted key, and what is read. No hub names."""
+    outputs: dict[str, Path] = {}
+    inputs: list[Path] = []
+
+    def collect(value: Any, marks: list[Any], key: str) -> None:
+        if isinstance(value, Config):
+            for name, field in type(value).model_fields.items():
+                inner = [*field.metadata, *_marks(field.annotation)]
+                collect(getattr(value, name), inner, f"{key}.{name}".lstrip("."))
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                collect(item, marks, f"{key}.{name}")
+        elif isinstance(value, tuple | list):
+            for item in value:
+                collect(item, marks, key)
+        elif isinstance(value, str | Path) and Path(value).is_absolute():
+            validators = [mark.func for mark in marks if isinstance(mark, AfterValidator)]
+            if _local_or_hub in validators or (_absolute in validators and not _is_unhashed(marks)):
+                inputs.append(Path(value))
+            elif _absolute in validators:
+                outputs[key] = Path(value)
+
+    collect(config, [], "")
+    return outputs, inputs
+
+
+def _is_unhashed(marks: Iterable[Any]) -> bool:
+    return any(isinstance(mark, Unhashed) for mark in marks)
+
+
+def _marks(annotation: Any) -> Iterator[Any]:
+    """All that `Annotated` says in a type, of its members too."""
+    yield from getattr(annotation, "__metadata__", ())
+    for member in get_args(annotation):
+        yield from _marks(member)
+
+
 def _over_default(default: Any, given: Any) -> Any:
     """What is given for a group, over the default of the group in its place; anything else as it is given."""
     if not isinstance(default, Config) or not isinstance(given, dict):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from kdecs.artifact import MANIFEST_NAME, atomic_path, kind_of
+from kdecs.config import Config, outputs_and_inputs
 from kdecs.errors import OutputError
 
 STANDARD_STREAM = Path("-")
@@ -81,6 +82,14 @@ def refuse_inputs(
                 raise OutputError(
                     f"{output}: holds {source}, which is an input and might be overwritten; choose another output"
                 )
+
+
+def refuse_overlaps(config: Config, *, may_hold: bool = False) -> None:
+    """Raise OutputError if a place that a config writes is, holds or lies in one that it reads (`refuse_inputs`)."""
+    outputs, inputs = outputs_and_inputs(config)
+    for key, output in outputs.items():
+        # Other places than the output, such as a cache, get files of names that nothing else has.
+        refuse_inputs(output, inputs, is_directory=True, may_hold=may_hold or key != "output")
 
 
 def _state(path: Path, descriptor: int) -> os.stat_result | None:

@@ -30,6 +30,7 @@ from kdecs.errors import (
     explain_os_error,
     printable,
 )
+from kdecs.output import refuse_overlaps
 
 ERROR_PREFIX = "kdecs: error: "
 
@@ -60,9 +61,14 @@ def is_main_rank() -> bool:
 
 
 def stage_config(model: type[AnyConfig], stage: str, description: str, examples: str) -> AnyConfig:
-    """The resolved config of an entry that takes `--config CONFIG [--set KEY=VALUE …]` alone."""
+    """The resolved config of an entry that takes `--config CONFIG [--set KEY=VALUE …]` alone.
+
+    Raises ConfigError, and OutputError if the config would write over what it reads.
+    """
     arguments = stage_parser(stage, description, examples).parse_args()
-    return load_config(model, find_config(stage, arguments.config), arguments.overrides)
+    config = load_config(model, find_config(stage, arguments.config), arguments.overrides)
+    refuse_overlaps(config)
+    return config
 
 
 def stage_parser(

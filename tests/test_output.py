@@ -1,6 +1,7 @@
 """Where a command may write: inputs are refused under any name, and only files are ever replaced."""
 
 import contextlib
+import importlib
 import io
 import os
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from support import child_environment
 
+from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import OutputError
 from kdecs.output import is_standard_output, open_output, refuse_inputs
 
@@ -86,6 +88,37 @@ def test_a_sweep_may_hold_its_teachers_but_not_among_its_trials(places):
     (places / "out" / "trials" / "a").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"holds .*trials/a"):
         refuse_inputs(places / "out", [places / "out" / "trials" / "a"], is_directory=True, may_hold=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "values"),
+    [
+        ("train_student", {"output": "also-base", "cache": "cache"}),
+        ("train_student", {"output": "base/student", "cache": "cache"}),
+        ("train_student", {"output": ".", "cache": "/nowhere"}),
+        ("train_student", {"output": "out", "cache": "base/onnx"}),
+        ("train_teacher", {"output": "base"}),
+        ("train_mrc", {"output": "base/onnx"}),
+        ("export_soft_labels", {"output": "also-base/labels", "teacher": "base"}),
+        ("cross_fit", {"output": "out", "work": "base/onnx"}),
+        ("cross_fit", {"output": "base"}),
+    ],
+)
+def test_each_stage_refuses_to_write_where_it_reads(places, monkeypatch, entry, values):
+    """Before anything else: the base here is no model at all."""
+    configs = {"train_mrc": "minilm", "export_soft_labels": "smollm2-135m", "cross_fit": "tiny"}
+    model = {"export_soft_labels": "base", "cross_fit": "teacher.model.base"}.get(entry, "model.base")
+    places_of = {key: str(places / value) for key, value in values.items()} | {model: str(places / "base")}
+    places_of |= {f"corpus.{split}": str(bundled_sample(split)) for split in ("train", "valid")}
+    if entry != "train_teacher":
+        places_of["corpus.test"] = str(bundled_sample("test"))
+    settings = [part for key, value in places_of.items() for part in ("--set", f"{key}={value}")]
+    default = "minilm-kd" if entry == "train_student" else "roberta-base"
+    monkeypatch.setattr(sys, "argv", [entry, "--config", configs.get(entry, default), *settings])
+    before = sorted(places.rglob("*"))
+    with pytest.raises(OutputError, match=r"base.*choose another output"):
+        importlib.import_module(f"kdecs.launch.{entry}").main()
+    assert sorted(places.rglob("*")) == before
 
 
 @pytest.mark.parametrize("is_link", [False, True])

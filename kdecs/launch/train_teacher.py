@@ -5,6 +5,7 @@ The same command resumes after any stop.
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash, find_config, load_config
+from kdecs.output import refuse_overlaps
 from kdecs.process import is_main_rank, launched_rank, run_entry, say_skipped, stage_parser
 from kdecs.teacher.config import TeacherConfig
 
@@ -23,6 +24,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = load_config(TeacherConfig, find_config("teacher", arguments.config), arguments.overrides)
+    refuse_overlaps(config)
     if arguments.dry_run:
         from kdecs.teacher.plan.planning import dry_run
 

@@ -28,6 +28,7 @@ from kdecs.config import CONFIG_NAME, input_checksums, load_config, write_config
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
 from kdecs.evaluation.metrics import rule_scores
+from kdecs.output import refuse_overlaps
 from kdecs.process import StopSignal, last_error, run_child
 from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import BASELINES_NAME, SweepConfig
@@ -135,6 +136,9 @@ def run_sweep(
 
 def _refuse_other_sweep(config: SweepConfig, search: Search) -> str:
     """Raise ArtifactError if the output holds another sweep or another search, else return the sweep's digest."""
+    # A sweep may hold its teachers' labels; a trial, whose config has the base and the corpus too, holds no input.
+    refuse_overlaps(config, may_hold=True)
+    refuse_overlaps((search.stage().trials or (search.example,))[0].config)
     search.refuse_other_search()
     digest = search.digest()
     check_output(

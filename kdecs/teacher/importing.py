@@ -24,6 +24,7 @@ from kdecs.corpus.splits import read_split
 from kdecs.errors import ConfigError, CorpusError, ModelError
 from kdecs.evaluation.counts import PairCounts
 from kdecs.models import first_line
+from kdecs.output import refuse_inputs, refuse_overlaps
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import EncodedPrompt, Family, make_family
@@ -66,6 +67,8 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
     """
     values = adapter_values(wanted.adapter)
     config = _config(wanted, values)
+    refuse_overlaps(config)
+    refuse_inputs(wanted.output, [wanted.adapter], is_directory=True)
     work_hash = _work_hash(wanted, config)
     # A second start returns at once, without loading the base.
     if is_complete(wanted.output, "teacher", work_hash):

@@ -174,13 +174,13 @@ def test_a_table_in_its_own_output_is_left_alone(rows: Rows, tmp_path: Path) -> 
     table = write(tmp_path / "labels" / "shard-00000.parquet", rows)
     before = table.read_bytes()
     assert run(write(tmp_path / "other.parquet", rows), tmp_path / "other").exit_code == 0
-    assert "is inside the output" in str(run(table, tmp_path / "labels").exception)
+    assert "which is an input and might be overwritten" in str(run(table, tmp_path / "labels").exception)
     elsewhere = write(tmp_path / "table.parquet", rows)
     assert "holds shard-00000.parquet but no record of the work" in str(
         run(elsewhere, tmp_path / "labels").exception
     )
     shutil.copy(tmp_path / "other" / "config.json", tmp_path / "labels")
-    assert "is inside the output" in str(run(table, tmp_path / "labels").exception)
+    assert "which is an input and might be overwritten" in str(run(table, tmp_path / "labels").exception)
     assert table.read_bytes() == before
 
 

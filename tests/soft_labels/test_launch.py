@@ -99,9 +99,11 @@ def test_a_damaged_copy_without_working_files_is_mended(
 
 
 def test_refusals_are_one_line(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     for changes, message in (
         ({"num_shards": 3}, "holds a finished soft-labels directory of another config"),
-        ({"teacher": str(tmp_path), "output": str(tmp_path / "o")}, "no manifest.json"),
+        ({"teacher": str(tmp_path / "empty"), "output": str(tmp_path / "o")}, "no manifest.json"),
+        ({"teacher": str(teacher), "output": str(teacher / "o")}, "which is an input and must not change"),
         ({"shards": 3}, "shards: unknown key; known here: allow_other_corpus"),
     ):
         process = start(

@@ -26,6 +26,7 @@ from kdecs.artifact import Manifest
 from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.errors import LabelError
+from kdecs.output import refuse_overlaps
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import CombineConfig, CombineRule
 from kdecs.soft_labels.derive.write import LabelDirectory, check_label_output
@@ -43,6 +44,7 @@ def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
     the first directory. Raises LabelError naming the first pair that a directory lacks, ArtifactError for a damaged
     directory or an output of other work, and CorpusError for the training corpus.
     """
+    refuse_overlaps(config)
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
     # Refused now rather than after minutes of joining; `LabelDirectory` checks it again when it begins to write.

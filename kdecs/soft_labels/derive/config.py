@@ -82,7 +82,7 @@ class CrossFitConfig(Config):
     method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
     name: Name
     output: OutputPath
-    work: Annotated[Path | None, Unhashed()] = Field(
+    work: Annotated[OutputPath | None, Unhashed()] = Field(
         default=None,
         description="folds, their teachers and exports; null: next to the output, with .folds added",
     )

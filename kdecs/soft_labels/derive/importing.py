@@ -38,6 +38,7 @@ from kdecs.corpus.checking import RepeatedKeys, is_unicode, shorten
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.corpus.reading import iter_dialogues
 from kdecs.errors import LabelError
+from kdecs.output import refuse_overlaps
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import ImportConfig
 from kdecs.soft_labels.derive.write import LabelDirectory, check_label_output
@@ -66,11 +67,7 @@ def import_labels(config: ImportConfig) -> Manifest:
     finite, a pair that occurs twice, that no corpus has (unless such rows are left out) or that the table lacks;
     CorpusError, ArtifactError.
     """
-    table_path, output = config.table.resolve(), config.output.resolve()
-    if table_path.parent == output and table_path.match("shard-*.parquet"):  # it would be written over
-        raise LabelError(
-            f"{config.table}: is inside the output {config.output}, which would overwrite it; choose another output"
-        )
+    refuse_overlaps(config)
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
         return finished
     # Refused now rather than after the table was read; the directory itself is begun only when all rows are checked.
