@@ -25,9 +25,11 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
@@ -184,6 +186,11 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
+
+
+def scratch_folder(name: str) -> AbstractContextManager[Path]:
+    """`temporary_folder` in the system's directory for temporary files; `name` says what it is for."""
+    return temporary_folder(Path(tempfile.gettempdir(), f"kdecs-{name}"))
 
 
 def temporary_path(path: Path) -> Path:

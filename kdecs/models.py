@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from kdecs.artifact import MANIFEST_NAME, read_verified_manifest
+from kdecs.artifact import MANIFEST_NAME, install_files, read_verified_manifest, temporary_folder
 from kdecs.errors import KdecsError, ModelError
 
 _MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizer.json has some 40 MB
@@ -267,12 +267,16 @@ def refusing(message: str, reference: str | Path | None = None) -> Iterator[None
         raise ModelError(f"{message}: {first_line(error)}") from error
 
 
-def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write weights, config and tokenizer into a folder, which is made if missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_pretrained(parts: Sequence[Any], folder: Path, **options: Any) -> list[str]:
+    """Write models, tokenizers and configs into a folder as Transformers does; returns the names of the files.
+
+    The folder is made if missing. Each file appears complete, with the mode that the umask gives.
+    """
+    with temporary_folder(folder / "saved") as made:
+        with _quiet():
+            for part in parts:
+                part.save_pretrained(str(made), **options)
+        return install_files(made, folder)
 
 
 @contextlib.contextmanager

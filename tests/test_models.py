@@ -2,7 +2,9 @@
 
 import builtins
 import json
+import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -256,3 +258,24 @@ def test_what_cannot_be_loaded_is_one_line_and_the_noise_comes_back(tmp_path):
             load_pretrained(transformers.AutoModelForCausalLM, reference, "causal")
         assert "\n" not in str(caught.value)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_is_saved_is_whole_and_has_the_mode_of_other_files(
+    encoder: Path, tmp_path: Path, umask: int
+) -> None:
+    """safetensors makes files that their owner alone may read, in whichever way it likes."""
+    from kdecs.models import save_pretrained
+
+    parts = [load(encoder), transformers.AutoTokenizer.from_pretrained(encoder)]
+    (tmp_path / "model").mkdir()
+    leftover = tmp_path / "model" / ".saved.0123456789abcdef.tmp"
+    leftover.mkdir()
+    before = os.umask(umask)
+    try:
+        names = save_pretrained(parts, tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert files == dict.fromkeys(names, 0o666 & ~umask)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)

@@ -135,7 +135,8 @@ def stats(
     """Count dialogues, utterances, rows of fold 1, all pairs and emotions (the paper's Tables 1 and 2)."""
     from kdecs.corpus.reading import check_file, read_table
     from kdecs.corpus.schema import FINE_TO_COARSE, NO_TABLE, map_corpus
-    from kdecs.corpus.statistics import statistics_of
+    from kdecs.corpus.statistics import PLOT_NAMES, statistics_of
+    from kdecs.output import refuse_inputs
 
     if tokenizer and not plots:
         raise typer.BadParameter("--tokenizer has an effect on figures only; add --plots DIR")
@@ -143,6 +144,10 @@ def stats(
         raise typer.BadParameter(
             "--drop-cross-split needs at least two files: the training file first, then the other splits"
         )
+    if plots:
+        refuse_inputs(plots, [], is_directory=True)
+        for name in PLOT_NAMES:
+            refuse_inputs(plots / name, files)
     mapping = read_table(table) if table else FINE_TO_COARSE
     known = mapping if table else NO_TABLE
     checked = [check_file(file, label_set=labels, table=known) for file in files]
@@ -192,7 +197,9 @@ def pairs(
     from kdecs.corpus.pairs import pairs_of
     from kdecs.corpus.reading import read_corpus, read_table
     from kdecs.corpus.schema import NO_TABLE, map_corpus
+    from kdecs.output import STANDARD_STREAM, refuse_inputs
 
+    refuse_inputs(STANDARD_STREAM, [file, table])
     mapping = read_table(table) if table else NO_TABLE
     corpus = map_corpus(read_corpus(file, label_set=labels, part=part, table=mapping), mapping)
     for dialogue in corpus.dialogues:

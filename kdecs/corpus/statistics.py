@@ -20,6 +20,8 @@ from kdecs.errors import DependencyError
 # Causes farther back than this share the last bar.
 _FAR = 10
 _NUM_BINS = 40
+PLOT_NAMES = ("emotions.png", "cause_distance.png", "prompt_lengths.png")
+"""The files that `write_plots` writes."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _student_text(pair: Pair, mask: str, separator: str) -> str:
 
 
 def write_plots(corpora: Sequence[Corpus], directory: Path, tokenizer: Any = None) -> list[Path]:
-    """Write emotions.png, cause_distance.png and prompt_lengths.png; returns their paths.
+    """Write PLOT_NAMES into a directory; returns their paths.
 
     Prompts are counted in words, or in the tokens of a Transformers tokenizer.
     Raises DependencyError if matplotlib is missing.
@@ -134,13 +136,13 @@ def write_plots(corpora: Sequence[Corpus], directory: Path, tokenizer: Any = Non
             'figures need matplotlib, which is not installed; run: pip install "kdecs[sweep]"'
         ) from None
     named = dict(zip(display_names([corpus.path for corpus in corpora]), corpora, strict=True))
-    drawings: dict[str, Callable[[Any, Mapping[str, Corpus]], None]] = {
-        "emotions.png": _draw_emotions,
-        "cause_distance.png": _draw_distances,
-        "prompt_lengths.png": partial(_draw_prompt_lengths, tokenizer=tokenizer),
-    }
+    drawings: tuple[Callable[[Any, Mapping[str, Corpus]], None], ...] = (
+        _draw_emotions,
+        _draw_distances,
+        partial(_draw_prompt_lengths, tokenizer=tokenizer),
+    )
     written = []
-    for name, draw in drawings.items():
+    for name, draw in zip(PLOT_NAMES, drawings, strict=True):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         draw(figure.subplots(), named)
         with atomic_path(directory / name) as temporary:

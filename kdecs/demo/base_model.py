@@ -37,6 +37,7 @@ from kdecs.corpus.schema import KNOWN_EMOTIONS, Dialogue
 from kdecs.corpus.splits import training_split
 from kdecs.demo.config import BaseModelConfig
 from kdecs.errors import TrainingError
+from kdecs.models import save_pretrained
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, seed_everything
 from kdecs.training.loop import GuardedSteps
@@ -244,8 +245,7 @@ def _save(
     output = config.output
     output.mkdir(parents=True, exist_ok=True)
     write_config(config, output)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_pretrained([model, tokenizer], output)
     write_manifest(
         output,
         "base-model",

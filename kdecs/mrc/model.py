@@ -137,7 +137,7 @@ class MrcCard(BaseModel):
 
 def save_reader(directory: Path, reader: Any, tokenizer: Any, card: MrcCard) -> None:
     """Write weights, tokenizer and card into a directory, without config, metrics and manifest."""
-    save_pretrained(reader, tokenizer, directory / MODEL_FOLDER)
+    save_pretrained([reader, tokenizer], directory / MODEL_FOLDER)
     write_json(directory / CARD_NAME, card.model_dump(mode="json"))
 
 

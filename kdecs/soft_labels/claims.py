@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kdecs.artifact import Kind, Manifest, check_output, content_checksum, fsync
+from kdecs.artifact import Kind, Manifest, check_output, content_checksum, fsync, temporary_path
 from kdecs.config import CONFIG_NAME, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
@@ -121,11 +121,6 @@ def _read_job(path: Path) -> dict[str, object] | None:
     if not isinstance(found, dict):
         raise ArtifactError(f"{path}: not a JSON object; remove the directory and export again")
     return found
-
-
-def temporary_path(path: Path) -> Path:
-    """A new name beside a file, for bytes that may become that file; `remove_temporaries` knows the pattern."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def publish(temporary: Path, path: Path) -> bool:

@@ -58,20 +58,29 @@ def show(
 
     kdecs soft-labels show runs/labels/llama-7b --corpus data/dailydialog_train.json --json
     """
+    import contextlib
+
+    from kdecs.output import is_standard_output, open_output, refuse_inputs
     from kdecs.soft_labels.inspect.display import print_labels, write_reliability
     from kdecs.soft_labels.inspect.show import describe
 
-    found = describe(directory, corpus or [], universe=universe, cache_dir=cache)
-    if output is not None and not found["gold"]:
-        raise typer.BadParameter(
-            "the plot compares labels with gold: pass --corpus FILE", param_hint="--output"
-        )
+    if output is not None:
+        refuse_inputs(output, [directory, *(corpus or [])])
+    with open_output(output) if output else contextlib.nullcontext() as plot:
+        found = describe(directory, corpus or [], universe=universe, cache_dir=cache)
+        if plot is not None:
+            if not found["gold"]:
+                raise typer.BadParameter(
+                    "the plot compares labels with gold: pass --corpus FILE", param_hint="--output"
+                )
+            write_reliability(found["gold"], plot)
+    if is_standard_output(output):
+        return
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         print_labels(found)
     if output is not None:
-        write_reliability(found["gold"], output)
         typer.echo(f"reliability plot: {output}", err=as_json)
 
 
@@ -109,16 +118,15 @@ def combine(
 
     kdecs soft-labels combine labels/a labels/b --rule gold-correct --train train.json --output labels/c
     """
-    import tempfile
-
+    from kdecs.artifact import scratch_folder
     from kdecs.config import parse_config
     from kdecs.soft_labels.derive.combine import combine as run
     from kdecs.soft_labels.derive.config import CombineConfig
 
     values = {"labels": labels, "weights": weight or [], "rule": rule, "train": train, "output": output}
     config = parse_config(CombineConfig, values, source="soft-labels combine")
-    with tempfile.TemporaryDirectory(prefix="kdecs-combine-") as scratch:
-        manifest = run(config, cache_dir=cache or Path(scratch))
+    with scratch_folder("labels") as scratch:
+        manifest = run(config, cache_dir=cache or scratch)
     num_pairs = sum(manifest.details["num_pairs"].values())
     say(f"soft labels {output.name}: {num_pairs:,} pairs of {len(labels)} teachers by {rule}: {output}")
 

@@ -22,6 +22,7 @@ from kdecs.artifact import (
     read_manifest,
     save_manifest,
     sha256_of_file,
+    temporary_path,
 )
 from kdecs.config import config_hash, input_checksums
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
@@ -39,7 +40,6 @@ from kdecs.soft_labels.claims import (
     open_job,
     publish,
     remove_temporaries,
-    temporary_path,
 )
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.format import (

@@ -231,9 +231,6 @@ def join_shards(path: Path, directory: Path) -> JoinRecord:
     manifest = read_verified_manifest(directory, "soft-labels")
     # The old record goes before the file that it describes, so that no kill leaves it beside another file.
     path.with_suffix(".json").unlink(missing_ok=True)
-    # Temporary files of a reader that was killed. No other reader is at work: this one holds the lock.
-    for leftover in path.parent.glob(f".{path.stem}.*"):
-        leftover.unlink(missing_ok=True)
     columns, starts = _sorted_columns(directory, manifest)
     try:
         with atomic_path(path) as temporary:

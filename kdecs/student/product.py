@@ -93,7 +93,7 @@ class StudentCard(BaseModel):
 
 def save_student(directory: Path, model: StudentModel, tokenizer: Any, card: StudentCard) -> None:
     """Write weights, tokenizer and card into a directory, without config, metrics and manifest."""
-    save_pretrained(model.language_model, tokenizer, directory / MODEL_FOLDER)
+    save_pretrained([model.language_model, tokenizer], directory / MODEL_FOLDER)
     with atomic_path(directory / HEADS_NAME) as temporary:
         save_file(_head_tensors(model), temporary)
     write_json(directory / CARD_NAME, card.model_dump(mode="json"))

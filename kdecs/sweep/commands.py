@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kdecs.artifact import read_manifest
+from kdecs.artifact import check_sizes, read_manifest
 from kdecs.errors import ArtifactError, DependencyError
 from kdecs.process import say
 from kdecs.sweep.config import REPORT_FOLDER
@@ -32,6 +32,8 @@ def write_report_of(sweep: Path) -> Path:
 def is_report_of(sweep: Path, digest: str) -> bool:
     """Whether the sweep's directory holds a complete report of its present state."""
     try:
-        return read_manifest(sweep / REPORT_FOLDER, "report").inputs.get("sweep") == digest
+        manifest = read_manifest(sweep / REPORT_FOLDER, "report")
+        check_sizes(sweep / REPORT_FOLDER, manifest)
+        return manifest.inputs.get("sweep") == digest
     except ArtifactError:
         return False

@@ -28,9 +28,12 @@ from pydantic import BaseModel, ConfigDict, ImportString
 from kdecs.artifact import (
     MANIFEST_NAME,
     file_lock,
+    fsync,
     is_complete,
     read_manifest,
     read_verified_manifest,
+    remove_leftovers,
+    temporary_path,
     write_text,
 )
 from kdecs.config import CONFIG_NAME, config_hash, load_config
@@ -288,13 +291,13 @@ def find_student(store: Path, digest: str) -> Path | None:
 
 
 def add_student(store: Path, digest: str, directory: Path) -> None:
-    """Link to a finished student. A link that leads nowhere is replaced."""
+    """Link to a finished student, under its `training_lock`. A link that leads nowhere is replaced."""
     if find_student(store, digest):
         return
     store.mkdir(parents=True, exist_ok=True)
     # In one step, because another sweep may look for the link at any moment.
-    temporary = store / f".{digest}.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
+    temporary = store / f".{digest}.link"
+    temporary.unlink(missing_ok=True)  # of a process that was killed
     temporary.symlink_to(os.path.relpath(directory, store))
     os.replace(temporary, store / digest)
 
@@ -306,13 +309,16 @@ def take_student(source: Path, target: Path) -> None:
     for name in [*(entry.path for entry in read_manifest(source, "student").files), MANIFEST_NAME]:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
+        remove_leftovers(place)
+        temporary = temporary_path(place)
         try:
             os.link(source / name, temporary)
         except OSError:  # another file system, or one without hard links
             shutil.copyfile(source / name, temporary)
+            fsync(temporary)
         os.replace(temporary, place)
+        # A rename does nothing where both names are links to one file, as after an attempt that was killed.
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -363,7 +369,7 @@ def _output_to(path: Path) -> Iterator[None]:
     try:
         with (
             # By the line: a process that is killed must leave what it has printed.
-            os.fdopen(os.dup(1), "w", buffering=1) as out,
+            os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as out,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),
         ):

@@ -5,6 +5,7 @@ Only safetensors and JSON files of the adapter are read; a pickled one (adapter_
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,21 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kdecs.artifact import Manifest, check_output, is_complete, read_manifest, write_json, write_manifest
+from kdecs.artifact import (
+    Manifest,
+    atomic_path,
+    check_output,
+    is_complete,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from kdecs.config import config_hash, input_checksums, parse_config, write_config
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ConfigError, CorpusError, ModelError
 from kdecs.evaluation.counts import PairCounts
-from kdecs.models import first_line
+from kdecs.models import first_line, save_pretrained
 from kdecs.output import refuse_inputs, refuse_overlaps
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
@@ -191,14 +200,12 @@ def _write(
 ) -> Manifest:
     output = wanted.output
     output.mkdir(parents=True, exist_ok=True)
-    weights = (wanted.adapter / ADAPTER_FILE).read_bytes()
-    (output / ADAPTER_FILE).write_bytes(weights)
+    with atomic_path(output / ADAPTER_FILE) as temporary:
+        shutil.copyfile(wanted.adapter / ADAPTER_FILE, temporary)
     # As kdecs loads it, so that other tools follow none of the places that the original may have named.
     write_json(output / ADAPTER_CONFIG, {**values, "base_model_name_or_path": config.model.base})
     write_config(config, output)
-    saved = [Path(path) for path in family.tokenizer.save_pretrained(output)]
-    tokenizer_files = [path.relative_to(output).as_posix() for path in saved if path.is_file()]
-    names = [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", *tokenizer_files]
+    names = [ADAPTER_FILE, ADAPTER_CONFIG, "config.json", *save_pretrained([family.tokenizer], output)]
     # Without them, an export needs allow_other_corpus: nothing proves that the splits are those of the adapter.
     corpora = {"corpus_train": wanted.train, "corpus_valid": wanted.valid} if wanted.is_of_corpus else {}
     return write_manifest(

@@ -38,7 +38,7 @@ from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, teacher_prompt
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ArtifactError, ModelError, TrainingError
-from kdecs.models import read_settings, refusing
+from kdecs.models import read_settings, refusing, save_pretrained
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family, make_family
@@ -122,10 +122,8 @@ def install_product(source: Path, names: Sequence[str], family: Family, output: 
         # A copy: the checkpoint stays whole if this is interrupted.
         with atomic_path(output / name) as temporary:
             shutil.copyfile(source / name, temporary)
-    tokenizer_files = family.tokenizer.save_pretrained(folder)
-    return [*names] + [
-        Path(path).relative_to(output).as_posix() for path in tokenizer_files if Path(path).is_file()
-    ]
+    tokenizer_files = save_pretrained([family.tokenizer], folder)
+    return [*names, *((folder / name).relative_to(output).as_posix() for name in tokenizer_files)]
 
 
 def check_adapter(tensors: Mapping[str, Tensor], directory: Path) -> None:
@@ -235,7 +233,7 @@ def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_s
     peft_config = model.peft_config["default"]
     # In the file it makes an adapter load frozen; in memory it is reset, since the training may continue.
     peft_config.inference_mode = True
-    peft_config.save_pretrained(str(directory))
+    save_pretrained([peft_config], directory)
     peft_config.inference_mode = False
 
 
@@ -255,7 +253,7 @@ def _save_model(model: nn.Module, directory: Path, runtime: Runtime, *, zero_sta
     # The training switched it off (`start_engine`), but a saved model should generate at full speed.
     use_cache, model.config.use_cache = model.config.use_cache, True
     # Keep the names: a model that was loaded partitioned would undo the renaming of old checkpoints (LayerNorm.gamma).
-    model.save_pretrained(str(directory), state_dict=tensors, save_original_format=False)
+    save_pretrained([model], directory, state_dict=tensors, save_original_format=False)
     model.config.use_cache = use_cache
     _check_written(tensors, directory)
 

@@ -26,7 +26,15 @@ from typing import Any
 
 import torch
 
-from kdecs.artifact import FileEntry, atomic_path, file_entries, file_faults, fsync
+from kdecs.artifact import (
+    FileEntry,
+    atomic_path,
+    file_entries,
+    file_faults,
+    fsync,
+    remove_leftovers,
+    write_text,
+)
 from kdecs.errors import ArtifactError
 from kdecs.tracking.record import METRICS_NAME, read_points
 
@@ -140,15 +148,15 @@ def _sha256_of(value: Any) -> str:
 
 
 def remove_checkpoint(output: Path) -> None:
-    """Remove the checkpoint of a finished training."""
+    """Remove the checkpoint of a finished training, and what killed processes left of one."""
+    remove_leftovers(output / CHECKPOINT_NAME)
     (output / CHECKPOINT_NAME).unlink(missing_ok=True)
 
 
 def write_metrics(output: Path, history: list[dict[str, float]]) -> None:
     """Replace `metrics.jsonl` by the epochs so far."""
     lines = "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in history)
-    with atomic_path(output / METRICS_NAME) as temporary:
-        temporary.write_text(lines, encoding="utf-8")
+    write_text(output / METRICS_NAME, lines)
 
 
 def restore_metrics(output: Path, config_hash: str) -> None:

@@ -1,6 +1,7 @@
 """The report: its figures with their data, tables, sections by what a sweep tried."""
 
 import csv
+import os
 import re
 import shutil
 
@@ -8,8 +9,10 @@ import matplotlib as mpl
 import pytest
 from matplotlib.text import Text
 from scipy import stats
+from support import Killed
 
-from kdecs.artifact import verify_artifact
+from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.sweep.commands import is_report_of
 from kdecs.sweep.report.figures import figure_label
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.report.study_figures import pooled_sd
@@ -47,6 +50,35 @@ def test_report_has_its_figures_and_scores(finished, reported):
     assert "http://" not in page and "https://" not in page
     for result in read_results(finished):
         assert result.label in page
+
+
+def test_a_report_that_is_killed_amid_its_figures_is_unfinished_and_keeps_them_whole(
+    reported, tmp_path, monkeypatch
+):
+    from kdecs.sweep.report import figures
+
+    sweep = shutil.copytree(reported, tmp_path / "sweep")
+    digest = read_manifest(sweep, "sweep").config_hash
+    assert is_report_of(sweep, digest)
+    drawn = figures.plt.Figure.savefig
+
+    def die_amid_the_second(self, path, **options):
+        if path.name.startswith(".alpha-temperature"):
+            path.write_bytes(b"")
+            raise Killed
+        drawn(self, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figures.plt.Figure, "savefig", die_amid_the_second)
+        with pytest.raises(Killed):
+            write_report(sweep)
+    assert not is_report_of(sweep, digest)
+    for figure in (sweep / "report").glob("*.png"):
+        assert figure.read_bytes().endswith(b"IEND\xaeB`\x82")
+    write_report(sweep)
+    assert is_report_of(sweep, digest) and verify_artifact(sweep / "report") == []
+    os.truncate(sweep / "report" / "time.png", 0)
+    assert not is_report_of(sweep, digest)
 
 
 def test_figures_data_are_the_results(reported):

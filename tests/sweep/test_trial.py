@@ -5,9 +5,9 @@ import threading
 
 import pytest
 from fake_trainer import train
-from support import flip_bit
+from support import Killed, flip_bit, kill
 
-from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, verify_artifact
+from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, verify_artifact, write_manifest
 from kdecs.config import load_config, write_config
 from kdecs.errors import ArtifactError
 from kdecs.student.config import StudentConfig
@@ -292,3 +292,24 @@ def test_a_trial_that_the_scheduler_stops_is_pruned_wherever_it_was(trial, make_
     keeping = make_run(is_search=True)
     assert run_trial(trial.directory, keeping, lambda metrics: None).status == "pruned"
     assert run_trial(trial.directory, run, lambda metrics: None).status == "complete", "a survivor trains on"
+
+
+def test_a_student_that_is_taken_again_after_a_kill_leaves_no_second_links(tmp_path, monkeypatch):
+    """A rename does nothing where both names are links to one file already."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "model").mkdir(parents=True)
+    for name in ("model/weights", "card.json"):
+        (source / name).write_text(name)
+    write_manifest(source, "student", config_hash="c", inputs={}, files=["model/weights", "card.json"])
+    with monkeypatch.context() as patch:
+        patch.setattr("kdecs.sweep.trial.os.replace", kill)
+        with pytest.raises(Killed):
+            take_student(source, target)
+    for _ in range(2):
+        take_student(source, target)
+    assert verify_artifact(target) == []
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == [
+        "card.json",
+        "manifest.json",
+        "model/weights",
+    ]

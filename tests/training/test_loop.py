@@ -444,3 +444,11 @@ def test_heads_have_a_rate_of_their_own_and_vectors_no_decay():
     }
     expected = [(1.0, 0.1), (1.0, 0.0), (3.0, 0.1), (3.0, 0.0)]
     assert [found[id(parameter)] for parameter in model.parameters()] == expected
+
+
+def test_a_finished_training_keeps_nothing_of_a_checkpoint_that_a_kill_cut_short(tmp_path):
+    (tmp_path / ".checkpoint.pt.0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoint.pt").write_bytes(b"whole")
+    (tmp_path / ".notes.tmp").touch()
+    remove_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".notes.tmp"]

@@ -10,7 +10,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kdecs.artifact import MANIFEST_NAME, Kind, Manifest, atomic_path, check_output, write_manifest
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    Kind,
+    Manifest,
+    atomic_path,
+    check_output,
+    remove_leftovers,
+    write_manifest,
+)
 from kdecs.config import CONFIG_NAME, Config, config_hash, read_yaml, write_config
 from kdecs.soft_labels.format import WORK_DIRECTORY, ShardTable, shard_name, shard_writer
 
@@ -81,7 +89,9 @@ class LabelDirectory:
         return names
 
     def finish(self, *, inputs: Mapping[str, str], details: Mapping[str, Any]) -> Manifest:
-        """Remove the shards of an earlier attempt that are not part of this one, and write the manifest."""
+        """Remove what earlier attempts left and this one has no part in, and write the manifest."""
+        for leftover in self.output.glob(".shard-*.tmp"):
+            remove_leftovers(leftover.with_name(leftover.name[1:].rsplit(".", 2)[0]))
         for path in self.output.glob("shard-*.parquet"):
             if path.name not in self._rows:
                 path.unlink()

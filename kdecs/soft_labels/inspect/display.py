@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from kdecs.artifact import atomic_path
 from kdecs.errors import DependencyError
 from kdecs.tables import figures_table, terminal
 
@@ -39,7 +38,7 @@ def print_labels(found: Mapping[str, Any]) -> None:
         )
 
 
-def write_reliability(gold: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def write_reliability(gold: Mapping[str, Mapping[str, Any]], file: IO[bytes]) -> None:
     """Write the reliability plot as PNG: for each corpus file, gold causes against p(cause), and pairs per bin.
 
     Raises DependencyError where matplotlib is missing.
@@ -65,8 +64,7 @@ def write_reliability(gold: Mapping[str, Mapping[str, Any]], path: Path) -> None
         top.set_title(f"{Path(name).name}: ECE {ece:.3f}, {item['num_pairs']:,} pairs", color=_INK, size=10)
         bottom.bar(centres, [row["pairs"] for row in bins], width=width * 0.92, color=_MUTED)
         bottom.set(xlabel="p(cause) of the labels, τ = 1", ylabel="pairs", yscale="log")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
+    figure.savefig(file, format="png", dpi=160)
 
 
 def _line(lineage: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """What `kdecs soft-labels show` reports: a directory's lineage, its labels by split, and how they compare with gold."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kdecs.artifact import MANIFEST_NAME, Manifest, check_sizes, read_manifest
+from kdecs.artifact import MANIFEST_NAME, Manifest, check_sizes, read_manifest, scratch_folder
 from kdecs.corpus.pairs import Universe
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.soft_labels.corpora import labelled_corpora, pair_batches
@@ -57,8 +56,8 @@ def describe(
             bar.update(len(table))
     found["splits"] = {split: item.as_dict() for split, item in sums.items() if item.num_pairs}
     if compared := list(corpora) or labelled_corpora(directory, manifest):
-        with tempfile.TemporaryDirectory(prefix="kdecs-labels-") as scratch:
-            labels = SoftLabels.open(directory, cache_dir or Path(scratch))
+        with scratch_folder("labels") as scratch:
+            labels = SoftLabels.open(directory, cache_dir or scratch)
             for path in compared:
                 against_gold = _compare_with_gold(labels, path, universe)
                 if against_gold["num_pairs"]:

@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
-from kdecs.artifact import write_text
+from kdecs.artifact import atomic_path, write_text
 from kdecs.errors import printable
 from kdecs.sweep.selection.record import SettingScore
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY
@@ -257,8 +257,8 @@ def shown_width(target: Path) -> int:
 def save(figure: Any, target: Path) -> None:
     """Write a figure as PNG and free its memory."""
     # Without matplotlib's version in the file, equal data give equal bytes.
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), atomic_path(target) as temporary:
         # A name in a script that the font lacks is drawn as boxes; the page and the data have its letters.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(target, dpi=_DPI, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
     plt.close(figure)

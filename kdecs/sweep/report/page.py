@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from pydantic import TypeAdapter
 
 from kdecs import __version__
-from kdecs.artifact import read_manifest, write_manifest, write_text
+from kdecs.artifact import MANIFEST_NAME, read_manifest, write_manifest, write_text
 from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import ArtifactError
 from kdecs.sweep.config import BASELINES_NAME, REPORT_FOLDER, SweepConfig
@@ -61,6 +61,8 @@ def write_report(sweep: Path) -> Path:
     selection = read_selection(sweep)
     folder = sweep / REPORT_FOLDER
     folder.mkdir(exist_ok=True)
+    # A manifest of the earlier report must not stand over files of two reports if this is killed.
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
     figures = _figures(sweep, config, folder, ranked, results, baselines)
     ablation = ablation_rows(ranked, results, list(config.variants), selection)
     files = [PAGE_NAME, TABLE_NAME, *(name for figure in figures for name in (figure.path, figure.data))]

@@ -7,7 +7,6 @@ SWEEP/model-card.md            what the registry says about the winner
 """
 
 import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -24,7 +23,9 @@ from kdecs.artifact import (
     file_lock,
     read_manifest,
     read_verified_manifest,
+    scratch_folder,
     sha256_of_file,
+    temporary_folder,
     write_json,
     write_text,
 )
@@ -198,8 +199,8 @@ def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> 
         student = Student.from_pretrained(directory, device=start_runtime().device)
         folder.mkdir(exist_ok=True)
         # No manifest covers these files, so each carries the checksum of its content in its name.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-            written = Path(temporary) / stem
+        with temporary_folder(folder / stem) as temporary:
+            written = temporary / stem
             write_predictions(written, student.predict_pairs(corpus).values())
             path = written.replace(folder / f"{stem}-{sha256_of_file(written)[:16]}.jsonl")
     if sha256_of_file(path)[:16] != path.stem.rpartition("-")[2]:
@@ -278,9 +279,9 @@ def _register(
     scores = (record.test or {}).items()
     run.scores = {f"test_{key}": value for key, value in scores if isinstance(value, float)}
     run.results = [sweep / SELECTION_NAME, sweep / TEST_PREDICTIONS_NAME, sweep / CARD_NAME]
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch_folder("registered") as temporary:
         # Only the files of the manifest are registered, neither checkpoints nor logs.
-        copy = Path(temporary) / "student"
+        copy = temporary / "student"
         for name in [*names, MANIFEST_NAME]:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / name, copy / name)
