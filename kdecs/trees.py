@@ -1,10 +1,16 @@
-"""Encoders over target trees: the prompts of a target in one sequence, a trunk and a branch for each candidate.
-
-Legend: B prompts, R sequences, T tokens.
+"""Encoders over target trees: the prompts of a target share a trunk, and each candidate adds a branch.
 
 A token sees the trunk and its own branch, and the positions of every branch go on from the trunk's end. So a branch
 does not notice the others: its states are those of trunk and branch alone. Students and masked teachers share this.
 (Decoder-only teachers share every common prefix: kdecs.teacher.tree.)
+
+All trees of a batch are one sequence without padding, so that everything but attention costs its real tokens. Attention
+runs twice: trunks against themselves, and branches against their trunk and themselves. Either is a batched product over
+equally padded pieces whose mask hides padding alone. A mask over the whole sequence would compute every pair of its
+tokens instead, and FlexAttention would compile its kernel for each new length.
+
+Legend: N tokens of a batch, R trunks, B branches, T tokens of the longest trunk, L of the longest branch, K keys,
+D head size.
 """
 
 from collections.abc import Sequence
@@ -13,78 +19,86 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from kdecs.errors import ModelError
 from kdecs.models import first_line
 
 Ints = npt.NDArray[np.integer[Any]]
-PADDING, TRUNK = -1, 0  # in `Tree.branches_RT`; branches count from 1
-# A longer tree is split over sequences: its dense mask grows with the square of its length, and one that is much
-# longer than the others of a batch makes padding of them all. Few targets of RECCON reach it.
-MAX_TREE_TOKENS = 1024
+ATTENTION = "kdecs_target_tree"
 
 
 class Tree(NamedTuple):
-    """The branch of each token (PADDING, TRUNK, 1, 2, …) and its position in its own prompt, int64."""
+    """The trees of a batch over its N tokens, int64 except for the masks (bool; False: padding).
 
-    branches_RT: Tensor
-    positions_RT: Tensor
+    `trunk_RT` and `branch_BL` are the tokens of each piece, `trunk_of_B` the trunk of each branch, `position_N` the
+    position of each token in its own prompt, and `slot_N` its place among the pieces, R·T + B·L.
+    """
 
-    def visible(self) -> Tensor:
-        """Which tokens (last axis) a token sees: (R, T, T), bool."""
-        # Padding sees the trunk, since a softmax over nothing is not a number.
-        keys = self.branches_RT[:, None, :]
-        return (keys == TRUNK) | ((keys == self.branches_RT[:, :, None]) & (keys != PADDING))
+    trunk_RT: Tensor
+    trunk_mask_RT: Tensor
+    branch_BL: Tensor
+    branch_mask_BL: Tensor
+    trunk_of_B: Tensor
+    position_N: Tensor
+    slot_N: Tensor
+
+    def to(self, device: torch.device) -> "Tree":
+        """The same trees on a device."""
+        return Tree(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def plant(
-    branches: Sequence[Ints], trunks: Sequence[Sequence[int] | Ints], keys: Sequence[Any]
-) -> tuple[list[list[Any]], Ints, Ints]:
-    """Sequences of a trunk and branches: the parts of each, and each branch's sequence (B,) and first token in it (B,).
+    trunks: Sequence[Sequence[int] | Ints], branches: Sequence[Sequence[int] | Ints], trunk_of_B: Ints
+) -> tuple[Ints, Ints, Ints, Tree]:
+    """The trees of R trunks and B branches, of which each belongs to a trunk.
 
-    Branches of one key have the same trunk and share a sequence, up to MAX_TREE_TOKENS; more take further ones.
+    Returns the token ids (N,), trunks first, the first token of each trunk (R,) and of each branch (B,), and the tree.
     """
-    sequences: list[list[Any]] = []
-    lengths: list[int] = []
-    open_sequence: dict[Any, int] = {}
-    rows_B, starts_B = np.empty(len(branches), dtype=np.int64), np.empty(len(branches), dtype=np.int64)
-    for index, (branch, trunk, key) in enumerate(zip(branches, trunks, keys, strict=True)):
-        row = open_sequence.get(key)
-        if row is None or lengths[row] + len(branch) > MAX_TREE_TOKENS:
-            row = open_sequence[key] = len(sequences)
-            sequences.append([trunk])
-            lengths.append(len(trunk))
-        rows_B[index], starts_B[index] = row, lengths[row]
-        sequences[row].append(branch)
-        lengths[row] += len(branch)
-    return sequences, rows_B, starts_B
+    pieces = [*trunks, *branches]
+    lengths = np.array([len(piece) for piece in pieces])
+    starts = np.cumsum(lengths) - lengths
+    num_trunks = len(trunks)
+    trunk_RT, trunk_mask_RT = _grid(starts[:num_trunks], lengths[:num_trunks])
+    branch_BL, branch_mask_BL = _grid(starts[num_trunks:], lengths[num_trunks:])
+    firsts = np.concatenate((np.zeros(num_trunks, dtype=np.int64), lengths[:num_trunks][trunk_of_B]))
+    slots = np.concatenate((np.flatnonzero(trunk_mask_RT), trunk_RT.size + np.flatnonzero(branch_mask_BL)))
+    tree = Tree(
+        trunk_RT=torch.from_numpy(trunk_RT),
+        trunk_mask_RT=torch.from_numpy(trunk_mask_RT),
+        branch_BL=torch.from_numpy(branch_BL),
+        branch_mask_BL=torch.from_numpy(branch_mask_BL),
+        trunk_of_B=torch.from_numpy(np.asarray(trunk_of_B, dtype=np.int64)),
+        position_N=torch.from_numpy(np.arange(lengths.sum()) - np.repeat(starts - firsts, lengths)),
+        slot_N=torch.from_numpy(slots),
+    )
+    return np.concatenate(pieces).astype(np.int64), starts[:num_trunks], starts[num_trunks:], tree
 
 
-def tree_of(sequences: Sequence[Sequence[Any]], width: int) -> Tree:
-    """The tree of planted sequences, padded to a width."""
-    branches_RT = np.full((len(sequences), width), PADDING, dtype=np.int64)
-    positions_RT = np.zeros((len(sequences), width), dtype=np.int64)
-    for row, (trunk, *branches) in enumerate(sequences):
-        lengths = [len(trunk), *map(len, branches)]
-        end = sum(lengths)
-        branches_RT[row, :end] = np.repeat(np.arange(len(lengths)), lengths)
-        starts = np.cumsum([0, *lengths[:-1]])
-        firsts = [0, *[len(trunk)] * len(branches)]
-        positions_RT[row, :end] = np.arange(end) - np.repeat(starts - firsts, lengths)
-    return Tree(torch.from_numpy(branches_RT), torch.from_numpy(positions_RT))
+def _grid(starts: Ints, lengths: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """The tokens of pieces, padded with the first one, and which of them are real."""
+    places = np.arange(int(lengths.max()))
+    mask = places < lengths[:, None]
+    return starts[:, None] + np.where(mask, places, 0), mask
 
 
 def tree_inputs(encoder: Any, tree: Tree) -> dict[str, Any]:
-    """What a Transformers encoder is given, besides the token ids, to read sequences as trees."""
-    visible_R1TT = tree.visible().unsqueeze(1)
-    mask: Any = visible_R1TT
-    if "sliding_attention" in (getattr(encoder.config, "layer_types", None) or ()):
-        # ModernBERT's windows, by the positions in the prompt instead of the places in the sequence.
-        apart_RTT = (tree.positions_RT[:, None, :] - tree.positions_RT[:, :, None]).abs()
-        near_R1TT = visible_R1TT & (apart_RTT <= encoder.config.sliding_window).unsqueeze(1)
-        mask = {"full_attention": visible_R1TT, "sliding_attention": near_R1TT}
-    return {"attention_mask": mask, "position_ids": tree.positions_RT + first_position(encoder)}
+    """What a Transformers encoder is given, besides the token ids (1, N), to read them as trees.
+
+    Raises ModelError for an architecture that takes no attention function.
+    """
+    # An encoder over padded prompts still computes what `sdpa` computes, so it can stay set.
+    if encoder.config._attn_implementation != ATTENTION:
+        if not getattr(encoder, "_supports_attention_backend", False):
+            raise ModelError(f"{type(encoder).__name__} takes no attention function from outside")
+        AttentionInterface.register(ATTENTION, attend)
+        # Without this, Transformers would make no mask at all for padded prompts.
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        encoder.set_attn_implementation(ATTENTION)
+    return {"position_ids": tree.position_N[None] + first_position(encoder), "target_tree": tree}
 
 
 def first_position(encoder: Any) -> int:
@@ -94,47 +108,108 @@ def first_position(encoder: Any) -> int:
     return 0 if padding is None else padding + 1
 
 
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    target_tree: Tree | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function for Transformers: along the trees if the forward was given some, otherwise as `sdpa`.
+
+    query, key and value (1, heads, N, D) -> (1, N, heads, D). Raises ValueError for an architecture whose scores are
+    more than a scaled product.
+    """
+    if target_tree is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    if options.get("position_bias") is not None:
+        raise ValueError(f"attention along trees has no position_bias, which {type(module).__name__} needs")
+    tree, scale = target_tree, query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def pieces(states: Tensor, index: Tensor) -> Tensor:
+        """(pieces, heads, length, D)."""
+        taken = states[0].transpose(0, 1).index_select(0, index.reshape(-1))
+        return taken.view(*index.shape, *taken.shape[1:]).transpose(1, 2)
+
+    trunk_q, trunk_k, trunk_v = (pieces(states, tree.trunk_RT) for states in (query, key, value))
+    branch_q, branch_k, branch_v = (pieces(states, tree.branch_BL) for states in (query, key, value))
+    seen_R1K = tree.trunk_mask_RT[:, None]
+    seen_B1K = torch.cat((tree.trunk_mask_RT[tree.trunk_of_B], tree.branch_mask_BL), 1)[:, None]
+    seen_R, seen_B = seen_R1K, seen_B1K
+    if sliding_window is not None:  # ModernBERT counts the token itself
+        trunk_at, branch_at = tree.position_N[tree.trunk_RT], tree.position_N[tree.branch_BL]
+        keys_at = torch.cat((trunk_at[tree.trunk_of_B], branch_at), 1)
+        seen_R = seen_R1K & _are_near(trunk_at, trunk_at, sliding_window)
+        seen_B = seen_B1K & _are_near(branch_at, keys_at, sliding_window)
+    of_trunks = _sum(trunk_q, trunk_k, trunk_v, seen_R, scale, dropout)
+    keys = torch.cat((trunk_k[tree.trunk_of_B], branch_k), 2)
+    values = torch.cat((trunk_v[tree.trunk_of_B], branch_v), 2)
+    of_branches = _sum(branch_q, keys, values, seen_B, scale, dropout)
+    found = torch.cat([of.transpose(1, 2).flatten(0, 1) for of in (of_trunks, of_branches)])
+    return found.index_select(0, tree.slot_N)[None], None
+
+
+def _are_near(queries: Tensor, keys: Tensor, sliding_window: int) -> Tensor:
+    return (queries[:, :, None] - keys[:, None]).abs() < sliding_window
+
+
+def _sum(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, dropout: float) -> Tensor:
+    """Softmax attention (pieces, heads, length, D); `seen` (pieces, 1 or length, keys) hides padding.
+
+    Every query sees a real key: padded queries repeat a token of their own piece.
+    """
+    if query.device.type != "cpu" or not (query.requires_grad and torch.is_grad_enabled()):
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen[:, None], dropout_p=dropout, scale=scale
+        )
+    # Plain products: on a CPU their backward is faster than the fused kernel's, which dropout excludes anyway.
+    hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, float("-inf"))[:, None]
+    weights = torch.softmax(torch.matmul(query * scale, key.transpose(2, 3)) + hidden, dim=-1)
+    if dropout:
+        weights = nn.functional.dropout(weights, dropout)
+    return torch.matmul(weights, value)
+
+
 @torch.no_grad()
 def check_trees(encoder: Any, name: str) -> None:
-    """Compare a small tree with trunk and branch at their plain places. Raises ModelError, one line, if they differ.
+    """Compare a small tree with trunk and branch in plain sequences. Raises ModelError, one line, if they differ.
 
-    Some encoders ignore the positions that they are given (MPNet's relative ones), or take no mask of this shape.
+    Some encoders ignore the positions that they are given (MPNet's relative ones), or take no attention function.
     """
     trunk, first, second = np.split(
         np.random.default_rng(0).integers(5, encoder.config.vocab_size, 21), (9, 14)
     )
-    sequences, _, starts = plant([first, second], [trunk, trunk], [0, 0])
-    tree = tree_of(sequences, len(trunk) + len(first) + len(second))
+    token_ids, _, starts, tree = plant([trunk], [first, second], np.zeros(2, dtype=np.int64))
     was_training = encoder.training
     encoder.eval()
     try:
-        together = _states(encoder, np.concatenate(sequences[0]), tree)[starts[1] :]
-        # A sequence with a single branch has plain positions; only the trunk does not see the branch.
-        alone = [trunk, second]
-        single = tree_of([alone], len(trunk) + len(second))
-        mask = tree_inputs(encoder, single)["attention_mask"]
-        ids = torch.from_numpy(np.concatenate(alone))[None].to(encoder.device)
-        plain = encoder(input_ids=ids, attention_mask=_on(mask, encoder.device))[0][0, len(trunk) :]
+        ids_1N = torch.from_numpy(token_ids)[None].to(encoder.device)
+        inputs = tree_inputs(encoder, tree.to(encoder.device))
+        found = encoder(input_ids=ids_1N, **inputs)[0][0, starts[1] :]
+        # Trunk and branch alone have plain positions; only the trunk does not see the branch.
+        alone = torch.from_numpy(np.concatenate((trunk, second)))[None].to(encoder.device)
+        mask = torch.ones(1, 1, alone.size(1), alone.size(1), dtype=torch.bool, device=encoder.device)
+        mask[..., : len(trunk), len(trunk) :] = False
+        kinds = getattr(encoder.config, "layer_types", None)
+        plain = encoder(input_ids=alone, attention_mask=dict.fromkeys(kinds, mask) if kinds else mask)[0]
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}, so it cannot read trees; set model.layout=pair") from None
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: cannot read trees ({first_line(error)}); set model.layout=pair") from None
     finally:
         encoder.train(was_training)
+    expected = plain[0, len(trunk) :]
     # Relative, since weights may be in half precision.
-    tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
-    if (together - plain).abs().max() > tolerance * plain.abs().max():
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    if (found - expected).abs().max() > tolerance * expected.abs().max():
         raise ModelError(
             f"{name}: reads a tree otherwise than its prompts one by one, since it ignores the positions that it is "
             "given; set model.layout=pair"
         )
-
-
-def _states(encoder: Any, token_ids: Ints, tree: Tree) -> Tensor:
-    ids = torch.from_numpy(token_ids)[None].to(encoder.device)
-    inputs = tree_inputs(encoder, Tree(*(tensor.to(encoder.device) for tensor in tree)))
-    return encoder(input_ids=ids, **inputs)[0][0]
-
-
-def _on(mask: Any, device: torch.device) -> Any:
-    if isinstance(mask, dict):
-        return {kind: tensor.to(device) for kind, tensor in mask.items()}
-    return mask.to(device)

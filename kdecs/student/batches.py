@@ -1,9 +1,9 @@
 """A student's batches, in two layouts: a sequence per pair, or a tree per target.
 
-Legend: B pairs, R sequences, T tokens, M tokens of u_j's copy, P rows of a cache.
+Legend: B pairs, R sequences, T tokens of the longest, N tokens of all, M tokens of u_j's copy, P rows of a cache.
 
-In the layout `pair` each pair is a sequence (R = B). In the layout `tree` a sequence is a trunk and a branch for
-each candidate of the target (kdecs.trees).
+In the layout `pair` each pair is a sequence, padded to the longest (R = B). In the layout `tree` the pairs of a target
+share its trunk, and all of them are one sequence without padding (R = 1, T = N; kdecs.trees).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdecs.corpus.encoding import EncodedPair
-from kdecs.trees import Tree, plant, tree_of
+from kdecs.trees import Tree, plant
 
 if TYPE_CHECKING:  # prediction runs without pyarrow
     from kdecs.corpus.cache import CorpusCache
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     `masks_B4` are the positions of mask_emo, mask_cau, mask_st and mask_ed; masks missing from the prompt have
     position 0. `candidate_BM` are the positions of u_j's tokens, `distance_B` is i - j. `attention_RT` is 0 for
-    padding and 1 for others. In the layout tree `places_BP` are indices into the R x T tokens of what is read of each
+    padding and 1 for others. In the layout tree `places_BP` are indices into the N tokens of what is read of each
     pair: the last token of its branch, the four masks, and the tokens of u_j (P = 5 + M).
     """
 
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
             name: on_device(part, device) for name, part in self._asdict().items() if isinstance(part, Tensor)
         }
         if self.tree is not None:
-            moved["tree"] = Tree(*(on_device(tensor, device) for tensor in self.tree))
+            moved["tree"] = self.tree.to(device)
         return self._replace(**moved)
 
 
@@ -65,9 +65,11 @@ def batches_of_tokens(
 ) -> list[Ints]:
     """The rows, sorted by length, in batches of at most `max_tokens` padded tokens; a longer prompt stands alone.
 
-    With `targets` (layout tree) the rows of a target stay together, and lengths are those of whole trees.
+    With `targets` (layout tree) the rows of a target stay together, lengths are those of trees, and none is padded.
     """
     groups, lengths = groups_of(rows, num_tokens_P, targets)
+    if targets is not None:
+        return _batches_of_trees(groups, lengths, max_tokens)
     ordered = np.argsort(lengths, kind="stable")
     batches: list[Ints] = []
     start = 0
@@ -78,6 +80,20 @@ def batches_of_tokens(
             batches.append(np.concatenate([groups[index] for index in ordered[start:end]]))
             start = end
     return batches
+
+
+def _batches_of_trees(groups: list[Ints], lengths: Ints, max_tokens: int) -> list[Ints]:
+    """Trees of similar length, in batches of at most `max_tokens` tokens; a larger tree stands alone."""
+    order = np.argsort(lengths, kind="stable")
+    batches: list[list[Ints]] = []
+    held = 0
+    for index in order:
+        if not batches or held + lengths[index] > max_tokens:
+            batches.append([])
+            held = 0
+        batches[-1].append(groups[index])
+        held += int(lengths[index])
+    return [np.concatenate(batch) for batch in batches]
 
 
 class Targets(NamedTuple):
@@ -165,33 +181,38 @@ def padded_batch(
     `first_B` and `length_B` give the place of u_j's copy in each prompt, `distance_B` is i - j. With `trunks` (layout
     tree) `prompts` are branches; pairs whose trunk is the same object share it.
     """
-    rows_B: Ints = np.zeros(len(prompts), dtype=np.int64)
-    starts_B = rows_B
-    sequences: list[list[Any]] = [[prompt] for prompt in prompts]
-    if trunks is not None:
-        sequences, rows_B, starts_B = plant(prompts, trunks, [id(trunk) for trunk in trunks])
-    lengths_R = np.array([sum(map(len, parts)) for parts in sequences])
-    width = _padded(int(lengths_R.max()))
-    token_ids_RT = np.full((len(sequences), width), pad_id, dtype=np.int64)
-    for row, parts in enumerate(sequences):
-        token_ids_RT[row, : lengths_R[row]] = np.concatenate(parts)
     places_M = np.arange(int(length_B.max()))
     candidate_mask_BM = places_M < length_B[:, None]
     # Padding points to a token that the prompt has; the mask keeps it out of every softmax.
     inside_BM = first_B[:, None] + places_M
     candidate_BM = np.where(candidate_mask_BM, inside_BM, 0 if trunks is None else first_B[:, None])
     tree = places_BP = None
-    if trunks is not None:
-        # In the R x T tokens: the first token of each pair's sequence, and what a position in its branch is shifted by.
-        row_B1 = (rows_B * width)[:, None]
-        shift_B1 = row_B1 + (starts_B - np.array([len(trunk) for trunk in trunks]))[:, None]
-        last_B1 = row_B1 + (starts_B + np.array([len(prompt) - 1 for prompt in prompts]))[:, None]
+    if trunks is None:
+        lengths_R = np.array([len(prompt) for prompt in prompts])
+        width = _padded(int(lengths_R.max()))
+        token_ids_RT: Ints = np.full((len(prompts), width), pad_id, dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            token_ids_RT[row, : len(prompt)] = prompt
+        attention_RT: Ints = (np.arange(width) < lengths_R[:, None]).astype(np.int64)
+    else:
+        numbers: dict[int, int] = {}
+        trunk_of_B = np.array([numbers.setdefault(id(trunk), len(numbers)) for trunk in trunks])
+        of_number = dict(zip(trunk_of_B.tolist(), trunks, strict=True))
+        token_ids_N, trunk_starts_R, branch_starts_B, tree = plant(
+            [of_number[number] for number in range(len(numbers))], prompts, trunk_of_B
+        )
+        token_ids_RT = token_ids_N[None]
+        attention_RT = np.ones_like(token_ids_RT)
+        # Positions in a branch count from the trunk's begin.
+        shift_B1 = (branch_starts_B - np.array([len(trunk) for trunk in trunks]))[:, None]
+        last_B1 = (branch_starts_B + np.array([len(prompt) - 1 for prompt in prompts]))[:, None]
+        in_trunk_B1 = trunk_starts_R[trunk_of_B][:, None] + masks_B4[:, :1]
         in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + shift_B1, last_B1)
-        places = (last_B1, row_B1 + masks_B4[:, :1], in_branch_B3, candidate_BM + shift_B1)
-        tree, places_BP = tree_of(sequences, width), torch.from_numpy(np.concatenate(places, axis=1))
+        places = (last_B1, in_trunk_B1, in_branch_B3, candidate_BM + shift_B1)
+        places_BP = torch.from_numpy(np.concatenate(places, axis=1))
     return Batch(
         token_ids_RT=torch.from_numpy(token_ids_RT),
-        attention_RT=torch.from_numpy((np.arange(width) < lengths_R[:, None]).astype(np.int64)),
+        attention_RT=torch.from_numpy(attention_RT),
         masks_B4=torch.from_numpy(masks_B4.astype(np.int64)),
         candidate_BM=torch.from_numpy(candidate_BM.astype(np.int64)),
         candidate_mask_BM=torch.from_numpy(candidate_mask_BM),

@@ -19,7 +19,6 @@ from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.tree.prefix_tree import tree_size
-from kdecs.trees import MAX_TREE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def target_units(prompts: Sequence[EncodedPrompt], *, max_tokens: int, max_pairs
 def single_units(prompts: Sequence[EncodedPrompt], *, max_tokens: int, max_pairs: int) -> list[Unit]:
     """Units of a teacher without prefix trees: a target's tree if the prompts have trunks, otherwise single prompts."""
     if prompts and prompts[0].num_trunk:
-        return target_units(prompts, max_tokens=min(max_tokens, MAX_TREE_TOKENS), max_pairs=max_pairs)
+        return target_units(prompts, max_tokens=max_tokens, max_pairs=max_pairs)
     return pair_units(prompts)
 
 

@@ -29,7 +29,7 @@ from kdecs.models import load_pretrained, load_tokenizer
 from kdecs.teacher.config import MaskedModel, ModelConfig, TreeAttention
 from kdecs.teacher.tree.attention import FLEX_BLOCK, mask_arguments, resolve, use_tree_attention
 from kdecs.teacher.tree.prefix_tree import pack
-from kdecs.trees import Tree, check_trees, plant, tree_inputs, tree_of
+from kdecs.trees import check_trees, plant, tree_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -420,20 +420,16 @@ class MaskedFamily(Family):
     def _hidden_in_trees(
         self, encoder: Any, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
-        sequences, rows_P, starts_P = plant(
-            [prompt.tokens[prompt.num_trunk :] for prompt in prompts],
-            [prompt.tokens[: prompt.num_trunk] for prompt in prompts],
-            [prompt.trunk for prompt in prompts],
+        numbers: dict[bytes, int] = {}
+        trunk_of_P = np.array([numbers.setdefault(prompt.trunk, len(numbers)) for prompt in prompts])
+        trunks = [np.frombuffer(trunk, dtype=np.int32) for trunk in numbers]
+        branches = [prompt.tokens[prompt.num_trunk :] for prompt in prompts]
+        ids_N, _, starts_P, tree = plant(trunks, branches, trunk_of_P)
+        output = encoder(
+            input_ids=torch.from_numpy(ids_N).to(device)[None], **tree_inputs(encoder, tree.to(device))
         )
-        width = max(sum(map(len, parts)) for parts in sequences)
-        ids_RT = np.full((len(sequences), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
-        for row, parts in enumerate(sequences):
-            ids_RT[row, : sum(map(len, parts))] = np.concatenate(parts)
-        tree = Tree(*(part.to(device) for part in tree_of(sequences, width)))
-        output = encoder(input_ids=torch.from_numpy(ids_RT).to(device), **tree_inputs(encoder, tree))
         answers_P = starts_P + np.array([prompt.answer - prompt.num_trunk for prompt in prompts])
-        places = (torch.from_numpy(rows_P).to(device), torch.from_numpy(answers_P).to(device))
-        return output.last_hidden_state[places]
+        return output.last_hidden_state[0, torch.from_numpy(answers_P).to(device)]
 
     def load_network(
         self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any

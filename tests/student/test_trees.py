@@ -8,7 +8,6 @@ import torch
 from support import made_once, save_tiny_encoder
 from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
-from kdecs import trees
 from kdecs.corpus.encoding import PairEncoder, TreeEncoder
 from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.prompts import PromptVariant
@@ -104,9 +103,8 @@ def one_by_one(model: StudentModel, pair) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("variant", "span_head"), zip(VARIANTS, ("pointer", "position", "pointer"), strict=True)
 )
-def test_a_tree_gives_what_trunk_and_branch_give_alone(base, dialogues, variant, span_head, monkeypatch):
-    """Logits and gradients over trees of all sizes in one batch, in shuffled order, one of them split."""
-    monkeypatch.setattr(trees, "MAX_TREE_TOKENS", 200)
+def test_a_tree_gives_what_trunk_and_branch_give_alone(base, dialogues, variant, span_head):
+    """Logits and gradients over trees of all sizes in one batch, in shuffled order."""
     model = student_of(base, variant, span_head)
     encoder = TreeEncoder(load_tokenizer(base), 128, variant)
     pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
@@ -116,8 +114,10 @@ def test_a_tree_gives_what_trunk_and_branch_give_alone(base, dialogues, variant,
     encoded = list(encoder.encode(pairs))
     batch = encoded_batch([encoded[index] for index in chosen], pad_id=1)
     assert batch.tree is not None
-    num_targets = len({id(encoded[index].trunk_ids) for index in chosen})
-    assert num_targets < len(batch.token_ids_RT) < len(chosen), "some targets share a sequence, some need two"
+    targets = {id(encoded[index].trunk_ids): encoded[index].trunk_ids for index in chosen}
+    assert len(targets) < len(chosen), "some targets have several branches"
+    branches = [encoded[index].token_ids for index in chosen]
+    assert batch.token_ids_RT.shape == (1, sum(map(len, [*targets.values(), *branches])))
     output = model(batch)
     weights = torch.randn(len(chosen))
     total = torch.zeros(())

@@ -80,8 +80,11 @@ def test_a_masked_teacher_in_trees_reads_trunk_and_branch_alone(
     is_cause_P = torch.tensor([some_pairs[n].is_cause for n in order])
     network = network_of(family, bases("masked"), use_tree=False)
     with torch.no_grad():
-        for parameter in network.parameters():  # small random weights hardly attend, whatever the mask
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
+        for (
+            name,
+            parameter,
+        ) in network.named_parameters():  # small random weights hardly attend, whatever the mask
+            parameter.mul_(8.0 if "base_layer.weight" in name and "attention" in name else 1.0)
     logits_PA = network([prompts[n] for n in order])
     connective_loss(logits_PA, is_cause_P).backward()
     found = torch.cat([p.grad.flatten() for p in trainable_parameters(network)])
