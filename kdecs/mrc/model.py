@@ -23,7 +23,7 @@ from transformers import AutoModelForQuestionAnswering
 from kdecs.artifact import write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums
 from kdecs.errors import ArtifactError, ModelError
-from kdecs.models import load_pretrained, load_tokenizer, save_pretrained
+from kdecs.models import load_pretrained, load_tokenizer, refusing, save_pretrained
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
 from kdecs.student.batches import on_device
@@ -159,7 +159,16 @@ def load_product(directory: Path) -> tuple[Any, Any, MrcCard]:
             f"version {QUESTION_VERSION}; train the baseline again"
         )
     folder = directory / MODEL_FOLDER
-    return load_reader(folder, has_head=True).eval(), load_tokenizer(str(folder)), card
+    reader, tokenizer = load_reader(folder, has_head=True).eval(), load_tokenizer(folder)
+    # Settings that load may still not run, which a first question shows.
+    with refusing(f"model {folder}: does not run as a question-answering model"), torch.no_grad():
+        ids_BT = torch.arange(8).unsqueeze(0) % reader.config.vocab_size
+        gold_B = torch.zeros(1, dtype=torch.long)
+        is_text_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        answer_logits(
+            reader, QuestionBatch(ids_BT, torch.zeros_like(ids_BT), is_text_BT, is_text_BT, gold_B, gold_B)
+        )
+    return reader, tokenizer, card
 
 
 def finish_product(config: MrcConfig, digest: str, details: dict[str, Any], *, num_epochs: int) -> None:

@@ -16,6 +16,7 @@ from kdecs.artifact import read_verified_manifest
 from kdecs.corpus.pairs import Pair, candidate_pairs
 from kdecs.corpus.schema import NEUTRAL, Dialogue
 from kdecs.evaluation.predictions import Prediction
+from kdecs.models import refusing
 from kdecs.mrc.model import MrcCard, answer_logits, answers, load_product, question_batch
 from kdecs.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
 from kdecs.student.batches import batches_of_tokens
@@ -69,7 +70,9 @@ class MrcBaseline:
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             chunk = pairs[start : start + _PAIRS_AT_ONCE]
             asked = [row for row, pair in enumerate(chunk) if pair.emotion != NEUTRAL]
-            encoded = list(self.encoder.encode([chunk[row] for row in asked]))
+            # A tokenizer that somebody sent may fail at a text, and a panic of its Rust code is no Exception.
+            with refusing(f"pair {chunk[0].id} or one shortly after it: the tokenizer fails"):
+                encoded = list(self.encoder.encode([chunk[row] for row in asked]))
             if on_batch:
                 on_batch(len(chunk) - len(asked))  # these are done; `answer_questions` reports the others
             answered = answer_questions(

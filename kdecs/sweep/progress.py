@@ -311,6 +311,13 @@ def _parameters(base: str) -> float:
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
     if weights:
         config = folder / "config.json"
-        dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.is_file() else None
+        try:
+            dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype")
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+        ):  # this is an estimate: the training says what is wrong with it
+            dtype = None
         return weights / (2 if dtype in ("bfloat16", "float16") else 4)
     return _PARAMETERS.get(folder.name, _USUAL_PARAMETERS)

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
-from kdecs.artifact import Manifest, read_verified_manifest
+from kdecs.artifact import MANIFEST_NAME, Manifest, read_verified_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
-from kdecs.errors import ConfigError, Stopped, TrainingError
+from kdecs.errors import ArtifactError, ConfigError, Stopped, TrainingError
+from kdecs.models import refusing
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
 from kdecs.teacher.data import fixed_batches, make_units
@@ -67,14 +68,30 @@ class TeacherScorer:
         Raises ArtifactError for an unfinished directory or a different base, ModelError if the weights do not load.
         """
         manifest = read_verified_manifest(directory, "teacher")
+        if "base" not in manifest.inputs or "batching" not in manifest.details:
+            raise ArtifactError(
+                f"{directory / MANIFEST_NAME}: names no base or no batching, which each teacher has; "
+                "train or import the teacher again"
+            )
         config = read_teacher_config(directory)
         family, network = load_trained(directory, config, dtype=dtype, device=runtime.device, base=base)
         use_tree = manifest.details["batching"] == "tree"  # the training has checked that the tree is exact
         if dtype == "float32" and not config.model.load_in_4bit:
-            network = fold_adapter(network)
+            with refusing(f"{directory}: the adapter cannot be added to its base's weights"):
+                network = fold_adapter(network)
         teacher = TeacherNetwork(family, network, use_tree=use_tree, device=runtime.device)
         lineage = lineage_of(directory, manifest, config, family, dtype=dtype)
-        return cls(teacher.to(runtime.device).eval(), manifest, lineage, micro_batch_tokens)
+        teacher = teacher.to(runtime.device).eval()
+        # Settings that load may still not run, which a first prompt shows. Partitioned, no rank can run it yet.
+        if not _is_partitioned(network):
+            with refusing(f"{directory}: does not run as a teacher"), torch.inference_mode():
+                in_trees, teacher.use_tree = (
+                    teacher.use_tree,
+                    False,
+                )  # a tree's attention would be compiled for it
+                teacher.answers_and_rest([_dummy_prompt()])
+                teacher.use_tree = in_trees
+        return cls(teacher, manifest, lineage, micro_batch_tokens)
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -170,12 +187,20 @@ def fold_adapter(network: nn.Module) -> nn.Module:
     would be rounded away, whereas an adapter beside the base keeps it. A network partitioned by ZeRO-3 is returned as
     it is, since no rank holds a whole weight to add to.
     """
-    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
-    return network.merge_and_unload() if isinstance(network, PeftModel) and not is_partitioned else network
+    return (
+        network.merge_and_unload()
+        if isinstance(network, PeftModel) and not _is_partitioned(network)
+        else network
+    )
 
 
-# The shortest prompt that all families take: a seq2seq reads its answer at position 1 of the decoder.
-_DUMMY_TOKENS = 2
+def _is_partitioned(network: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in network.parameters())
+
+
+def _dummy_prompt() -> EncodedPrompt:
+    """The shortest prompt that all families take: a seq2seq reads its answer at position 1 of the decoder."""
+    return EncodedPrompt(tokens=np.zeros(2, dtype=np.int32), answer=1)
 
 
 class Intent(IntEnum):
@@ -201,8 +226,7 @@ class Lockstep:
         self.may_complete = runtime.is_main
         self._engine, self._device, self._stop = engine, teacher.device, stop
         self._is_over = False
-        tokens = np.zeros(_DUMMY_TOKENS, dtype=np.int32)
-        self._dummy = [EncodedPrompt(tokens=tokens, answer=_DUMMY_TOKENS - 1)]
+        self._dummy = [_dummy_prompt()]
 
     def forward(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
         """`TeacherNetwork.answers_and_rest`. Collective: every rank runs one forward.

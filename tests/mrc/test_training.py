@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import StopAfter, assert_same_weights
+from support import StopAfter, assert_same_weights, change_json, rewrite_manifest
 from transformers import AutoTokenizer
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import NEUTRAL
-from kdecs.errors import ArtifactError, ConfigError, CorpusError, Stopped
+from kdecs.errors import ArtifactError, ConfigError, CorpusError, ModelError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
 from kdecs.mrc.commands import predict_mrc
@@ -150,3 +151,21 @@ def test_a_killed_script_goes_on(make_config, tmp_path):
     assert read_manifest(config.output, "mrc").details["epochs"] == 5
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True)
     assert "complete" in again.stdout
+
+
+def test_a_baseline_from_anybody_runs_no_code_and_is_refused_in_one_line(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    for name, changes, message in (
+        ("code", {"auto_map": {"AutoModelForQuestionAnswering": "own.Model"}}, "Python code"),
+        ("tuple", {"return_dict": False}, "does not run as a question-answering model"),
+        ("text", {"num_attention_heads": "two"}, "cannot be loaded"),
+    ):
+        copy = shutil.copytree(trained, tmp_path / name)
+        change_json(copy / "model" / "config.json", **changes)
+        rewrite_manifest(copy)
+        with pytest.raises(ModelError, match=message) as caught:
+            MrcBaseline.from_pretrained(copy)
+        assert "\n" not in str(caught.value)
+    (copy / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="does not list this file"):
+        MrcBaseline.from_pretrained(copy)

@@ -1,15 +1,18 @@
 """Scoring's shortcuts against the plain network."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import StopAfter
+from support import StopAfter, change_json, rewrite_manifest
 
-from kdecs.artifact import Manifest
+from kdecs.artifact import Manifest, write_manifest
+from kdecs.config import write_config
 from kdecs.corpus.pairs import Pair
+from kdecs.errors import KdecsError
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import LoraConfig, TeacherConfig
 from kdecs.teacher.families import Family
@@ -81,3 +84,60 @@ def test_a_masked_teacher_trained_in_trees_scores_in_trees(
     alone = [scorer.score([pair]) for pair in some_pairs]
     np.testing.assert_allclose(answers, np.concatenate([found for found, _ in alone]), atol=1e-4)
     np.testing.assert_allclose(rest, np.concatenate([found for _, found in alone]), atol=1e-4)
+
+
+def test_a_tuned_teacher_from_anybody_runs_no_code_and_is_refused_in_one_line(
+    make_config: Callable[..., TeacherConfig],
+    bases: Callable[[str], Path],
+    runtime: Runtime,
+    some_pairs: list[Pair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    marker = tmp_path / "marker"
+    config = make_config(lora=None)
+    shutil.copytree(bases("causal"), config.output / "model")
+    (config.output / "model" / "manifest.json").unlink()
+    write_config(config, config.output)
+    files = [str(path.relative_to(config.output)) for path in config.output.rglob("*") if path.is_file()]
+    write_manifest(
+        config.output,
+        "teacher",
+        config_hash="c" * 64,
+        inputs={"base": "b" * 64},
+        files=files,
+        details={"batching": "pairs"},
+    )
+
+    def load(teacher: Path) -> TeacherScorer:
+        return TeacherScorer.load(teacher, runtime=runtime, dtype="float32", micro_batch_tokens=600)
+
+    def forged(name: str, *more: str, **changes: object) -> Path:
+        teacher = Path(shutil.copytree(config.output, tmp_path / name))
+        for path in more:
+            (teacher / path).write_text(f"open({str(marker)!r}, 'w').close()")
+        change_json(teacher / "model" / "config.json", **changes)
+        rewrite_manifest(teacher, *more)
+        return teacher
+
+    expected = load(config.output).score(some_pairs[:2])[0]
+    kernel = forged("kernel", attn_implementation="kernels-community/flash-attn2")
+    np.testing.assert_array_equal(load(kernel).score(some_pairs[:2])[0], expected)
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    bare = forged("bare")
+    change_json(bare / "manifest.json", inputs={})
+    unlisted = forged("unlisted")
+    (unlisted / "adapter_config.json").write_text("{}")
+    for teacher, message in (
+        (forged("code", "model/own.py", auto_map=auto_map), "Python code"),
+        (forged("needed", auto_map=auto_map, model_type="own"), "Python code"),
+        (forged("tuple", return_dict=False), "does not run as a teacher"),
+        (forged("layers", num_hidden_layers=10**6), "the weights hold"),
+        (unlisted, "does not list this file"),
+        (bare, "names no base"),
+    ):
+        with pytest.raises(KdecsError, match=message) as caught:
+            load(teacher)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
