@@ -89,9 +89,11 @@ def evaluate(
         if intervals:
             from kdecs.evaluation.significance import bootstrap_intervals
 
-            run["intervals"] = bootstrap_intervals(scores.sums_by_dialogue, num_samples=samples, seed=seed)
+            all_intervals = bootstrap_intervals(scores.sums_by_dialogue, num_samples=samples, seed=seed)
+            run["intervals"] = {key: all_intervals[key] for key in scores.values}
         if details:
-            run["emotions"] = scores.emotions.as_dict()
+            if scores.has_emotions:
+                run["emotions"] = scores.emotions.as_dict()
             run["breakdowns"] = breakdowns(scores)
         found.append((scores, run))
     log_notes(gold)
@@ -118,6 +120,7 @@ def compare(
     Example: kdecs compare kd.jsonl joint.jsonl --corpus test.json
     """
     from kdecs.corpus.reading import log_notes, read_corpus
+    from kdecs.evaluation.metrics import SCORE_KEYS
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.predictions import read_predictions
     from kdecs.evaluation.significance import compare_systems
@@ -135,11 +138,16 @@ def compare(
         for file in (a, b)
     ]
     compared = compare_systems(
-        scores[0].sums_by_dialogue, scores[1].sums_by_dialogue, num_samples=samples, seed=seed
+        scores[0].sums_by_dialogue,
+        scores[1].sums_by_dialogue,
+        keys=[key for key in scores[0].values if key in scores[1].values],
+        num_samples=samples,
+        seed=seed,
     )
     log_notes(gold)
     if as_json:
-        found: dict[str, Any] = {key: asdict(value) for key, value in compared.items()}
+        found: dict[str, Any] = dict.fromkeys(SCORE_KEYS)
+        found |= {key: asdict(value) for key, value in compared.items()}
         found |= {
             key: scores[0].as_dict()[key] for key in ("universe", "protocol", "num_positive", "num_negative")
         }
@@ -166,10 +174,12 @@ def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]",
     from kdecs.evaluation.metrics import SCORE_KEYS
     from kdecs.evaluation.significance import summarise_seeds
 
-    summary = {key: summarise_seeds([scores[key] for scores, _ in found]) for key in SCORE_KEYS}
+    runs_of = {key: [scores.values[key] for scores, _ in found if key in scores.values] for key in SCORE_KEYS}
+    # A score that a run lacks has no mean over the runs.
+    summary = {key: summarise_seeds(runs) for key, runs in runs_of.items() if len(runs) == len(found)}
     if as_json:
         runs = [{"predictions": str(file), **run} for file, (_, run) in zip(files, found, strict=True)]
-        seeds = {key: asdict(value) for key, value in summary.items()}
+        seeds = {key: asdict(summary[key]) if key in summary else None for key in SCORE_KEYS}
         print(json.dumps({"over_seeds": seeds, "runs": runs}, indent=2))
     else:
         from kdecs.evaluation.display import print_seeds

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from kdecs.evaluation.metrics import STRICT_KEYS, EmotionReport, Scores
+from kdecs.evaluation.metrics import SCORE_KEYS, STRICT_KEYS, EmotionReport, Scores
 from kdecs.evaluation.significance import Comparison, SeedSummary
 from kdecs.tables import figures_table, terminal
 
@@ -22,18 +22,22 @@ def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
     table = figures_table("Scores next to trivial rules", "score (%)", "system", "strict", *scores.baselines)
     for key in ("emotion_accuracy", "emotion_macro_f1", *STRICT_KEYS):
         rules = [f"{rule[key]:.2f}" if key in rule else "" for rule in scores.baselines.values()]
-        strict = f"{found[f'strict_{key}']:.2f}" if key in STRICT_KEYS else ""
-        predicts_none = scores.utterances_without_emotion == scores.num_utterances
-        has_none = key.startswith("emotion") and predicts_none
-        table.add_row(key.replace("_", " "), "–" if has_none else f"{found[key]:.2f}", strict, *rules)
+        strict = _percent(found, f"strict_{key}") if key in STRICT_KEYS else ""
+        table.add_row(key.replace("_", " "), _percent(found, key), strict, *rules)
     console.print(table)
     if "intervals" in found:
         _print_intervals(console, found)
     console.print(Text(counts_line(scores)))
     if "emotions" in found:
         _print_emotions(console, scores)
+    if "breakdowns" in found:
         for title, groups in found["breakdowns"].items():
             _print_breakdown(console, title, groups)
+
+
+def _percent(found: Mapping[str, Any], key: str) -> str:
+    """A score, or a dash for one that the system does not have because it predicts no emotions."""
+    return "–" if found[key] is None else f"{found[key]:.2f}"
 
 
 def print_comparison(
@@ -43,9 +47,14 @@ def print_comparison(
     console = terminal(soft_wrap=True)
     columns = ("A", "B", "A − B", "95% interval", "p", "rule")
     table = figures_table("A minus B, paired by dialogue", "score (%)", *columns, tight=True)
-    for key, found in compared.items():
-        interval = f"{found.low:+.2f} … {found.high:+.2f}"
-        figures = (f"{found.a:.2f}", f"{found.b:.2f}", f"{found.difference:+.2f}", interval, f"{found.p:.4f}")
+    for key in SCORE_KEYS:
+        found = compared.get(key)
+        if found is None:  # A or B predicts no emotions
+            figures = tuple(_percent(scores.as_dict(), key) for scores in (scores_a, scores_b)) + ("–",) * 3
+        else:
+            interval = f"{found.low:+.2f} … {found.high:+.2f}"
+            difference = f"{found.difference:+.2f}"
+            figures = (f"{found.a:.2f}", f"{found.b:.2f}", difference, interval, f"{found.p:.4f}")
         name = key.replace("_", " ").replace("utterance", "utt.")
         table.add_row(name, *figures, _best_rule(scores_a, key))
     console.print(table)

@@ -97,12 +97,17 @@ def emotion_report(
 
 UTTERANCE_KEYS = ("utterance_positive_f1", "utterance_negative_f1", "utterance_macro_f1")
 STRICT_KEYS = ("exact_match", "positive_f1", "negative_f1", "macro_f1", *UTTERANCE_KEYS)
+EMOTION_KEYS = ("emotion_accuracy", *(f"strict_{key}" for key in STRICT_KEYS))
+"""The scores that a system without emotions does not have: absent in `Scores.values`, null in JSON."""
 SCORE_KEYS = ("emotion_accuracy", *STRICT_KEYS, *(f"strict_{key}" for key in STRICT_KEYS))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """All scores (`values`, by SCORE_KEYS, in percent), what they were counted over, and those of the trivial rules."""
+    """All scores (`values`, by SCORE_KEYS, in percent), what they were counted over, and those of the trivial rules.
+
+    The scores of a system that predicts no emotion lack EMOTION_KEYS: they would be 0, which it did not earn.
+    """
 
     values: dict[str, float]
     universe: Universe
@@ -120,16 +125,21 @@ class Scores:
     def __getitem__(self, key: str) -> float:
         return self.values[key]
 
+    @property
+    def has_emotions(self) -> bool:
+        """Whether any utterance of the corpus has a predicted emotion."""
+        return self.utterances_without_emotion < self.num_utterances
+
     def as_dict(self) -> dict[str, Any]:
-        """The unrounded values of `kdecs evaluate --json`."""
+        """The unrounded values of `kdecs evaluate --json`; None for a score that the system does not have."""
         return {
-            **self.values,
+            **{key: self.values.get(key) for key in SCORE_KEYS},
             "universe": self.universe,
             "protocol": self.protocol,
             "num_positive": self.num_positive,
             "num_negative": self.num_negative,
             "missing": self.missing,
-            "emotion_macro_f1": self.emotions.macro_f1,
+            "emotion_macro_f1": self.emotions.macro_f1 if self.has_emotions else None,
             "num_utterances": self.num_utterances,
             "utterances_without_emotion": self.utterances_without_emotion,
             "baselines": self.baselines,
@@ -157,15 +167,17 @@ def evaluate(
     sums = sums_by_dialogue(corpus, scored, predictions, emotion_table)
     total = sums.sum(axis=0)
     num_utterances = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
+    num_decided = int(total[COLUMN["emotions_decided"]])
+    left_out = () if num_decided else EMOTION_KEYS
     return Scores(
-        values={key: float(value) for key, value in metrics_of(total).items()},
+        values={key: float(value) for key, value in metrics_of(total).items() if key not in left_out},
         universe=universe,
         protocol=protocol,
         num_positive=int(total[COLUMN["positives"]]),
         num_negative=int(total[COLUMN["negatives"]]),
         missing=scored.num_missing,
         num_utterances=num_utterances,
-        utterances_without_emotion=num_utterances - int(total[COLUMN["emotions_decided"]]),
+        utterances_without_emotion=num_utterances - num_decided,
         baselines=baseline_scores(corpus, rows),
         emotions=emotion_report(corpus, predictions, emotion_table),
         sums_by_dialogue=sums,

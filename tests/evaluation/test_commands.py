@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,26 @@ def test_compare_reports_difference_interval_and_p(sample_predictions):
     assert "best trivial rule" in shown
     assert "strict utt. negative f1" in shown
     assert "…" not in shown.replace(" … ", "")  # nothing is cut in 80 columns
+
+
+def test_a_system_without_emotions_has_no_scores_of_them(sample_predictions, tmp_path):
+    near = sample_predictions["near"]
+    missing = ("emotion_accuracy", "emotion_macro_f1", *(f"strict_{key}" for key in ROW))
+    scores = scores_of(near, "--intervals", "--samples", "100", "--details")
+    assert {key: scores[key] for key in missing} == dict.fromkeys(missing)
+    assert set(scores["intervals"]) == ROW and "emotions" not in scores and "breakdowns" in scores
+    shown = run("evaluate", "--corpus", TEST, "--predictions", near, "--details").stdout
+    for name in ("emotion accuracy", "emotion macro f1"):
+        assert re.search(rf"{name}\W+–", shown), name
+    assert len(re.findall(r"macro f1 .*\d\.\d\d +│? *–", shown)) == 2, "the strict column"
+    both = ("--predictions", near, "--predictions", sample_predictions["self"])
+    seeds = json.loads(run("evaluate", "--corpus", TEST, *both, "--json").stdout)["over_seeds"]
+    compare = ("compare", near, sample_predictions["self"], "--corpus", TEST, "--samples", "100")
+    compared = json.loads(run(*compare, "--json").stdout)
+    for key in set(missing) - {"emotion_macro_f1"}:
+        assert seeds[key] is compared[key] is None
+    assert compared["macro_f1"]["a"] == scores["macro_f1"] and seeds["macro_f1"]["num_seeds"] == 2
+    assert re.search(r"strict macro f1\W+–\W+–\W+–", run(*compare).stdout)
 
 
 def test_refusals_are_one_line(sample_predictions, tmp_path):

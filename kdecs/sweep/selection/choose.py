@@ -336,7 +336,7 @@ def print_selection(sweep: Path, record: SelectionRecord) -> None:
     console.print(line, soft_wrap=True)
     scores = record.test
     rule, rule_values = max(scores["baselines"].items(), key=lambda item: item[1]["utterance_macro_f1"])
-    emotions = f"emotion accuracy {scores[_EMOTIONS]:.2f}, " if _EMOTIONS in scores else ""
+    emotions = f"emotion accuracy {scores[_EMOTIONS]:.2f}, " if scores.get(_EMOTIONS) is not None else ""
     console.print(
         f"winner {record.winner.label} on test ({scores['num_positive']} positive, {scores['num_negative']} negative "
         f"rows): macro F1 {scores['macro_f1']:.2f}, EM {scores['exact_match']:.2f}, {emotions}"

@@ -101,7 +101,7 @@ def _settings(config: StudentConfig, record: SelectionRecord) -> dict[str, Any]:
 def _score_rows(record: SelectionRecord, test: dict[str, Any]) -> list[str]:
     rows = []
     for key, title in _SCORES:
-        if key not in test:  # emotions that were given
+        if test.get(key) is None:  # emotions that were given, or are not predicted
             continue
         low, high = record.test_intervals[key]
         rules = [rule.get(key) for rule in record.test_baselines.values()]
