@@ -69,7 +69,7 @@ class Stopped(KdecsError):
 
 
 # C0 and C1 control characters, and those that reverse the direction of the text after them.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _DISK_FULL = "the disk is full{}: free some space and run the same command again"
 _FILE_TOO_LARGE = (
     "a file would be larger than this shell or file system allows{}: raise the limit (ulimit -f), or write to another "
@@ -92,7 +92,7 @@ _OS_ERRORS = {
 
 def printable(text: str) -> str:
     """Text with each control character as its escape: what a file or a path holds must not steer the terminal."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def explain_library_error(error: Exception) -> str | None:

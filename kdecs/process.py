@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import re
 import shlex
@@ -140,6 +141,8 @@ def open_standard_streams(*, prints_result: bool = False) -> None:
         sys.stdout = _ClosedOutput() if prints_result else _null_stream()
     if sys.stderr is None:
         sys.stderr = _null_stream()
+    if logging.lastResort is not None:  # prints the warnings of the loggers that nobody has set up
+        logging.lastResort.setFormatter(_PrintableFormatter())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A path may hold bytes that are no text. Printed as escapes they end no command.
@@ -148,6 +151,14 @@ def open_standard_streams(*, prints_result: bool = False) -> None:
 
 def _null_stream() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 (as long as the process)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """A warning may quote what a file holds, which must not steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's lines with control characters as escapes."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class _ClosedOutput(io.TextIOBase):

@@ -1,10 +1,25 @@
 """Tables of figures and lengths of time, as every command prints them on a terminal."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from kdecs.errors import CONTROL
+
+
+class _Terminal(Console):
+    """A console that drops the control characters of text: what a file holds must not steer it."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of a renderable; its styles and line ends stay."""
+        for text, style, control in super().render(renderable, options):
+            # Not as escapes, because Rich has measured them with no width.
+            shown = text if control else "\n".join(CONTROL.sub("", line) for line in text.split("\n"))
+            yield Segment(shown, style, control)
 
 
 def terminal(**options: Any) -> Console:
@@ -12,7 +27,7 @@ def terminal(**options: Any) -> Console:
 
     By default `[x]` in a name would be markup, which disappears or ends the command, and `:x:` an emoji.
     """
-    return Console(markup=False, emoji=False, **options)
+    return _Terminal(markup=False, emoji=False, **options)
 
 
 def figures_table(title: str, first: str, *columns: str, tight: bool = False) -> Table:

@@ -49,7 +49,7 @@ def test_a_rank_of_several_ends_with_its_code_without_a_tear_down(argument, code
 
 
 STREAMS = r"""
-import os, sys
+import logging, os, sys
 from kdecs.errors import ConfigError
 from kdecs.process import exit_code_of, open_standard_streams, say, standard_input
 
@@ -60,6 +60,8 @@ def main():
             standard_input().read()
         if "print" in sys.argv[2:]:
             print("rés\udcff", flush=True)
+        if "warn" in sys.argv[2:]:
+            logging.getLogger("kdecs").warning("two\nlines\x1b[2J")
         if "fail" in sys.argv[2:]:
             raise ConfigError("é\x1b[2J\x9b31m")
         file.write("done")
@@ -75,6 +77,7 @@ sys.exit(exit_code_of(main))
     [
         ("print", 0, "rés\\udcff\nsaved\n", ""),
         ("fail", 1, "", "kdecs: error: é\\x1b[2J\\x9b31m\n"),
+        ("warn", 0, "saved\n", "two\nlines\\x1b[2J\n"),
         ("print >&-", 1, "", "kdecs: error: standard output is closed, so the result would be lost"),
         (">&-", 0, "", "saved\n"),
         ("stage print <&- >&- 2>&-", 0, "", ""),

@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from kdecs.tables import duration, figures_table, terminal
 
@@ -32,3 +33,15 @@ def test_a_name_with_brackets_and_colons_is_shown_as_it_is() -> None:
     table.add_row(name)
     terminal(file=output, width=80).print(table, name)
     assert output.getvalue().count(name) == 3
+
+
+def test_text_from_a_file_does_not_steer_the_terminal() -> None:
+    name, output = "a\x1b[2J\x9b1mb\u202ec", io.StringIO()
+    table = figures_table(name, "file")
+    table.add_row(Text(name, style="red"))
+    terminal(file=output, width=60, force_terminal=True, color_system="standard", highlight=False).print(
+        table, f"{name}\n{name}"
+    )
+    shown = output.getvalue()
+    assert shown.count("a[2J1mbc") == 4
+    assert "\x1b[31m" in shown and "\x1b[2J" not in shown and "\x9b" not in shown and "\u202e" not in shown

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kdecs.errors import CorpusError, ModelError
+from kdecs.errors import CorpusError, ModelError, printable
 from kdecs.process import say
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def verify(
         if as_json:
             continue
         for line in (*checked.faults, *(f"warning: {warning}" for warning in checked.warnings)):
-            print(line)
+            print(printable(str(line)))
         if not checked.faults:
             print(f"{file}: valid, {checked.num_dialogues} dialogues")
             if checked.normalised:
@@ -108,7 +108,7 @@ def verify(
         print(json.dumps([asdict(fault) for fault in faults], indent=2))
     else:
         for duplicate in finder.duplicates:
-            print(f"warning: {duplicate}")
+            print(printable(f"warning: {duplicate}"))
     if faults:
         # Before the error on stderr, so that a terminal shows both in this order.
         sys.stdout.flush()
@@ -241,7 +241,7 @@ def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":
 
     kept, dropped = drop_cross_split(train, others)
     for duplicate in dropped:
-        print(f"dropped: {duplicate}", file=sys.stderr)
+        print(printable(f"dropped: {duplicate}"), file=sys.stderr)
     num_texts = len({(duplicate.other_file, duplicate.other_dialogue) for duplicate in dropped})
     print(f"dropped {len(dropped)} dialogues ({num_texts} texts) of {train.path}", file=sys.stderr)
     return kept

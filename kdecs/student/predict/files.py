@@ -132,7 +132,7 @@ def _watched(request: FileRequest, dialogues: Iterable[Dialogue], place: str) ->
     """The same dialogues, with warnings of very long ones on standard error."""
 
     def warn(line: str) -> None:
-        print(f"kdecs: warning: {line}", file=sys.stderr, flush=True)
+        print(f"kdecs: warning: {printable(line)}", file=sys.stderr, flush=True)
 
     # As the user would type it: what to add, or the option that is in force.
     bound = "--max-distance N" if request.max_distance is None else "--max-distance"

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
-from kdecs.errors import CorpusError, DialogueError
+from kdecs.errors import CorpusError, DialogueError, OutputError
 from kdecs.evaluation.predictions import Prediction, read_predictions
 from kdecs.student.commands import predict
 from kdecs.student.predict import files as prediction_files
@@ -296,3 +298,43 @@ def test_the_command_lines_answer_without_torch():
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("in.jsonl", "is the input"), ("model/out.jsonl", "lies inside")]
+)
+def test_an_output_that_is_an_input_is_refused_before_the_model_is_loaded(tmp_path, output, message):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "in.jsonl").write_text(line_of(dialogue_of("a", 2)))
+    request = prediction_files.FileRequest(tmp_path / "in.jsonl", tmp_path / output, model=tmp_path / "model")
+    with pytest.raises(OutputError, match=message):
+        prediction_files.predict_file(request, lambda runtime: pytest.fail("loaded"), device="cpu")
+    assert (tmp_path / "in.jsonl").read_text() == line_of(dialogue_of("a", 2))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "in.jsonl").write_text(line_of(dialogue_of("a", 2)))
+    request = prediction_files.FileRequest(tmp_path / "in.jsonl", tmp_path)
+    with pytest.raises(OutputError, match="is a directory"):
+        prediction_files.predict_file(request, lambda runtime: pytest.fail("loaded"), device="cpu")
+
+
+def test_pipes_are_read_once_and_written_through(tmp_path, capsys):
+    """`kdecs predict --input <(…) --output >(…)`."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    os.mkfifo(source)
+    os.mkfifo(target)
+    received: list[str] = []
+    ends = [
+        threading.Thread(target=lambda: source.write_text(line_of(dialogue_of("é\x1b[2J", 101)))),
+        threading.Thread(target=lambda: received.append(target.read_text(encoding="utf-8"))),
+    ]
+    for end in ends:
+        end.start()
+    request = prediction_files.FileRequest(source, target, max_distance=0, has_example=False)
+    prediction_files.predict_file(request, lambda runtime: Echo(), device="cpu")
+    for end in ends:
+        end.join()
+    assert [json.loads(line)["target"] for line in received[0].splitlines()] == list(range(1, 102))
+    err = capsys.readouterr().err
+    assert f"{source}: dialogue é\\x1b[2J has 101 utterances" in err and "\x1b" not in err
