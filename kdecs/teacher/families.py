@@ -138,14 +138,17 @@ class Family(ABC):
         return self._rows_of_head(network, output, output.weight[self.answer_ids], bias_A, hidden_PH)
 
     def model_logits(self, network: nn.Module, prompt: EncodedPrompt, device: torch.device) -> Tensor:
-        """Run a prompt through the whole model: the model's own logits, and those of its output embedding, (2, V)."""
+        """Run a prompt through the whole model: its own logits, and those of its output embedding, (2, V).
+
+        An adapter runs as PEFT itself would run it.
+        """
         model = language_model(network)
         given: list[Tensor] = []
         # The head's output before anything that the model does to it afterwards.
         hook = model.get_output_embeddings().register_forward_hook(lambda _, __, output: given.append(output))
         ids_PT, mask_PT, answers_P = self._padded([prompt], device)
         try:
-            own_PTV = model(
+            own_PTV = network(
                 input_ids=ids_PT, attention_mask=mask_PT, **self._decoder_inputs(model, device)
             ).logits
         finally:

@@ -48,6 +48,7 @@ from kdecs.teacher.network import (
     tree_probes,
 )
 from kdecs.teacher.product import ADAPTER_CONFIG, ADAPTER_FILE, adapter_values, check_adapter, load_adapter
+from kdecs.teacher.scoring import check_folded
 
 _PAIRS_PER_FORWARD = 16
 
@@ -101,6 +102,8 @@ def import_adapter(wanted: AdapterImport, runtime: Runtime, *, dtype: str) -> Ma
         probes = tree_probes(pairs, prompts, max_tokens=config.batches.micro_batch_tokens)
         teacher.use_tree = tree_is_exact(teacher, teacher, probes, runtime)
     scores = _scores(teacher, pairs, prompts)
+    if dtype == "float32":  # in which an export folds the adapter
+        check_folded(teacher, prompts[:_PAIRS_PER_FORWARD], wanted.adapter)
     return _write(
         wanted,
         values,
@@ -159,9 +162,13 @@ def _load(
     check_adapter(tensors, adapter)
     base = load_base(config.model, family, dtype=DTYPES[dtype], device=runtime.device)
     network = load_adapter(base, adapter, values, base=config.model.base)
-    # PEFT skips tensors that have no place, and leaves missing ones at their first values.
-    placed = set(get_peft_model_state_dict(network))
-    if strangers := sorted(set(tensors) ^ placed):
+    # PEFT skips tensors that have no place, and leaves missing ones at their first values. The base's embeddings may or
+    # may not stand in an adapter.
+    needed, known = (
+        set(get_peft_model_state_dict(network, save_embedding_layers=embeddings))
+        for embeddings in (False, True)
+    )
+    if strangers := sorted((set(tensors) - known) | (needed - set(tensors))):
         raise ModelError(
             f"{adapter}: does not fit the base {config.model.base}: only one of them has {strangers[0]} "
             f"({len(strangers)} such tensors); name the base that the adapter was trained on"

@@ -296,7 +296,7 @@ def tree_is_exact(
     if any_rank(packed_PA is None, runtime) or packed_PA is None:
         return False
     single_PA = torch.cat([ask([prompt]) for prompt in prompts]).float()
-    return not any_rank(not _are_close(packed_PA, single_PA, teacher), runtime)
+    return not any_rank(not are_close(packed_PA, single_PA, teacher), runtime)
 
 
 @torch.no_grad()
@@ -313,8 +313,13 @@ def check_head(ask: Callable[..., Tensor], teacher: TeacherNetwork, prompt: Enco
         raise ModelError(f"model {base}: does not run as a teacher: {first_line(error)}") from None
     # Unless the model changes its logits, they are what the head returned: equal to the bit in any precision.
     is_same = bool(torch.isclose(own_V, raw_V, rtol=0, atol=0, equal_nan=True).all())
-    if is_same and _are_close(ours_A, own_V[teacher.family.answer_ids], teacher):
+    if is_same and are_close(ours_A, own_V[teacher.family.answer_ids], teacher):
         return
+    if is_same and isinstance(teacher.network, PeftModel):
+        raise ModelError(
+            f"model {base}: with its adapter it computes other logits as a whole than part by part, as a teacher runs "
+            "it; choose another kind of adapter"
+        )
     # For the message alone: which setting is likely to be the cause.
     config = getattr(teacher.network, "config", None)
     keys = [key for key in LOGIT_KEYS if getattr(config, key, None) not in (None, 1, 1.0)]
@@ -324,7 +329,8 @@ def check_head(ask: Callable[..., Tensor], teacher: TeacherNetwork, prompt: Enco
     )
 
 
-def _are_close(ours: Tensor, expected: Tensor, teacher: TeacherNetwork) -> bool:
+def are_close(ours: Tensor, expected: Tensor, teacher: TeacherNetwork) -> bool:
+    """Whether two computations of the same logits agree within the rounding of the teacher's dtype (`TOLERANCES`)."""
     dtype = next(teacher.network.parameters()).dtype
     tolerance = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])  # 4-bit weights are stored as bytes
     difference = (ours - expected).abs().max()

@@ -10,6 +10,7 @@ manifest.json                                    names the base by checksum
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,6 +103,14 @@ _NOT_FOLLOWED: dict[str, Any] = {
     "megatron_config": None,
     "megatron_core": "megatron.core",
 }
+# Kinds of LoRA that act on some tokens only, or that choose among several adapters. A teacher runs the parts of the
+# model by themselves, where PEFT cannot tell the adapter which tokens those are.
+_REFUSED = ("alora_invocation_tokens", "arrow_config")
+# What PEFT puts between the name of a layer and those of its tensors, and the axes of LoRA's tensors that count tokens.
+_WRAPPERS = ("base_layer", "token_adapter", "original_module", "modules_to_save")
+_ROWS_OF_PRODUCTS = {"lora_embedding_A": 1, "lora_B.weight": 0}
+# What is zero in a fresh adapter: its products are zero until these are trained.
+_ZERO_AT_FIRST = ("lora_B", "lora_embedding_A")
 
 
 def save_product(network: nn.Module, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:
@@ -129,7 +138,10 @@ def install_product(source: Path, names: Sequence[str], family: Family, output: 
 def check_adapter(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Raise TrainingError for an adapter that is empty, not finite, or was never trained (every B is zero)."""
     _check_tensors(tensors.items(), directory)
-    if not any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name):
+    # Whole layers, biases or rows of embeddings may be trained beside LoRA's products.
+    has_more = any("lora_" not in name for name in tensors)
+    products = (tensor for name, tensor in tensors.items() if any(part in name for part in _ZERO_AT_FIRST))
+    if not has_more and not any(bool(tensor.any()) for tensor in products):
         raise TrainingError(
             f"{directory}: every lora_B of the adapter is zero, so it does nothing; train it again"
         )
@@ -183,15 +195,69 @@ def adapter_values(directory: Path) -> dict[str, Any]:
         raise ModelError(f"{directory}: no {ADAPTER_FILE}; {hint}")
     values = read_settings(path)
     if values.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {values.get('peft_type')!r}, expected 'LORA'")
+        raise ModelError(
+            f"{path}: peft_type is {values.get('peft_type')!r}, expected 'LORA'; a teacher's adapter is made by PEFT's "
+            "LoraConfig"
+        )
+    if refused := [key for key in _REFUSED if values.get(key) is not None]:
+        raise ModelError(
+            f"{path}: {refused[0]} is set, so the adapter does not act on all tokens alike, which a teacher's adapter "
+            f"has to; train it without {refused[0]}"
+        )
     return {**values, **_NOT_FOLLOWED}
 
 
 def load_adapter(network: nn.Module, directory: Path, values: Mapping[str, Any], *, base: str) -> PeftModel:
-    """The network with a directory's adapter, whose config is `values`. Raises ModelError if it does not load."""
+    """The network with a directory's adapter, whose config is `values`. Raises ModelError if it does not load.
+
+    If tokens were added for the adapter's training, the network's vocabulary grows by their rows, which the adapter has
+    to hold.
+    """
     with refusing(f"{directory}: the adapter does not load onto {base}"):
+        _fit_vocabulary(network, directory, values, base=base)
         config = PeftLoraConfig.from_peft_type(**values)
         return PeftModel.from_pretrained(network, str(directory), config=config)
+
+
+def _fit_vocabulary(network: Any, directory: Path, values: Mapping[str, Any], *, base: str) -> None:
+    """Give the embeddings as many rows as the adapter's have. Raises ModelError if the adapter lacks one's rows."""
+    with safe_open(directory / ADAPTER_FILE, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    rows: dict[str, int] = {}  # of weights, by their names in the base
+    of_base: set[str] = set()  # those that PEFT loads into the base, not into a copy beside it
+    for name, shape in shapes.items():
+        *path, last = name.removeprefix("base_model.model.").split(".")
+        kept = [part for part in path if part not in _WRAPPERS]
+        if last != "weight" or len(shape) != 2 or not kept or any("lora_" in part for part in path):
+            continue
+        weight = ".".join([*kept, last])
+        rows[weight] = shape[0]
+        is_plain = kept == path and kept[-1] not in (values.get("modules_to_save") or ())
+        if is_plain or (kept != path and "modules_to_save" not in path):
+            of_base.add(weight)
+    held: list[int | None] = []
+    wanted: set[int] = set()
+    for module in (network.get_input_embeddings(), network.get_output_embeddings()):
+        own = {name for name, other in network.named_modules(remove_duplicate=False) if other is module}
+        # Tied embeddings are one weight under two names.
+        shared = {n for n, p in network.named_parameters(remove_duplicate=False) if p is module.weight}
+        names = {f"{name}.weight" for name in own} | (shared & of_base)
+        held.append(next((rows[name] for name in sorted(names) if name in rows), None))
+        for name, (part, axis) in itertools.product(own, _ROWS_OF_PRODUCTS.items()):
+            if shape := shapes.get(f"base_model.model.{name}.{part}"):
+                wanted.add(shape[axis])
+    num_rows = network.config.get_text_config().vocab_size
+    wanted = (wanted | {number for number in held if number is not None}) - {num_rows}
+    if not wanted:
+        return
+    if None in held or len(wanted) > 1:
+        raise ModelError(
+            f"{directory}: was trained with {max(wanted)} rows of embeddings, whereas {base} has {num_rows}, and does "
+            "not hold these rows for both embeddings; save the adapter with save_embedding_layers=True, or add the "
+            "tokens to the base, save it, and name that as the base"
+        )
+    # The new rows are the adapter's, so their first values do not matter.
+    network.resize_token_embeddings(wanted.pop(), mean_resizing=False)
 
 
 def check_base(directory: Path, base: str) -> None:
@@ -223,7 +289,8 @@ def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_s
         tensors = {
             # A copy, since ZeRO-3 frees the gathered tensors when the block ends.
             name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in get_peft_model_state_dict(model).items()
+            # Without the frozen embeddings, which PEFT would add if their layers have adapters.
+            for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
         }
     check_adapter(tensors, directory)
     with atomic_path(directory / ADAPTER_FILE) as temporary:

@@ -9,6 +9,7 @@ Shapes: n pairs, P prompts of a batch, A answer words, V vocabulary, K top logit
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,18 +21,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from kdecs.artifact import MANIFEST_NAME, Manifest, read_verified_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
-from kdecs.errors import ArtifactError, ConfigError, Stopped, TrainingError
+from kdecs.errors import ArtifactError, ConfigError, ModelError, Stopped, TrainingError
 from kdecs.models import refusing
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
 from kdecs.teacher.data import fixed_batches, make_units
 from kdecs.teacher.families import EncodedPrompt, language_model
-from kdecs.teacher.network import TeacherNetwork
+from kdecs.teacher.network import TeacherNetwork, are_close
 from kdecs.teacher.product import lineage_of, load_trained, read_teacher_config
 
 Forward = Callable[[Sequence[EncodedPrompt]], tuple[Tensor, Tensor]]
@@ -184,14 +186,42 @@ def fold_adapter(network: nn.Module) -> nn.Module:
     """Add the adapter's products to the base's weights, so that a forward skips PEFT's extra products.
 
     The function stays the same up to rounding. Do not fold 16-bit weights: an update that is small beside its weight
-    would be rounded away, whereas an adapter beside the base keeps it. A network partitioned by ZeRO-3 is returned as
-    it is, since no rank holds a whole weight to add to.
+    would be rounded away, whereas an adapter beside the base keeps it. A network whose weights cannot take the products
+    is returned as it is: one partitioned by ZeRO-3, since no rank holds a whole weight, and those of `_can_fold`.
     """
-    return (
-        network.merge_and_unload()
-        if isinstance(network, PeftModel) and not _is_partitioned(network)
-        else network
-    )
+    if not isinstance(network, PeftModel) or _is_partitioned(network) or not _can_fold(network):
+        return network
+    return network.merge_and_unload()
+
+
+@torch.inference_mode()
+def check_folded(teacher: TeacherNetwork, prompts: Sequence[EncodedPrompt], adapter: Path) -> None:
+    """Raise ModelError if the teacher gives other logits once its adapter is folded. It stays folded."""
+    expected_PA = teacher(prompts)
+    with refusing(f"{adapter}: PEFT cannot add the adapter to its base"):
+        teacher.network = fold_adapter(teacher.network)
+    if not are_close(teacher(prompts), expected_PA, teacher):
+        raise ModelError(
+            f"{adapter}: gives other logits once PEFT has added it to its base, as an export in float32 does; choose "
+            "another kind of adapter"
+        )
+
+
+def _can_fold(network: PeftModel) -> bool:
+    """Whether the base has a place for all that the adapter adds, which nothing but the adapted layer reads."""
+    # Tied embeddings are one tensor under two names: an adapter of the output embedding would change the input, too.
+    # PEFT also repeats whole layers without copying them (layer_replication).
+    num_names = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    for layer in network.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base = layer.get_base_layer()
+        if any(num_names[id(parameter)] > 1 for parameter in base.parameters()):
+            return False
+        # A bias of the adapter (lora_bias) needs one of the layer.
+        if any(getattr(layer, "lora_bias", {}).values()) and getattr(base, "bias", None) is None:
+            return False
+    return True
 
 
 def _is_partitioned(network: nn.Module) -> bool:
