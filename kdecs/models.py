@@ -34,7 +34,8 @@ from kdecs.errors import KdecsError, ModelError
 
 _MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizer.json has some 40 MB
 _MAX_REASON = 400  # characters: a reason may quote a file
-_REPEATED = re.compile(r"(layers?|experts|blocks)$")  # what a config gives a number of
+REPEATED = re.compile(r"(layers?|experts|blocks)$")
+"""Keys of a model's config that give a number of parts, each of which takes time to make."""
 _TRIAL_TEXT = "Anna: I'm so glad – 25 of us, naïve 日本 😀!\n" + 64 * "a" + "?"
 
 
@@ -188,7 +189,7 @@ def _check_size(auto_model: Any, folder: Path, config: Any) -> None:
         num_stored += sum(map(math.prod, shapes))
     # Each layer or expert takes time to make even without memory, and has a tensor or shares one.
     for key, value in config.to_dict().items():
-        if _REPEATED.search(key) and isinstance(value, int) and value > max(num_tensors, 256):
+        if REPEATED.search(key) and isinstance(value, int) and value > max(num_tensors, 256):
             raise ModelError(
                 f"{folder / 'config.json'}: {key} is {value}, but the weights hold {num_tensors} tensors"
             )

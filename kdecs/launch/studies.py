@@ -89,7 +89,7 @@ def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -
         "cpus_per_trial": 1,
         "gpus_per_trial": 0,
         "max_concurrent_trials": demo.max_concurrent_trials,
-        "tracking": {"experiment": "kdecs-studies"},
+        "tracking": {**demo.tracking.model_dump(), "experiment": "kdecs-studies"},
     }
     return parse_config(SweepConfig, {**values, **changed}, source=f"study {study}")
 

@@ -166,7 +166,7 @@ def import_table(
     values: dict[str, object] = {"table": table, "output": output, "scores": scores}
     for item in corpus:
         name, _, file = (
-            item.rpartition("=") if item.startswith(("train=", "valid=", "test=")) else ("", "", item)
+            item.partition("=") if item.startswith(("train=", "valid=", "test=")) else ("", "", item)
         )
         if (split := name or "train") in values:
             raise typer.BadParameter(f"{split} is given twice", param_hint="--corpus")

@@ -184,6 +184,14 @@ def test_a_table_in_its_own_output_is_left_alone(rows: Rows, tmp_path: Path) -> 
     assert table.read_bytes() == before
 
 
+def test_a_corpus_may_have_any_name(rows: Rows, tmp_path: Path) -> None:
+    corpus = tmp_path / "run=1" / "train.json"
+    corpus.parent.mkdir()
+    shutil.copy(bundled_sample("train"), corpus)
+    table = write(tmp_path / "table.jsonl", rows)
+    assert run(table, tmp_path / "labels", corpus=f"train={corpus}").exit_code == 0
+
+
 def test_an_id_of_two_splits_needs_the_column(rows: Rows, tmp_path: Path) -> None:
     table = write(tmp_path / "table.jsonl", rows)
     result = run(table, tmp_path / "labels", "--corpus", f"test={bundled_sample('train')}")

@@ -1,7 +1,10 @@
 """The plan's memory: traces against real CPU runs, states against DeepSpeed, counts against published ones."""
 
+import json
 from collections.abc import Callable
 from functools import cache
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +74,17 @@ def test_names_are_matched() -> None:
     assert shipped_name("HuggingFaceTB/SmolLM2-135M-Instruct") == "smollm2-135m"
     with pytest.raises(ModelError, match="nor one of the shipped architectures"):
         resolve_architecture("someone/something")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 2_000_000), ("hidden_size", 10**12), ("vocab_size", 10**15)]
+)
+def test_a_config_that_no_model_has_is_refused(tmp_path: Path, key: str, value: int) -> None:
+    """A plan needs no weights, whose number would bound the network."""
+    values = json.loads((files("kdecs.teacher") / "architectures" / "llama-7b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, key: value}))
+    with pytest.raises(ModelError, match=f"{key} is {value:,}, expected at most"):
+        resolve_architecture(str(tmp_path))
 
 
 def test_lora_counts_are_pefts() -> None:

@@ -14,8 +14,12 @@ from typing import Any
 from torch import nn
 
 from kdecs.errors import ModelError
+from kdecs.models import REPEATED
 
 _SUFFIXES = ("-instruct", "-hf")
+# Several times those of any known model. A config from elsewhere needs no weights here, so nothing else bounds it.
+_MAX_PARTS = 1_000
+_MAX_SIZE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ def _architecture(name: str, values: dict[str, Any], reference: str) -> Architec
     from kdecs.models import plain_config, refusing
     from kdecs.teacher.network import family_of
 
+    for key, value in values.items():
+        most = _MAX_PARTS if REPEATED.search(key) else _MAX_SIZE
+        if isinstance(value, int) and value > most:
+            raise ModelError(f"model {reference}: {key} is {value:,}, expected at most {most:,}")
     values = dict(values)
     model_type = values.pop("model_type")
     with refusing(f"model {reference}: its config cannot be read"):
