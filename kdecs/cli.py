@@ -1,5 +1,6 @@
 """The command `kdecs`. Heavy imports happen inside the commands: `kdecs --help` answers in under a second."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 
 from kdecs import __version__
 from kdecs.corpus import commands as corpus_commands
+from kdecs.errors import EXIT_STOPPED
 from kdecs.evaluation import commands as evaluation_commands
 from kdecs.mrc import commands as mrc_commands
 from kdecs.process import exit_code_of, open_standard_streams
@@ -123,6 +125,8 @@ def configs(
 def main() -> None:
     """Entry point. A refusal prints one line on stderr and exits with 1; a usage error exits with 2."""
     open_standard_streams(prints_result=True)
+    # `timeout` and schedulers end a command like this, and its temporary files should go with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
     sys.exit(exit_code_of(lambda: app(standalone_mode=True)))
 
 

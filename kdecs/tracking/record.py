@@ -115,7 +115,7 @@ def environment_tags() -> dict[str, str]:
     tags = {"kdecs.version": __version__}
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git: the version alone
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if answer.returncode == 0:
             tags["kdecs.git_commit"] = answer.stdout.strip()
     return tags
