@@ -97,12 +97,15 @@ def _stopped(config: CrossFitConfig) -> str:
 
 def finish(config: CrossFitConfig) -> None:
     """Merge the folds' labels, and print how far held-out and validation labels agree with gold."""
+    from kdecs.corpus.schema import NO_TABLE
+    from kdecs.corpus.splits import emotion_table
     from kdecs.soft_labels.derive.cross_fit import merge_folds
     from kdecs.soft_labels.inspect.show import describe
 
     manifest = merge_folds(config)
     corpora = [config.corpus.train, config.corpus.valid]
-    gold = describe(config.output, corpora, cache_dir=config.work_directory / "joined")["gold"]
+    table = emotion_table(config.corpus) or NO_TABLE
+    gold = describe(config.output, corpora, cache_dir=config.work_directory / "joined", table=table)["gold"]
     held_out, valid = (gold[str(path)]["agreement"]["macro_f1"] for path in corpora)
     print(
         f"soft labels {config.name}: {sum(manifest.details['num_pairs'].values()):,} pairs in "

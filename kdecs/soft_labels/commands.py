@@ -42,6 +42,12 @@ def show(
         GoldUniverse,
         typer.Option(help="pairs to compare; +neutral adds the pair (i, i) of each neutral target"),
     ] = "fold1",
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSON object {label: label} that maps labels of your own in the gold corpus"
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="PNG", help="also write the reliability plot here (needs a corpus)")
     ] = None,
@@ -60,6 +66,8 @@ def show(
     """
     import contextlib
 
+    from kdecs.corpus.reading import read_table
+    from kdecs.corpus.schema import NO_TABLE
     from kdecs.output import is_standard_output, open_output, refuse_inputs
     from kdecs.soft_labels.inspect.display import print_labels, write_reliability
     from kdecs.soft_labels.inspect.show import describe
@@ -67,7 +75,8 @@ def show(
     if output is not None:
         refuse_inputs(output, [directory, *(corpus or [])])
     with open_output(output) if output else contextlib.nullcontext() as plot:
-        found = describe(directory, corpus or [], universe=universe, cache_dir=cache)
+        mapping = read_table(table) if table else NO_TABLE
+        found = describe(directory, corpus or [], universe=universe, cache_dir=cache, table=mapping)
         if plot is not None:
             if not found["gold"]:
                 raise typer.BadParameter(

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from kdecs.artifact import Manifest, content_checksum
 from kdecs.config import CONFIG_NAME
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.reading import iter_dialogues
+from kdecs.corpus.schema import NO_TABLE, map_dialogue
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.format import SPLITS
 
@@ -44,8 +45,12 @@ def labelled_corpora(directory: Path, manifest: Manifest) -> list[Path]:
     return corpora
 
 
-def pair_batches(path: Path, universe: Universe) -> Iterator[list[Pair]]:
-    """The pairs of a labelled corpus file in its order, BATCH_PAIRS at a time. Raises CorpusError for a fault."""
-    pairs = itertools.chain.from_iterable(pairs_of(dialogue, universe) for dialogue in iter_dialogues(path))
+def pair_batches(path: Path, universe: Universe, table: Mapping[str, str] = NO_TABLE) -> Iterator[list[Pair]]:
+    """The pairs of a labelled corpus file in its order, BATCH_PAIRS at a time, its emotions mapped by `table`.
+
+    Raises CorpusError for a fault.
+    """
+    dialogues = (map_dialogue(dialogue, table) for dialogue in iter_dialogues(path, table=table))
+    pairs = itertools.chain.from_iterable(pairs_of(dialogue, universe) for dialogue in dialogues)
     while batch := list(itertools.islice(pairs, BATCH_PAIRS)):
         yield batch

@@ -179,6 +179,18 @@ def test_alone_it_compares_with_the_corpora_that_were_labelled(
     assert f"macro F1 {macro_f1:.2f}" in result.output
 
 
+def test_a_table_maps_labels_of_the_corpus_own(labels: Path, tmp_path: Path) -> None:
+    corpus, table = tmp_path / "own.json", tmp_path / "table.json"
+    corpus.write_text(bundled_sample("valid").read_text().replace('"happiness"', '"joy"'))
+    table.write_text('{"joy": "happiness"}')
+    assert "found 'joy'" in str(show(labels, "--corpus", corpus).exception)
+    mapped, plain = (
+        json.loads(show(labels, "--corpus", *arguments, "--json").stdout)["gold"]
+        for arguments in ((corpus, "--table", table), (bundled_sample("valid"),))
+    )
+    assert list(mapped.values()) == list(plain.values())
+
+
 @pytest.mark.parametrize(
     "text",
     ["[" * 100_000, '{"corpus": {"train": 7, "valid": "/dev/zero"}}', '{"train": "\\u0000"}', "\0", "[]"],

@@ -1,6 +1,6 @@
 """What `kdecs soft-labels show` reports: a directory's lineage, its labels by split, and how they compare with gold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from kdecs.artifact import MANIFEST_NAME, Manifest, check_sizes, read_manifest, scratch_folder
 from kdecs.corpus.pairs import Universe
+from kdecs.corpus.schema import NO_TABLE
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.soft_labels.corpora import labelled_corpora, pair_batches
 from kdecs.soft_labels.format import SPLITS, answer_words_of, iter_directory, num_rows
@@ -24,12 +25,13 @@ def describe(
     *,
     universe: Universe = "fold1",
     cache_dir: Path | None = None,
+    table: Mapping[str, str] = NO_TABLE,
 ) -> dict[str, Any]:
     """The manifest's facts, sums by split, and for each corpus file agreement and calibration, as plain JSON values.
 
     Without `corpora`, those that were labelled are used where they are still there (`labelled_corpora`). The pairs of
     a corpus are found by id and hash in any split. Pairs without a label are counted; a named corpus of which no pair
-    has a label is refused. Raises ArtifactError, CorpusError, LabelError.
+    has a label is refused. `table` maps their emotions. Raises ArtifactError, CorpusError, LabelError.
     """
     manifest = read_manifest(directory, "soft-labels")
     check_sizes(directory, manifest)
@@ -48,18 +50,18 @@ def describe(
     }
     sums = {split: LabelSums(words) for split in SPLITS}
     with _bar(num_rows(manifest), "labels") as bar:
-        for table in iter_directory(directory, manifest):
-            split_n = np.array(table.splits)
-            for split in set(table.splits):
+        for rows in iter_directory(directory, manifest):
+            split_n = np.array(rows.splits)
+            for split in set(rows.splits):
                 rows_n = split_n == split
-                sums[split].add(table.logits[rows_n], table.log_rest_mass[rows_n])
-            bar.update(len(table))
+                sums[split].add(rows.logits[rows_n], rows.log_rest_mass[rows_n])
+            bar.update(len(rows))
     found["splits"] = {split: item.as_dict() for split, item in sums.items() if item.num_pairs}
     if compared := list(corpora) or labelled_corpora(directory, manifest):
         with scratch_folder("labels") as scratch:
             labels = SoftLabels.open(directory, cache_dir or scratch)
             for path in compared:
-                against_gold = _compare_with_gold(labels, path, universe)
+                against_gold = _compare_with_gold(labels, path, universe, table)
                 if against_gold["num_pairs"]:
                     found["gold"][str(path)] = against_gold
                 # A file that `labelled_corpora` found may simply hold no pair with gold. One that the user named is
@@ -83,11 +85,13 @@ def _agreement_of(directory: Path, manifest: Manifest) -> dict[str, dict[str, fl
     return {split: item for split, item in found.items() if item}
 
 
-def _compare_with_gold(labels: SoftLabels, path: Path, universe: Universe) -> dict[str, Any]:
+def _compare_with_gold(
+    labels: SoftLabels, path: Path, universe: Universe, table: Mapping[str, str]
+) -> dict[str, Any]:
     sums = GoldSums(labels.answer_words)
     num_missing = 0
     with _bar(None, path.name) as bar:
-        for batch in pair_batches(path, universe):
+        for batch in pair_batches(path, universe, table):
             rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch])
             is_cause_n = np.array([pair.is_cause for pair in batch])
             known_n = rows_n >= 0
