@@ -44,14 +44,21 @@ class HashedUnlessDefault:
 
 def _absolute(path: Path) -> Path:
     # Links are not resolved: config.json shows the path that the user wrote.
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    return Path(_writable(os.path.abspath(os.path.expanduser(path))))
 
 
 def _local_or_hub(reference: str) -> str:
     # `roberta-base` is a hub name unless a directory of that name is here. What is written as a path never is one.
     expanded = os.path.expanduser(reference)
     looks_local = os.path.exists(expanded) or reference.startswith(("/", "./", "../", "~"))
-    return os.path.abspath(expanded) if looks_local else reference
+    return _writable(os.path.abspath(expanded) if looks_local else reference)
+
+
+def _writable(path: str) -> str:
+    """The same path, which config.json must be able to hold: it is UTF-8, while a path may be any bytes."""
+    if "\0" in path or any("\ud800" <= letter <= "\udfff" for letter in path):
+        raise ValueError("the path is no UTF-8 text; rename the file or directory, or choose another one")
+    return path
 
 
 InputPath = Annotated[Path, AfterValidator(_absolute)]

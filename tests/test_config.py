@@ -87,6 +87,14 @@ def test_set_overrides_the_file_and_paths_become_absolute(
     assert config.corpus.train == tmp_path / "train.json"
 
 
+@pytest.mark.parametrize("key", ["output", "corpus.train", "model.base"])
+@pytest.mark.parametrize("name", ["caf\udce9", "a\0b"])
+def test_a_path_that_config_json_cannot_hold_is_refused(values: dict[str, Any], key: str, name: str) -> None:
+    set_dotted(values, key, f"/tmp/{name}")
+    with pytest.raises(ConfigError, match="the path is no UTF-8 text"):
+        parse_config(TeacherConfig, values, source="x")
+
+
 @pytest.mark.parametrize(
     "override",
     ["optimization.epochs", "=3", "lora.targets=[", "name.x=1", "optimization.epochs=2 # or 3", "output="],

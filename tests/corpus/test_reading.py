@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -402,3 +404,10 @@ def test_paths_that_hold_no_file(tmp_path):
         assert "a corpus file" in only_fault(path).expected
     with pytest.raises(CorpusError, match="no bundled sample 'nothing'"):
         bundled_sample("nothing")
+
+
+def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
+    """What a first look takes out of a pipe is gone; it is not even opened, which would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    assert only_fault(tmp_path / "pipe").found == "a pipe or a device"
+    assert only_fault(Path("/dev/null")).expected.startswith("a corpus file")
