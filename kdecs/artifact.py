@@ -55,6 +55,7 @@ _LOADED_NAMES = re.compile(
 )
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _LONGEST_NAME = 255 - len("..0123456789abcdef.tmp")  # bytes of a name that a temporary one can still hold
 
 
@@ -196,6 +197,11 @@ def scratch_folder(name: str) -> AbstractContextManager[Path]:
 def temporary_path(path: Path) -> Path:
     """A new hidden name beside a path. `remove_leftovers` knows it again after its writer was killed."""
     return path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """True if a name is one that `temporary_path` gives."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def remove_leftovers(path: Path) -> None:

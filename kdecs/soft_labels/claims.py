@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kdecs.artifact import Kind, Manifest, check_output, content_checksum, fsync, temporary_path
+from kdecs.artifact import Kind, Manifest, check_output, content_checksum, fsync, is_temporary, temporary_path
 from kdecs.config import CONFIG_NAME, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
@@ -324,5 +324,6 @@ def remove_temporaries(output: Path, lease_s: float, claims: Claims | None = Non
             if held:
                 # Those of shards and manifest, of the job, and of the plan and the records, which have folders.
                 for leftover in (*output.glob(".*.tmp"), *work.glob(".*.tmp"), *work.glob("*/.*.tmp")):
-                    leftover.unlink(missing_ok=True)
+                    if is_temporary(leftover):
+                        leftover.unlink(missing_ok=True)
                 claims.remove_abandoned()

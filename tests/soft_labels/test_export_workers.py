@@ -192,9 +192,10 @@ def test_a_worker_suspended_in_its_last_chunk_leaves_a_finished_shard_alone(
 def test_nothing_is_left_of_killed_workers(finished: Path, teacher: Path, tmp_path: Path) -> None:
     """By whoever finishes, and by the command that finds all finished; a live worker's claim stays."""
     output = tmp_path / "labels"
-    names = (".work/shard-00001/.0f.json.a1.tmp", ".work/.job.json.b2.tmp", ".work/plan/.entries.bin.c3.tmp")
+    written = (".work/shard-00001/.0f.json", ".work/.job.json", ".work/plan/.entries.bin")
+    written += (".shard-00001.parquet", ".config.json")
+    names = tuple(f"{name}.0123456789abcde{number}.tmp" for number, name in enumerate(written))
     names += (".work/leases/.now-d4", ".work/leases/shard-00003.lease")
-    names += (".shard-00001.parquet.f6.tmp", ".config.json.g7.tmp")
 
     def leave_temporaries() -> None:
         for name in names:
@@ -204,7 +205,9 @@ def test_nothing_is_left_of_killed_workers(finished: Path, teacher: Path, tmp_pa
         os.utime(claim, (claim.stat().st_mtime - 600,) * 2)
 
     leave_temporaries()
+    (output / ".notes.tmp").touch()  # somebody else's
     export(teacher, output)
+    assert (output / ".notes.tmp").exists()
     assert not [name for name in names if (output / name).exists()]
     assert list((output / ".work" / "leases").iterdir()) == []
     leave_temporaries()
