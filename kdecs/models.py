@@ -34,9 +34,10 @@ from kdecs.errors import KdecsError, ModelError
 
 _MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizer.json has some 40 MB
 _MAX_REASON = 400  # characters: a reason may quote a file
-REPEATED = re.compile(r"(layers?|experts|blocks)$")
+REPEATED = re.compile(r"(layers?|experts|blocks|groups|group_num|num_labels)$")
 """Keys of a model's config that give a number of parts, each of which takes time to make."""
-_TRIAL_TEXT = "Anna: I'm so glad – 25 of us, naïve 日本 😀!\n" + 64 * "a" + "?"
+_MAX_REPEATED = 10_000
+_TRIAL_TEXT = "Anna: I'm so glad - 25 of us!\n" + 64 * "a" + "?"
 
 
 def load_tokenizer(reference: str | Path) -> Any:
@@ -86,6 +87,8 @@ def plain_config(config: Any, reference: str | Path) -> Any:
     for key in ("auto_map", "transformers_weights", "fusion_config", "distributed_config"):
         if key in vars(config):
             delattr(config, key)
+    if not getattr(config, "quantization_config", True):
+        del config.quantization_config
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found
     if method not in (None, "bitsandbytes"):
@@ -151,15 +154,17 @@ def _check_directory(folder: Path) -> None:
             )
         if is_ours and path.suffix == ".py":
             raise ModelError(
-                f"{path}: Python code, which kdecs never writes and never runs; remove the directory"
+                f"{path}: Python code, which kdecs never writes and never runs; get the directory again from its author"
             )
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         settings = read_settings(path) if path.is_file() else {}
+        _check_counts(settings, path)
         is_known = str(settings.get("model_type")) in CONFIG_MAPPING or path.name != "config.json"
         # What Transformers knows by itself is loaded without the code that its author published with it.
         if "auto_map" in settings and (is_ours or not is_known):
             raise ModelError(
-                f"{path}: auto_map asks for Python code of the model's author, which is never run"
+                f"{path}: auto_map asks for Python code of the model's author, which is never run; choose a model "
+                "that Transformers has code for"
             )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -187,19 +192,33 @@ def _check_size(auto_model: Any, folder: Path, config: Any) -> None:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (no mapping)
         num_tensors += len(shapes)
         num_stored += sum(map(math.prod, shapes))
-    # Each layer or expert takes time to make even without memory, and has a tensor or shares one.
-    for key, value in config.to_dict().items():
-        if REPEATED.search(key) and isinstance(value, int) and value > max(num_tensors, 256):
-            raise ModelError(
-                f"{folder / 'config.json'}: {key} is {value}, but the weights hold {num_tensors} tensors"
-            )
+    _check_counts(config.to_dict(), folder / "config.json", num_tensors)
     with torch.device("meta"):  # shapes alone
         wanted = sum(parameter.numel() for parameter in auto_model.from_config(config).parameters())
     # A head may be new, and tied or 4-bit weights are stored once or packed: no honest model has more than twice.
     if wanted > 4 * num_stored + 1_000_000:
         raise ModelError(
-            f"{folder / 'config.json'}: describes a network of {wanted} parameters, but the weights hold {num_stored}"
+            f"{folder / 'config.json'}: describes a network of {wanted} parameters, but the weights hold {num_stored}; "
+            "fetch or save the model again"
         )
+
+
+def _check_counts(settings: dict[str, Any], path: Path, num_tensors: int | None = None) -> None:
+    """Raise ModelError if a config asks for more layers, experts or labels than its weights have tensors.
+
+    Each of them takes time to make, even without memory, and has a tensor or shares one.
+    """
+    most = _MAX_REPEATED if num_tensors is None else max(num_tensors, 256)
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _check_counts(value, path, num_tensors)
+        elif REPEATED.search(str(key)) and isinstance(value, int) and value > most:
+            expected = (
+                f"at most {most}"
+                if num_tensors is None
+                else f"no more than the weights' {num_tensors} tensors"
+            )
+            raise ModelError(f"{path}: {key} is {value}, expected {expected}; fetch or save the model again")
 
 
 @functools.lru_cache(maxsize=64)

@@ -81,7 +81,7 @@ def test_a_model_that_transformers_knows_loads_without_the_code_beside_it(
     from kdecs.models import load_tokenizer, save_pretrained
 
     add_code(model, marker)
-    save_pretrained(load(model), load_tokenizer(model), tmp_path / "saved")
+    save_pretrained([load(model), load_tokenizer(model)], tmp_path / "saved")
     assert not marker.exists()
     # What is trained from it does not ask for code either.
     assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -194,6 +194,9 @@ ENDLESS = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolate
         ("config.json", set_in("hidden_size", value=[])),
         ("config.json", set_in("num_attention_heads", value=0)),
         ("config.json", set_in("num_hidden_layers", value=10**7)),
+        ("config.json", set_in("num_hidden_layers", value=5000)),
+        ("config.json", set_in("num_labels", value=10**9)),
+        ("config.json", set_in("text_config", value={"num_layers": 10**9})),
         ("config.json", set_in("vocab_size", value=10**9)),
         ("config.json", set_in("intermediate_size", value=10**8)),
         ("config.json", set_in("model_type", value=None)),

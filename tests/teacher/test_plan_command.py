@@ -159,6 +159,28 @@ def test_a_model_directory_needs_no_weights(
     assert record["best"]["epoch"]["pairs"] == len(_sample_pairs())
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"),
+        ({"hidden_size": "wide"}, "its config cannot be read"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "its weights are quantised"),
+    ],
+)
+def test_a_hostile_config_is_one_line(
+    change: dict[str, object],
+    words: str,
+    tmp_path: Path,
+    bases: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = json.loads((bases("causal") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    assert run_plan("--teacher", str(tmp_path), "--gpu-memory-gib", "4") == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
 def _sample_pairs() -> list[Any]:
     dialogues = read_corpus(bundled_sample("train")).dialogues
     return [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1+neutral")]

@@ -133,7 +133,7 @@ def test_a_tuned_teacher_from_anybody_runs_no_code_and_is_refused_in_one_line(
         (forged("code", "model/own.py", auto_map=auto_map), "Python code"),
         (forged("needed", auto_map=auto_map, model_type="own"), "Python code"),
         (forged("tuple", return_dict=False), "does not run as a teacher"),
-        (forged("layers", num_hidden_layers=10**6), "the weights hold"),
+        (forged("layers", num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
         (unlisted, "does not list this file"),
         (bare, "names no base"),
     ):

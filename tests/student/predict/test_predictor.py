@@ -250,7 +250,7 @@ def test_a_student_from_anybody_runs_no_code_and_reads_no_other_file(
             ({}, True, {"return_dict": False}, "does not run as a student's"),
             ({}, True, {"chunk_size_feed_forward": "x"}, "does not run as a student's"),
             ({}, True, {"hidden_size": "x"}, "cannot be loaded"),
-            ({}, True, {"num_hidden_layers": 10**6}, "the weights hold"),
+            ({}, True, {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
         )
     ):
         with pytest.raises(KdecsError, match=message) as caught:
