@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 DAILYDIALOG, IEMOCAP = "dailydialog", "iemocap"
 # RECCON's files put the split before IEMOCAP's own ids, sometimes twice (test.test.Ses05F_impro01).
-_IEMOCAP_ID = re.compile(r"((train|valid|test)[._])*Ses\d\d[FM]_")
+_IEMOCAP_ID = re.compile(r"(\w+\.)*Ses\d\d[FM]_")
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 _CHANGED = "the file changed while it was in use: put it back and run the same command again"
 

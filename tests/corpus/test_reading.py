@@ -341,7 +341,7 @@ def test_iemocap_is_known_by_its_ids_whatever_the_name(write):
         ids = ("train.Ses05F_impro01", "test.test.Ses01M_script01_1", "valid.Ses02F_impro03")
         corpus = read_corpus(write({id: [utterances] for id in ids}, name))
         assert {dialogue.part for dialogue in corpus.dialogues} == {"iemocap"}
-    for id in ("x", "tr_10", "SessionsF_1", "my.Ses01F_1"):
+    for id in ("x", "tr_10", "SessionsF_1", "tr_1Ses01F_1"):
         assert read_corpus(write({id: [utterances]}, "iemocap_test.json")).dialogues[0].part == "dailydialog"
     assert read_corpus(write({"x": [utterances]}), part="mine").dialogues[0].part == "mine"
 
