@@ -213,10 +213,19 @@ def load_adapter(network: nn.Module, directory: Path, values: Mapping[str, Any],
     If tokens were added for the adapter's training, the network's vocabulary grows by their rows, which the adapter has
     to hold.
     """
-    with refusing(f"{directory}: the adapter does not load onto {base}"):
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
+    way = " partitioned over the ranks (engine=replica loads it whole)" if is_partitioned else ""
+    with refusing(f"{directory}: the adapter does not load onto {base}{way}"):
         _fit_vocabulary(network, directory, values, base=base)
         config = PeftLoraConfig.from_peft_type(**values)
-        return PeftModel.from_pretrained(network, str(directory), config=config)
+        embeddings = {module.weight for module in _embeddings(network)}
+        # PEFT cannot load rows of embeddings into the parts of a partitioned one.
+        with _gathered(list(embeddings), 3 if is_partitioned else 0, are_changed=True):
+            return PeftModel.from_pretrained(network, str(directory), config=config)
+
+
+def _embeddings(network: Any) -> tuple[nn.Module, nn.Module]:
+    return network.get_input_embeddings(), network.get_output_embeddings()
 
 
 def _fit_vocabulary(network: Any, directory: Path, values: Mapping[str, Any], *, base: str) -> None:
@@ -237,7 +246,7 @@ def _fit_vocabulary(network: Any, directory: Path, values: Mapping[str, Any], *,
             of_base.add(weight)
     held: list[int | None] = []
     wanted: set[int] = set()
-    for module in (network.get_input_embeddings(), network.get_output_embeddings()):
+    for module in _embeddings(network):
         own = {name for name, other in network.named_modules(remove_duplicate=False) if other is module}
         # Tied embeddings are one weight under two names.
         shared = {n for n, p in network.named_parameters(remove_duplicate=False) if p is module.weight}
@@ -273,13 +282,18 @@ def check_base(directory: Path, base: str) -> None:
         )
 
 
-def _gathered(parameters: list[nn.Parameter], zero_stage: int) -> AbstractContextManager[Any]:
-    """Parameters as whole tensors: outside such a block, ZeRO-3 leaves empty ones, which would be saved as such."""
+def _gathered(
+    parameters: list[nn.Parameter], zero_stage: int, *, are_changed: bool = False
+) -> AbstractContextManager[Any]:
+    """Parameters as whole tensors: outside such a block, ZeRO-3 leaves empty ones, which would be saved as such.
+
+    Changes are lost at the end of the block unless `are_changed`, which keeps those of rank 0.
+    """
     if zero_stage != 3:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if are_changed else None)
 
 
 def _save_adapter(model: PeftModel, directory: Path, runtime: Runtime, *, zero_stage: int) -> None:

@@ -357,11 +357,14 @@ def load_partitioned(
     join_deepspeed(runtime)
     # Transformers loads partitioned while an HfDeepSpeedConfig is alive, and holds only a weak reference to it.
     partitioned = HfDeepSpeedConfig(settings)
-    scorer = TeacherScorer.load(
-        directory, runtime=runtime, dtype=dtype, micro_batch_tokens=micro_batch_tokens, base=base
-    )
-    del partitioned
-    engine, *_ = deepspeed.initialize(model=_AnswersAndRest(scorer.network), config=settings)
+    try:
+        scorer = TeacherScorer.load(
+            directory, runtime=runtime, dtype=dtype, micro_batch_tokens=micro_batch_tokens, base=base
+        )
+    finally:
+        del partitioned
+    with refusing(f"{directory}: cannot be partitioned over the ranks, set engine=replica"):
+        engine, *_ = deepspeed.initialize(model=_AnswersAndRest(scorer.network), config=settings)
     engine.eval()
     lockstep = Lockstep(engine, scorer.network, runtime, stop)
     return replace(scorer, forward=lockstep.forward), lockstep

@@ -1,6 +1,7 @@
 """Every kind of adapter that PEFT makes: a teacher gives the logits of plain PEFT, or the import refuses it."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ModelError, TrainingError
+from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import LoraConfig as OurLora
 from kdecs.teacher.families import Family
 from kdecs.teacher.importing import AdapterImport, import_adapter
 from kdecs.teacher.network import TOLERANCES, TeacherNetwork, add_lora
 from kdecs.teacher.product import save_product
-from kdecs.teacher.scoring import TeacherScorer, fold_adapter
+from kdecs.teacher.scoring import TeacherScorer, fold_adapter, load_partitioned
 
 AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
 LAYERS = {"causal": ["q_proj", "v_proj"], "seq2seq": ["q", "v"], "masked": ["query", "value"]}
@@ -352,3 +354,37 @@ def test_own_lora_on_tied_embeddings_is_saved_without_them_and_scores_the_same(
         with torch.no_grad():
             found = teacher([ours.encode(pair) for pair in pairs])
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.slow
+def test_a_partitioned_teacher_scores_as_a_whole_one_or_says_how(
+    bases: Callable[[str], Path],
+    imported: Callable[..., Path],
+    pairs: list[Pair],
+    runtime: Runtime,
+    group: None,
+    tmp_path: Path,
+) -> None:
+    def load(teacher: Path) -> TeacherScorer:
+        options = {"runtime": runtime, "dtype": "float32", "micro_batch_tokens": 2048}
+        return load_partitioned(teacher, stop=StopSignal(), persistence_threshold=0, **options)[0]
+
+    for kind, is_served in (
+        ("trained head", True),
+        ("head", True),
+        ("embedding", True),
+        ("head with dora", False),
+        ("head and embedding, tied", False),
+    ):
+        base = AutoModelForCausalLM.from_pretrained(bases("causal"))
+        changes = {"target_modules": LAYERS["causal"], **kinds("causal")[kind]}
+        save_adapter(base, tmp_path / kind, **changes)
+        teacher = imported(tmp_path / kind, "causal")
+        whole = TeacherScorer.load(teacher, runtime=runtime, dtype="float32", micro_batch_tokens=2048)
+        if is_served:
+            np.testing.assert_allclose(load(teacher).score(pairs)[0], whole.score(pairs)[0], atol=2e-4)
+        else:
+            with pytest.raises(ModelError, match="engine=replica") as caught:
+                load(teacher)
+            assert "\n" not in str(caught.value)
+        shutil.rmtree(teacher)
