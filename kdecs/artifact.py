@@ -140,10 +140,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to. On success, fsync it and rename it to `path`.
 
     On any error the temporary file is removed and `path` stays as it was. The file gets the mode that the umask gives,
-    and what killed writers of the same path left is removed. A link in the place of `path` is replaced, never followed.
-    Raises OutputError if something else than a file stands there.
+    and what killed writers of the same path left is removed. A link to a file is replaced, never followed, so that a
+    directory from elsewhere leads nowhere. Raises OutputError if something else than a file stands there.
     """
-    if not path.is_symlink() and path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():
         raise OutputError(f"{path}: {kind_of(path)} stands in the place of a file; remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)

@@ -185,13 +185,20 @@ def test_only_a_file_or_a_link_is_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "target").write_text("kept")
     (tmp_path / "link").symlink_to("target")
-    for name in ("directory", "pipe", "link"):
+    (tmp_path / "link to a pipe").symlink_to("pipe")
+    for name in ("directory", "pipe", "link to a pipe", "link"):
         expectation = contextlib.nullcontext() if name == "link" else pytest.raises(OutputError, match=name)
         with expectation, atomic_path(tmp_path / name) as temporary:
             temporary.write_text("new")
     assert (tmp_path / "target").read_text() == "kept"
     assert not (tmp_path / "link").is_symlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "link", "pipe", "target"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "directory",
+        "link",
+        "link to a pipe",
+        "pipe",
+        "target",
+    ]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])

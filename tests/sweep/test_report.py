@@ -12,6 +12,7 @@ from scipy import stats
 from support import Killed
 
 from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.errors import ArtifactError
 from kdecs.sweep.commands import is_report_of
 from kdecs.sweep.report.figures import figure_label
 from kdecs.sweep.report.page import write_report
@@ -79,6 +80,16 @@ def test_a_report_that_is_killed_amid_its_figures_is_unfinished_and_keeps_them_w
     assert is_report_of(sweep, digest) and verify_artifact(sweep / "report") == []
     os.truncate(sweep / "report" / "time.png", 0)
     assert not is_report_of(sweep, digest)
+
+
+def test_a_report_does_not_leave_its_sweep(reported, tmp_path):
+    sweep = shutil.copytree(reported, tmp_path / "sweep")
+    shutil.rmtree(sweep / "report")
+    (tmp_path / "elsewhere").mkdir()
+    (sweep / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="leaves the sweep"):
+        write_report(sweep)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_figures_data_are_the_results(reported):

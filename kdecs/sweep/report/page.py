@@ -60,6 +60,10 @@ def write_report(sweep: Path) -> Path:
     baselines = _baselines(sweep)
     selection = read_selection(sweep)
     folder = sweep / REPORT_FOLDER
+    if not folder.resolve().is_relative_to(sweep.resolve()):  # the sweep may be somebody else's
+        raise ArtifactError(
+            f"{folder}: is a link that leaves the sweep; remove it, and the report is written here"
+        )
     folder.mkdir(exist_ok=True)
     # A manifest of the earlier report must not stand over files of two reports if this is killed.
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
