@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
 from kdecs.errors import ArtifactError, printable
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.space import Trial, settings_key, trials_directory
+from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY, Trial, settings_key, trials_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 NOTE_NAME = "trial.json"
@@ -104,6 +104,8 @@ class TrialResult:
     seeds (of a survivor). `reused_from` names the directory of another sweep that trained it. `epoch` of `epochs` is
     done. `metric` is what students of this task are chosen by.
     """
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
 
     id: str
     label: str
@@ -242,6 +244,13 @@ def read_results(sweep: Path) -> list[TrialResult]:
         # The directories of trials are found by this name.
         if not _ID.fullmatch(result.id):
             raise ArtifactError(f"{path}: {result.id!r} is no trial's id; run the sweep again")
+        if result.is_compared and not result.has_score:
+            raise ArtifactError(
+                f"{path}: trial {result.id} is complete without {result.metric}; run the sweep again"
+            )
+        for key in (ALPHA_KEY, TEMPERATURE_KEY):
+            if not isinstance(result.settings.get(key, 0.0), float | int):
+                raise ArtifactError(f"{path}: trial {result.id}: {key} is no number; run the sweep again")
     return results
 
 

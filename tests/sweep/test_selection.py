@@ -11,10 +11,11 @@ from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
 from kdecs.student.predict.predictor import Student
+from kdecs.sweep import status
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection.choose import COMPARED, print_selection, scores_of_student, select_student
 from kdecs.sweep.selection.model_card import model_card
-from kdecs.sweep.selection.record import SelectionRecord, rank_settings
+from kdecs.sweep.selection.record import SelectionRecord, rank_settings, read_selection
 from kdecs.sweep.status import read_results, trial_directory
 
 
@@ -149,6 +150,45 @@ def test_a_damaged_record_is_refused_in_one_line(finished, text):
     (finished / "selection.json").write_text(text)
     with pytest.raises(ArtifactError, match="the test split may have been opened") as caught:
         select_student(finished)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("test_opened_at", None),
+        ("metric", "unknown"),
+        ("test", {"macro_f1": "sixty"}),
+        ("test_baselines", {}),
+        ("runner_up", {"label": "a", "against": "b", "tests": {}}),
+    ],
+)
+def test_a_record_that_says_half_is_refused_in_one_line(finished, key, value):
+    select_student(finished)
+    path = finished / "selection.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ArtifactError, match="the test split may have been opened") as caught:
+        read_selection(finished)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("metrics", {}),
+        ("metrics", {"macro_f1": float("nan")}),
+        ("seconds", float("inf")),
+        ("settings", {"distillation.alpha": "high"}),
+        ("settings", {"distillation.temperature": [1]}),
+    ],
+)
+def test_results_that_cannot_be_ranked_or_drawn_are_refused(finished, monkeypatch, key, value):
+    monkeypatch.setattr(status, "read_verified_manifest", lambda *arguments: None)  # whoever forges adapts it
+    path = finished / "trials.json"
+    first, *others = json.loads(path.read_text())
+    path.write_text(json.dumps([{**first, key: value}, *others]))
+    with pytest.raises(ArtifactError, match=r"trials.json: .*run the sweep again$") as caught:
+        read_results(finished)
     assert "\n" not in str(caught.value)
 
 

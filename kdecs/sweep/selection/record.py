@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kdecs.artifact import read_manifest
 from kdecs.errors import ArtifactError
@@ -108,6 +108,29 @@ class SelectionRecord(_Record):
     test_intervals: dict[str, tuple[float, float]] = {}
     test_baselines: dict[str, dict[str, float]] = {}
     registered: str | None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "SelectionRecord":
+        """What selection and report show of a test that was opened must be there."""
+        if self.test is not None:
+            if self.test_opened_at is None:
+                raise ValueError("test: scores, but test_opened_at is null")
+            numbers = [
+                self.metric,
+                "exact_match",
+                "utterance_macro_f1",
+                "num_positive",
+                "num_negative",
+                "missing",
+            ]
+            missing = [key for key in numbers if not isinstance(self.test.get(key), float | int)]
+            if missing:
+                raise ValueError(f"test.{missing[0]}: expected a number")
+            if not any(self.metric in scores for scores in self.test_baselines.values()):
+                raise ValueError(f"test_baselines: no {self.metric}")
+        if self.runner_up is not None and self.metric not in self.runner_up.tests:
+            raise ValueError(f"runner_up.tests: no {self.metric}")
+        return self
 
     def as_json(self) -> dict[str, Any]:
         """Plain values of the keys that are decided."""
