@@ -28,7 +28,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
-from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -41,21 +41,17 @@ from kdecs.models import first_line
 from kdecs.runtime import Runtime, any_rank, on_main, plain_torch_loads
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.network import trainable_parameters
-from kdecs.teacher.product import save_product
+from kdecs.teacher.product import ADAPTER_CONFIG, ADAPTER_FILE, MODEL_FOLDER, save_product
 
 CHECKPOINTS = "checkpoints"
 PRODUCT = "product"
 STATE = "state.json"
 UNIVERSAL = "universal"
+_PRODUCT_FILES = re.compile(
+    rf"{PRODUCT}/({re.escape(ADAPTER_FILE)}|{ADAPTER_CONFIG}|{MODEL_FOLDER}/[\w.-]+\.(safetensors|json))"
+)
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_DEEPSPEED_VALUES = [
-    ZeroStageEnum,
-    fragment_address,
-    loss_scaler.LossScaler,
-    loss_scaler.DynamicLossScaler,
-    loss_scaler.LossScaleConfig,
-    loss_scaler.LossScaleProfile,
-]
+_DEEPSPEED_VALUES = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
 """What DeepSpeed saves besides tensors and plain values: enumerations and records, whose making runs no code."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter."""
@@ -106,6 +102,12 @@ def best_product(config: TeacherConfig, step: int) -> tuple[Path, list[str]]:
     folder = _folder(config, step)
     product = _read_record(folder).product
     _check_files(folder, product)
+    # Every file of a product is copied, and would take the place of another one in the teacher directory.
+    for entry in product:
+        if not _PRODUCT_FILES.fullmatch(entry.path):
+            raise ArtifactError(
+                f"{folder / entry.path}: {STATE} lists this file, but no training writes it; remove {folder}"
+            )
     return folder / PRODUCT, [entry.path.removeprefix(f"{PRODUCT}/") for entry in product]
 
 

@@ -163,6 +163,20 @@ def test_a_record_that_is_not_the_training_s_own_is_refused(
         refused(config, runtime, message)
 
 
+def test_a_product_of_other_files_is_not_installed(stopped: Callable[..., TeacherConfig]) -> None:
+    config = stopped()
+    product = newest(config) / "product"
+    for name in ("config.json", "model/modeling_evil.py", "adapter_model.bin", "model/deep/config.json"):
+        (product / name).parent.mkdir(parents=True, exist_ok=True)
+        (product / name).write_text("{}")
+        seal(newest(config))
+        with pytest.raises(
+            ArtifactError, match=f"{name}: state.json lists this file, but no training writes it"
+        ):
+            best_product(config, 2)
+        (product / name).unlink()
+
+
 def newest_record(config: TeacherConfig) -> Any:
     return checkpoint._newest(config, config_hash(config))
 
