@@ -216,6 +216,7 @@ def load_adapter(network: nn.Module, directory: Path, values: Mapping[str, Any],
     is_partitioned = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
     way = " partitioned over the ranks (engine=replica loads it whole)" if is_partitioned else ""
     with refusing(f"{directory}: the adapter does not load onto {base}{way}"):
+        _check_sizes(directory, values)
         _fit_vocabulary(network, directory, values, base=base)
         config = PeftLoraConfig.from_peft_type(**values)
         embeddings = {module.weight for module in _embeddings(network)}
@@ -226,6 +227,19 @@ def load_adapter(network: nn.Module, directory: Path, values: Mapping[str, Any],
 
 def _embeddings(network: Any) -> tuple[nn.Module, nn.Module]:
     return network.get_input_embeddings(), network.get_output_embeddings()
+
+
+def _check_sizes(directory: Path, values: Mapping[str, Any]) -> None:
+    """Raise ModelError if the config asks for more than the weights hold, which PEFT would make before it looks."""
+    with safe_open(directory / ADAPTER_FILE, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (no mapping)
+    rank = max(values.get("r", 0), *(values.get("rank_pattern") or {}).values(), 0)
+    num_layers = sum(end - start for start, end in values.get("layer_replication") or ())
+    if rank > max(itertools.chain.from_iterable(shapes)) or num_layers > len(shapes):
+        raise ModelError(
+            f"{directory / ADAPTER_CONFIG}: asks for rank {rank} and {num_layers} repeated layers, more than "
+            f"{ADAPTER_FILE} holds; save the adapter again"
+        )
 
 
 def _fit_vocabulary(network: Any, directory: Path, values: Mapping[str, Any], *, base: str) -> None:

@@ -162,6 +162,9 @@ def test_an_adapter_s_config_leads_nowhere_else(
     for changes, message in (
         ({"peft_type": "XLORA", "adapters": {"0": "someone/adapter"}}, "peft_type is 'XLORA'"),
         ({"r": "four"}, "does not load onto"),
+        ({"r": 10**8}, "asks for rank 100000000"),
+        ({"rank_pattern": {"q_proj": 10**8}}, "asks for rank 100000000"),
+        ({"layer_replication": [[0, 2]] * 100_000}, "200000 repeated layers"),
         ({"target_modules": {"q_proj": 1.5}, "layers_pattern": 3}, "does not load onto"),
     ):
         forge(**changes)
