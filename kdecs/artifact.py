@@ -24,9 +24,11 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -56,6 +58,7 @@ _LOADED_NAMES = re.compile(
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_FOREIGN_LEFTOVER_S = 86_400.0
 _LONGEST_NAME = 255 - len("..0123456789abcdef.tmp")  # bytes of a name that a temporary one can still hold
 
 
@@ -196,7 +199,7 @@ def scratch_folder(name: str) -> AbstractContextManager[Path]:
 
 def temporary_path(path: Path) -> Path:
     """A new hidden name beside a path. `remove_leftovers` knows it again after its writer was killed."""
-    return path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+    return path.with_name(f"{_prefix(path)}{_host_mark()}{secrets.token_hex(4)}.tmp")
 
 
 def is_temporary(path: Path) -> bool:
@@ -207,7 +210,8 @@ def is_temporary(path: Path) -> bool:
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files and folders that killed writers of a path left beside it.
 
-    Each writer holds a kernel lock on its own until it ends, so those of living writers stay.
+    Each writer holds a kernel lock on its own until it ends, so those of living writers stay. Not every file system
+    tells one host of the locks of another, so those of another host or of an earlier boot stay for a day.
     """
     names = re.compile(re.escape(_prefix(path)) + r"[0-9a-f]{16}\.tmp")
     with contextlib.suppress(OSError):  # no such directory, or none of ours
@@ -219,7 +223,10 @@ def remove_leftovers(path: Path) -> None:
 
 def _remove_unlocked(entry: "os.DirEntry[str]") -> None:
     is_folder = entry.is_dir(follow_symlinks=False)
+    is_of_this_host = entry.name.removesuffix(".tmp")[-16:-8] == _host_mark()
     with contextlib.suppress(OSError):  # locked, or gone already
+        if not is_of_this_host and time.time() - entry.stat().st_mtime < _FOREIGN_LEFTOVER_S:
+            return
         # NFS locks only what is open for writing, which a folder cannot be.
         handle = os.open(entry, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -254,6 +261,18 @@ def _prefix(path: Path) -> str:
     # A long name leaves no room for the rest of a temporary one.
     name = path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else _digest_of(path.name)
     return f".{name}."
+
+
+def host_identity() -> str:
+    """This host and its current boot: kernel locks tell about processes of the same kernel only."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot_id = boot.read_text(encoding="ascii").strip() if boot.is_file() else ""
+    return f"{socket.gethostname()} {boot_id}".strip()
+
+
+@functools.cache
+def _host_mark() -> str:
+    return hashlib.sha256(host_identity().encode()).hexdigest()[:8]
 
 
 def _digest_of(name: str) -> str:

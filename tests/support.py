@@ -67,6 +67,16 @@ def kill(*arguments: object, **keywords: object) -> None:
 # --- Damage and comparison ---------------------------------------------------------------------------------------
 
 
+def leave_temporary(path: Path) -> Path:
+    """An empty temporary file beside a path, as a writer of it that was killed leaves it."""
+    from kdecs.artifact import temporary_path
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leftover = temporary_path(path)
+    leftover.touch()
+    return leftover
+
+
 def flip_bit(path: Path, offset: int | None = None, bit: int = 0) -> bytes:
     """Flip one bit of a file, of its middle byte unless told otherwise; returns the bytes as they were."""
     before = path.read_bytes()

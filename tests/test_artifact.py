@@ -152,11 +152,15 @@ with temporary_folder(folder / "product") as temporary, atomic_path(folder / "fi
 
 def test_leftovers_of_the_killed_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     foreign = [".file.tmp", ".file.0123456789abcdef.tmp.txt", ".other.0123456789abcdef.tmp", ".file.1.tmp"]
+    foreign += [".file.fedcba9876543210.tmp"]  # of another host, whose locks may not be seen here
     for name in foreign:
         (tmp_path / name).touch()
+    (tmp_path / ".file.0123456789abcdef.tmp").touch()
+    os.utime(tmp_path / ".file.0123456789abcdef.tmp", (0, 0))  # of another host and long ago
     command = [sys.executable, "-c", WRITES_AND_DIES, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+        assert not (tmp_path / ".file.0123456789abcdef.tmp").exists()
         during = sorted(tmp_path.iterdir())
         assert len(during) == len(foreign) + 2
         for name in ("file", "product"):

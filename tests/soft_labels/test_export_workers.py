@@ -11,11 +11,11 @@ import pytest
 from fake_teacher import FakeScorer, files_of, make_config, start_worker, worker
 from stand_in import run_command
 
-from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.artifact import host_identity, read_manifest, verify_artifact
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ArtifactError
 from kdecs.process import StopSignal
-from kdecs.soft_labels.claims import Claims, host_identity
+from kdecs.soft_labels.claims import Claims
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards
 from kdecs.soft_labels.format import published_record, write_record
 

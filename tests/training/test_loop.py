@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import Bomb, Killed, StopAfter, flip_bit
+from support import Bomb, Killed, StopAfter, flip_bit, leave_temporary
 
 from kdecs.config import Optimization
 from kdecs.errors import ArtifactError, Stopped, TrainingError
@@ -447,7 +447,7 @@ def test_heads_have_a_rate_of_their_own_and_vectors_no_decay():
 
 
 def test_a_finished_training_keeps_nothing_of_a_checkpoint_that_a_kill_cut_short(tmp_path):
-    (tmp_path / ".checkpoint.pt.0123456789abcdef.tmp").write_bytes(b"half")
+    leave_temporary(tmp_path / "checkpoint.pt")
     (tmp_path / "checkpoint.pt").write_bytes(b"whole")
     (tmp_path / ".notes.tmp").touch()
     remove_checkpoint(tmp_path)
