@@ -53,7 +53,7 @@ _MODEL_FOLDER = "model"
 _LOADED_NAMES = re.compile(
     r"(config|adapter_config|generation_config|(pre)?processor_config|special_tokens_map|added_tokens|chat_template"
     r"|student|mrc|vocab|tokenizer.*|.*\.index)\.json|(vocab|merges)\.txt|\.metadata"
-    r"|.*\.(safetensors|bin|pt|pth|ckpt|gguf|distcp|model|spm|tiktoken|jinja|py)"
+    r"|[^.].*\.(safetensors|bin|pt|pth|ckpt|gguf|distcp|model|spm|tiktoken|jinja|py)"
 )
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
@@ -524,7 +524,7 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{fault}; run the command that writes {directory} again")
 
 
-def read_verified_manifest(directory: Path, kind: Kind) -> Manifest:
+def read_verified_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
     """The manifest of a directory after reading every byte of it. Raises ArtifactError for the first fault."""
     manifest = read_manifest(directory, kind)
     if unlisted := _unlisted_faults(directory, manifest):  # before gigabytes are read

@@ -223,9 +223,9 @@ def _check_counts(settings: dict[str, Any], path: Path, num_tensors: int | None 
 
 @functools.lru_cache(maxsize=64)
 def _verify_once(folder: Path, state: tuple[Any, ...]) -> None:
-    """Check a base model against its manifest, once per process and state of its files: a sweep loads it often."""
-    del state
-    read_verified_manifest(folder, "base-model")
+    """Check a base, or a teacher whose tokenizer is wanted, once per process and state of its files."""
+    del state  # part of the cache's key alone: a sweep loads its base often
+    read_verified_manifest(folder)
 
 
 def _state_of(folder: Path) -> tuple[Any, ...]:

@@ -307,6 +307,7 @@ def test_labels_carry_a_checksum_of_their_manifest(artifact: Path) -> None:
         ("heads.safetensors", True),
         ("trial.json", False),
         ("notes.txt", False),
+        ("model/._model.safetensors", False),
         ("model/README.md", False),
         ("best-2/model/model.safetensors", False),
     ],

@@ -242,6 +242,8 @@ def test_a_base_is_what_its_manifest_says(model: Path) -> None:
     with pytest.raises(ArtifactError, match="does not list this file"):
         load(model)
     (model / "generation_config.json").unlink()
+    write_manifest(model, "teacher", config_hash="c" * 64, inputs={}, files=files)
+    load(model)  # a teacher's directory holds its tokenizer, too
     change_json(model / "config.json", hidden_act="relu")
     with pytest.raises(KdecsError, match=r"config\.json: .*manifest says"):
         load(model)
