@@ -117,7 +117,7 @@ class Optimization(Config):
     warmup_share: float = Field(default=0.06, ge=0, lt=1, description="share of all steps")
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    epochs: int = Field(default=3, ge=1)
+    epochs: int = Field(default=3, ge=1, le=10_000)  # a teacher deals the batches of all of them at once
     seed: Seed = 0
 
 

@@ -285,12 +285,17 @@ def test_anchors_and_merge_keys_keep_working(tmp_path: Path) -> None:
         ("vocabulary_size", 10**12, "parameters, expected at most 1,000,000,000"),
         ("seed", 10**40, "seed: found 1000"),
         ("threads", 10**9, "threads: found 1000000000"),
+        ("batch_size", 10**9, "batch_size: found 1000000000"),
+        ("optimization.epochs", 10**9, "optimization.epochs: found 1000000000"),
+        ("lora.rank", 10**9, "lora.rank: found 1000000000"),
     ],
 )
 def test_sizes_that_no_machine_has_are_refused(key: str, value: int, message: str) -> None:
-    values = read_yaml(COMMITTED / "demo/base_llama.yaml") | {key: value}
+    name, model = ("teacher/llama-7b", TeacherConfig) if "." in key else ("demo/base_llama", BaseModelConfig)
+    values = read_yaml(COMMITTED / f"{name}.yaml")
+    set_dotted(values, key, value)
     with pytest.raises(ConfigError, match=message):
-        parse_config(BaseModelConfig, values, source="x")
+        parse_config(model, values, source="x")
 
 
 def test_written_config_reads_back_equal(values: dict[str, Any], tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ class BaseModelConfig(Config):
     num_heads: int = Field(default=4, ge=1)
     max_positions: int = Field(default=1024, ge=64)
     max_steps: int = Field(default=400, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    sequence_tokens: int = Field(default=64, ge=16)
+    batch_size: int = Field(default=32, ge=1, le=4096)
+    sequence_tokens: int = Field(default=64, ge=16, le=65_536)
     learning_rate: float = Field(default=2e-3, gt=0)
     seed: Seed = 0
     threads: Threads = 0

@@ -158,8 +158,8 @@ class SweepConfig(Config):
     max_concurrent_trials: Annotated[int | None, Unhashed()] = Field(
         default=None, ge=1, description="null: as many as the resources hold"
     )
-    cpus_per_trial: Annotated[float, Unhashed()] = Field(default=1, gt=0)
-    gpus_per_trial: Annotated[float, Unhashed()] = Field(default=0, ge=0)
+    cpus_per_trial: Annotated[float, Unhashed()] = Field(default=1, gt=0, le=4096)
+    gpus_per_trial: Annotated[float, Unhashed()] = Field(default=0, ge=0, le=4096)
     max_failures: Annotated[int, Unhashed()] = Field(
         default=2, ge=0, description="restarts in a row of a trial that dies without finishing an epoch"
     )

@@ -130,7 +130,7 @@ class TeacherConfig(Config):
     emotions_shown: Literal["coarse", "fine"] = Field(
         default="coarse", description="coarse: the prompt shows RECCON's labels in place of fine ones"
     )
-    validate_per_epoch: int = Field(default=1, ge=1, description="validations per epoch")
+    validate_per_epoch: int = Field(default=1, ge=1, le=1_000, description="validations per epoch")
     checkpoint_every_steps: Annotated[int, Unhashed()] = Field(default=200, ge=1)
     keep_last: Annotated[int, Unhashed()] = Field(
         default=1, ge=1, description="number of newest checkpoints to keep, besides the best on validation"

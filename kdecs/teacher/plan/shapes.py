@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from kdecs.errors import ModelError
-from kdecs.models import REPEATED
 
 _SUFFIXES = ("-instruct", "-hf")
 # Several times those of any known model. A config from elsewhere needs no weights here, so nothing else bounds it.
@@ -76,7 +75,7 @@ def _from_directory(directory: Path) -> Architecture:
 def _architecture(name: str, values: dict[str, Any], reference: str) -> Architecture:
     from transformers import AutoConfig
 
-    from kdecs.models import plain_config, refusing
+    from kdecs.models import REPEATED, plain_config, refusing
     from kdecs.teacher.network import family_of
 
     for key, value in values.items():
