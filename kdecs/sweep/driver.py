@@ -25,7 +25,8 @@ from pathlib import Path
 
 from kdecs.artifact import MANIFEST_NAME, check_output, file_lock, is_complete, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums, load_config, write_config
-from kdecs.corpus.splits import read_split
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.splits import read_split, require_causes
 from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
 from kdecs.evaluation.metrics import rule_scores
 from kdecs.output import refuse_overlaps
@@ -105,6 +106,9 @@ def run_sweep(
     # What can be refused is refused before the directory exists, and before --build trains teachers for hours.
     tracking_uri(config.tracking, config.output)
     search = Search(config, planned=bool(missing))
+    corpus = (search.stage().trials or (search.example,))[0].config.corpus
+    valid = read_split(corpus, corpus.valid).dialogues
+    require_causes(corpus.valid, (pair.is_cause for dialogue in valid for pair in pairs_of(dialogue)))
     if not missing:
         _refuse_other_sweep(config, search)
     with file_lock(config.output / ".lock", blocking=False) as is_held:

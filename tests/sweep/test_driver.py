@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
 from kdecs.config import write_config
-from kdecs.errors import ArtifactError, ConfigError, Stopped, TrainingError
+from kdecs.corpus.reading import bundled_sample
+from kdecs.errors import ArtifactError, ConfigError, CorpusError, Stopped, TrainingError
 from kdecs.process import StopSignal
 from kdecs.sweep import driver
 from kdecs.sweep.config import Dimension
@@ -415,3 +416,18 @@ def test_a_stage_is_read_as_it_was_written(tmp_path):
     stage = StageRun(sweep=Path("/x"), run=run, trials=("a",), settled=("b",), driver=1234)
     stage.write(tmp_path / "stage.json")
     assert StageRun.read(tmp_path / "stage.json") == stage
+
+
+def test_a_sweep_that_could_only_score_0_is_refused_before_it_begins(make_config, in_process, tmp_path):
+    raw = json.loads(bundled_sample("valid").read_text())
+    for nested in raw.values():
+        for utterance in nested[0]:
+            for key in [key for key in utterance if key.startswith("expanded")]:
+                utterance[key.replace(" ", "_")] = utterance.pop(key)
+    valid = tmp_path / "misspelt.json"
+    valid.write_text(json.dumps(raw))
+    student = make_config().student
+    config = make_config(student={**student, "corpus": {**student["corpus"], "valid": str(valid)}})
+    with pytest.raises(CorpusError, match=r"misspelt\.json: no cause to learn from or to validate on"):
+        run_sweep(config, trainer=train, runner=in_process)
+    assert not config.output.exists()
