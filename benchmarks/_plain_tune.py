@@ -7,6 +7,7 @@ config, the number of trials and how many run at a time; prints one JSON line.
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def train_one(values: dict[str, Any]) -> None:
 
 def main() -> None:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    # Otherwise Ray would write a token into the home directory, readable by all users, and use it from then on.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
     from ray import tune
 

@@ -160,13 +160,11 @@ def test_shares_make_lines(finish, make_labels, runs):
 
 
 HOSTILE = {
-    "maths": "$\\alpha",
-    "formula": "$x_1^{2}$",
-    "hidden": "_hidden",
+    "formula": "$x_1^{2}$ $\\alpha",
+    "hidden": "_hidden 教师",
     "markup": "[/bold] :smile: [red]",
     "terminal": "\x1b[31mred\n\u202eback",
     "long": "x" * 300,
-    "script": "教师",
 }
 
 
