@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from kdecs import process
+from kdecs.launch import stage
 from kdecs.process import StopSignal, exit_code_of, last_error, module_command, run_child
 
 SCRIPT = """
@@ -241,6 +242,13 @@ def test_a_child_saves_when_its_parent_is_killed(tmp_path):
         parent.kill()
         parent.wait()
     wait_for(lambda: last_error(log) == "saved")
+
+
+def test_a_stage_without_a_command_is_a_wrong_usage(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["stage", str(tmp_path / "log")])
+    with pytest.raises(SystemExit) as ended:
+        stage.main()
+    assert ended.value.code == 2 and "expected a command after LOG" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["--local_rank=3", "--local_rank 3", "--local-rank=3", "--local-rank 3"])

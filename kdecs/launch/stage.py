@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("log", type=Path, metavar="LOG")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND…")
     arguments = parser.parse_args()
+    if not arguments.command:
+        parser.error("expected a command after LOG")
     # A shell that is killed passes no signal on to what it has started.
     end_with_parent()
     # The deepspeed launcher ends on SIGTERM before its ranks have saved their state. Adopted ranks can be waited for.
