@@ -242,3 +242,34 @@ def test_streams_that_are_files_are_refused_as_inputs_too(tmp_path):
         )  # fmt: skip
     assert done.stderr.decode().endswith("[1, 1, 1]"), done.stderr
     assert path.read_text() == "in\n"
+
+
+WAITS = """
+import sys
+from pathlib import Path
+from kdecs import cli
+from kdecs.output import open_output
+
+def app(standalone_mode):
+    with open_output(Path(sys.argv[1])) as file:
+        file.write(b"half")
+        print("ready", flush=True)
+        sys.stdin.read()
+
+cli.app = app
+cli.main()
+"""
+
+
+def test_a_command_that_is_ended_leaves_nothing(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS, str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=child_environment(),
+    ) as command:
+        assert command.stdout is not None and command.stdout.readline() == b"ready\n"
+        assert len(entries(tmp_path)) == 1
+        command.terminate()
+        assert command.wait(60) == 143
+    assert entries(tmp_path) == []

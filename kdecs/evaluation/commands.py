@@ -77,7 +77,9 @@ def evaluate(
     from kdecs.evaluation.metrics import breakdowns
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.predictions import read_predictions
+    from kdecs.output import STANDARD_STREAM, refuse_inputs
 
+    refuse_inputs(STANDARD_STREAM, [corpus, *predictions, table])
     emotion_table = _emotion_table(coarse, table)
     # Notes are logged at the end: a fault of the predictions should be the only line then.
     gold = read_corpus(corpus, log=False, table=emotion_table)
@@ -124,7 +126,9 @@ def compare(
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.predictions import read_predictions
     from kdecs.evaluation.significance import compare_systems
+    from kdecs.output import STANDARD_STREAM, refuse_inputs
 
+    refuse_inputs(STANDARD_STREAM, [a, b, corpus, table])
     emotion_table = _emotion_table(coarse, table)
     gold = read_corpus(corpus, log=False, table=emotion_table)
     scores: list[Scores] = [

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import child_environment
 from typer.testing import CliRunner
 
 from kdecs.corpus.commands import app
@@ -271,3 +272,25 @@ def test_help_starts_in_less_than_a_second():
     assert (
         after.children_user + after.children_system - before.children_user - before.children_system
     ) / 5 < 1
+
+
+@pytest.mark.parametrize(("shell", "code"), [("", 0), (">&-", 1), (">> in.jsonl", 1)])
+def test_pairs_are_utf8_under_any_locale_and_never_lost(tmp_path, shell, code):
+    utterance = {"turn": 1, "speaker": "A", "utterance": "né 好", "emotion": "happiness"}
+    utterance |= {"expanded emotion cause evidence": [1], "expanded emotion cause span": ["né 好"]}
+    text = json.dumps({"id": "é", "utterances": [utterance]}, ensure_ascii=False) + "\n"
+    (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -m kdecs.cli corpus pairs in.jsonl {shell}', sys.executable],
+        cwd=tmp_path,
+        env={**child_environment(), "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.startswith(b"kdecs: error: ") and done.stderr.count(b"\n") == 1
+    else:
+        assert json.loads(done.stdout.decode("utf-8"))["spans"] == ["né 好"]
+    assert (tmp_path / "in.jsonl").read_text(encoding="utf-8") == text
