@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -109,7 +110,7 @@ def say_skipped(line: str) -> None:
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run an entry and end the process. A refusal prints one line on stderr; only a bug of kdecs prints a traceback."""
     open_standard_streams()
-    code = exit_code_of(main)
+    code = exit_code_of(main, is_stage=True)
     if launched_rank()[2] == 1:
         sys.exit(code)
     # A rank of several skips the interpreter's tear-down. DistributedDataParallel never lets go of its process group,
@@ -134,8 +135,10 @@ def open_standard_streams(*, prints_result: bool = False) -> None:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is the one that is missing, since those below it are open.
-            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            # The lowest free number is the one that is missing, since those below it are open. A result that is sent to
+            # /dev/stdout must not vanish either.
+            is_for_reading = number == 0 or (number == 1 and prints_result)
+            os.open(os.devnull, os.O_RDONLY if is_for_reading else os.O_WRONLY)
             os.set_inheritable(number, True)
     if sys.stdout is None:
         sys.stdout = _ClosedOutput() if prints_result else _null_stream()
@@ -197,7 +200,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr if is_output_closed() else sys.stdout, flush=True)
 
 
-def exit_code_of(main: Callable[[], None]) -> int:
+def exit_code_of(main: Callable[[], None], *, is_stage: bool = False) -> int:
     """Run `main` and return its exit code, 0 if it returned. Prints one line for an error that a user can act on."""
     try:
         try:
@@ -209,8 +212,13 @@ def exit_code_of(main: Callable[[], None]) -> int:
     except KdecsError as error:
         _print_line(str(error))
         return error.exit_code
-    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+    except BrokenPipeError:
+        if not _has_lost_reader():  # the pipe is a connection to another process
+            raise
         _discard_output()
+        # `head` has seen enough of a table; a training that ends for want of a reader has more to say.
+        if is_stage:
+            _print_line("the reader of standard output has ended; run the same command again to resume")
         return EXIT_REFUSED
     except OSError as error:
         line = explain_os_error(error)
@@ -229,6 +237,15 @@ def exit_code_of(main: Callable[[], None]) -> int:
         _print_line("interrupted; run the same command again to resume")
         return EXIT_STOPPED
     return 0
+
+
+def _has_lost_reader() -> bool:
+    """True if nobody can read what this process prints any more."""
+    with contextlib.suppress(OSError, ValueError):  # no descriptor, as in a test
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
 
 
 def _discard_output() -> None:

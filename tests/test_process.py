@@ -51,7 +51,9 @@ def test_a_rank_of_several_ends_with_its_code_without_a_tear_down(argument, code
 
 STREAMS = r"""
 import logging, os, sys
+from pathlib import Path
 from kdecs.errors import ConfigError
+from kdecs.output import open_output
 from kdecs.process import exit_code_of, open_standard_streams, say, standard_input
 
 def main():
@@ -63,6 +65,9 @@ def main():
             print("rés\udcff", flush=True)
         if "warn" in sys.argv[2:]:
             logging.getLogger("kdecs").warning("two\nlines\x1b[2J")
+        if "through" in sys.argv[2:]:
+            with open_output(Path("/dev/stdout")) as output:
+                output.write(b"result")
         if "fail" in sys.argv[2:]:
             raise ConfigError("é\x1b[2J\x9b31m")
         file.write("done")
@@ -79,6 +84,7 @@ sys.exit(exit_code_of(main))
         ("print", 0, "rés\\udcff\nsaved\n", ""),
         ("fail", 1, "", "kdecs: error: é\\x1b[2J\\x9b31m\n"),
         ("warn", 0, "saved\n", "two\nlines\\x1b[2J\n"),
+        ("through >&-", 1, "", "kdecs: error: /dev/stdout: is not open for writing"),
         ("print >&-", 1, "", "kdecs: error: standard output is closed, so the result would be lost"),
         (">&-", 0, "", "saved\n"),
         ("stage print <&- >&- 2>&-", 0, "", ""),
@@ -118,10 +124,17 @@ def test_a_limit_of_the_system_is_one_line(capsys, number, word):
     assert line.startswith("kdecs: error: ") and line.count("\n") == 1 and word in line and "runs/out" in line
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word():
+def break_pipe() -> None:
+    raise BrokenPipeError
+
+
+@pytest.mark.parametrize(
+    ("is_stage", "err"), [(False, ""), (True, "kdecs: error: the reader of standard output has ended")]
+)
+def test_a_reader_that_has_seen_enough_ends_the_command(is_stage, err):
     program = (
         "import sys\nfrom kdecs.process import exit_code_of\n"
-        "sys.exit(exit_code_of(lambda: [print('x' * 1000) for _ in range(1000)] and None))"
+        f"sys.exit(exit_code_of(lambda: [print('x' * 1000) for _ in range(1000)] and None, is_stage={is_stage}))"
     )
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" | head -c 5; exit ${PIPESTATUS[0]}', sys.executable, program],
@@ -130,7 +143,10 @@ def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word():
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (1, "xxxxx", "")
+    assert (done.returncode, done.stdout) == (1, "xxxxx")
+    assert done.stderr.startswith(err) and done.stderr.count("\n") == bool(err)
+    with pytest.raises(BrokenPipeError):  # of a connection, which is no reader of this output
+        exit_code_of(break_pipe)
 
 
 # Prints "ready"; on SIGTERM it takes a moment, as a checkpoint does, and says so.
