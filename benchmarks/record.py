@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kdecs.artifact import write_text
 from kdecs.corpus.reading import bundled_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,8 +111,7 @@ def write_record(
         "details": details or {},
     }
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", accelerator.lower()).strip("-") if accelerator else RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
     goal = f", target {target:g}" if target is not None else ""
     print(
         f"{name}: {value:.2f}x{goal} ({ours:.4g} against {baseline:.4g} {unit} of {baseline_name}; {corpus}, {dtype})",
