@@ -5,7 +5,10 @@ pads to the longest of the sixteen, and runs the whole `*ForMaskedLM` with its h
 `Student.predict` encodes at once, sorts by length, and runs the head at the masks over the answer words. Checked in
 the same run: the same cause scores to 1e-4 and the same spans.
 
+`--against pair` sets a student in trees (`model.layout: tree`) against one pair by pair, over the same dialogues.
+
     python benchmarks/student_predict.py
+    python benchmarks/student_predict.py --against pair --dialogues 20
 """
 
 import argparse
@@ -38,7 +41,7 @@ BATCH_PAIRS, MAX_TOKENS = 16, 512
 EMOTIONS = tuple(emotion for emotion in COARSE_EMOTIONS if emotion != NEUTRAL)  # no target is spared a cause
 
 
-def make_student(directory: Path, corpus_file: Path) -> Student:
+def make_student(directory: Path, corpus_file: Path, layout: str = "pair") -> Student:
     """An untrained student of MiniLM-L6's shape: what it predicts is noise, and costs the same."""
     base = make_base(directory / "base", SHAPES["minilm"], corpus_file)
     tokenizer = load_tokenizer(str(base))
@@ -56,6 +59,7 @@ def make_student(directory: Path, corpus_file: Path) -> Student:
         max_prompt_tokens=MAX_TOKENS,
         prompt_version=PROMPT_VERSION,
         threshold=0.5,
+        layout=layout,
     )
     return Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
 
@@ -123,12 +127,38 @@ def check_equal(student: Student, tokenizer: object, pairs: list[Pair]) -> float
     return difference
 
 
+def measure_trees(tree: Student, pair: Student, dialogues: list[Dialogue], corpus: str, rounds: int) -> None:
+    """Whole dialogues by a student in trees against one pair by pair."""
+    rates = alternate(
+        lambda: float(len(tree.predict(dialogues))),
+        lambda: float(len(pair.predict(dialogues))),
+        rounds=rounds,
+    )
+    write_record(
+        "student_predict_tree_vs_pair",
+        unit="pairs/s",
+        ours=float(np.median(rates.ours)),
+        baseline=float(np.median(rates.baseline)),
+        ratio=rates.ratio,
+        baseline_name="the layout pair, MiniLM-L6's shape (6 layers of 384)",
+        corpus=corpus,
+        dtype="float32",
+        target=2.5,
+        details={
+            "ratios": rates.ratios,
+            "dialogues": len(dialogues),
+            "threads": torch.get_num_threads(),
+        },
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dialogues", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", choices=("loop", "pair"), default="loop")
     arguments = parser.parse_args()
     path, corpus = corpus_split("valid")
     with tempfile.TemporaryDirectory() as scratch:
@@ -137,6 +167,10 @@ def main() -> None:
         tokenizer = load_tokenizer(str(directory / "base"))
         dialogues = dialogues_that_fit(tokenizer, path, arguments.dialogues)
         pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
+        if arguments.against == "pair":
+            tree = make_student(directory / "tree", next(directory.glob("*train*.json")), "tree")
+            measure_trees(tree, student, dialogues, corpus, arguments.rounds)
+            return
         difference = check_equal(student, tokenizer, pairs)
 
         def ours() -> float:

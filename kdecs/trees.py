@@ -5,12 +5,11 @@ does not notice the others: its states are those of trunk and branch alone. Stud
 (Decoder-only teachers share every common prefix: kdecs.teacher.tree.)
 
 All trees of a batch are one sequence without padding, so that everything but attention costs its real tokens. Attention
-runs twice: trunks against themselves, and branches against their trunk and themselves. Either is a batched product over
-equally padded pieces whose mask hides padding alone. A mask over the whole sequence would compute every pair of its
-tokens instead, and FlexAttention would compile its kernel for each new length.
+runs over pieces: a trunk against itself, a branch against its trunk and itself. Pieces of similar length form a group,
+which is one batched product whose mask hides padding alone. A mask over the whole sequence would compute every pair of
+its tokens instead, and FlexAttention would compile its kernel for each new length.
 
-Legend: N tokens of a batch, R trunks, B branches, T tokens of the longest trunk, L of the longest branch, K keys,
-D head size.
+Legend: N tokens of a batch, R trunks, B branches, P pieces of a group, L tokens of its longest, K keys, D head size.
 """
 
 from collections.abc import Sequence
@@ -29,26 +28,36 @@ from kdecs.models import first_line
 
 Ints = npt.NDArray[np.integer[Any]]
 ATTENTION = "kdecs_target_tree"
+# A group pads its pieces to the longest. More groups would pad less and make more, smaller products.
+_LIKENESS = 0.7
+_FEWEST_PIECES = 4
+
+
+class Group(NamedTuple):
+    """Pieces of similar length: their tokens (queries), the tokens that they see (keys), and which keys are real."""
+
+    query_PL: Tensor
+    key_PK: Tensor
+    mask_PK: Tensor
 
 
 class Tree(NamedTuple):
-    """The trees of a batch over its N tokens, int64 except for the masks (bool; False: padding).
+    """The trees of a batch over its N tokens; all int64 but the masks.
 
-    `trunk_RT` and `branch_BL` are the tokens of each piece, `trunk_of_B` the trunk of each branch, `position_N` the
-    position of each token in its own prompt, and `slot_N` its place among the pieces, R·T + B·L.
+    `position_N` is the position of each token in its own prompt, `slot_N` its place among the queries of all groups.
     """
 
-    trunk_RT: Tensor
-    trunk_mask_RT: Tensor
-    branch_BL: Tensor
-    branch_mask_BL: Tensor
-    trunk_of_B: Tensor
     position_N: Tensor
     slot_N: Tensor
+    groups: tuple[Group, ...]
 
     def to(self, device: torch.device) -> "Tree":
         """The same trees on a device."""
-        return Tree(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Tree(
+            self.position_N.to(device, non_blocking=True),
+            self.slot_N.to(device, non_blocking=True),
+            tuple(Group(*(part.to(device, non_blocking=True) for part in group)) for group in self.groups),
+        )
 
 
 def plant(
@@ -62,20 +71,49 @@ def plant(
     lengths = np.array([len(piece) for piece in pieces])
     starts = np.cumsum(lengths) - lengths
     num_trunks = len(trunks)
-    trunk_RT, trunk_mask_RT = _grid(starts[:num_trunks], lengths[:num_trunks])
-    branch_BL, branch_mask_BL = _grid(starts[num_trunks:], lengths[num_trunks:])
-    firsts = np.concatenate((np.zeros(num_trunks, dtype=np.int64), lengths[:num_trunks][trunk_of_B]))
-    slots = np.concatenate((np.flatnonzero(trunk_mask_RT), trunk_RT.size + np.flatnonzero(branch_mask_BL)))
+    trunk_of = np.concatenate((np.arange(num_trunks), trunk_of_B))  # of a trunk: itself
+    is_branch = np.arange(len(pieces)) >= num_trunks
+    groups, slots = [], np.empty(int(lengths.sum()), dtype=np.int64)
+    num_slots = 0
+    for some in _similar(lengths):
+        query_PL, is_query_PL = _grid(starts[some], lengths[some])
+        slots[query_PL[is_query_PL]] = num_slots + np.flatnonzero(is_query_PL)
+        num_slots += query_PL.size
+        groups.append(_group(query_PL, starts, lengths, trunk_of[some], np.where(is_branch[some], some, -1)))
     tree = Tree(
-        trunk_RT=torch.from_numpy(trunk_RT),
-        trunk_mask_RT=torch.from_numpy(trunk_mask_RT),
-        branch_BL=torch.from_numpy(branch_BL),
-        branch_mask_BL=torch.from_numpy(branch_mask_BL),
-        trunk_of_B=torch.from_numpy(np.asarray(trunk_of_B, dtype=np.int64)),
-        position_N=torch.from_numpy(np.arange(lengths.sum()) - np.repeat(starts - firsts, lengths)),
+        position_N=torch.from_numpy(
+            np.arange(lengths.sum()) - np.repeat(starts - is_branch * lengths[trunk_of], lengths)
+        ),
         slot_N=torch.from_numpy(slots),
+        groups=tuple(groups),
     )
     return np.concatenate(pieces).astype(np.int64), starts[:num_trunks], starts[num_trunks:], tree
+
+
+def _similar(lengths: Ints) -> list[Ints]:
+    """The pieces in groups whose shortest has at least `_LIKENESS` of the longest one's tokens, if they are many."""
+    order = np.argsort(-lengths, kind="stable")
+    groups: list[Ints] = []
+    begin = 0
+    for end in range(1, len(order) + 1):
+        is_last = end == len(order)
+        differs = not is_last and lengths[order[end]] < _LIKENESS * lengths[order[begin]]
+        if is_last or (differs and end - begin >= _FEWEST_PIECES):
+            groups.append(order[begin:end])
+            begin = end
+    return groups
+
+
+def _group(query_PL: Ints, starts: Ints, lengths: Ints, trunk_P: Ints, branch_P: Ints) -> Group:
+    """Keys: the tokens of the trunk, then those of the branch (none for a piece that is a trunk)."""
+    num_trunk_P = lengths[trunk_P]
+    num_keys_P = num_trunk_P + np.where(branch_P >= 0, lengths[branch_P], 0)
+    places = np.arange(int(num_keys_P.max()))
+    in_trunk = places < num_trunk_P[:, None]
+    mask_PK = places < num_keys_P[:, None]
+    in_branch_PK = starts[branch_P][:, None] + places - num_trunk_P[:, None]
+    key_PK = np.where(in_trunk, starts[trunk_P][:, None] + places, np.where(mask_PK, in_branch_PK, 0))
+    return Group(*(torch.from_numpy(part) for part in (query_PL, key_PK, mask_PK)))
 
 
 def _grid(starts: Ints, lengths: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
@@ -131,37 +169,28 @@ def attend(
         )
     if options.get("position_bias") is not None:
         raise ValueError(f"attention along trees has no position_bias, which {type(module).__name__} needs")
-    tree, scale = target_tree, query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def pieces(states: Tensor, index: Tensor) -> Tensor:
-        """(pieces, heads, length, D)."""
+        """(P, heads, L, D)."""
         taken = states[0].transpose(0, 1).index_select(0, index.reshape(-1))
         return taken.view(*index.shape, *taken.shape[1:]).transpose(1, 2)
 
-    trunk_q, trunk_k, trunk_v = (pieces(states, tree.trunk_RT) for states in (query, key, value))
-    branch_q, branch_k, branch_v = (pieces(states, tree.branch_BL) for states in (query, key, value))
-    seen_R1K = tree.trunk_mask_RT[:, None]
-    seen_B1K = torch.cat((tree.trunk_mask_RT[tree.trunk_of_B], tree.branch_mask_BL), 1)[:, None]
-    seen_R, seen_B = seen_R1K, seen_B1K
-    if sliding_window is not None:  # ModernBERT counts the token itself
-        trunk_at, branch_at = tree.position_N[tree.trunk_RT], tree.position_N[tree.branch_BL]
-        keys_at = torch.cat((trunk_at[tree.trunk_of_B], branch_at), 1)
-        seen_R = seen_R1K & _are_near(trunk_at, trunk_at, sliding_window)
-        seen_B = seen_B1K & _are_near(branch_at, keys_at, sliding_window)
-    of_trunks = _sum(trunk_q, trunk_k, trunk_v, seen_R, scale, dropout)
-    keys = torch.cat((trunk_k[tree.trunk_of_B], branch_k), 2)
-    values = torch.cat((trunk_v[tree.trunk_of_B], branch_v), 2)
-    of_branches = _sum(branch_q, keys, values, seen_B, scale, dropout)
-    found = torch.cat([of.transpose(1, 2).flatten(0, 1) for of in (of_trunks, of_branches)])
-    return found.index_select(0, tree.slot_N)[None], None
-
-
-def _are_near(queries: Tensor, keys: Tensor, sliding_window: int) -> Tensor:
-    return (queries[:, :, None] - keys[:, None]).abs() < sliding_window
+    found = []
+    for group in target_tree.groups:
+        seen = group.mask_PK[:, None]
+        if sliding_window is not None:  # ModernBERT counts the token itself
+            at = target_tree.position_N
+            apart_PLK = at[group.query_PL][:, :, None] - at[group.key_PK][:, None]
+            seen = seen & (apart_PLK.abs() < sliding_window)
+        keys, values = pieces(key, group.key_PK), pieces(value, group.key_PK)
+        output = _sum(pieces(query, group.query_PL), keys, values, seen, scale, dropout)
+        found.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(found).index_select(0, target_tree.slot_N)[None], None
 
 
 def _sum(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, dropout: float) -> Tensor:
-    """Softmax attention (pieces, heads, length, D); `seen` (pieces, 1 or length, keys) hides padding.
+    """Softmax attention (P, heads, L, D); `seen` (P, 1 or L, K) hides padding, and keys outside a window.
 
     Every query sees a real key: padded queries repeat a token of their own piece.
     """
