@@ -225,8 +225,10 @@ def test_keys_of_json_lines_are_named(rows: Rows, tmp_path: Path, alter: Any, me
 
 
 def test_a_place_that_is_no_file_is_named_as_what_it_is(tmp_path: Path) -> None:
-    message = f"{tmp_path}: is a directory, expected a Parquet or JSON-lines table"
-    assert message in str(run(tmp_path, tmp_path / "labels").exception)
+    table = tmp_path / "table"
+    table.mkdir()
+    message = f"{table}: is a directory, expected a Parquet or JSON-lines table"
+    assert message in str(run(table, tmp_path / "labels").exception)
 
 
 def test_parquet_names_the_columns_that_are_there_and_takes_decimals(rows: Rows, tmp_path: Path) -> None:
