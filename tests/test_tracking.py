@@ -397,7 +397,8 @@ def test_the_retired_file_store_is_refused_unless_it_is_asked_for(uri, is_in_con
 
 
 def test_a_teacher_is_refused_the_retired_file_store_before_torch_is_imported(tmp_path, monkeypatch):
-    config = {"tracking.uri": "mlruns", "output": tmp_path / "teacher", "model.base": tmp_path}
+    (tmp_path / "base").mkdir()
+    config = {"tracking.uri": "mlruns", "output": tmp_path / "teacher", "model.base": tmp_path / "base"}
     config |= {f"corpus.{split}": bundled_sample(split) for split in ("train", "valid")}
     overrides = [part for key, value in config.items() for part in ("--set", f"{key}={value}")]
     monkeypatch.setattr("sys.argv", ["train_teacher", "--local_rank=0", "--config", "minilm-l6", *overrides])
