@@ -6,6 +6,7 @@ import shutil
 import pytest
 from fake_trainer import train
 
+from kdecs.artifact import read_manifest, write_manifest
 from kdecs.errors import ArtifactError, TrainingError
 from kdecs.sweep.commands import write_report_of
 from kdecs.sweep.config import TeacherSource
@@ -120,6 +121,9 @@ def test_settings_with_one_label_are_kept_apart(finish):
     for trial in trials:
         trial["label"] = f"t5-tiny α0.3 τ2 s{trial['seed']}"
     path.write_text(json.dumps(trials))
+    manifest = read_manifest(sweep, "sweep")
+    files = [entry.path for entry in manifest.files]
+    write_manifest(sweep, "sweep", config_hash=manifest.config_hash, inputs=manifest.inputs, files=files)
     write_report(sweep)
     rows = (sweep / "report" / "leaderboard.csv").read_text().splitlines()
     assert len({row.partition(",")[2] for row in rows[1:3]}) == 2
