@@ -176,6 +176,7 @@ def test_a_hostile_config_is_one_line(
 ) -> None:
     values = json.loads((bases("causal") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | change))
+    capsys.readouterr()  # the progress bar of a base that was made just now
     assert run_plan("--teacher", str(tmp_path), "--gpu-memory-gib", "4") == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
