@@ -173,7 +173,10 @@ class Launched:
 CHANGES = {
     "stage-0": {"zero.stage": 0},
     "stage-1": {"zero.stage": 1},
-    "stage-2": {"zero.stage": 2},
+    "stage-2": {
+        "zero.stage": 2,
+        "corpus.train": str(bundled_sample("valid")),
+    },  # the one that gets a signal below
     "stage-3": {"zero.stage": 3},
     "stage-2-checkpointing": {"zero.activation_checkpointing": True},
     "stage-1-offload": {"zero.stage": 1, "zero.offload_optimizer": True},
@@ -185,9 +188,9 @@ CHANGES = {
     "seq2seq-1": {"zero.stage": 1, "model.family": "seq2seq"},
 }
 WORLDS = {  # start: stage and steps under 2 ranks, then 1 rank, then 2 ranks to the end
-    "worlds-2": ({"zero.stage": 2}, [(2, 8), (2, 16), (2, None)]),
-    "worlds-full-3": ({"zero.stage": 3, "lora": None}, [(3, 8), (3, 16), (3, None)]),
-    "worlds-and-stages": ({}, [(1, 8), (0, 16), (3, None)]),
+    "worlds-2": ({"zero.stage": 2}, [(2, 4), (2, 8), (2, None)]),
+    "worlds-full-3": ({"zero.stage": 3, "lora": None}, [(3, 4), (3, 8), (3, None)]),
+    "worlds-and-stages": ({}, [(1, 4), (0, 8), (3, None)]),
 }
 HALF = {"zero.stage": 3, "zero.dtype": "bfloat16", "zero.activation_checkpointing": True}
 """As llama-13b.yaml trains: straight to the end, and stopped once on the way."""
@@ -210,6 +213,11 @@ def launched(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     """All runs of this module that end by themselves, in three launches."""
     directory = tmp_path_factory.mktemp("launched")
     default = config_values(bases("causal"), directory / "x")
+    # Half of the sample's split gives a dozen steps, which say as much and take half of the time.
+    dialogues = json.loads(bundled_sample("valid").read_text(encoding="utf-8"))
+    short = directory / "short.json"
+    short.write_text(json.dumps(dict(list(dialogues.items())[: len(dialogues) // 2])))
+    default["corpus"] = {"train": str(short), "valid": str(short)}
     every = CHANGES | {name: changes for name, (changes, _) in WORLDS.items()}
     every |= {"half": HALF, "half-stopped": HALF}
     values = {
@@ -223,7 +231,7 @@ def launched(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     starts: list[list[str]] = [[str(write_values(values[name], directory / "yaml")) for name in CHANGES]]
     starts[0].append(str(write_values(bad, directory / "yaml")))
     half, stopped = (str(write_values(values[name], directory / "yaml")) for name in ("half", "half-stopped"))
-    starts[0] += [half, f"{stopped}@8"]
+    starts[0] += [half, f"{stopped}@4"]
     starts += [[], [stopped]]
     for name, (_, parts) in WORLDS.items():
         for number, (stage, steps) in enumerate(parts):
@@ -245,7 +253,7 @@ def oracle(launched: Launched) -> Callable[[str], tuple[list[float], dict[str, t
 
     def of(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         values = launched.values[name]
-        key = json.dumps([values["model"], values["lora"]])
+        key = json.dumps([values["model"], values["lora"], values["corpus"]])
         if key not in known:
             known[key] = plain_torch(values)
         return known[key]
@@ -261,7 +269,7 @@ def test_two_ranks_equal_one_plain_torch_process(
 ) -> None:
     series, weights = oracle(name)
     ours = losses(launched.output(name))
-    assert len(ours) >= 20
+    assert len(ours) >= 10
     error = float(np.max(np.abs(np.array(ours) / np.array(series) - 1)))
     apart = distance(product(launched.output(name)), weights)
     print(f"equality {name}: {len(ours)} steps, losses {error:.1e}, weights {apart:.1e}")
@@ -279,7 +287,7 @@ def test_other_ranks_and_stages_on_the_way_change_rounding_only(
         assert launched.stdout[number].count("resumed at step") == len(WORLDS) + (
             number == 2
         )  # and half-stopped
-    straight = launched.output("full-3" if launched.values[name]["lora"] is None else "stage-2")
+    straight = launched.output("full-3" if launched.values[name]["lora"] is None else "stage-1")
     ours = np.array(losses(launched.output(name)))
     error = float(np.max(np.abs(ours / np.array(losses(straight)) - 1)))
     apart = distance(product(launched.output(name)), product(straight))
