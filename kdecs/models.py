@@ -287,6 +287,13 @@ def refusing(message: str, reference: str | Path | None = None) -> Iterator[None
         raise ModelError(f"{message}: {first_line(error)}") from error
 
 
+def first_position(encoder: Any) -> int:
+    """The row of the position table for the first token: RoBERTa and its kin count from padding_idx + 1."""
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
 def save_pretrained(parts: Sequence[Any], folder: Path, **options: Any) -> list[str]:
     """Write models, tokenizers and configs into a folder as Transformers does; returns the names of the files.
 

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kdecs.errors import ModelError
-from kdecs.models import first_line
+from kdecs.models import first_line, first_position
 
 Ints = npt.NDArray[np.integer[Any]]
 ATTENTION = "kdecs_target_tree"
@@ -137,13 +137,6 @@ def tree_inputs(encoder: Any, tree: Tree) -> dict[str, Any]:
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         encoder.set_attn_implementation(ATTENTION)
     return {"position_ids": tree.position_N[None] + first_position(encoder), "target_tree": tree}
-
-
-def first_position(encoder: Any) -> int:
-    """The row of the position table for the first token: RoBERTa and its kin count from padding_idx + 1."""
-    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    return 0 if padding is None else padding + 1
 
 
 def attend(

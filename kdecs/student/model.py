@@ -22,10 +22,10 @@ from transformers import AutoModelForMaskedLM
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.errors import ModelError
-from kdecs.models import load_pretrained
+from kdecs.models import first_position, load_pretrained
 from kdecs.student.batches import Batch
 from kdecs.student.priors import Priors
-from kdecs.trees import first_position, tree_inputs
+from kdecs.trees import tree_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from kdecs.corpus.prompts import PromptVariant
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ModelError
-from kdecs.models import load_tokenizer
+from kdecs.models import first_position, load_tokenizer
 from kdecs.student.batches import batches_of_tokens, encoded_batch, encoded_targets
 from kdecs.student.model import Outputs, StudentModel, load_language_model, student_answer_ids
-from kdecs.trees import check_trees, first_position
+from kdecs.trees import check_trees
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "modernbert", "distilbert")
 VARIANTS = (
