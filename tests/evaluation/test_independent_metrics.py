@@ -1,6 +1,7 @@
 """The metrics against a slow implementation that shares no code with them: raw JSON in, plain loops."""
 
 import json
+import os
 import random
 import string
 from collections import Counter
@@ -228,7 +229,8 @@ def test_metrics_agree_with_the_slow_ones_on_random_cases(tmp_path):
 
 @pytest.mark.slow
 def test_metrics_agree_with_the_slow_ones_on_many_random_cases(tmp_path):
-    assert sum(check_case(seed, tmp_path) for seed in range(1000, 11_000)) > 100_000
+    num_cases = 10_000 if os.environ.get("KDECS_CAMPAIGN") == "1" else 2_000
+    assert sum(check_case(seed, tmp_path) for seed in range(1000, 1000 + num_cases)) > 10 * num_cases
 
 
 def test_random_cases_reach_what_matters(tmp_path):
