@@ -156,7 +156,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         # Before the rename, or a crash of the machine could leave the final name over an empty file.
         fsync(temporary)
-        # safetensors puts a file of its own in this place, which the owner alone may read.
+        # safetensors replaces this file with one that only its owner may read.
         if stat.S_IMODE(temporary.stat().st_mode) != mode:
             os.chmod(temporary, mode)
         os.replace(temporary, path)
@@ -597,7 +597,7 @@ def _unlisted_faults(directory: Path, manifest: Manifest) -> list[str]:
     """Files that nobody checked and that would be loaded with a model, or instead of it."""
     if manifest.kind not in _MODEL_KINDS:
         return []
-    # Other folders hold training states, which have records of their own.
+    # Other folders hold training states, whose files state.json lists.
     files = [*directory.iterdir(), *(directory / _MODEL_FOLDER).rglob("*")]
     listed = {entry.path for entry in manifest.files}
     return [

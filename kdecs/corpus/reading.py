@@ -312,7 +312,9 @@ def _dialogues(
         checker.fault("a path with a NUL character", "a corpus file")
         return
     try:
-        if path.is_fifo() or path.is_char_device():  # the formats are told apart in a first look at the file
+        if (
+            path.is_fifo() or path.is_char_device()
+        ):  # its format shows only in a first read, which a pipe allows once
             checker.fault("a pipe or a device", "a corpus file, which can be read more than once")
             return
         for identifier, utterances in _raw_dialogues(path, checker):
