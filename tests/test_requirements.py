@@ -57,7 +57,9 @@ def test_what_builds_kdecs_is_pinned_and_no_build_fetches_anything() -> None:
     installs = re.findall(r"(?m)^ *install (.*)$", (ROOT / "launch" / "set_up.sh").read_text())
     unchecked = [line for line in installs if "--require-hashes" not in line]
     assert len(installs) == 5
-    assert [line.split()[-1] for line in unchecked] == ['torch)"', "."], "the index of the user's choice, kdecs"
+    assert [line.split()[-1] for line in unchecked] == ['torch)"', "."], (
+        "the index of the user's choice, kdecs"
+    )
     builds = [line for line in installs if "requirements.lock" in line or "--editable" in line]
     assert len(builds) == 2 and all("--no-build-isolation" in line for line in builds)
     assert "pip install" not in (ROOT / "Makefile").read_text()

@@ -412,9 +412,9 @@ class MaskedFamily(Family):
     def hidden_at_answers(
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
-        """Run the encoder over the padded prompts, or over their trees; the head's transform is part of `head`."""
+        """Run the encoder over padded prompts, or over trees if they have trunks; `head` has the head's transform."""
         encoder = language_model(network).base_model
-        if self.layout == "tree":
+        if prompts[0].num_trunk:
             return self._hidden_in_trees(encoder, prompts, device)
         ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         output = encoder(input_ids=ids_PT, attention_mask=mask_PT)

@@ -8,6 +8,7 @@ Shapes: P prompts, A answer words, H hidden, V vocabulary.
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -308,7 +309,8 @@ def check_head(ask: Callable[..., Tensor], teacher: TeacherNetwork, prompt: Enco
     """
     try:
         own_V, raw_V = ask([prompt], by_model=True).float()
-        ours_A = ask([prompt]).float()[0]
+        # In a tree the trunk does not see its branch, so its hidden states are not the whole model's: read as a pair.
+        ours_A = ask([replace(prompt, num_trunk=0)]).float()[0]
     except (ValueError, TypeError) as error:
         raise ModelError(f"model {base}: does not run as a teacher: {first_line(error)}") from None
     # Unless the model changes its logits, they are what the head returned: equal to the bit in any precision.

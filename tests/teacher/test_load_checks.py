@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,26 @@ def test_heads_of_the_families_pass(
     network = add_lora(family.load_network(str(bases(name)), dtype=dtype), LoraConfig(), family.lora_task)
     teacher = teacher_of(family, network)
     check_head(teacher, teacher, family.encode(some_pairs[0]), str(bases(name)))
+
+
+def test_the_head_of_a_masked_teacher_in_trees_passes(
+    families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    family = families("masked")
+    family.layout = "tree"
+    network = family.load_network(str(bases("masked")), dtype=torch.float32)
+    with torch.no_grad():
+        for (
+            name,
+            parameter,
+        ) in network.named_parameters():  # small random weights hardly attend, whatever the mask
+            parameter.mul_(8.0 if "attention" in name and name.endswith("weight") else 1.0)
+    teacher = teacher_of(family, network)
+    prompt = family.encode(some_pairs[0])
+    with torch.no_grad():
+        difference = teacher([prompt]) - teacher([replace(prompt, num_trunk=0)])
+    assert float(difference.abs().max()) > 5e-4, "the check has something to see"
+    check_head(teacher, teacher, prompt, "base")
 
 
 def test_a_hidden_state_that_is_scaled_before_the_head_is_seen(
