@@ -22,53 +22,53 @@ app = typer.Typer(
 )
 
 
-Files = Annotated[list[Path], typer.Argument(metavar="FILE…", help="RECCON JSON or JSON lines")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Files = Annotated[list[Path], typer.Argument(metavar="FILE…", help="RECCON JSON or JSON lines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Labels = Annotated[
     Literal["any", "coarse", "fine"],
-    typer.Option("--labels", help="known emotions: RECCON's (coarse), FG-RECCON's 16 (fine), or both (any)"),
+    typer.Option("--labels", help="Known emotions: RECCON's (coarse), FG-RECCON's 16 (fine), or both (any)."),
 ]
 Unlabelled = Annotated[
-    bool, typer.Option("--unlabelled", help="accept utterances without emotion and evidence")
+    bool, typer.Option("--unlabelled", help="Accept utterances without emotion and evidence.")
 ]
 Part = Annotated[
     str | None,
     typer.Option(
         "--part",
-        help="first word of the row ids; default: iemocap if the id says so, else dailydialog",
+        help="First word of the row ids; default: iemocap if the id says so, else dailydialog.",
     ),
 ]
-Coarse = Annotated[bool, typer.Option("--coarse", help="map fine emotions to coarse ones")]
+Coarse = Annotated[bool, typer.Option("--coarse", help="Map fine emotions to coarse ones.")]
 Table = Annotated[
     Path | None,
     typer.Option(
         "--table",
         metavar="FILE",
-        help="like --coarse, with a JSON object {fine: coarse} over the built-in table",
+        help="Like --coarse, with a JSON object {fine: coarse} over the built-in table.",
     ),
 ]
 OwnLabels = Annotated[
     Path | None,
     typer.Option(
-        "--table", metavar="FILE", help="accept labels of your own that this JSON object {label: label} maps"
+        "--table", metavar="FILE", help="Accept labels of your own that this JSON object {label: label} maps."
     ),
 ]
 DropCrossSplit = Annotated[
     bool,
     typer.Option(
         "--drop-cross-split",
-        help="count the first file (training) without the dialogues whose text is also in a later file",
+        help="Count the first file (training) without the dialogues whose text is also in a later file.",
     ),
 ]
 Plots = Annotated[
-    Path | None, typer.Option("--plots", metavar="DIR", help="also write figures (PNG) to this directory")
+    Path | None, typer.Option("--plots", metavar="DIR", help="Also write figures (PNG) to this directory.")
 ]
 TokenizerDirectory = Annotated[
     Path | None,
     typer.Option(
         "--tokenizer",
         metavar="DIR",
-        help="with --plots: count prompt lengths in the tokens of this model instead of words",
+        help="With --plots: count prompt lengths in the tokens of this model instead of words.",
     ),
 ]
 
@@ -182,11 +182,11 @@ def stats(
     epilog="Examples:\n\nkdecs corpus pairs test.json > pairs.jsonl\n\nkdecs corpus pairs test.json --universe all"
 )
 def pairs(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="RECCON JSON or JSON lines")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="RECCON JSON or JSON lines.")],
     universe: Annotated[
         Literal["fold1", "fold1+neutral", "all"],
         typer.Option(
-            help="fold1: targets with annotated causes; fold1+neutral: also (i, i) of neutral targets"
+            help="fold1: targets with annotated causes; fold1+neutral: also (i, i) of neutral targets."
         ),
     ] = "fold1",
     labels: Labels = "any",
@@ -219,9 +219,9 @@ def pairs(
 
 @app.command(epilog="Example: kdecs corpus fetch data/reccon && kdecs corpus verify data/reccon/*.json")
 def fetch(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="directory for the three files")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for the three files.")],
     mirror: Annotated[
-        str | None, typer.Option(help="URL of a folder with the same files; default: RECCON on GitHub")
+        str | None, typer.Option(help="URL of a folder with the same files; default: RECCON on GitHub.")
     ] = None,
 ) -> None:
     """Download RECCON's DailyDialog files (for research use: CC BY-NC-SA 4.0) and check their sha256."""

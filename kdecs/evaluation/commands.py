@@ -11,47 +11,48 @@ if TYPE_CHECKING:
     from kdecs.evaluation.metrics import Scores
 
 
-CorpusFile = Annotated[Path, typer.Option("--corpus", metavar="FILE", help="labelled corpus file")]
+CorpusFile = Annotated[Path, typer.Option("--corpus", metavar="FILE", help="Labelled corpus file.")]
 PredictionFiles = Annotated[
     list[Path],
     typer.Option(
         "--predictions",
         metavar="FILE",
-        help="prediction file: JSON lines, one per pair; give several (one per seed) for mean and interval",
+        help="Prediction file: JSON lines, one per pair; give several (one per seed) for mean and interval.",
     ),
 ]
 Protocols = Annotated[
-    Literal["reccon", "reccon-released", "squad"], typer.Option(help="how a predicted span counts")
+    Literal["reccon", "reccon-released", "squad"], typer.Option(help="How a predicted span counts.")
 ]
 Universes = Annotated[
-    Literal["fold1", "all"], typer.Option(help="fold1: targets that have annotated causes; all: every target")
+    Literal["fold1", "all"],
+    typer.Option(help="fold1: targets that have annotated causes; all: every target."),
 ]
 Samples = Annotated[
-    int, typer.Option(min=100, help="number of samples of the bootstrap and of the permutation test")
+    int, typer.Option(min=100, help="Number of samples of the bootstrap and of the permutation test.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="seed of these samples")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of these samples.")]
 Details = Annotated[
     bool,
     typer.Option(
-        "--details", help="add F1 and confusions of emotions, and scores by distance, emotion and length"
+        "--details", help="Add F1 and confusions of emotions, and scores by distance, emotion and length."
     ),
 ]
 Intervals = Annotated[
-    bool, typer.Option("--intervals", help="add 95% intervals by a bootstrap over dialogues")
+    bool, typer.Option("--intervals", help="Add 95% intervals by a bootstrap over dialogues.")
 ]
 Coarse = Annotated[
     bool,
-    typer.Option("--coarse", help="map the fine emotions of both sides to coarse ones before comparing"),
+    typer.Option("--coarse", help="Map the fine emotions of both sides to coarse ones before comparing."),
 ]
 Table = Annotated[
     Path | None,
     typer.Option(
         "--table",
         metavar="FILE",
-        help="like --coarse, with a JSON object {fine: coarse} over the built-in table",
+        help="Like --coarse, with a JSON object {fine: coarse} over the built-in table.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, unrounded.")]
 
 
 def evaluate(
@@ -106,8 +107,8 @@ def evaluate(
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="prediction file of system A")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="prediction file of system B")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="Prediction file of system A.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Prediction file of system B.")],
     corpus: CorpusFile,
     protocol: Protocols = "reccon",
     universe: Universes = "fold1",

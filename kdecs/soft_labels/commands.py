@@ -10,12 +10,12 @@ from kdecs.process import say
 
 app = typer.Typer(help="Show, combine and import soft labels.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="print JSON, unrounded")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, unrounded.")]
 Cache = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="where joined label files are kept for the next command; default: not kept",
+        help="Where joined label files are kept for the next command; default: not kept.",
     ),
 ]
 
@@ -28,28 +28,29 @@ GoldUniverse = Literal["fold1", "fold1+neutral"]
 
 @app.command("show")
 def show(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a finished label directory")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A finished label directory.")],
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
             "--corpus",
             metavar="FILE",
-            help="gold corpus file to compare with; repeatable; default: the files that were labelled, "
-            "if they are still where config.json says and unchanged",
+            help="Gold corpus file to compare with; repeatable; default: the files that were labelled, "
+            "if they are still where config.json says and unchanged.",
         ),
     ] = None,
     universe: Annotated[
         GoldUniverse,
-        typer.Option(help="pairs to compare; +neutral adds the pair (i, i) of each neutral target"),
+        typer.Option(help="Pairs to compare; +neutral adds the pair (i, i) of each neutral target."),
     ] = "fold1",
     table: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="JSON object {label: label} that maps labels of your own in the gold corpus"
+            metavar="FILE", help="JSON object {label: label} that maps labels of your own in the gold corpus."
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="also write the reliability plot here (needs a corpus)")
+        Path | None,
+        typer.Option(metavar="PNG", help="Also write the reliability plot here (needs a corpus)."),
     ] = None,
     cache: Cache = None,
     as_json: Json = False,
@@ -95,22 +96,22 @@ def show(
 
 @app.command("combine")
 def combine(
-    labels: Annotated[list[Path], typer.Argument(metavar="DIR DIR …", help="two or more label directories")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="directory for the combined labels")],
-    rule: Annotated[Rule, typer.Option(help="how the teachers' labels of a pair become one")] = (
+    labels: Annotated[list[Path], typer.Argument(metavar="DIR DIR …", help="Two or more label directories.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the combined labels.")],
+    rule: Annotated[Rule, typer.Option(help="How the teachers' labels of a pair become one.")] = (
         "mean-probability"
     ),
     weight: Annotated[
         list[float] | None,
         typer.Option(
-            metavar="W", help="weight of a teacher; repeat the option once per directory, in their order"
+            metavar="W", help="Weight of a teacher; repeat the option once per directory, in their order."
         ),
     ] = None,
     train: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="training corpus with gold labels; gold-correct needs it, no other rule takes it",
+            help="Training corpus with gold labels; gold-correct needs it, no other rule takes it.",
         ),
     ] = None,
     cache: Cache = None,
@@ -142,20 +143,20 @@ def combine(
 
 @app.command("import")
 def import_table(
-    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Parquet or JSON lines, one row per pair")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="where to write the label directory")],
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Parquet or JSON lines, one row per pair.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the label directory.")],
     corpus: Annotated[
         list[str],
         typer.Option(
             "--corpus",
             metavar="[SPLIT=]FILE",
-            help="corpus file whose pairs the table labels; its split is train, unless it is given as valid=FILE or "
-            "test=FILE; repeatable",
+            help="Corpus file whose pairs the table labels; its split is train, unless it is given as valid=FILE or "
+            "test=FILE; repeatable.",
         ),
     ],
-    scores: Annotated[ScoresKind, typer.Option(help="what the table's scores are")] = "logits",
+    scores: Annotated[ScoresKind, typer.Option(help="What the table's scores are.")] = "logits",
     ignore_unknown: Annotated[
-        bool, typer.Option("--ignore-unknown", help="leave out rows whose pair is in no corpus")
+        bool, typer.Option("--ignore-unknown", help="Leave out rows whose pair is in no corpus.")
     ] = False,
 ) -> None:
     """Import scores from elsewhere as a label directory, after checking that every pair has one finite row.

@@ -12,7 +12,7 @@ from kdecs.sweep.config import REPORT_FOLDER
 
 
 def report(
-    sweep_dir: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="a finished sweep's directory")],
+    sweep_dir: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A finished sweep's directory.")],
 ) -> None:
     """Write a sweep's report: a page that opens offline, with tables and figures (HTML + PNG)."""
     say(f"report: {write_report_of(sweep_dir.absolute())}")
