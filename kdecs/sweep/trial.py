@@ -8,7 +8,7 @@ A trial's directory is a student artifact (its manifest makes it complete) that 
     .lock              held while a process trains here; the kernel releases it when that process dies
 
 `run_trial` is called in a worker on any node. It reads the trial's own `config.json`; what one start of the driver asks
-for beyond that stands in TrialRun.
+for beyond that is in TrialRun.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ class TrialRun(BaseModel):
 
 
 class StageRun(BaseModel):
-    """What the driver asks of one Ray process: SWEEP/.stage.json. All else stands in the configs of sweep and trials.
+    """What the driver asks of one Ray process: SWEEP/.stage.json. All else is in the configs of sweep and trials.
 
     `settled` are trials of a search that are over. `metric` is what trials are ranked by. `driver` is the id of the
     driver's process: once it is not the Ray process' parent any more, nothing new begins.
