@@ -385,8 +385,8 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
                 if any(cut.values()):
                     tqdm.write(
                         f"teacher {config.name}: {split}: of {len(prompts.prompts)} prompts {sum(cut.values())} were "
-                        f"longer than {config.batches.max_prompt_tokens} tokens: {cut['history']} lost their oldest "
-                        f"history, {cut['text']} text of an utterance too"
+                        f"longer than {config.batches.max_prompt_tokens} tokens: {cut['history']} lost only "
+                        f"their oldest history, {cut['text']} also text of an utterance"
                     )
             if training.state.step:
                 tqdm.write(
