@@ -147,7 +147,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     directory from elsewhere leads nowhere. Raises OutputError if something else than a file stands there.
     """
     if path.exists() and not path.is_file():
-        raise OutputError(f"{path}: {kind_of(path)} is in the place of a file; remove it")
+        raise OutputError(f"{path}: {kind_of(path)} stands in the place of a file; remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary, handle = _locked_file(path)
