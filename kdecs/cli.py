@@ -13,6 +13,7 @@ from kdecs.errors import EXIT_STOPPED
 from kdecs.evaluation import commands as evaluation_commands
 from kdecs.mrc import commands as mrc_commands
 from kdecs.process import exit_code_of, open_standard_streams
+from kdecs.serve import commands as serve_commands
 from kdecs.soft_labels import commands as soft_label_commands
 from kdecs.student import commands as student_commands
 from kdecs.sweep import commands as sweep_commands
@@ -31,6 +32,7 @@ app.command("compare")(evaluation_commands.compare)
 app.add_typer(soft_label_commands.app, name="soft-labels")
 app.add_typer(teacher_commands.app, name="teacher")
 app.command("predict")(student_commands.predict)
+app.command("serve")(serve_commands.serve)
 app.command("predict-mrc")(mrc_commands.predict_mrc)
 app.command("report")(sweep_commands.report)
 app.command("plan", epilog=teacher_commands.EPILOG)(teacher_commands.plan)

@@ -57,6 +57,22 @@ def served_request_timeout_s() -> float | None:
     return float(given) if given else None
 
 
+def served_token(path: Path | None) -> str | None:
+    """The token of `kdecs serve`: the text of a file, else KDECS_SERVE_TOKEN, else None.
+
+    Raises KdecsError if the file is empty or no text.
+    """
+    if path is None:
+        return os.environ.get("KDECS_SERVE_TOKEN", "").strip() or None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        token = ""
+    if not token:
+        raise KdecsError(f"{path}: found no text, expected a token on one line")
+    return token
+
+
 def is_main_rank() -> bool:
     """True if this process prints for the whole job. It can be asked before torch is imported."""
     return launched_rank()[0] == 0

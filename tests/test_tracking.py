@@ -1,6 +1,5 @@
 """Tracking against a real SQLite database: one run a record, one point an epoch, one champion a corpus."""
 
-import asyncio
 import json
 import shutil
 import socket
@@ -16,7 +15,6 @@ from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ConfigError, KdecsError, ModelError
 from kdecs.launch import train_teacher
-from kdecs.student.pyfunc import request_ended
 from kdecs.tracking import serving
 from kdecs.tracking.machine import load, read_samples, sampled_load
 from kdecs.tracking.mlflow import Tracker, tracking_uri
@@ -271,76 +269,6 @@ def test_no_form_of_a_credential_is_shown(uri, shown, tmp_path, monkeypatch, cap
 def test_a_uri_without_a_secret_is_shown_whole(uri):
     assert without_password(uri) == uri
     assert parse_config(TrackingConfig, {"uri": uri}, source="x.yaml").uri == uri
-
-
-def ask(app, host=b"127.0.0.1:5001", chunks=(b"{}",), leaves_after=None):
-    """The status and JSON that a guarded application answers; its client may leave once `leaves_after` is set."""
-    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-    messages[-1]["more_body"] = False
-    sent = []
-
-    async def receive():
-        if messages:
-            return messages.pop(0)
-        await (leaves_after or asyncio.Event()).wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"host", host)] if host is not None else []
-    asyncio.run(app({"type": "http", "headers": headers}, receive, send))
-    return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else None
-
-
-async def echo(scope, receive, send):
-    body = (await receive())["body"]
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": json.dumps(len(body)).encode()})
-
-
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        (b"127.0.0.1:5001", 200),
-        (b"LOCALHOST", 200),
-        (b"[::1]:5001", 200),
-        (b"model.example:80", 200),
-        (b"evil.example:5001", 403),
-        (b"127.0.0.1.evil.example", 403),
-        (b"localhost:5001:80", 403),
-        (b"", 403),
-        (None, 403),
-    ],
-)
-def test_a_served_student_answers_to_its_own_names_alone(host, status):
-    app = serving.guarded(echo, ["localhost", "127.0.0.1", "[::1]", "model.example"])
-    found, answer = ask(app, host)
-    assert found == status
-    assert answer == 2 if status == 200 else "--allowed-host" in answer["message"]
-
-
-def test_a_body_is_passed_on_whole_up_to_its_limit(monkeypatch):
-    monkeypatch.setattr(serving, "_MAX_BODY_BYTES", 100)
-    app = serving.guarded(echo, ["127.0.0.1"])
-    assert ask(app, chunks=(b"x" * 60, b"x" * 40)) == (200, 100)
-    status, answer = ask(app, chunks=(b"x" * 60, b"x" * 60, b"x" * 60))
-    assert status == 413 and "100 bytes" in answer["message"]
-
-
-def test_the_work_of_a_request_learns_that_its_client_has_left():
-    seen = []
-
-    async def works(scope, receive, send):
-        await receive()
-        leaves_after.set()
-        # A thread has a copy of this context, as MLflow's has.
-        seen.append(await asyncio.to_thread(lambda: request_ended.get().wait(20)))
-        assert (await receive())["type"] == "http.disconnect"
-
-    leaves_after = asyncio.Event()
-    assert ask(serving.guarded(works, ["127.0.0.1"]), leaves_after=leaves_after) is None
-    assert seen == [True]
 
 
 def test_a_taken_port_is_refused_before_a_model_is_loaded(monkeypatch):

@@ -4,36 +4,27 @@ A request has one dialogue per row: a DataFrame with a column `dialogue` of JSON
 objects, each `{"id": …, "utterances": [{"turn": …, "speaker": …, "utterance": …}, …]}`. `id` and `turn` are optional.
 The answer has one JSON text per dialogue, with predictions as in `kdecs predict --offsets`.
 
-A request is bounded in dialogues, pairs and characters. The work for it stops, between two batches, once the server
-has given it up or its client has left (which `kdecs.tracking.serving` notices; MLflow's own server does not).
+A request is bounded in dialogues, pairs and characters (kdecs.student.predict.requests). The work for it stops,
+between two batches, once the server has given it up or its client has left (which `kdecs.tracking.serving` notices;
+MLflow's own server does not).
 """
 
 import json
 import logging
-import threading
 import time
-from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdecs.corpus.reading import parse_dialogue
-from kdecs.corpus.schema import Dialogue
 from kdecs.errors import CorpusError, KdecsError
 from kdecs.process import served_request_timeout_s
 from kdecs.student.predict.predictor import Student
-from kdecs.student.predict.streaming import num_candidates, offsets_of
+from kdecs.student.predict.requests import bounded_dialogues, request_ended
+from kdecs.student.predict.streaming import offsets_of
 
 logger = logging.getLogger(__name__)
 
 INPUT_COLUMN = "dialogue"
-# Of one request. RECCON's largest dialogue has 561 pairs, and two CPU cores predict about 15 pairs per second.
-_MAX_DIALOGUES = 1_000
-_MAX_PAIRS = 25_000
-_MAX_CHARACTERS = 1_000_000  # of texts and speakers
-
-request_ended: ContextVar[threading.Event | None] = ContextVar("request_ended", default=None)
-"""Set by a server: the event tells that nobody waits for the answer of this request any more."""
 
 
 class ServedStudent:
@@ -66,7 +57,7 @@ class ServedStudent:
                 raise KdecsError("request: its client has left, so the rest is not predicted")
 
         found = self._student.stream(
-            _bounded_dialogues(_rows(model_input), max_distance),
+            bounded_dialogues(_rows(model_input), max_distance),
             max_distance=max_distance,
             on_batch=stop_if_unwanted,
             on_warning=logger.warning,
@@ -80,31 +71,6 @@ class ServedStudent:
 def _load_pyfunc(path: str) -> ServedStudent:
     """MLflow's entry: load the student in a directory."""
     return ServedStudent(Student.from_pretrained(Path(path)))
-
-
-def _bounded_dialogues(rows: list[Any], max_distance: int | None) -> list[Dialogue]:
-    """The dialogues of a request. Raises CorpusError if one breaks the schema, or if together they are too large."""
-    if len(rows) > _MAX_DIALOGUES:
-        raise CorpusError(
-            f"request: found {len(rows):,} dialogues, expected at most {_MAX_DIALOGUES:,}; send the rest in others"
-        )
-    dialogues, num_pairs, num_characters = [], 0, 0
-    for number, row in enumerate(rows):
-        dialogue = parse_dialogue(row, f"row {number}")
-        dialogues.append(dialogue)
-        num_pairs += num_candidates(len(dialogue.utterances), max_distance)
-        num_characters += sum(len(u.text) + len(u.speaker) for u in dialogue.utterances)
-        if num_pairs > _MAX_PAIRS:
-            raise CorpusError(
-                f"request: found {num_pairs:,} pairs up to row {number}, expected at most "
-                f"{_MAX_PAIRS:,}; send fewer dialogues at a time, or set max_distance"
-            )
-        if num_characters > _MAX_CHARACTERS:
-            raise CorpusError(
-                f"request: found {num_characters:,} characters up to row {number}, expected at "
-                f"most {_MAX_CHARACTERS:,}; send fewer dialogues at a time, or shorter texts"
-            )
-    return dialogues
 
 
 def _rows(model_input: Any) -> list[Any]:
