@@ -46,6 +46,13 @@ def predict(
     device: Device = "auto",
     batch_tokens: BatchTokens = 8192,
     offsets: Offsets = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where to write a page for people, one file to be opened in a browser or sent on.",
+        ),
+    ] = None,
     show: Show = False,
     example: Example = True,
 ) -> None:
@@ -57,15 +64,23 @@ def predict(
 
     kdecs predict --student runs/student-tiny --input dialogues.json --show
 
+    kdecs predict --student runs/student-tiny --input dialogues.json --html dialogues.html
+
     cat dialogues.jsonl | kdecs predict --student runs/student-tiny --input - --output - --offsets
     """
-    if output is None and not show:
-        raise typer.BadParameter("nothing to do: give --output FILE, or --show to print the dialogues")
+    if output is None and html is None and not show:
+        raise typer.BadParameter(
+            "nothing to do: give --output FILE, --html FILE, or --show to print the dialogues"
+        )
+    if html is not None and output is not None and html.resolve() == output.resolve():
+        raise typer.BadParameter("--html and --output name the same file; give each its own")
     from kdecs.student.predict.files import FileRequest, predict_file
     from kdecs.student.predict.predictor import Student
 
     predict_file(
-        FileRequest(input, output, max_distance, batch_tokens, offsets, show, example and not show, student),
+        FileRequest(
+            input, output, max_distance, batch_tokens, offsets, show, example and not show, student, html
+        ),
         lambda runtime: Student.from_pretrained(student, device=runtime.device),
         device=device,
     )

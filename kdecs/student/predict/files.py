@@ -23,6 +23,7 @@ from kdecs.errors import CorpusError, DialogueError, printable
 from kdecs.output import STANDARD_STREAM, is_standard_output, open_output, refuse_inputs
 from kdecs.process import is_output_closed, standard_input
 from kdecs.runtime import Runtime, start_runtime
+from kdecs.student.predict.page import PageWriter
 from kdecs.student.predict.render import render_dialogue
 from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
@@ -40,7 +41,10 @@ _STREAMS = ("a named pipe", "a device", "a socket")
 
 @dataclass(frozen=True)
 class FileRequest:
-    """What to predict, with which model, and where to write it. Without `output` nothing is written; `shows` prints."""
+    """What to predict, with which model, and where to write it.
+
+    `output` gets lines and `html` a page for people, where they are given; `shows` prints.
+    """
 
     input: Path
     output: Path | None
@@ -50,6 +54,7 @@ class FileRequest:
     shows: bool = False
     has_example: bool = True
     model: Path | None = None
+    html: Path | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -64,12 +69,14 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
     if the output is an input or cannot be written to. Valid dialogues that the model cannot read are named on standard
     error and left out; at the end, DialogueError says how many.
     """
-    if request.output is not None:
-        refuse_inputs(request.output, [request.input, request.model])
+    for place in (request.output, request.html):
+        if place is not None:
+            refuse_inputs(place, [request.input, request.model])
     # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once.
     total = None if request.is_stream else _checked(request)
     # Predictions on standard output are read by a program: everything for people goes to standard error.
-    console = terminal(stderr=is_standard_output(request.output) or is_output_closed())
+    has_reader = is_standard_output(request.output) or is_standard_output(request.html)
+    console = terminal(stderr=has_reader or is_output_closed())
     num_dialogues = num_pairs = num_causes = 0
     faults: list[DialogueError] = []
     example: tuple[Dialogue, list[PairPrediction]] | None = None
@@ -81,9 +88,11 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
 
     with (
         open_output(request.output) if request.output else contextlib.nullcontext() as file,
+        open_output(request.html) if request.html else contextlib.nullcontext() as page_file,
         tqdm(total=total, unit="pair", desc="predict", disable=None) as bar,
     ):
         predictor = load(start_runtime(device=device))
+        page = PageWriter(page_file.write) if page_file is not None else None
         for dialogue, found in stream(
             predictor,
             _dialogues(request),
@@ -98,6 +107,8 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
             num_causes += causes
             if file is not None:
                 file.writelines(_lines(found, has_offsets=request.has_offsets))
+            if page is not None:
+                page.add(dialogue, found)
             if request.shows:
                 with bar.external_write_mode():
                     console.print(
@@ -110,8 +121,11 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
             raise DialogueError(
                 f"{request.input}: the model can read no dialogue; the first one: {faults[0]}"
             )
-    place = "" if request.output in (None, STANDARD_STREAM) else f"{printable(str(request.output))}: "
-    line = f"{place}{num_pairs} pairs of {num_dialogues} dialogues, {num_causes} causes"
+        if page is not None:
+            page.close()
+    written = [path for path in (request.output, request.html) if path not in (None, STANDARD_STREAM)]
+    names = f"{printable(', '.join(map(str, written)))}: " if written else ""
+    line = f"{names}{num_pairs} pairs of {num_dialogues} dialogues, {num_causes} causes"
     print(line, file=console.file, flush=True)
     if request.has_example and example is not None:
         console.print(render_dialogue(*example, marks=_needs_marks(console)))
