@@ -15,13 +15,14 @@ PORT ?= 5000
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export TORCH_INDEX
 
-.PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-all campaign bench bench-gpu check format ui sweep select study clean
+.PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-browser test-all campaign bench bench-gpu check format ui sweep select study clean
 
 help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
 	@echo "make test                the default tests, in two processes"
 	@echo "make test-slow           the long tests: several ranks, kills, Ray"
 	@echo "make test-cluster        the tests that install PostgreSQL (apt, as root)"
+	@echo "make test-browser        the tests of the served page in Chromium (apt, as root)"
 	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
 	@echo "make bench [BENCH=name]  side-by-side measurements; make bench-gpu: those that need CUDA"
 	@echo "make check               format, lint, types, import rules"
@@ -90,6 +91,11 @@ test-slow: $(SETUP)
 test-cluster: $(SETUP)
 	bash tests/install_postgres.sh
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m cluster
+
+# Chromium for the tests of the page of `kdecs serve`, which are skipped without it.
+test-browser: $(SETUP)
+	bash tests/install_chromium.sh $(BIN)/python
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/serve/test_page_in_browser.py
 
 test-all: test test-slow
 
