@@ -120,12 +120,14 @@ format: $(SETUP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Without MLflow's job execution (online scorers), which starts several further processes that kdecs has no use for.
 ui: $(SETUP)
 	@test -f "$(RUN)/mlflow.db" || { echo "$(RUN)/mlflow.db: no runs yet; start with: make demo" >&2; exit 1; }
 # MLflow itself ends with exit code 0 if it cannot listen.
 	@$(BIN)/python -c 'import socket, sys; socket.create_server(("127.0.0.1", int(sys.argv[1])))' "$(PORT)" 2>/dev/null || \
 	  { echo "127.0.0.1:$(PORT) is in use, perhaps by another make ui; end that, or try: make ui PORT=$$(($(PORT) + 1))" >&2; exit 1; }
 	@echo "MLflow UI of $(RUN): http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db" --host 127.0.0.1 --port "$(PORT)"
 
 sweep: $(SETUP)

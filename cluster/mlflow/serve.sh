@@ -23,5 +23,7 @@ if ! python -c 'import socket, sys; socket.create_server(("127.0.0.1", int(sys.a
     exit 1
 fi
 mkdir -p "$artifacts"
+# Job execution (online scorers) starts several further processes that kdecs has no use for.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-false}
 exec mlflow server --host 127.0.0.1 --port "$port" --workers 2 \
     --backend-store-uri "$uri" --artifacts-destination "$artifacts"

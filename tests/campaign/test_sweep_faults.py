@@ -130,6 +130,7 @@ class Rig:
             "KDECS_DEVICE": "cpu",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # as cluster/mlflow/serve.sh does
         }
         os.environ.update(self.environment)  # Ray's nodes inherit it
         self.port = free_port()
