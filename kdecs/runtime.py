@@ -1,6 +1,7 @@
 """The state of one rank: device, threads, process group, seeds, memory, and the collectives that stages share."""
 
 import ctypes
+import importlib
 import os
 import random
 import sys
@@ -96,6 +97,21 @@ def check_extension_directory() -> None:
             f"{place}: DeepSpeed compiles its helper for CPU ranks into this directory, which cannot be written "
             f"({error.strerror}; HOME is {os.environ.get('HOME') or 'not set'}); let TORCH_EXTENSIONS_DIR name another"
         ) from None
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed, but not MLflow with it.
+
+    DeepSpeed's autotuner, which kdecs never runs, takes MLflow along where it is installed: half of the whole time.
+    """
+    if "mlflow" in sys.modules:
+        importlib.import_module("deepspeed")
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # Python's own sign that there is no such module
+    try:
+        importlib.import_module("deepspeed")
+    finally:
+        del sys.modules["mlflow"]
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""What a rank says of its device."""
+"""What a rank says of its device, and how it imports DeepSpeed."""
+
+import importlib
+import sys
 
 import pytest
 import torch
 
 from kdecs.errors import DeviceError
-from kdecs.runtime import Runtime, check_extension_directory, warn_of_emulation
+from kdecs.runtime import Runtime, check_extension_directory, import_deepspeed, warn_of_emulation
 
 
 def test_a_home_that_cannot_hold_deepspeeds_helper_is_named(monkeypatch, tmp_path):
@@ -41,3 +44,22 @@ def test_an_emulated_bfloat16_is_told_once(monkeypatch, capsys, capability, devi
     shown = capsys.readouterr().err
     assert ("--set zero.dtype=float32" in shown) == warns
     assert shown.count("\n") == warns
+
+
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_deepspeed_is_imported_without_mlflow(tmp_path, monkeypatch, is_imported):
+    (tmp_path / "mlflow.py").touch()
+    # As its autotuner does.
+    (tmp_path / "deepspeed.py").write_text(
+        "try:\n    import mlflow\n    has_mlflow = True\nexcept Exception:\n    has_mlflow = False\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("deepspeed", "mlflow"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)  # so that it is removed at the end
+        del sys.modules[name]
+    if is_imported:
+        importlib.import_module("mlflow")
+    import_deepspeed()
+    assert sys.modules["deepspeed"].has_mlflow == is_imported
+    assert importlib.import_module("mlflow").__file__ == str(tmp_path / "mlflow.py")

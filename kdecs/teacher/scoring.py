@@ -30,7 +30,7 @@ from kdecs.corpus.pairs import Pair
 from kdecs.errors import ArtifactError, ConfigError, ModelError, Stopped, TrainingError
 from kdecs.models import refusing
 from kdecs.process import StopSignal
-from kdecs.runtime import Runtime
+from kdecs.runtime import Runtime, import_deepspeed
 from kdecs.teacher.data import fixed_batches, make_units
 from kdecs.teacher.families import EncodedPrompt, language_model
 from kdecs.teacher.network import TeacherNetwork, are_close
@@ -339,6 +339,7 @@ def load_partitioned(
     Parameters of up to `persistence_threshold` values stay whole on each rank (None: DeepSpeed's default).
     """
     # Here, not at the top: a whole teacher is scored without DeepSpeed.
+    import_deepspeed()
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
