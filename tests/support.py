@@ -6,11 +6,17 @@ the path, and `child_environment` does the same for child processes.
 """
 
 import json
+import multiprocessing
 import os
+import runpy
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -336,6 +342,124 @@ def start_python(*arguments: object, **environment: str) -> subprocess.Popen[str
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+    )
+
+
+_SERVER = multiprocessing.get_context("forkserver")
+
+
+class ForkedPython:
+    """A process that runs an entry script as `start_python` does, forked from one that has imported the libraries.
+
+    Most of a start's time is the import of torch, Transformers and DeepSpeed, which the processes of a test run share
+    so. It has the methods of `subprocess.Popen` that tests use.
+    """
+
+    def __init__(
+        self,
+        script: str | Path,
+        arguments: Iterable[object],
+        environment: dict[str, str],
+        log: Path | None = None,
+    ) -> None:
+        """Start it. With a `log` all that it prints is appended to that file, otherwise `communicate` returns it."""
+        place = Path(tempfile.mkdtemp(prefix="forked-"))
+        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        self._streams = (log, log) if log else (place / "out", place / "err")
+        self.args = [str(script), *map(str, arguments)]
+        _SERVER.set_forkserver_preload(["preloaded"])
+        self._process = _SERVER.Process(
+            target=_run_script, args=(self.args, environment, [str(path) for path in self._streams])
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait, and return what was printed to standard output and error."""
+        self.wait(timeout)
+        out, err = (path.read_text(errors="replace") for path in self._streams)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run_script(argv: list[str], environment: dict[str, str], streams: list[str]) -> None:
+    """The body of a forked process: its streams, environment and arguments, then the script."""
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def start_forked(
+    script: str | Path, *arguments: object, log: Path | None = None, **environment: str
+) -> ForkedPython:
+    """Start an entry script of the checkout (launch/NAME.py) in a forked process."""
+    return ForkedPython(ROOT / script, arguments, child_environment(**environment), log)
+
+
+def run_forked(
+    script: str | Path, *arguments: object, timeout_s: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run an entry script of the checkout in a forked process to its end."""
+    process = start_forked(script, *arguments, **environment)
+    try:
+        out, err = process.communicate(timeout_s)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.wait(), out, err)
+
+
+def start_forked_ranks(
+    script: str | Path, *arguments: object, num_ranks: int = 2, log: Path | None = None
+) -> list[ForkedPython]:
+    """Start the ranks of a job in forked processes, with the environment that a launcher gives them."""
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start_forked(script, *arguments, log=log, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(num_ranks)
+    ]
+
+
+def run_forked_ranks(
+    script: str | Path, *arguments: object, num_ranks: int = 2, timeout_s: float = 1200
+) -> subprocess.CompletedProcess[str]:
+    """Run the ranks of a job in forked processes to their end: what all of them printed, and the worst exit code."""
+    ranks = start_forked_ranks(script, *arguments, num_ranks=num_ranks)
+    try:
+        ends = [rank.communicate(timeout_s) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    worst = max((rank.wait() for rank in ranks), key=abs)
+    return subprocess.CompletedProcess(
+        ranks[0].args, worst, *("".join(parts) for parts in zip(*ends, strict=True))
     )
 
 

@@ -1,16 +1,14 @@
 """A disk that is really full (a small tmpfs): one line, exit 1, nothing half-written counts as done."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import ROOT, run_forked
 
 from kdecs.process import exit_code_of
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "kdecs" / "corpus" / "sample"
 
 
@@ -25,19 +23,7 @@ def test_full_disk_is_one_line_at_every_point_of_writing(small_disk: Callable[[i
         "max_steps": 2, "hidden_size": 128, "batch_size": 2,
     }  # fmt: skip
     arguments = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "launch/pretrain_base.py",
-            "--config",
-            "launch/configs/demo/base_llama.yaml",
-            *arguments,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_forked("launch/pretrain_base.py", "--config", "demo/base_llama", *arguments)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]

@@ -15,7 +15,7 @@ import pytest
 from export_campaign import Record
 from fake_teacher import files_of
 from real_teacher import ROOT, make_real_teacher, start_export, write_config
-from support import made_once
+from support import ForkedPython, made_once, run_forked_ranks
 
 from kdecs.artifact import verify_artifact
 from kdecs.corpus.reading import bundled_sample
@@ -48,7 +48,7 @@ def undisturbed(real_teacher: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return directory / "labels", time.monotonic() - claimed
 
 
-def wait_for_claim(output: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_claim(output: Path, process: subprocess.Popen[str] | ForkedPython) -> None:
     deadline = time.monotonic() + 600
     while not (output / ".work" / "job.json").is_file():
         assert time.monotonic() < deadline
@@ -171,9 +171,8 @@ def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(
     assert first.returncode != 0, out
     assert pid_of_rank(config, 0) is None, "a rank outlived its launch"
     assert not (output / "manifest.json").exists()
-    second = launch(config)
-    out, _ = second.communicate(timeout=600)
-    assert second.returncode == 0, out
-    assert "in 12 shards" in out
+    second = run_forked_ranks("launch/export_soft_labels.py", "--config", config)
+    assert second.returncode == 0, second.stderr
+    assert "in 12 shards" in second.stdout
     assert files_of(output) == files_of(undisturbed[0])
     assert verify_artifact(output) == []

@@ -12,21 +12,19 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from forked_ranks import start_ranks
 from safetensors.torch import load_file
+from support import ForkedPython, free_port, start_forked_ranks
 
 from kdecs.config import parse_config
 from kdecs.corpus.reading import bundled_sample
@@ -38,12 +36,7 @@ from kdecs.runtime import Runtime
 ROOT = Path(__file__).resolve().parents[2]
 NUM_KILLS = 20
 EPOCHS_A_KILL = 0.43
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+TRAIN = "launch/train_teacher.py"
 
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--no_local_rank"]
@@ -101,17 +94,17 @@ class Training:
         self.log = directory / f"{name}.log"
 
     def start(self, ranks: int = 2, *, launched: bool = False) -> "Started":
-        port = free_port()
         if not launched:
-            forked = start_ranks(self.config, self.log, num_ranks=ranks, port=port)
+            command = (TRAIN, "--config", self.config)
+            forked = start_forked_ranks(*command, num_ranks=ranks, log=self.log)
             return Started([psutil.Process(rank.pid) for rank in forked], forked)
         with self.log.open("ab") as log:
             launcher = subprocess.Popen(
                 [
                     *LAUNCHER,
                     "--master_port",
-                    str(port),
-                    "launch/train_teacher.py",
+                    str(free_port()),
+                    TRAIN,
                     "--config",
                     str(self.config),
                 ],
@@ -149,20 +142,20 @@ class Started:
     """The processes of one start: forked ranks, or a launcher with its children."""
 
     def __init__(
-        self, roots: list[psutil.Process], handles: list[BaseProcess] | list[subprocess.Popen]
+        self, roots: list[psutil.Process], handles: list[ForkedPython] | list[subprocess.Popen]
     ) -> None:
         self.roots = roots
         self.handles = handles
 
     def has_ended(self) -> bool:
-        return all(_code(handle) is not None for handle in self.handles)
+        return all(handle.poll() is not None for handle in self.handles)
 
     def wait(self, timeout_s: float) -> list[int]:
         deadline = time.monotonic() + timeout_s
         while not self.has_ended():
             assert time.monotonic() < deadline, "a training hangs"
             time.sleep(0.05)
-        return [_code(handle) for handle in self.handles]
+        return [handle.wait() for handle in self.handles]
 
     def kill(self, rng: random.Random) -> str:
         """SIGKILL one rank, or all with their launcher; returns when none of them is left."""
@@ -177,10 +170,6 @@ class Started:
         _, left = psutil.wait_procs(everyone, timeout=60)
         assert not left, [p.cmdline() for p in left]
         return whom
-
-
-def _code(handle: BaseProcess | subprocess.Popen) -> int | None:
-    return handle.poll() if isinstance(handle, subprocess.Popen) else handle.exitcode
 
 
 def _line(process: psutil.Process) -> str:

@@ -1,17 +1,20 @@
 """Training the baseline: exact resume, a product that predicts and scores as noted, refusals in one line."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from support import StopAfter, assert_same_weights, change_json, rewrite_manifest
+from support import (
+    StopAfter,
+    assert_same_weights,
+    change_json,
+    rewrite_manifest,
+    run_forked,
+    start_forked,
+)
 from transformers import AutoTokenizer
 
 from kdecs.artifact import read_manifest, verify_artifact
@@ -25,8 +28,6 @@ from kdecs.mrc.commands import predict_mrc
 from kdecs.mrc.prediction import MrcBaseline
 from kdecs.mrc.questions import mrc_text, training_pairs
 from kdecs.mrc.training import train_mrc
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_stopped_training_ends_with_the_same_weights(make_config, runtime, trained, capsys):
@@ -136,9 +137,8 @@ def test_a_killed_script_goes_on(make_config, tmp_path):
     config = make_config(optimization={"learning_rate": 1e-3, "epochs": 5}, threads=1)
     path = tmp_path / "config.yaml"
     path.write_text(config.model_dump_json())
-    command = [sys.executable, str(ROOT / "launch/train_mrc.py"), "--config", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KDECS_DEVICE": "cpu"}
-    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    command = ("launch/train_mrc.py", "--config", path)
+    started = start_forked(*command)
     deadline = time.monotonic() + 300
     while not (config.output / "checkpoint.pt").exists():
         assert time.monotonic() < deadline and started.poll() is None
@@ -146,11 +146,9 @@ def test_a_killed_script_goes_on(make_config, tmp_path):
     started.send_signal(signal.SIGTERM)
     assert "run the same command again" in started.communicate(timeout=240)[1]
     assert started.returncode == 143
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=True)
-    assert "resumed at step" in done.stdout
+    assert "resumed at step" in run_forked(*command).stdout
     assert read_manifest(config.output, "mrc").details["epochs"] == 5
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True)
-    assert "complete" in again.stdout
+    assert "complete" in run_forked(*command).stdout
 
 
 def test_a_baseline_from_anybody_runs_no_code_and_is_refused_in_one_line(trained, tmp_path, monkeypatch):

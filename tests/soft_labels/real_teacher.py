@@ -1,11 +1,9 @@
 """A tiny real teacher (two layers, LoRA trained for a few steps), and the real export command on it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
+from support import ForkedPython, start_forked
 
 from kdecs.corpus.reading import bundled_sample
 
@@ -58,22 +56,14 @@ def write_config(path: Path, teacher: Path, output: Path, **changes: object) -> 
     return path
 
 
-def start_export(config: Path, *, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen[str]:
-    """The export command as a launcher starts a rank of it."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "KDECS_DEVICE": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "export_soft_labels.py"), "--config", str(config)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def start_export(config: Path, *, rank: int = 0, world_size: int = 1, port: int = 0) -> ForkedPython:
+    """The export command as a launcher starts a rank of it, in a forked process."""
+    return start_forked(
+        "launch/export_soft_labels.py",
+        *("--config", config),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )

@@ -1,25 +1,22 @@
 """launch/train_student.py as people start it: killed without warning, and under torchrun."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import ROOT, child_environment, run_forked, run_forked_ranks, start_forked
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.student.training import train_student
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-SCRIPT = str(ROOT / "launch/train_student.py")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "KDECS_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+SCRIPT = "launch/train_student.py"
 STEPS_AN_EPOCH = 99
 
 
@@ -44,8 +41,7 @@ def long_config(make_config):
 def test_a_training_killed_within_an_epoch_ends_with_the_weights_of_a_whole_one(long_config, runtime):
     whole = train_student(long_config("whole")[0], runtime)
     config, path = long_config("killed")
-    command = [sys.executable, SCRIPT, "--config", str(path)]
-    started = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    started = start_forked(SCRIPT, "--config", path)
     metrics = config.output / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while not (metrics.is_file() and metrics.read_text()):
@@ -56,7 +52,8 @@ def test_a_training_killed_within_an_epoch_ends_with_the_weights_of_a_whole_one(
     assert started.wait(timeout=60) == -signal.SIGKILL
     seen = metrics.read_text()
     assert not (config.output / "manifest.json").exists()
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=True)
+    done = run_forked(SCRIPT, "--config", path, timeout_s=400)
+    assert done.returncode == 0, done.stderr
     # By the kill a fast machine may have ended the second epoch too, or saved it without its line.
     epochs = len(seen.splitlines())
     resumed = re.search(r"resumed at step (\d+)\n", done.stdout)
@@ -68,8 +65,7 @@ def test_a_training_killed_within_an_epoch_ends_with_the_weights_of_a_whole_one(
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (whole / "student.json").read_bytes() == (config.output / "student.json").read_bytes()
     assert verify_artifact(config.output) == []
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
-    assert "complete" in again.stdout
+    assert "complete" in run_forked(SCRIPT, "--config", path, timeout_s=240).stdout
 
 
 @pytest.mark.dist
@@ -78,8 +74,15 @@ def test_two_ranks_of_torchrun_train_one_student(make_config):
     path = config.output.with_suffix(".yaml")
     path.write_text(config.model_dump_json())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, SCRIPT, "--config", str(path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        [*launcher, SCRIPT, "--config", str(path)],
+        cwd=ROOT,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("training on 99 pairs") == done.stdout.count("student of epoch 1") == 1
     assert verify_artifact(config.output) == []
@@ -87,5 +90,5 @@ def test_two_ranks_of_torchrun_train_one_student(make_config):
     assert (
         read_manifest(config.output, "student").details["valid"]["macro_f1"] == json.loads(line)["macro_f1"]
     )
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
+    again = run_forked_ranks(SCRIPT, "--config", path)
     assert again.stdout.count("complete") == 1

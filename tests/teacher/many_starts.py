@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 from support import StopAfter
 
 from kdecs.config import load_config
 from kdecs.errors import KdecsError
 from kdecs.process import run_entry
-from kdecs.runtime import process_group, start_runtime
-from kdecs.teacher import engine, training
-from kdecs.teacher import training as preparation
+from kdecs.runtime import any_rank, import_deepspeed, process_group, start_runtime
 from kdecs.teacher.config import TeacherConfig
+
+import_deepspeed()
+
+from kdecs.teacher import engine, training  # noqa: E402
 
 
 def settings_without_whole_parameters(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -41,7 +42,7 @@ deepspeed_config, start_engine = engine.deepspeed_config, engine.start_engine
 
 def start_all(arguments: list[str]) -> None:
     engine.deepspeed_config = settings_without_whole_parameters
-    preparation.start_engine = start_and_tell
+    training.start_engine = start_and_tell
     runtime = start_runtime(threads=1)
     with process_group(runtime, single=True):
         for argument in arguments:
@@ -52,7 +53,7 @@ def start_all(arguments: list[str]) -> None:
             except KdecsError as error:
                 sys.stdout.write(f"RANK {runtime.rank} {type(error).__name__}: {error}\n")
                 sys.stdout.flush()
-            deepspeed.comm.barrier()
+            any_rank(False, runtime)  # a barrier
 
 
 if __name__ == "__main__":

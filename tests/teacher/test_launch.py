@@ -19,7 +19,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support import ROOT, child_environment, flip_bit, free_port
+from support import ROOT, child_environment, flip_bit, free_port, run_forked_ranks
 from transformers import AutoModelForCausalLM
 
 from kdecs.config import parse_config
@@ -62,9 +62,9 @@ def write_values(values: dict, directory: Path) -> Path:
     return path
 
 
-def run_script(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
+def run_launched(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*launcher, *arguments],
+        [*LAUNCHER, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -74,8 +74,8 @@ def run_script(launcher: list[str], *arguments: str) -> subprocess.CompletedProc
     )
 
 
-def run(values: dict, directory: Path, launcher: list[str]) -> subprocess.CompletedProcess:
-    return run_script(launcher, TRAIN, "--config", str(write_values(values, directory)))
+def run(values: dict, directory: Path, num_ranks: int = 1) -> subprocess.CompletedProcess:
+    return run_forked_ranks(TRAIN, "--config", write_values(values, directory), num_ranks=num_ranks)
 
 
 def losses(output: Path) -> list[float]:
@@ -159,7 +159,7 @@ def tokens_of(batch: list, data: TeacherData) -> set[int]:
 
 @dataclass
 class Launched:
-    """What three launches wrote: two ranks, one rank, two ranks."""
+    """What three starts wrote: two ranks under the launcher, one forked rank, two forked ranks."""
 
     directory: Path
     values: dict[str, dict]
@@ -210,7 +210,7 @@ def changed(values: dict, changes: dict, bases: Callable[[str], Path]) -> dict:
 
 @pytest.fixture(scope="module")
 def launched(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    """All runs of this module that end by themselves, in three launches."""
+    """All runs of this module that end by themselves, in three starts."""
     directory = tmp_path_factory.mktemp("launched")
     default = config_values(bases("causal"), directory / "x")
     # Half of the sample's split gives a dozen steps, which say as much and take half of the time.
@@ -239,8 +239,9 @@ def launched(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
             path = write_values(part, directory / f"yaml-{number}")
             starts[number].append(str(path) + (f"@{steps}" if steps else ""))
     stdout = []
-    for launcher, arguments in zip((LAUNCHER, [sys.executable], LAUNCHER), starts, strict=True):
-        done = run_script(launcher, MANY, *arguments)
+    for number, arguments in enumerate(starts):
+        forked = {"num_ranks": number}
+        done = run_forked_ranks(MANY, *arguments, **forked) if number else run_launched(MANY, *arguments)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         stdout.append(done.stdout)
     return Launched(directory, values, stdout, bad_step)
@@ -364,7 +365,7 @@ def trained(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     directory = tmp_path_factory.mktemp("teacher")
     shutil.copytree(bases("causal"), directory / "base")  # the tests below damage it
     values = config_values(directory / "base", directory / "out")
-    done = run(values, directory, [sys.executable])
+    done = run(values, directory)
     assert done.returncode == 0, done.stderr[-3000:]
     return values, directory
 
@@ -391,11 +392,11 @@ def test_product_opens_in_plain_peft_with_the_same_logits(
 @pytest.mark.slow
 def test_second_start_skips_and_another_config_is_refused(trained: tuple[dict, Path]) -> None:
     values, directory = trained
-    again = run(values, directory, [sys.executable])
+    again = run(values, directory)
     assert again.returncode == 0
     assert "complete" in again.stdout
     assert "skipped" in again.stdout
-    other = run({**values, "emotions_shown": "fine"}, directory, [sys.executable])
+    other = run({**values, "emotions_shown": "fine"}, directory)
     assert other.returncode == 1
     assert other.stderr.strip().splitlines()[-1].startswith("kdecs: error: ")
     assert "holds a finished teacher directory of another config" in other.stderr
@@ -476,7 +477,7 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_to_the_same_adapter(
     assert saved.name == f"step-{state['progress']['step']}"
     assert len(losses(tmp_path / "stopped")) == state["progress"]["step"]
     assert not (tmp_path / "stopped" / "manifest.json").exists()
-    resumed = run(values, tmp_path, LAUNCHER)
+    resumed = run(values, tmp_path, num_ranks=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert f"resumed at step {state['progress']['step']} of" in resumed.stdout + resumed.stderr
     assert losses(tmp_path / "stopped") == losses(straight)
