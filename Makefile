@@ -127,8 +127,10 @@ ui: $(SETUP)
 	@$(BIN)/python -c 'import socket, sys; socket.create_server(("127.0.0.1", int(sys.argv[1])))' "$(PORT)" 2>/dev/null || \
 	  { echo "127.0.0.1:$(PORT) is in use, perhaps by another make ui; end that, or try: make ui PORT=$$(($(PORT) + 1))" >&2; exit 1; }
 	@echo "MLflow UI of $(RUN): http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+# One worker is enough for one user, and MLflow kills the workers of several that a busy machine keeps from answering
+# within seconds. Nothing of kdecs runs as a job of MLflow's server.
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db" --host 127.0.0.1 --port "$(PORT)"
+	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db" --host 127.0.0.1 --port "$(PORT)" --workers 1
 
 sweep: $(SETUP)
 	@test -n "$(SPACE)" || { echo "make sweep SPACE=tune/spaces/main.yaml" >&2; exit 2; }

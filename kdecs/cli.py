@@ -98,9 +98,9 @@ def configs(
         str | None, typer.Argument(metavar="[STAGE[/NAME]]", help="A stage, or one config of a stage.")
     ] = None,
 ) -> None:
-    """List the committed configs of all stages or of one, or print one of them, to be copied and changed.
+    """List the configs that come with kdecs, of all stages or of one, or print one of them for you to change.
 
-    Every stage takes a committed config by its name: --config NAME, or --config STAGE/NAME for one of another stage.
+    Every stage takes these names: --config NAME, or --config STAGE/NAME for a config of another stage.
 
     Example: kdecs configs student/kd > my-student.yaml
     """
@@ -110,13 +110,11 @@ def configs(
     stages = sorted(path.name for path in COMMITTED.iterdir() if path.is_dir())
     stage, _, config = (name or "").partition("/")
     if stage and stage not in stages:
-        raise ConfigError(f"{stage}: no stage with committed configs; these are: {', '.join(stages)}")
+        raise ConfigError(f"{stage}: no such stage; kdecs has configs for: {', '.join(stages)}")
     if config:
         path = COMMITTED / stage / f"{config}.yaml"
         if not path.is_file():
-            raise ConfigError(
-                f"{name}: no such committed config; kdecs configs {stage} lists those there are"
-            )
+            raise ConfigError(f"{name}: no such config; kdecs configs {stage} lists those that there are")
         print(path.read_text(encoding="utf-8"), end="")
         return
     for each in [stage] if stage else stages:

@@ -156,7 +156,7 @@ def find_config(stage: str, reference: str | Path) -> Path:
             return place
     names = ", ".join(sorted(file.stem for file in (COMMITTED / stage).glob("*.yaml")))
     raise ConfigError(
-        f"{reference}: neither a file nor a committed config of {stage}; committed are: {names}"
+        f"{reference}: found no such file and no config of this name; kdecs comes with these for {stage}: {names}"
     )
 
 
@@ -232,7 +232,7 @@ def config_hash(config: Config) -> str:
 
 def input_checksums(**paths: Path | str | None) -> dict[str, str]:
     """`inputs` of a manifest: name -> content checksum. A hub name stands for itself, and None is left out."""
-    return {name: _checksum(path) for name, path in paths.items() if path is not None}
+    return {name: _checksum(path, name) for name, path in paths.items() if path is not None}
 
 
 def outputs_and_inputs(config: Config) -> tuple[dict[str, Path], list[Path]]:
@@ -349,11 +349,12 @@ def _value_of(text: str, types: list[Any]) -> Any:
     return value
 
 
-def _hash_view(value: Any) -> Any:
+def _hash_view(value: Any, key: str = "") -> Any:
+    """What of a value goes into the hash. `key` is its dotted key, for errors."""
     if isinstance(value, Config):
         fields = type(value).model_fields
         return {
-            name: _hash_view(_as_path(getattr(value, name), field.metadata))
+            name: _hash_view(_as_path(getattr(value, name), field.metadata), f"{key}.{name}".lstrip("."))
             for name, field in fields.items()
             if not any(isinstance(mark, Unhashed) for mark in field.metadata)
             and not (
@@ -362,11 +363,11 @@ def _hash_view(value: Any) -> Any:
             )
         }
     if isinstance(value, Path):
-        return _checksum(value)
+        return _checksum(value, key)
     if isinstance(value, dict):
-        return {key: _hash_view(item) for key, item in value.items()}
+        return {name: _hash_view(item, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_hash_view(item) for item in value]
+        return [_hash_view(item, key) for item in value]
     return value
 
 
@@ -376,13 +377,18 @@ def _as_path(value: Any, metadata: list[Any]) -> Any:
     return Path(value) if is_reference and Path(value).is_absolute() else value
 
 
-def _checksum(path: Path | str) -> str:
+def _checksum(path: Path | str, key: str) -> str:
     if isinstance(path, str) and not Path(path).is_absolute():
         return path  # a hub name, whose content is not known before it is downloaded
     try:
         return content_checksum(Path(path))
     except ArtifactError as error:
-        raise ConfigError(f"{error}, which the config names as an input") from None
+        # The committed configs name RECCON's files, which do not come with kdecs.
+        is_reccon = Path(path).name.startswith("dailydialog_")
+        remedy = ", or download RECCON's files with: kdecs corpus fetch DIR" if is_reccon else ""
+        raise ConfigError(
+            f"{error}, which the config names as {key}; set {key} to another one{remedy}"
+        ) from None
 
 
 def _describe(error: ValidationError, model: type[Config]) -> str:

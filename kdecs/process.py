@@ -98,7 +98,7 @@ def stage_parser(
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = f"a YAML or JSON file, or the name of a committed config (kdecs configs {stage} lists them)"
+    what = f"a YAML or JSON file, or the name of a config that comes with kdecs (kdecs configs {stage} lists them)"
     if is_positional:
         parser.add_argument("config", metavar="CONFIG", help=what)
     else:

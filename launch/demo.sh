@@ -42,7 +42,9 @@ flock -n 9 || fail 1 "$run: another demo runs here; wait for it, or choose anoth
 flock -n 8 || { echo "waiting for the stages of a killed demo to save their state …"; flock 8; }
 labelled=(--set "corpus.train=$train" --set "corpus.valid=$valid")
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-two_ranks=(deepspeed --num_accelerators 2 --master_port "$port" --module)
+two_ranks() { # DIR: how a stage that writes DIR is started; a complete one needs no ranks to be checked and skipped
+  [[ -f $1/manifest.json ]] && echo python -m || echo deepspeed --num_accelerators 2 --master_port "$port" --module
+}
 echo; echo "1/6 corpus"
 SHOW=--all stage corpus-verify kdecs corpus verify "$train" "$valid" "$test"
 SHOW=--all stage corpus-stats kdecs corpus stats "$train" "$valid" "$test"
@@ -52,14 +54,16 @@ for model in llama roberta; do
     --set "output=$run/base/$model" "${labelled[@]}" $(share corpus.train_share 0.3)
 done; finish
 for model in llama roberta; do
-  stage "teacher-$model-tiny" "${two_ranks[@]}" kdecs.launch.train_teacher --config "demo/teacher_$model" \
-    --set "output=$run/teachers/$model-tiny" --set "model.base=$run/base/$model" \
+  teacher=$run/teachers/$model-tiny
+  stage "teacher-$model-tiny" $(two_ranks "$teacher") kdecs.launch.train_teacher --config "demo/teacher_$model" \
+    --set "output=$teacher" --set "model.base=$run/base/$model" \
     "${labelled[@]}" $(share corpus.train_share 0.2)
 done
 echo; echo "3/6 soft labels: sharded export on two ranks"
 for model in llama roberta; do
-  stage "soft-labels-$model-tiny" "${two_ranks[@]}" kdecs.launch.export_soft_labels --config demo/export \
-    --set "output=$run/labels/$model-tiny" --set "teacher=$run/teachers/$model-tiny" \
+  labels=$run/labels/$model-tiny
+  stage "soft-labels-$model-tiny" $(two_ranks "$labels") kdecs.launch.export_soft_labels --config demo/export \
+    --set "output=$labels" --set "teacher=$run/teachers/$model-tiny" \
     "${labelled[@]}" --set "corpus.test=$test" $(share corpus.train_share 0.1)
 done
 echo; echo "4/6 sweep: students over seeds, α, τ and teacher, two at a time"

@@ -329,9 +329,15 @@ def test_hash_of_what_is_written_is_that_of_what_was_read(values: dict[str, Any]
     assert config_hash(written) == config_hash(config)
 
 
-def test_hash_names_a_missing_input(values: dict[str, Any], tmp_path: Path) -> None:
+def test_hash_names_a_missing_input_and_its_key(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "valid.json").unlink()
-    with pytest.raises(ConfigError, match=r"valid\.json: no such file"):
+    config = parse_config(TeacherConfig, values, source="x")
+    with pytest.raises(
+        ConfigError, match=r"valid\.json: no such file .* as corpus\.valid; set corpus\.valid to"
+    ):
+        config_hash(config)
+    values["corpus"]["valid"] = str(tmp_path / "dailydialog_valid.json")
+    with pytest.raises(ConfigError, match=r"or download RECCON's files with: kdecs corpus fetch DIR"):
         config_hash(parse_config(TeacherConfig, values, source="x"))
 
 
@@ -367,7 +373,9 @@ def test_a_config_is_a_file_first_and_then_a_committed_name(tmp_path: Path, monk
     (tmp_path / "kd").write_text("name: mine")
     assert find_config("student", "kd") == Path("kd")
     assert find_config("student", "missing.yaml") == Path("missing.yaml"), "reading it says what is wrong"
-    with pytest.raises(ConfigError, match=r"nothing: neither .* of mrc; committed are: minilm, roberta-base"):
+    with pytest.raises(
+        ConfigError, match=r"nothing: .* no config of this name; .* for mrc: minilm, roberta-base"
+    ):
         find_config("mrc", "nothing")
 
 

@@ -79,7 +79,7 @@ def test_committed_configs_are_listed_and_printed(installed: Installed) -> None:
 def test_a_name_that_is_not_there_lists_those_that_are(installed: Installed, entry: str) -> None:
     done = installed.run(sys.executable, "-m", f"kdecs.launch.{entry}", "--config", "nothing")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "nothing: neither a file nor a committed config" in done.stderr
+    assert "nothing: found no such file and no config of this name" in done.stderr
 
 
 def test_a_committed_space_plans_its_teachers_by_module(installed: Installed) -> None:
