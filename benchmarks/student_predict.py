@@ -31,11 +31,12 @@ from kdecs.student.decision import best_spans, cause_scores
 from kdecs.student.model import (
     StudentModel,
     StudentOutput,
+    TorchScorer,
     load_language_model,
     student_answer_ids,
 )
+from kdecs.student.predict.card import StudentCard
 from kdecs.student.predict.predictor import Student
-from kdecs.student.product import StudentCard
 
 BATCH_PAIRS, MAX_TOKENS = 16, 512
 EMOTIONS = tuple(emotion for emotion in COARSE_EMOTIONS if emotion != NEUTRAL)  # no target is spared a cause
@@ -61,13 +62,14 @@ def make_student(directory: Path, corpus_file: Path, layout: str = "pair") -> St
         threshold=0.5,
         layout=layout,
     )
-    return Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
+    scorer = TorchScorer(model, pad_id=tokenizer.pad_token_id, device=torch.device("cpu"))
+    return Student(scorer, tokenizer, card)
 
 
 @torch.inference_mode()
 def plain_loop(student: Student, tokenizer: object, pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
     """(cause scores, best spans) of the pairs, sixteen at a time in their order."""
-    model = student.model
+    model = student.scorer.model
     scores, spans = [], []
     for first in range(0, len(pairs), BATCH_PAIRS):
         prompts = [
@@ -86,12 +88,13 @@ def plain_loop(student: Student, tokenizer: object, pairs: list[Pair]) -> tuple[
             end_mask = encoded.char_to_token(row, prompt.end_mask)
             found = {encoded.char_to_token(row, place) for place in range(*prompt.candidate_range)} - {None}
             tokens = list(range(min(found), max(found) + 1))  # with tokens that are a part of a character
-            start, end = student.model.span_head(
+            start, end = model.span_head(
                 hidden[at[1]][None], hidden[end_mask][None], hidden[tokens][None], torch.tensor(tokens)[None]
             )
             words = output.logits[row, at[0], model.connective_ids][None]
-            scores.append(float(cause_scores(StudentOutput(None, words, start, end))))
-            spans.append(best_spans(start, end)[0].numpy())
+            logits = StudentOutput(None, words, start, end).arrays()
+            scores.append(float(cause_scores(logits)[0]))
+            spans.append(best_spans(logits.start_BS, logits.end_BS)[0])
     return np.array(scores), np.stack(spans)
 
 

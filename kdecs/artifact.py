@@ -2,7 +2,7 @@
 
 Format of `manifest.json` (version 1), one JSON object:
 
-    kind            corpus-cache | base-model | teacher | soft-labels | student | mrc | sweep | report
+    kind            corpus-cache | base-model | teacher | soft-labels | student | student-onnx | mrc | sweep | report
     format_version  1
     kdecs_version   version of the writer
     config_hash     hash of the resolved config (kdecs.config.config_hash)
@@ -43,20 +43,31 @@ from kdecs.errors import ArtifactError, OutputError
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_KEY = "seal"  # in the details of a manifest that carries its own checksum
 FORMAT_VERSION = 1
-Kind = Literal["corpus-cache", "base-model", "teacher", "soft-labels", "student", "mrc", "sweep", "report"]
+Kind = Literal[
+    "corpus-cache",
+    "base-model",
+    "teacher",
+    "soft-labels",
+    "student",
+    "student-onnx",
+    "mrc",
+    "sweep",
+    "report",
+]
 _BLOCK_BYTES = 1 << 20  # hashlib releases the interpreter's lock for each, so threads hash at the same time
 _MAX_MANIFEST_BYTES = 256 << 20  # over a million files; a damaged file must not fill the memory first
 _MAX_THREADS = 16  # more would wait for the disk
-_MODEL_KINDS = ("base-model", "teacher", "student", "mrc")
+_MODEL_KINDS = ("base-model", "teacher", "student", "student-onnx", "mrc")
 _MODEL_FOLDER = "model"
 # What Transformers, PEFT, torch and the loaders of kdecs look for in a directory without being asked to.
 _LOADED_NAMES = re.compile(
     r"(config|adapter_config|generation_config|(pre)?processor_config|special_tokens_map|added_tokens|chat_template"
-    r"|student|mrc|vocab|tokenizer.*|.*\.index)\.json|(vocab|merges)\.txt|\.metadata"
-    r"|[^.].*\.(safetensors|bin|pt|pth|ckpt|gguf|distcp|model|spm|tiktoken|jinja|py)"
+    r"|student|onnx|mrc|vocab|tokenizer.*|.*\.index)\.json|(vocab|merges)\.txt|\.metadata"
+    r"|[^.].*\.(safetensors|bin|pt|pth|ckpt|gguf|distcp|model|onnx|data|spm|tiktoken|jinja|py)"
 )
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
+_Record = TypeVar("_Record", bound=BaseModel)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _FOREIGN_LEFTOVER_S = 86_400.0
 _LONGEST_NAME = 255 - len("..0123456789abcdef.tmp")  # bytes of a name that a temporary one can still hold
@@ -429,14 +440,14 @@ def _checksum(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
-    """Parse a directory's manifest and check its kind, version and paths (no checksums).
+def read_manifest(directory: Path, *kinds: Kind) -> Manifest:
+    """Parse a directory's manifest and check its kind (any if none is given), version and paths (no checksums).
 
     Raises ArtifactError, one line, if the directory is missing, unfinished or of another kind.
     """
     if not directory.is_dir():
         raise ArtifactError(
-            f"{directory}: no such directory, expected an artifact directory ({kind or 'any kind'})"
+            f"{directory}: no such directory, expected an artifact directory ({' or '.join(kinds) or 'any kind'})"
         )
     path = directory / MANIFEST_NAME
     if not path.is_file():
@@ -446,23 +457,30 @@ def read_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
         )
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise ArtifactError(f"{path}: {path.stat().st_size} bytes, more than any manifest has; it is damaged")
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ArtifactError(f"{path}: {field}: {first['msg']}") from None
+    manifest = read_record(Manifest, path, "it is damaged")
     if manifest.format_version != FORMAT_VERSION:
         raise ArtifactError(
             f"{path}: format version {manifest.format_version}, this kdecs reads {FORMAT_VERSION}; "
             "write the directory again or install the kdecs that wrote it"
         )
-    if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{directory}: holds a {manifest.kind}, expected a {kind} directory")
+    if kinds and manifest.kind not in kinds:
+        raise ArtifactError(
+            f"{directory}: holds a {manifest.kind}, expected a {' or '.join(kinds)} directory"
+        )
     # Readers open these paths, and the directory may come from somebody else.
     for entry in manifest.files:
         _inside(directory, entry.path)
     return manifest
+
+
+def read_record(model: type[_Record], path: Path, remedy: str) -> _Record:
+    """A JSON file of an artifact, by its pydantic model. Raises ArtifactError, which ends with the remedy."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(f"{path}: {field}: {first['msg']}; {remedy}") from None
 
 
 def is_complete(directory: Path, kind: Kind, config_hash: str) -> bool:
@@ -524,9 +542,9 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{fault}; run the command that writes {directory} again")
 
 
-def read_verified_manifest(directory: Path, kind: Kind | None = None) -> Manifest:
+def read_verified_manifest(directory: Path, *kinds: Kind) -> Manifest:
     """The manifest of a directory after reading every byte of it. Raises ArtifactError for the first fault."""
-    manifest = read_manifest(directory, kind)
+    manifest = read_manifest(directory, *kinds)
     if unlisted := _unlisted_faults(directory, manifest):  # before gigabytes are read
         raise ArtifactError(f"{unlisted[0]}; move it out of the directory")
     if faults := verify_artifact(directory):

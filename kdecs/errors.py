@@ -4,8 +4,10 @@ Every message is one line: the path or id, what was found, what was expected, an
 Entries print it on stderr and exit with `exit_code`; only bugs of kdecs itself end in a traceback.
 """
 
+import contextlib
 import errno
 import re
+from collections.abc import Callable, Iterator
 
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
@@ -70,6 +72,7 @@ class Stopped(KdecsError):
 
 # C0 and C1 control characters, and those that reverse the direction of the text after them.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_MAX_REASON = 400  # characters: a reason may quote a file
 _DISK_FULL = "the disk is full{}: free some space and run the same command again"
 _FILE_TOO_LARGE = (
     "a file would be larger than this shell or file system allows{}: raise the limit (ulimit -f), or write to another "
@@ -93,6 +96,31 @@ _OS_ERRORS = {
 def printable(text: str) -> str:
     """Text with each control character as its escape: what a file or a path holds must not steer the terminal."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for one-line errors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_REASON]
+
+
+@contextlib.contextmanager
+def refusing(message: str, reason: Callable[[BaseException], str] = first_line) -> Iterator[None]:
+    """Raise ModelError, `message` and the reason in one line, for whatever a library raises inside the block.
+
+    Memory that does not suffice says nothing about the files, so that error of torch passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, KdecsError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        # Files that others wrote make Transformers, PEFT, tokenizers and ONNX Runtime fail with errors of any type.
+        raise ModelError(f"{message}: {reason(error)}") from error
+    except BaseException as error:
+        # How a panic of tokenizers' Rust code arrives, which is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{message}: {reason(error)}") from error
 
 
 def explain_library_error(error: Exception) -> str | None:

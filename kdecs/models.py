@@ -18,6 +18,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,13 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from kdecs.artifact import MANIFEST_NAME, install_files, read_verified_manifest, temporary_folder
-from kdecs.errors import KdecsError, ModelError
+from kdecs.errors import ModelError, first_line, refusing
+from kdecs.process import try_tokenizer
 
 _MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizer.json has some 40 MB
-_MAX_REASON = 400  # characters: a reason may quote a file
 REPEATED = re.compile(r"(layers?|experts|blocks|groups|group_num|num_labels)$")
 """Keys of a model's config that give a number of parts, each of which takes time to make."""
 _MAX_REPEATED = 10_000
-_TRIAL_TEXT = "Anna: I'm so glad - 25 of us!\n" + 64 * "a" + "?"
 
 
 def load_tokenizer(reference: str | Path) -> Any:
@@ -52,14 +52,12 @@ def load_tokenizer(reference: str | Path) -> Any:
         names = settings.get("fast_tokenizer_files") or []
         if not isinstance(names, list) or any(not _is_plain_name(name) for name in names):
             raise ModelError(f"{path}: fast_tokenizer_files names a file elsewhere; remove this key")
-    with refusing(f"tokenizer {reference}: cannot be loaded", reference):
+    with _loading(f"tokenizer {reference}: cannot be loaded", reference):
         tokenizer = AutoTokenizer.from_pretrained(str(reference), **options)
         # They would be saved with the tokenizer, and say nothing about it.
         tokenizer.init_kwargs["local_files_only"] = False
         tokenizer.init_kwargs.pop("auto_map", None)
-        # A file may describe a tokenizer that reads no text: with a regular expression that has no end, for example.
-        with _silent_standard_error():
-            tokenizer(_TRIAL_TEXT, _TRIAL_TEXT)
+        try_tokenizer(tokenizer)
     if not tokenizer.is_fast:
         raise ModelError(f"tokenizer {reference}: has no fast version, which character offsets need")
     return tokenizer
@@ -68,7 +66,7 @@ def load_tokenizer(reference: str | Path) -> Any:
 def load_config(reference: str | Path) -> Any:
     """A model's config, without what would lead elsewhere. Raises ModelError, one line."""
     options = _options(reference)
-    with refusing(f"model {reference}: its config cannot be read", reference):
+    with _loading(f"model {reference}: its config cannot be read", reference):
         return _config(reference, options)
 
 
@@ -108,7 +106,7 @@ def load_pretrained(
     Raises ModelError, one line, if it cannot be loaded.
     """
     safe = _options(reference)
-    with refusing(f"model {reference}: cannot be loaded as {what}", reference), _quiet():
+    with _loading(f"model {reference}: cannot be loaded as {what}", reference), _quiet():
         if find_adapter_config_file(str(reference), local_files_only=safe["local_files_only"]):
             raise ModelError(
                 f"model {reference}: holds an adapter (adapter_config.json), expected a whole model; "
@@ -134,7 +132,7 @@ def _options(reference: str | Path) -> dict[str, Any]:
     """What every call of Transformers gets, after a look into the directory if `reference` is one."""
     folder = Path(reference)
     if folder.is_dir():
-        with refusing(f"model {reference}: cannot be read", reference):
+        with _loading(f"model {reference}: cannot be read", reference):
             _check_directory(folder)
     # An absolute path that does not exist is no hub name.
     return {"trust_remote_code": False, "local_files_only": folder.is_dir() or folder.is_absolute()}
@@ -266,25 +264,9 @@ def _not_json(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-@contextlib.contextmanager
-def refusing(message: str, reference: str | Path | None = None) -> Iterator[None]:
-    """Raise ModelError, `message` and the reason in one line, for whatever a library raises inside the block.
-
-    With a `reference`, a reason that has to do with the hub is explained.
-    """
-    try:
-        yield
-    except (KdecsError, torch.OutOfMemoryError):  # the latter says nothing about the files
-        raise
-    except Exception as error:
-        # Files that others wrote make Transformers, PEFT and tokenizers fail with errors of any type.
-        reason = first_line(error) if reference is None else _why_not_loaded(reference, error)
-        raise ModelError(f"{message}: {reason}") from error
-    except BaseException as error:
-        # How a panic of tokenizers' Rust code arrives, which is no Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ModelError(f"{message}: {first_line(error)}") from error
+def _loading(message: str, reference: str | Path) -> AbstractContextManager[None]:
+    """`refusing`, with an explanation where the reason has to do with the hub."""
+    return refusing(message, functools.partial(_why_not_loaded, reference))
 
 
 def first_position(encoder: Any) -> int:
@@ -322,24 +304,6 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-@contextlib.contextmanager
-def _silent_standard_error() -> Iterator[None]:
-    """For a moment: the Rust code of tokenizers prints its panics there by itself, whatever Python does with them."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nothing)
-
-
 def _why_not_loaded(reference: str | Path, error: BaseException) -> str:
     """What a user can act on when a model or its tokenizer did not load, in one line."""
     if HF_HUB_OFFLINE and not Path(reference).exists():
@@ -350,8 +314,3 @@ def _why_not_loaded(reference: str | Path, error: BaseException) -> str:
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return "it needs Python code of its author, which is never run; choose a model that Transformers has code for"
     return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for one-line errors."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_REASON]

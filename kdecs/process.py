@@ -35,6 +35,7 @@ from kdecs.errors import (
 from kdecs.output import refuse_overlaps
 
 ERROR_PREFIX = "kdecs: error: "
+_TRIAL_TEXT = "Anna: I'm so glad - 25 of us!\n" + 64 * "a" + "?"
 
 
 def launched_rank() -> tuple[int, int, int]:
@@ -197,6 +198,33 @@ class _ClosedOutput(io.TextIOBase):
         """Raise OutputError, as `write`."""
         self.write("")
         raise AssertionError
+
+
+def try_tokenizer(encode: Callable[[str, str], object]) -> None:
+    """Have a tokenizer read two short texts, and raise what it raises.
+
+    A file may describe one that reads no text: with a regular expression that has no end, for example. The Rust code
+    of tokenizers prints its panics on standard error by itself, whatever Python does with them, so that is silenced.
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed
+        encode(_TRIAL_TEXT, _TRIAL_TEXT)
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        encode(_TRIAL_TEXT, _TRIAL_TEXT)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
+
+
+def num_threads() -> int:
+    """The threads that a CPU computation may use: OMP_NUM_THREADS, or as many as this process has cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
 
 
 def is_output_closed() -> bool:

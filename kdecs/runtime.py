@@ -188,6 +188,11 @@ def on_main(action: Callable[[], _T], runtime: Runtime) -> _T:
     return made
 
 
+def autocast(device: torch.device, precision: str) -> Any:
+    """A context of bfloat16 autocast where the precision asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
 @contextmanager
 def plain_torch_loads() -> Iterator[None]:
     """Within the block torch.load makes tensors and plain values only, even where a library asks it for any object.

@@ -273,6 +273,30 @@ def save_tiny_encoder(directory: Path, kind: str = "roberta", words: Iterable[st
     return directory
 
 
+def save_lively_encoder(directory: Path, kind: str = "roberta") -> Path:
+    """A tiny encoder, of DistilBERT too, whose layers do not cancel out.
+
+    With Transformers' small random weights every mask looks alike.
+    """
+    import torch
+    from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+
+    if kind != "distilbert":
+        save_tiny_encoder(directory, kind)
+        model = AutoModelForMaskedLM.from_pretrained(directory)
+    else:
+        save_tiny_encoder(directory, "bert")
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 256}
+        model = DistilBertForMaskedLM(DistilBertConfig(vocab_size=900, pad_token_id=0, **sizes))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A directory that the first worker to ask for it makes and all workers of the run share. Read-only: copy it.
 

@@ -30,10 +30,11 @@ def predict_mrc(
     Example: kdecs predict-mrc --model runs/mrc-minilm --input test.json --output mrc.jsonl
     """
     from kdecs.mrc.prediction import MrcBaseline
+    from kdecs.runtime import start_runtime
     from kdecs.student.predict.files import FileRequest, predict_file
 
     predict_file(
         FileRequest(input, output, max_distance, batch_tokens, offsets, has_example=False, model=model),
-        lambda runtime: MrcBaseline.from_pretrained(model, device=runtime.device),
+        lambda device: MrcBaseline.from_pretrained(model, device=start_runtime(device=device).device),
         device=device,
     )

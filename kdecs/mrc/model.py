@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForQuestionAnswering
 
-from kdecs.artifact import write_json, write_manifest
+from kdecs.artifact import read_record, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums
 from kdecs.errors import ArtifactError, ModelError
 from kdecs.models import load_pretrained, load_tokenizer, refusing, save_pretrained
@@ -115,7 +115,7 @@ def answers(start_BT: Tensor, end_BT: Tensor) -> tuple[Tensor, Tensor]:
     difference, mapped to [0, 1] so that its threshold is like a student's.
     """
     # `best_spans` leaves out place 0, here the classifier token, and counts from 1: its places are token indices.
-    span_B2 = best_spans(start_BT, end_BT)
+    span_B2 = torch.from_numpy(best_spans(start_BT.cpu().numpy(), end_BT.cpu().numpy())).to(start_BT.device)
     best_B = start_BT.gather(1, span_B2[:, :1]) + end_BT.gather(1, span_B2[:, 1:])
     return torch.sigmoid(best_B.squeeze(1) - start_BT[:, 0] - end_BT[:, 0]), span_B2
 
@@ -147,12 +147,7 @@ def load_product(directory: Path) -> tuple[Any, Any, MrcCard]:
     Raises ArtifactError if the card does not fit, ModelError if the weights cannot be loaded.
     """
     path = directory / CARD_NAME
-    try:
-        card = MrcCard.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise ArtifactError(f"{path}: {field}: {first['msg']}; train the baseline again") from None
+    card = read_record(MrcCard, path, "train the baseline again")
     if card.question_version != QUESTION_VERSION:
         raise ArtifactError(
             f"{path}: the baseline was trained with question version {card.question_version}, but this kdecs uses "

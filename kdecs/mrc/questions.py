@@ -21,7 +21,7 @@ from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split, require_causes, training_split
 from kdecs.errors import DialogueError, ModelError
 from kdecs.mrc.config import MrcConfig
-from kdecs.student.batches import Ints
+from kdecs.student.grouping import Ints
 
 NO_ANSWER = 0
 UNKNOWN_ANSWER = -1

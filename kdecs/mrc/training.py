@@ -26,8 +26,8 @@ from kdecs.mrc.model import (
 from kdecs.mrc.prediction import answer_questions, decide
 from kdecs.mrc.questions import QuestionEncoder, answer_text, load_mrc_data
 from kdecs.process import StopSignal
-from kdecs.runtime import Runtime, seed_everything, warn_of_emulation
-from kdecs.student.decision import autocast, choose_threshold, pair_gains
+from kdecs.runtime import Runtime, autocast, seed_everything, warn_of_emulation
+from kdecs.student.decision import choose_threshold, pair_gains
 from kdecs.student.model import longest_prompt
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
 from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw

@@ -73,13 +73,9 @@ def serve(
             f"FastAPI is not installed ({error}); install it with: pip install 'kdecs[serve]'"
         ) from None
     with listen(host, port) as listener:
-        from kdecs.runtime import start_runtime
         from kdecs.student.predict.predictor import Student
 
-        batcher = Batcher(
-            Student.from_pretrained(student, device=start_runtime(device=device).device),
-            batch_tokens=batch_tokens,
-        )
+        batcher = Batcher(Student.from_pretrained(student, device=device), batch_tokens=batch_tokens)
         app = guarded(
             make_app(batcher, timeout_s=timeout),
             own_names(host, allowed_host or []),

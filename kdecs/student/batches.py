@@ -7,22 +7,20 @@ share its trunk, and all of them are one sequence without padding (R = 1, T = N;
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kdecs.corpus.encoding import EncodedPair
+from kdecs.student.grouping import Ints, padded
 from kdecs.trees import Tree, plant
 
 if TYPE_CHECKING:  # prediction runs without pyarrow
     from kdecs.corpus.cache import CorpusCache
 
-Ints = npt.NDArray[np.integer[Any]]
 _MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
-_PAD_MULTIPLE = 8  # tensor cores want multiples of 8
 
 
 class Batch(NamedTuple):
@@ -58,82 +56,6 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def batches_of_tokens(
-    num_tokens_P: Ints, rows: Ints, max_tokens: int, targets: "Targets | None" = None
-) -> list[Ints]:
-    """The rows, sorted by length, in batches of at most `max_tokens` padded tokens; a longer prompt stands alone.
-
-    With `targets` (layout tree) the rows of a target stay together, lengths are those of trees, and none is padded.
-    """
-    groups, lengths = groups_of(rows, num_tokens_P, targets)
-    if targets is not None:
-        return _batches_of_trees(groups, lengths, max_tokens)
-    ordered = np.argsort(lengths, kind="stable")
-    batches: list[Ints] = []
-    start = 0
-    for end in range(1, len(ordered) + 1):
-        # In ascending order the next prompt would set the padded length of the whole batch.
-        is_last = end == len(ordered)
-        if is_last or (end - start + 1) * _padded(int(lengths[ordered[end]])) > max_tokens:
-            batches.append(np.concatenate([groups[index] for index in ordered[start:end]]))
-            start = end
-    return batches
-
-
-def _batches_of_trees(groups: list[Ints], lengths: Ints, max_tokens: int) -> list[Ints]:
-    """Trees of similar length, in batches of at most `max_tokens` tokens; a larger tree stands alone."""
-    order = np.argsort(lengths, kind="stable")
-    batches: list[list[Ints]] = []
-    held = 0
-    for index in order:
-        if not batches or held + lengths[index] > max_tokens:
-            batches.append([])
-            held = 0
-        batches[-1].append(groups[index])
-        held += int(lengths[index])
-    return [np.concatenate(batch) for batch in batches]
-
-
-class Targets(NamedTuple):
-    """The target of each pair (P,), as any number that its pairs share, and the length of its trunk (P,)."""
-
-    number_P: Ints
-    num_trunk_tokens_P: Ints
-
-
-def groups_of(rows: Ints, num_tokens_P: Ints, targets: Targets | None) -> tuple[list[Ints], Ints]:
-    """The rows in groups that must stay together, and the tokens of each: single rows, or the pairs of a target.
-
-    Groups come in the order of their first rows, and the rows of a group in the order given.
-    """
-    if targets is None:
-        return list(rows[:, None]), num_tokens_P[rows]
-    _, first, group_of_row = np.unique(targets.number_P[rows], return_index=True, return_inverse=True)
-    # `unique` numbers the groups by value; the order of first appearance is that of `first`.
-    rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
-    order = np.argsort(rank[group_of_row], kind="stable")
-    sizes = np.bincount(rank[group_of_row], minlength=len(first))
-    groups = np.split(rows[order], np.cumsum(sizes)[:-1])
-    branches = np.add.reduceat(num_tokens_P[rows[order]], np.cumsum([0, *sizes[:-1]])) if len(rows) else sizes
-    return groups, branches + targets.num_trunk_tokens_P[[int(group[0]) for group in groups]]
-
-
-def cache_targets(cache: "CorpusCache") -> Targets | None:
-    """The targets of a cache in the layout tree; None for the layout pair."""
-    return Targets(cache.trunk_row, cache.num_trunk_tokens) if cache.layout == "tree" else None
-
-
-def encoded_targets(encoded: Sequence[EncodedPair]) -> Targets | None:
-    """The targets of encoded pairs in the layout tree, which share their trunks; None for the layout pair."""
-    if not encoded or not encoded[0].trunk_ids:
-        return None
-    numbers: dict[int, int] = {}
-    return Targets(
-        np.array([numbers.setdefault(id(pair.trunk_ids), len(numbers)) for pair in encoded]),
-        np.array([len(pair.trunk_ids) for pair in encoded]),
-    )
 
 
 def cached_batch(cache: "CorpusCache", rows: Ints, pad_id: int) -> Batch:
@@ -188,12 +110,8 @@ def padded_batch(
     candidate_BM = np.where(candidate_mask_BM, inside_BM, 0 if trunks is None else first_B[:, None])
     tree = places_BP = None
     if trunks is None:
-        lengths_R = np.array([len(prompt) for prompt in prompts])
-        width = _padded(int(lengths_R.max()))
-        token_ids_RT: Ints = np.full((len(prompts), width), pad_id, dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            token_ids_RT[row, : len(prompt)] = prompt
-        attention_RT: Ints = (np.arange(width) < lengths_R[:, None]).astype(np.int64)
+        token_ids_RT, is_token_RT = padded(prompts, pad_id)
+        attention_RT: Ints = is_token_RT.astype(np.int64)
     else:
         numbers: dict[int, int] = {}
         trunk_of_B = np.array([numbers.setdefault(id(trunk), len(numbers)) for trunk in trunks])
@@ -220,7 +138,3 @@ def padded_batch(
         tree=tree,
         places_BP=places_BP,
     )
-
-
-def _padded(length: int) -> int:
-    return -(-length // _PAD_MULTIPLE) * _PAD_MULTIPLE

@@ -1,10 +1,10 @@
-"""`kdecs predict`, and the options that `kdecs predict-mrc` shares with it.
+"""`kdecs predict`, with the options that `kdecs predict-mrc` shares, and `kdecs student export`.
 
 Torch is imported inside the function, so that `kdecs --help` stays fast.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -38,8 +38,58 @@ Show = Annotated[bool, typer.Option("--show", help="Print every dialogue with it
 Example = Annotated[bool, typer.Option(help="Print one dialogue with its causes at the end.")]
 
 
+app = typer.Typer(no_args_is_help=True, help="Export a student to run without PyTorch.")
+
+
+@app.command("export")
+def export(
+    student: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a trained student.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the export.")],
+    format: Annotated[Literal["onnx"], typer.Option(help="The format of the export.")] = "onnx",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantise the weights, and measure what that costs and gains.")
+    ] = False,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Labelled dialogues that --int8 is measured on; by default the student's validation file.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Export int8 even if it loses too much or is slower.")
+    ] = False,
+) -> None:
+    """Write a student as an ONNX graph with its tokenizer: kdecs predict and servers take it as they take a student.
+
+    An export needs neither PyTorch nor Transformers to predict. Its graph is compared with PyTorch before it is
+    written. With --int8 it is measured, too: if it loses more than 0.5 points of macro F1 or is slower than float32,
+    nothing is written and the exit code is 1.
+
+    Examples:
+
+    kdecs student export runs/student-tiny --format onnx --output runs/student-onnx
+
+    kdecs student export runs/student-tiny --format onnx --int8 --output runs/student-int8 --corpus valid.json
+    """
+    del format  # there is one
+    from kdecs.config import parse_config
+    from kdecs.process import say
+    from kdecs.student.onnx.export import OnnxExport, export_student
+
+    values = {
+        "student": str(student),
+        "output": str(output),
+        "precision": "int8" if int8 else "float32",
+    }
+    config = parse_config(OnnxExport, values, source="the command")
+    say(f"{export_student(config, corpus_file=corpus, force=force)}: exported")
+
+
 def predict(
-    student: Annotated[Path, typer.Option(metavar="DIR", help="Directory of a trained student.")],
+    student: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of a trained student, or of its export.")
+    ],
     input: Input,
     output: Output = None,
     max_distance: MaxDistance = None,
@@ -81,6 +131,6 @@ def predict(
         FileRequest(
             input, output, max_distance, batch_tokens, offsets, show, example and not show, student, html
         ),
-        lambda runtime: Student.from_pretrained(student, device=runtime.device),
+        lambda device: Student.from_pretrained(student, device=device),
         device=device,
     )

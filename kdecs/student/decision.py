@@ -1,8 +1,9 @@
 """From a student's logits to decisions: which emotion a target has, which pairs are causes, which span.
 
-The story: `score_pairs` turns batches into scores (`PairScores`); `pair_emotions` and `decide` turn scores into
-predictions, given a threshold of causes and an offset of neutral; `choose_decision` finds the two that serve a
-labelled corpus best; `validate` does all of it on the validation split, once per epoch.
+The story: `score_pairs` turns batches of logits into scores (`PairScores`); `pair_emotions` and `decide` turn scores
+into predictions, given a threshold of causes and an offset of neutral; `choose_decision` finds the two that serve a
+labelled corpus best; `validate` does all of it on the validation split, once per epoch. All of it is NumPy, so that it
+decides the same whether PyTorch or ONNX Runtime computed the logits.
 
 Legend: B pairs of a batch, P pairs, E emotions, A connective answer words, M tokens of u_j's copy, S = M + 1 span
 places (0 = no span).
@@ -10,13 +11,10 @@ places (0 = no span).
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import Pair, pairs_of
@@ -25,8 +23,8 @@ from kdecs.evaluation.counts import f1
 from kdecs.evaluation.metrics import Scores, evaluate
 from kdecs.evaluation.predictions import Prediction
 from kdecs.evaluation.rows import token_f1
-from kdecs.student.batches import Batch, Ints, batches_of_tokens, cache_targets, cached_batch
-from kdecs.student.model import StudentModel, StudentOutput
+from kdecs.student.grouping import Ints
+from kdecs.student.predict.card import Outputs
 
 if TYPE_CHECKING:  # pyarrow: prediction does without
     from kdecs.corpus.cache import CorpusCache
@@ -36,7 +34,21 @@ if TYPE_CHECKING:  # pyarrow: prediction does without
 DEFAULT_THRESHOLD = 0.5
 Level = Literal["span", "utterance", "both"]
 Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 _OFFSETS = 64  # of neutral that are tried at most: each costs a choice of the threshold
+
+
+class Logits(NamedTuple):
+    """What a student says of a batch: raw logits, None for what its mode does not predict.
+
+    Span logits are -inf beyond a pair's own tokens.
+    """
+
+    emotion_BE: Singles | None
+    connective_BA: Singles | None
+    start_BS: Singles | None
+    end_BS: Singles | None
+    classifier_B2: Singles | None = None
 
 
 @dataclass(frozen=True)
@@ -58,28 +70,19 @@ class DecisionRule:
 
 
 def validate(
-    model: StudentModel,
+    batches: Iterable[tuple[Ints, Logits]],
     cache: "CorpusCache",
     corpus: Corpus,
     emotions: tuple[str, ...],
-    *,
-    device: torch.device,
-    batch_tokens: int,
-    pad_id: int,
+    outputs: Outputs,
     rule: DecisionRule = DecisionRule(),
 ) -> Validation:
     """Score the validation pairs (fold1+neutral), choose the decision on them, and evaluate with it.
 
-    `cache` is that of `corpus`: its rows are `pairs_of(dialogue, "fold1+neutral")` over the dialogues.
+    `cache` is that of `corpus`: its rows are `pairs_of(dialogue, "fold1+neutral")` over the dialogues. `batches` are
+    some of its rows each, with their logits.
     """
-    rows = np.arange(len(cache))
-    batches = (
-        (chunk, cached_batch(cache, chunk, pad_id))
-        for chunk in batches_of_tokens(cache.num_tokens, rows, batch_tokens, cache_targets(cache))
-    )
-    # In float32, whatever the training's precision: a student predicts in float32, and a threshold between two scores
-    # of another precision would not separate the same pairs.
-    scores = score_pairs(model, batches, len(cache), device=device, precision="float32")
+    scores = score_pairs(batches, len(cache), outputs, len(emotions))
     pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
     spans = [""] * len(pairs)
     if scores.span_P2 is not None:
@@ -110,70 +113,67 @@ class PairScores:
 
 
 def score_pairs(
-    model: StudentModel,
-    batches: Iterable[tuple[Ints, Batch]],
+    batches: Iterable[tuple[Ints, Logits]],
     num_pairs: int,
+    outputs: Outputs,
+    num_emotions: int,
     *,
-    device: torch.device,
-    precision: str,
     on_batch: Callable[[int], object] | None = None,
 ) -> PairScores:
-    """The scores of pairs 0 … num_pairs - 1. Each of `batches` is the indices of its pairs, and their prompts."""
-    emotion_PE = np.zeros((num_pairs, model.num_emotions), np.float32) if model.outputs.emotions else None
+    """The scores of pairs 0 … num_pairs - 1. Each of `batches` is the indices of its pairs, and their logits."""
+    emotion_PE = np.zeros((num_pairs, num_emotions), np.float32) if outputs.emotions else None
     cause_P = np.zeros(num_pairs, dtype=np.float32)
-    span_P2 = np.zeros((num_pairs, 2), dtype=np.int64) if model.outputs.spans else None
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), autocast(device, precision):
-        for places, batch in batches:
-            output = model(batch.to(device))
-            # `places` are indices into the arrays: batches come by length, the results stay in the pairs' order.
-            if emotion_PE is not None:
-                emotion_PE[places] = functional.log_softmax(output.emotion_BE.float(), dim=-1).cpu().numpy()
-            cause_P[places] = cause_scores(output).cpu().numpy()
-            if span_P2 is not None:
-                span_P2[places] = best_spans(output.start_BS, output.end_BS).cpu().numpy()
-            if on_batch:
-                on_batch(len(places))
-    model.train(was_training)
+    span_P2 = np.zeros((num_pairs, 2), dtype=np.int64) if outputs.spans else None
+    for places, logits in batches:
+        # `places` are indices into the arrays: batches come by length, the results stay in the pairs' order.
+        if emotion_PE is not None and logits.emotion_BE is not None:
+            emotion_PE[places] = log_softmax(logits.emotion_BE)
+        cause_P[places] = cause_scores(logits)
+        if span_P2 is not None and logits.start_BS is not None and logits.end_BS is not None:
+            span_P2[places] = best_spans(logits.start_BS, logits.end_BS)
+        if on_batch:
+            on_batch(len(places))
     return PairScores(emotion_PE, cause_P, span_P2)
 
 
-def autocast(device: torch.device, precision: str) -> Any:
-    """A context of bfloat16 autocast where the precision asks for it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def cause_scores(output: StudentOutput) -> Tensor:
+def cause_scores(logits: Logits) -> Singles:
     """The mean of p(cause) and 1 - p(no span), or the one of them that the mode has. Shape (B,).
 
     p(cause) is the summed probability of the causal words at mask_cau, or the classifier's; p(no span) is the
     geometric mean over start and end.
     """
     scores = []
-    if output.connective_BA is not None:
-        words_BA = functional.softmax(output.connective_BA.float(), dim=-1)
-        scores.append(words_BA[:, :NUM_CAUSAL].sum(dim=-1))
-    if output.classifier_B2 is not None:
-        scores.append(functional.softmax(output.classifier_B2.float(), dim=-1)[:, 1])
-    if output.start_BS is not None and output.end_BS is not None:
-        no_start_B = functional.log_softmax(output.start_BS, dim=-1)[:, 0]
-        no_end_B = functional.log_softmax(output.end_BS, dim=-1)[:, 0]
+    if logits.connective_BA is not None:
+        words_BA = np.exp(log_softmax(logits.connective_BA))
+        scores.append(words_BA[:, :NUM_CAUSAL].sum(axis=-1))
+    if logits.classifier_B2 is not None:
+        scores.append(np.exp(log_softmax(logits.classifier_B2))[:, 1])
+    if logits.start_BS is not None and logits.end_BS is not None:
+        no_start_B, no_end_B = log_softmax(logits.start_BS)[:, 0], log_softmax(logits.end_BS)[:, 0]
         # 1 - exp(x) by expm1, which keeps its digits where p(no span) is close to 1.
-        scores.append(-torch.expm1((no_start_B + no_end_B) / 2))
-    return torch.stack(scores).mean(dim=0)
+        scores.append(-np.expm1((no_start_B + no_end_B) / 2))
+    found: Singles = np.stack(scores).mean(axis=0)
+    return found
 
 
-def best_spans(start_BS: Tensor, end_BS: Tensor) -> Tensor:
+def best_spans(start_BS: Singles, end_BS: Singles) -> npt.NDArray[np.int64]:
     """The likeliest first and last token with first <= last, 1-based: (B, 2)."""
     # "No span" (place 0) does not take part: whether there is a cause is decided by its score.
-    start_BM, end_BM = start_BS[:, 1:], end_BS[:, 1:]
+    start_BM, flipped_BM = start_BS[:, 1:], end_BS[:, :0:-1]
     # The best end at or right of each start, by a running maximum from the right: O(M) memory instead of M × M.
-    flipped_BM, from_right_BM = torch.cummax(end_BM.flip(1), dim=1)
-    best_end_BM, end_at_BM = flipped_BM.flip(1), end_BM.size(1) - 1 - from_right_BM.flip(1)
-    first_B = (start_BM + best_end_BM).argmax(dim=1, keepdim=True)
-    last_B = end_at_BM.gather(1, first_B)
-    return torch.cat((first_B, last_B), dim=1) + 1
+    best_BM = np.maximum.accumulate(flipped_BM, axis=1)
+    places_M = np.arange(flipped_BM.shape[1])
+    from_right_BM = np.maximum.accumulate(np.where(flipped_BM == best_BM, places_M, 0), axis=1)
+    first_B1 = (start_BM + best_BM[:, ::-1]).argmax(axis=1)[:, None]
+    last_B1 = np.take_along_axis(places_M[-1] - from_right_BM[:, ::-1], first_B1, axis=1)
+    return np.concatenate((first_B1, last_B1), axis=1) + 1
+
+
+def log_softmax(logits: Singles) -> Singles:
+    """Over the last axis; -inf stays -inf."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    found: Singles = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return found
 
 
 def target_index(pairs: list[Pair]) -> Ints:

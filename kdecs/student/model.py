@@ -10,37 +10,34 @@ rows of the output embedding are multiplied. Which outputs there are depends on 
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
+from kdecs.corpus.encoding import EncodedPair
 from kdecs.errors import ModelError
 from kdecs.models import first_position, load_pretrained
-from kdecs.student.batches import Batch
+from kdecs.runtime import autocast
+from kdecs.student.batches import Batch, encoded_batch
+from kdecs.student.decision import Logits
+from kdecs.student.grouping import Ints, batches_of_tokens, encoded_targets
+from kdecs.student.predict.card import Outputs, SpanHeadName
 from kdecs.student.priors import Priors
 from kdecs.trees import tree_inputs
 
 logger = logging.getLogger(__name__)
 
-SpanHeadName = Literal["position", "pointer"]
-CauseBy = Literal["connective", "cls", "none"]
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a student predicts. `cause_by`: the cause from mask_cau (Eq. 7), from the first token, or not at all."""
-
-    cause_by: CauseBy = "connective"
-    emotions: bool = True
-    spans: bool = True
-    priors: bool = False
+_DEFAULT_OUTPUTS = Outputs()
 
 
 class StudentOutput(NamedTuple):
@@ -51,6 +48,10 @@ class StudentOutput(NamedTuple):
     start_BS: Tensor | None
     end_BS: Tensor | None
     classifier_B2: Tensor | None = None
+
+    def arrays(self) -> Logits:
+        """The same logits in float32 on the CPU."""
+        return Logits(*(None if part is None else part.float().cpu().numpy() for part in self))
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class StudentModel(nn.Module):
         *,
         span_head: SpanHeadName,
         max_prompt_tokens: int,
-        outputs: Outputs = Outputs(),
+        outputs: Outputs = _DEFAULT_OUTPUTS,
     ) -> None:
         super().__init__()
         self.language_model = language_model
@@ -156,18 +157,37 @@ class StudentModel(nn.Module):
 
     def forward(self, batch: Batch) -> StudentOutput:
         """Logits at the masks for a batch of prompts."""
-        # All places that some head reads, in one gather: the first token (in a tree, the last of the branch, since the
-        # first is the same for all candidates), the four masks, the tokens of u_j.
-        states_BPH = self.states(batch)
+        return self.read(self.states(batch), batch.candidate_BM, batch.candidate_mask_BM, batch.distance_B)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, device: torch.device, precision: str = "float32") -> Logits:
+        """The logits of a batch as arrays, as a prediction sees them: without dropout."""
+        was_training = self.training
+        if was_training:
+            self.eval()
+        with autocast(device, precision):
+            output: StudentOutput = self(batch.to(device))
+        if was_training:
+            self.train()
+        return output.arrays()
+
+    def read(
+        self, states_BPH: Tensor, candidate_BM: Tensor, candidate_mask_BM: Tensor, distance_B: Tensor
+    ) -> StudentOutput:
+        """Logits from the states that some head reads of each pair.
+
+        They are: the first token's (in a tree, those of the last of the branch, since the first is the same for all
+        candidates), those of the four masks, those of u_j's tokens.
+        """
         first_BH, masks_B4H, tokens_BMH = states_BPH[:, 0], states_BPH[:, 1:5], states_BPH[:, 5:]
         emotion_BE, connective_BA = self._words(masks_B4H)
-        start_BS, end_BS = self._spans(batch, masks_B4H, tokens_BMH)
+        start_BS, end_BS = self._spans(masks_B4H, tokens_BMH, candidate_BM, candidate_mask_BM, distance_B)
         classifier_B2 = None
         if self.classifier is not None:
             classifier_B2 = self.classifier(first_BH).float()
         if self.priors is not None:
             emotion_BE, connective_BA, classifier_B2 = self.priors.shifted(
-                emotion_BE, connective_BA, classifier_B2, batch.distance_B
+                emotion_BE, connective_BA, classifier_B2, distance_B
             )
         return StudentOutput(emotion_BE, connective_BA, start_BS, end_BS, classifier_B2)
 
@@ -187,16 +207,21 @@ class StudentModel(nn.Module):
         )
 
     def _spans(
-        self, batch: Batch, masks_B4H: Tensor, tokens_BMH: Tensor
+        self,
+        masks_B4H: Tensor,
+        tokens_BMH: Tensor,
+        candidate_BM: Tensor,
+        candidate_mask_BM: Tensor,
+        distance_B: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         if self.span_head is None:
             return None, None
-        start_BS, end_BS = self.span_head(masks_B4H[:, 2], masks_B4H[:, 3], tokens_BMH, batch.candidate_BM)
+        start_BS, end_BS = self.span_head(masks_B4H[:, 2], masks_B4H[:, 3], tokens_BMH, candidate_BM)
         start_BS, end_BS = start_BS.float(), end_BS.float()
         if self.priors is not None:
-            shifts = self.priors.span_shift(batch.distance_B, batch.candidate_mask_BM)
+            shifts = self.priors.span_shift(distance_B, candidate_mask_BM)
             start_BS, end_BS = start_BS + shifts[0], end_BS + shifts[1]
-        absent_BS = functional.pad(~batch.candidate_mask_BM, (1, 0))
+        absent_BS = functional.pad(~candidate_mask_BM, (1, 0))
         return start_BS.masked_fill(absent_BS, -torch.inf), end_BS.masked_fill(absent_BS, -torch.inf)
 
     def _answer_logits(self, states_BH: Tensor, ids_A: Tensor) -> Tensor:
@@ -204,6 +229,23 @@ class StudentModel(nn.Module):
         decoder = self.language_model.get_output_embeddings()
         bias_A = None if decoder.bias is None else decoder.bias[ids_A]
         return functional.linear(states_BH, decoder.weight[ids_A], bias_A)
+
+
+class TorchScorer:
+    """A student of PyTorch as a predictor reads it: encoded pairs in, logits out. Thread-safe."""
+
+    def __init__(
+        self, model: StudentModel, *, pad_id: int, device: torch.device, precision: str = "float32"
+    ) -> None:
+        self.model = model.to(device).eval()
+        self._pad_id, self._device, self._precision = pad_id, device, precision
+
+    def batches(self, encoded: Sequence[EncodedPair], max_tokens: int) -> Iterator[tuple[Ints, Logits]]:
+        """The logits of all pairs, a batch at a time, each with the indices of its pairs."""
+        lengths = np.array([len(pair.token_ids) for pair in encoded])
+        for rows in batches_of_tokens(lengths, np.arange(len(encoded)), max_tokens, encoded_targets(encoded)):
+            batch = encoded_batch([encoded[row] for row in rows], self._pad_id)
+            yield rows, self.model.logits(batch, self._device, self._precision)
 
 
 class EncoderStates:
@@ -216,7 +258,7 @@ class EncoderStates:
 
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
-        self._places = threading.local()  # a served student answers several requests at once
+        self._in_thread = threading.local()  # a served student answers several requests at once
         self._is_narrow = False
         layers = getattr(getattr(encoder, "encoder", None), "layer", None)
         last: Any = None if layers is None else layers[-1]
@@ -239,23 +281,29 @@ class EncoderStates:
         if batch.tree is None or batch.places_BP is None:
             first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
             places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
-            return self._at_places(places_BP, input_ids=batch.token_ids_RT, attention_mask=batch.attention_RT)
+            return self.picked(
+                partial(_at, places_BP=places_BP),
+                input_ids=batch.token_ids_RT,
+                attention_mask=batch.attention_RT,
+            )
         inputs = tree_inputs(self.encoder, batch.tree)
-        states_1NH = self._at_places(batch.places_BP.reshape(1, -1), input_ids=batch.token_ids_RT, **inputs)
+        pick = partial(_at, places_BP=batch.places_BP.reshape(1, -1))
+        states_1NH = self.picked(pick, input_ids=batch.token_ids_RT, **inputs)
         return states_1NH.view(*batch.places_BP.shape, -1)
 
-    def _at_places(self, places_BP: Tensor, **inputs: Any) -> Tensor:
+    def picked(self, pick: Callable[[Tensor], Tensor], **inputs: Any) -> Tensor:
+        """What `pick` chooses of the states (R, T, H) that the encoder makes of its inputs; (…, H)."""
         if not self._is_narrow:
-            return _at(self.encoder(**inputs)[0], places_BP)
-        self._places.now = places_BP
+            return pick(self.encoder(**inputs)[0])
+        self._in_thread.pick = pick
         try:
             return self.encoder(**inputs)[0]
         finally:
-            self._places.now = None
+            self._in_thread.pick = None
 
     def _feed_forward(self, states_BTH: Tensor) -> Tensor:
-        places_BP = getattr(self._places, "now", None) if self._is_narrow else None
-        return self._all_places(states_BTH if places_BP is None else _at(states_BTH, places_BP))
+        pick = getattr(self._in_thread, "pick", None) if self._is_narrow else None
+        return self._all_places(states_BTH if pick is None else pick(states_BTH))
 
 
 def _at(states_BTH: Tensor, places_BP: Tensor) -> Tensor:

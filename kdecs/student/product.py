@@ -14,81 +14,29 @@ versions of kdecs have none.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdecs.artifact import atomic_path, read_manifest, write_json, write_manifest
 from kdecs.config import CONFIG_NAME
-from kdecs.corpus.answer_words import CONNECTIVES
-from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
-from kdecs.errors import ArtifactError
-from kdecs.models import load_tokenizer, refusing, save_pretrained
-from kdecs.student.config import CONNECTIVE_MODES, Mode, StudentConfig
-from kdecs.student.model import (
-    CauseBy,
-    Outputs,
-    StudentModel,
-    load_language_model,
-    student_answer_ids,
-)
+from kdecs.errors import ArtifactError, refusing
+from kdecs.models import load_tokenizer, save_pretrained
+from kdecs.runtime import start_runtime
+from kdecs.student.config import StudentConfig
+from kdecs.student.model import StudentModel, TorchScorer, load_language_model, student_answer_ids
+from kdecs.student.predict.card import CARD_NAME, StudentCard, read_card
 from kdecs.student.priors import PRIOR_NAMES
 from kdecs.tracking.record import METRICS_NAME
 
 MODEL_FOLDER = "model"
 HEADS_NAME = "heads.safetensors"
-CARD_NAME = "student.json"
 VALIDATION_NAME = "valid-predictions.jsonl"
 STUDENT_NAMES = (MODEL_FOLDER, HEADS_NAME, CARD_NAME)
 """What `save_student` writes."""
-
-
-class StudentCard(BaseModel):
-    """`student.json`: what a predictor has to know in addition to the weights."""
-
-    # Fields with a default were added later: cards of earlier versions lack them.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    emotions: tuple[str, ...] = Field(min_length=1)
-    stand_ins: dict[str, str]
-    connectives: tuple[str, ...]
-    span_head: Literal["position", "pointer"]
-    max_prompt_tokens: int = Field(ge=32)
-    prompt_version: int
-    threshold: float = Field(ge=0, le=1, description="a pair is a cause if its score is at least this")
-    neutral_offset: float = Field(
-        default=0.0, description="added to neutral's log-probability in the decision"
-    )
-    mode: Mode = "kd"
-    task: Literal["ecspe", "ecpe"] = "ecspe"
-    priors: bool = False
-    layout: Literal["pair", "tree"] = "pair"
-    given_emotions: dict[str, str] | None = Field(
-        default=None, description="if not null, the prompt gives the target's emotion, mapped by this table"
-    )
-    history_utterances: int | None = None
-
-    @property
-    def outputs(self) -> Outputs:
-        """What the model of this mode predicts."""
-        cause_by: dict[str, CauseBy] = {"cls": "cls", "span_only": "none"}
-        return Outputs(
-            cause_by=cause_by.get(self.mode, "connective"),
-            emotions=self.given_emotions is None,
-            spans=self.task == "ecspe",
-            priors=self.priors,
-        )
-
-    @property
-    def prompt(self) -> PromptVariant:
-        """The variant of the prompt that this mode uses."""
-        return PromptVariant(
-            has_connective=self.mode in CONNECTIVE_MODES,
-            given_emotions=self.given_emotions,
-            history_utterances=self.history_utterances,
-        )
 
 
 def save_student(directory: Path, model: StudentModel, tokenizer: Any, card: StudentCard) -> None:
@@ -104,7 +52,7 @@ def load_student(directory: Path) -> tuple[StudentModel, Any, StudentCard]:
 
     Raises ArtifactError for a card or heads that do not fit, ModelError where the weights cannot be loaded.
     """
-    card = _read_card(directory / CARD_NAME)
+    card = read_card(directory / CARD_NAME)
     folder = directory / MODEL_FOLDER
     tokenizer, language_model = load_tokenizer(folder), load_language_model(folder, has_head=True)
     # Settings that load may still not run, which a first prompt shows (`StudentModel`).
@@ -150,6 +98,19 @@ def _load_heads(model: StudentModel, tensors: dict[str, Tensor]) -> None:
         head.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
 
 
+def load_scorer(
+    directory: Path, *, device: torch.device | str, precision: str
+) -> tuple[TorchScorer, Any, StudentCard]:
+    """Scorer, tokenizer and card of a student directory, on a device of torch or on auto, cpu or cuda."""
+    if device in ("auto", "cpu", "cuda"):
+        device = start_runtime(device=str(device)).device
+    model, tokenizer, card = load_student(directory)
+    scorer = TorchScorer(
+        model, pad_id=tokenizer.pad_token_id or 0, device=torch.device(device), precision=precision
+    )
+    return scorer, tokenizer, card
+
+
 def finish_student(
     directory: Path, *, config_hash: str, inputs: Mapping[str, str], details: Mapping[str, Any]
 ) -> None:
@@ -173,23 +134,6 @@ def finish_student(
 def _num_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def _read_card(path: Path) -> StudentCard:
-    try:
-        card = StudentCard.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ArtifactError(f"{path}: {field}: {first['msg']}; train the student again") from None
-    # Another wording would still predict, only worse, and nobody would notice.
-    if card.prompt_version != PROMPT_VERSION or card.connectives != CONNECTIVES:
-        raise ArtifactError(
-            f"{path}: the student was trained with prompt version {card.prompt_version} and the connectives "
-            f"{', '.join(card.connectives)}, but this kdecs uses version {PROMPT_VERSION} and "
-            f"{', '.join(CONNECTIVES)}; train the student again"
-        )
-    return card
 
 
 def teacher_lineage(config: StudentConfig) -> dict[str, Any] | None:

@@ -24,15 +24,17 @@ from kdecs.process import StopSignal
 from kdecs.runtime import (
     Runtime,
     any_rank,
+    autocast,
     on_main_first,
     return_freed_memory,
     seed_everything,
     warn_of_emulation,
 )
-from kdecs.student.batches import cache_targets, groups_of
+from kdecs.student.batches import cached_batch
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import TrainingData, load_training_data
-from kdecs.student.decision import DEFAULT_THRESHOLD, DecisionRule, Level, Validation, autocast, validate
+from kdecs.student.decision import DEFAULT_THRESHOLD, DecisionRule, Level, Validation, validate
+from kdecs.student.grouping import batches_of_tokens, cache_targets, groups_of
 from kdecs.student.losses import step_loss
 from kdecs.student.model import (
     StudentModel,
@@ -40,11 +42,11 @@ from kdecs.student.model import (
     longest_prompt,
     student_answer_ids,
 )
+from kdecs.student.predict.card import StudentCard
 from kdecs.student.priors import begin_at_counts
 from kdecs.student.product import (
     STUDENT_NAMES,
     VALIDATION_NAME,
-    StudentCard,
     finish_student,
     save_student,
     teacher_lineage,
@@ -264,16 +266,25 @@ class StudentTask:
         Means of the losses over the epoch's pairs, speed, and the scores in percent. A student that is given the
         emotions has no scores for them: it would only copy them.
         """
-        config = self.config
+        config, cache = self.config, self.data.valid
+        # In float32, whatever the training's precision: a student predicts in float32, and a threshold between two
+        # scores of another precision would not separate the same pairs.
+        batches = (
+            (rows, self.model.logits(cached_batch(cache, rows, self.data.pad_id), self.runtime.device))
+            for rows in batches_of_tokens(
+                cache.num_tokens,
+                np.arange(len(cache)),
+                config.batches.evaluation_batch_tokens,
+                cache_targets(cache),
+            )
+        )
         found = self.validation = validate(
-            self.model,
-            self.data.valid,
+            batches,
+            cache,
             self.data.valid_corpus,
             self.data.emotions,
-            device=self.runtime.device,
-            batch_tokens=config.batches.evaluation_batch_tokens,
-            pad_id=self.data.pad_id,
-            rule=DecisionRule(self.level, config.neutral_decision),
+            self.card.outputs,
+            DecisionRule(self.level, config.neutral_decision),
         )
         num_pairs = len(self.data.rows)
         loss, *parts = (state.sums / num_pairs).tolist()

@@ -20,6 +20,7 @@ from kdecs.corpus.schema import NEUTRAL
 from kdecs.runtime import Runtime
 from kdecs.soft_labels.format import ShardTable, encode_shard, shard_name
 from kdecs.student.config import StudentConfig
+from kdecs.student.model import TorchScorer
 from kdecs.student.predict.predictor import Student
 from kdecs.student.product import load_student
 from kdecs.student.training import train_student
@@ -162,7 +163,8 @@ def eager(directory: Path) -> Student:
     model, tokenizer, card = load_student(directory)
     emotions = tuple("fear" if emotion == NEUTRAL else emotion for emotion in card.emotions)
     card = card.model_copy(update={"emotions": emotions, "threshold": 0.0})
-    return Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
+    scorer = TorchScorer(model, pad_id=tokenizer.pad_token_id, device=torch.device("cpu"))
+    return Student(scorer, tokenizer, card)
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdecs.student.batches import batches_of_tokens, on_device, padded_batch
+from kdecs.student.batches import on_device, padded_batch
+from kdecs.student.grouping import batches_of_tokens
 
 
 def lengths(num_rows: int = 500) -> np.ndarray:

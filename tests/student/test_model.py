@@ -188,7 +188,7 @@ def test_best_spans_equal_a_search_over_all_pairs():
     generator = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, 40, 9, generator=generator)
     start[:, 7:], end[:, 7:] = -torch.inf, -torch.inf
-    found = best_spans(start, end)
+    found = best_spans(start.numpy(), end.numpy())
     for row in range(40):
         pairs = [(a, b) for a in range(1, 9) for b in range(a, 9)]
         best = max(pairs, key=lambda pair: (start[row, pair[0]] + end[row, pair[1]]).item())
@@ -198,7 +198,7 @@ def test_best_spans_equal_a_search_over_all_pairs():
 def test_cause_score_by_hand():
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.1, 0.2, 0.4]]))
     start, end = torch.log(torch.tensor([[0.9, 0.1]])), torch.log(torch.tensor([[0.4, 0.6]]))
-    found = cause_scores(StudentOutput(torch.zeros(1, 2), logits, start, end))
+    found = cause_scores(StudentOutput(torch.zeros(1, 2), logits, start, end).arrays())
     assert found.item() == pytest.approx((0.6 + 1 - 0.6) / 2, abs=1e-6)
 
 

@@ -25,6 +25,7 @@ from kdecs.evaluation.predictions import read_predictions
 from kdecs.runtime import Runtime
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import load_training_data
+from kdecs.student.model import TorchScorer
 from kdecs.student.predict.predictor import Student
 from kdecs.student.product import load_student
 from kdecs.student.training import train_student
@@ -215,7 +216,7 @@ def test_what_a_mode_predicts_by(mode, cause_by, emotions, spans, trained_in):
     assert card.prompt.has_connective == (cause_by == "connective")
     assert card.prompt == config.prompt
     dialogue = read_corpus(config.corpus.valid).dialogues[0]
-    student = Student(model, tokenizer, card, device=torch.device("cpu"), precision="float32")
+    student = Student(TorchScorer(model, pad_id=1, device=torch.device("cpu")), tokenizer, card)
     for found in student.predict([dialogue]):
         gold = dialogue.utterances[found.target - 1].emotion
         assert emotions or found.emotion == gold

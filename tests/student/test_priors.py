@@ -11,12 +11,12 @@ from kdecs.models import load_tokenizer
 from kdecs.runtime import Runtime
 from kdecs.student.decision import cause_scores
 from kdecs.student.model import (
-    Outputs,
     StudentModel,
     StudentOutput,
     load_language_model,
     student_answer_ids,
 )
+from kdecs.student.predict.card import Outputs
 from kdecs.student.priors import NUM_DISTANCES, Priors, TrainingCounts, begin_at_counts, count_training
 from kdecs.student.product import load_student
 from kdecs.student.training import StudentTask, train_student
@@ -107,7 +107,7 @@ def test_an_untrained_student_ranks_pairs_by_distance_as_training_does(make_conf
     batch, targets = prepared.data.batch(rows, np.ones(len(rows), dtype=np.float32))
     with torch.no_grad():
         output: StudentOutput = prepared.model.eval()(batch)
-    scores, counts = cause_scores(output), prepared.data.counts()
+    scores, counts = cause_scores(output.arrays()), prepared.data.counts()
     for distance in range(3):
         expected = (counts.causes_D[distance] + 1) / (counts.pairs_D[distance] + 2)
         chosen = (batch.distance_B == distance).numpy()

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import made_once, save_tiny_encoder
-from transformers import AutoModelForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+from support import made_once, save_lively_encoder, save_tiny_encoder
 
 from kdecs.corpus.encoding import PairEncoder, TreeEncoder
 from kdecs.corpus.pairs import candidate_pairs
@@ -15,8 +14,10 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ModelError
 from kdecs.models import first_position, load_tokenizer
-from kdecs.student.batches import batches_of_tokens, encoded_batch, encoded_targets
-from kdecs.student.model import Outputs, StudentModel, load_language_model, student_answer_ids
+from kdecs.student.batches import encoded_batch
+from kdecs.student.grouping import batches_of_tokens, encoded_targets
+from kdecs.student.model import StudentModel, load_language_model, student_answer_ids
+from kdecs.student.predict.card import Outputs
 from kdecs.trees import check_trees
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "modernbert", "distilbert")
@@ -27,28 +28,10 @@ VARIANTS = (
 )
 
 
-def make_base(kind: str, directory: Path) -> Path:
-    """A tiny encoder whose layers do not cancel out: with Transformers' small random weights every mask looks alike."""
-    if kind != "distilbert":
-        save_tiny_encoder(directory, kind)
-        model = AutoModelForMaskedLM.from_pretrained(directory)
-    else:
-        save_tiny_encoder(directory, "bert")
-        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 256}
-        model = DistilBertForMaskedLM(DistilBertConfig(vocab_size=900, pad_token_id=0, **sizes))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request, tmp_path_factory) -> Path:
     kind = request.param
-    return made_once(tmp_path_factory, f"tree-{kind}", lambda path: make_base(kind, path))
+    return made_once(tmp_path_factory, f"tree-{kind}", lambda path: save_lively_encoder(path, kind))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from kdecs.corpus.schema import Dialogue, Fault
 from kdecs.errors import CorpusError, DialogueError, printable
 from kdecs.output import STANDARD_STREAM, is_standard_output, open_output, refuse_inputs
 from kdecs.process import is_output_closed, standard_input
-from kdecs.runtime import Runtime, start_runtime
 from kdecs.student.predict.page import PageWriter
 from kdecs.student.predict.render import render_dialogue
 from kdecs.student.predict.streaming import (
@@ -62,8 +61,10 @@ class FileRequest:
         return self.input == STANDARD_STREAM or (self.input.exists() and kind_of(self.input) in _STREAMS)
 
 
-def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, device: str = "auto") -> None:
+def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, device: str = "auto") -> None:
     """Predict the dialogues of a file with the predictor that `load` returns, and print a line that sums up.
+
+    `load` is called with the device, once the file has been checked.
 
     The predictions appear complete or not at all. Raises CorpusError if a dialogue breaks the schema, and OutputError
     if the output is an input or cannot be written to. Valid dialogues that the model cannot read are named on standard
@@ -91,7 +92,7 @@ def predict_file(request: FileRequest, load: Callable[[Runtime], Predictor], *, 
         open_output(request.html) if request.html else contextlib.nullcontext() as page_file,
         tqdm(total=total, unit="pair", desc="predict", disable=None) as bar,
     ):
-        predictor = load(start_runtime(device=device))
+        predictor = load(device)
         page = PageWriter(page_file.write) if page_file is not None else None
         for dialogue, found in stream(
             predictor,

@@ -10,61 +10,80 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from kdecs.artifact import read_verified_manifest
-from kdecs.corpus.encoding import ENCODERS
+from kdecs.corpus.encoding import ENCODERS, EncodedPair
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
+from kdecs.errors import DependencyError, refusing
 from kdecs.evaluation.predictions import PairKey, Prediction
-from kdecs.models import refusing
-from kdecs.student.batches import batches_of_tokens, encoded_batch, encoded_targets
-from kdecs.student.decision import decide, pair_emotions, score_pairs, span_characters
-from kdecs.student.model import StudentModel
+from kdecs.student.decision import Logits, decide, pair_emotions, score_pairs, span_characters
+from kdecs.student.grouping import Ints
+from kdecs.student.predict.card import StudentCard
 from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
     PairPrediction,
     stream,
     warn_of_long_dialogues,
 )
-from kdecs.student.product import StudentCard, load_student
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 _PAIRS_AT_ONCE = 2048  # encoded and scored together, which bounds the memory of one long dialogue
 
 
+class Scorer(Protocol):
+    """What computes a student's logits: PyTorch (`TorchScorer`) or ONNX Runtime (`OnnxScorer`)."""
+
+    def batches(self, encoded: Sequence[EncodedPair], max_tokens: int) -> Iterable[tuple[Ints, Logits]]:
+        """The logits of all pairs, a batch at a time, each with the indices of its pairs."""
+        ...
+
+
 class Student:
     """A trained student, ready to predict. Thread-safe: requests may overlap, and each needs its own memory."""
 
-    def __init__(
-        self, model: StudentModel, tokenizer: Any, card: StudentCard, *, device: torch.device, precision: str
-    ) -> None:
-        self.model = model.to(device).eval()
+    def __init__(self, scorer: Scorer, tokenizer: Any, card: StudentCard) -> None:
+        self.scorer = scorer
         self.card = card
-        self.device = device
-        self.precision = precision
         with refusing(f"tokenizer {tokenizer.name_or_path}: cannot be used"):
             self.encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
-        self._pad_id: int = tokenizer.pad_token_id or 0
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, device: torch.device | str = "cpu", precision: str = "float32"
+        cls, directory: str | Path, *, device: "torch.device | str" = "cpu", precision: str = "float32"
     ) -> "Student":
-        """Load a student directory (safetensors and JSON only).
+        """Load a student (safetensors and JSON only), or its export to ONNX, which needs no torch and no Transformers.
 
+        `device` is auto, cpu, cuda or a device of torch; an export runs on the CPU alone, in its own precision.
         Raises ArtifactError if the directory is missing, unfinished, damaged or of another kind, ModelError if its
-        weights or tokenizer cannot be loaded.
+        weights or tokenizer cannot be loaded, DeviceError without such a device, and DependencyError if a package that
+        it needs is missing.
         """
         directory = Path(directory).expanduser().absolute()
         # Every byte, once per process: a damaged weight would still predict.
-        read_verified_manifest(directory, "student")
-        model, tokenizer, card = load_student(directory)
-        return cls(model, tokenizer, card, device=torch.device(device), precision=precision)
+        manifest = read_verified_manifest(directory, "student", "student-onnx")
+        # Imported here, since each of the two runs where the packages of the other are not installed.
+        if manifest.kind == "student-onnx":
+            from kdecs.student.onnx.scoring import load_onnx_student
+
+            return cls(*load_onnx_student(directory, device=str(device), precision=precision))
+        try:
+            from kdecs.student.product import load_scorer
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "transformers"):
+                raise
+            raise DependencyError(
+                f"{directory}: a student needs PyTorch and Transformers, and {error.name} is not installed; install "
+                "kdecs with its dependencies, or take the student's export (kdecs student export)"
+            ) from None
+        return cls(*load_scorer(directory, device=device, precision=precision))
 
     def predict(
         self,
@@ -136,19 +155,11 @@ class Student:
         # A tokenizer that somebody sent may fail at a text, and a panic of its Rust code is no Exception.
         with refusing(f"pair {pairs[0].id} or one shortly after it: the tokenizer fails"):
             encoded = list(self.encoder.encode(pairs))
-        lengths = np.array([len(pair.token_ids) for pair in encoded])
-        batches = (
-            (rows, encoded_batch([encoded[row] for row in rows], self._pad_id))
-            for rows in batches_of_tokens(
-                lengths, np.arange(len(encoded)), batch_tokens, encoded_targets(encoded)
-            )
-        )
         scores = score_pairs(
-            self.model,
-            batches,
+            self.scorer.batches(encoded, batch_tokens),
             len(encoded),
-            device=self.device,
-            precision=self.precision,
+            self.card.outputs,
+            len(self.card.emotions),
             on_batch=on_batch,
         )
         num_cut = sum(pair.num_truncated > 0 for pair in encoded)

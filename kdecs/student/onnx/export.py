@@ -1,0 +1,268 @@
+"""`kdecs student export`: a student as a graph of ONNX, in float32 or int8, that has shown what it is worth.
+
+The story: the graph is made and compared with PyTorch on the bundled dialogues. For int8 its weights are quantised, and
+both graphs predict a labelled file. Only an export that passes becomes a directory of kind student-onnx.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kdecs.artifact import (
+    check_output,
+    install_files,
+    is_complete,
+    read_verified_manifest,
+    temporary_folder,
+    write_json,
+    write_manifest,
+)
+from kdecs.config import (
+    CONFIG_NAME,
+    Config,
+    InputPath,
+    OutputPath,
+    config_hash,
+    input_checksums,
+    load_config,
+)
+from kdecs.corpus.encoding import ENCODERS, EncodedPair
+from kdecs.corpus.pairs import candidate_pairs
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import Corpus
+from kdecs.corpus.splits import read_split
+from kdecs.errors import ConfigError, ModelError
+from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.output import refuse_inputs
+from kdecs.process import say
+from kdecs.student.config import StudentConfig
+from kdecs.student.decision import Logits, log_softmax
+from kdecs.student.grouping import Ints
+from kdecs.student.onnx.graph import OPSET, export_graph
+from kdecs.student.onnx.scoring import (
+    GRAPH_NAME,
+    ONNX_CARD_NAME,
+    TOKENIZER_NAME,
+    OnnxCard,
+    OnnxScorer,
+    Precision,
+    batch_feeds,
+    require_packages,
+    rows_of_trees,
+)
+from kdecs.student.predict.card import CARD_NAME, StudentCard
+from kdecs.student.predict.predictor import Student
+from kdecs.student.product import load_scorer
+
+LARGEST_DIFFERENCE = 1e-4
+"""Of a probability, between a float32 graph and PyTorch."""
+MOST_F1_LOST = 0.5
+"""Points of macro F1 that int8 may cost."""
+_DIALOGUES_COMPARED = 4
+_TOKENS_COMPARED = (4096, 256)  # per batch: the sizes of the graph's inputs must not be fixed
+_MAX_GRAPH_BYTES = 2 << 30  # of one file in protobuf
+_PACKAGES = ("onnx", "onnxruntime", "torch", "transformers")
+
+
+class OnnxExport(Config):
+    """An export: its config hash says which student it is of, in which precision."""
+
+    method_versions: ClassVar[dict[str, int]] = {"graph": 1, "opset": OPSET}
+    student: InputPath
+    output: OutputPath
+    precision: Precision = "float32"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An export beside the float32 graph: macro F1 in percent (fold1, reccon), and pairs per second."""
+
+    macro_f1: float
+    macro_f1_float32: float
+    pairs_per_s: float
+    pairs_per_s_float32: float
+
+    def __str__(self) -> str:
+        return (
+            f"macro F1 {self.macro_f1:.2f} (float32 {self.macro_f1_float32:.2f}), {self.pairs_per_s:.1f} pairs per "
+            f"second (float32 {self.pairs_per_s_float32:.1f})"
+        )
+
+    @property
+    def faults(self) -> list[str]:
+        """Why the export is not worth it, in words."""
+        lost = self.macro_f1_float32 - self.macro_f1
+        found = []
+        if lost > MOST_F1_LOST:
+            found.append(f"it loses {lost:.2f} points of macro F1, more than {MOST_F1_LOST}")
+        if self.pairs_per_s < self.pairs_per_s_float32:
+            found.append("it is slower than float32 on this machine")
+        return found
+
+
+def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force: bool = False) -> Path:
+    """Export a student and return the directory; what is complete already is skipped.
+
+    int8 is measured on a labelled file, by default the one that the student was validated on.
+
+    Raises ModelError if the graph differs from PyTorch, or if int8 loses too much and it is not forced;
+    DependencyError without the packages for exporting; ConfigError if int8 has no file to be measured on; and what
+    loading a student raises.
+    """
+    refuse_inputs(config.output, [config.student, corpus_file], is_directory=True)
+    digest = config_hash(config)
+    check_output(config.output, "student-onnx", digest)
+    if is_complete(config.output, "student-onnx", digest):
+        say(f"{config.output}: export complete, skipped")
+        return config.output
+    require_packages(f"{config.student}: exporting", ("onnx", "onnxruntime"), "onnx-export")
+    manifest = read_verified_manifest(config.student, "student")
+    corpus = None if config.precision == "float32" else _labelled_corpus(config.student, corpus_file)
+    scorer, tokenizer, card = load_scorer(config.student, device="cpu", precision="float32")
+    if (size := sum(parameter.nbytes for parameter in scorer.model.parameters())) > _MAX_GRAPH_BYTES:
+        raise ModelError(
+            f"{config.student}: its weights have {size} bytes, more than the 2 GiB that an ONNX file holds; export a "
+            "smaller student"
+        )
+    onnx_card = OnnxCard(
+        precision=config.precision,
+        mask_token=tokenizer.mask_token,
+        separator=tokenizer.sep_token,
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+    details: dict[str, Any] = {
+        "precision": config.precision,
+        "opset": OPSET,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "student": manifest.details,
+    }
+    with temporary_folder(config.output) as made:
+        pairs = _sample_pairs(tokenizer, card)
+        expected = list(scorer.batches(pairs, _TOKENS_COMPARED[0]))
+        graph = made / GRAPH_NAME
+        trees = rows_of_trees(pairs)
+        feeds = batch_feeds(pairs, None if trees is None else trees.number_P, onnx_card.pad_id)
+        export_graph(scorer.model, feeds, graph)
+        float32 = OnnxScorer(graph, onnx_card.pad_id)
+        difference = float(
+            np.max([largest_difference(pairs, expected, float32.batches(pairs, n)) for n in _TOKENS_COMPARED])
+        )
+        if not difference <= LARGEST_DIFFERENCE:  # NaN is not, either
+            raise ModelError(
+                f"{config.student}: a probability of its graph is {difference:.2g} away from PyTorch's, expected at "
+                f"most {LARGEST_DIFFERENCE:g}; this architecture cannot be exported"
+            )
+        details["largest_difference"] = difference
+        if corpus is not None:
+            quantise(graph)
+            measured = measure(
+                Student(OnnxScorer(graph, onnx_card.pad_id), tokenizer, card),
+                Student(float32, tokenizer, card),
+                corpus,
+            )
+            say(f"{config.output}: {measured}")
+            if faults := " and ".join(measured.faults):
+                if not force:
+                    raise ModelError(
+                        f"{config.student}: int8 does not pay: {faults}; --force exports it all the same"
+                    )
+                say(f"{config.output}: exported all the same: {faults}")
+            details["measured"] = asdict(measured)
+        tokenizer.backend_tokenizer.save(str(made / TOKENIZER_NAME))
+        write_json(made / CARD_NAME, card.model_dump(mode="json"))
+        write_json(made / ONNX_CARD_NAME, onnx_card.model_dump(mode="json"))
+        names = install_files(made, config.output)
+    write_manifest(
+        config.output,
+        "student-onnx",
+        config_hash=digest,
+        inputs=input_checksums(student=config.student),
+        files=names,
+        details=details,
+    )
+    return config.output
+
+
+def _labelled_corpus(student: Path, corpus_file: Path | None) -> Corpus:
+    """The file to measure on, its emotions mapped as in the student's training."""
+    trained = load_config(StudentConfig, student / CONFIG_NAME)
+    path = corpus_file or trained.corpus.valid
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file, but int8 is measured on a labelled file; name one with --corpus FILE"
+        )
+    return read_split(trained.corpus, path)
+
+
+def _sample_pairs(tokenizer: Any, card: StudentCard) -> list[EncodedPair]:
+    """Pairs of the bundled dialogues as the student reads them: several lengths, distances and targets."""
+    dialogues = read_corpus(bundled_sample("valid")).dialogues[:_DIALOGUES_COMPARED]
+    encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
+    return list(encoder.encode([pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]))
+
+
+def quantise(graph: Path) -> None:
+    """Replace a float32 graph by its int8 form: matrices by onnxruntime's dynamic quantisation, word vectors by row.
+
+    Weights take 7 bits: without VNNI, a processor adds two products of 8 bits in 16, which overflow silently, and the
+    same file has to be right on every processor.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantised = graph.with_suffix(".int8")
+    quantize_dynamic(
+        graph,
+        quantised,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        reduce_range=True,
+        weight_type=QuantType.QInt8,
+    )
+    quantised.replace(graph)
+
+
+def measure(student: Student, float32: Student, corpus: Corpus) -> Measured:
+    """Both students' macro F1 on a labelled corpus, and their speed, dialogue by dialogue in turn."""
+    students, seconds = (student, float32), [0.0, 0.0]
+    found: tuple[dict[PairKey, Prediction], ...] = ({}, {})
+    for number, dialogue in enumerate(corpus.dialogues):
+        part = replace(corpus, dialogues=(dialogue,))
+        # Alternately, so that what else runs on the machine slows both.
+        for side in (0, 1) if number % 2 else (1, 0):
+            began = time.perf_counter()
+            found[side].update(students[side].predict_pairs(part))
+            seconds[side] += time.perf_counter() - began
+    scores = [evaluate(corpus, predictions, universe="fold1")["macro_f1"] for predictions in found]
+    speeds = [len(predictions) / max(spent, 1e-9) for predictions, spent in zip(found, seconds, strict=True)]
+    return Measured(*scores, *speeds)
+
+
+def largest_difference(
+    pairs: list[EncodedPair], left: Iterable[tuple[Ints, Logits]], right: Iterable[tuple[Ints, Logits]]
+) -> float:
+    """The largest difference of a probability (emotion, connective, first or last token) between two engines."""
+    ours, theirs = _probabilities(pairs, left), _probabilities(pairs, right)
+    differences = [np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)]
+    return float(np.max(differences))  # NaN, which a graph may give, stays NaN
+
+
+def _probabilities(
+    pairs: list[EncodedPair], batches: Iterable[tuple[Ints, Logits]]
+) -> list[npt.NDArray[np.float32]]:
+    """All probabilities of each pair, in one array per pair."""
+    found: dict[int, npt.NDArray[np.float32]] = {}
+    for rows, logits in batches:
+        words, spans = (logits.emotion_BE, logits.connective_BA, logits.classifier_B2), logits[2:4]
+        for place, row in enumerate(rows.tolist()):
+            num_places = len(pairs[row].candidate_offsets) + 1  # the batch pads to its longest
+            given = [part[place] for part in words if part is not None]
+            given += [part[place, :num_places] for part in spans if part is not None]
+            found[row] = np.exp(np.concatenate([log_softmax(part) for part in given]))
+    return [found[row] for row in range(len(pairs))]

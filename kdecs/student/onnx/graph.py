@@ -1,0 +1,178 @@
+"""A student as a graph of ONNX, and how far its logits are from PyTorch's.
+
+Attention is written out here, so that the graph makes its mask once, from numbers that the predictor gives
+(kdecs.student.onnx.scoring), instead of what Transformers would build for each kind of mask.
+
+Legend: R rows, T tokens, P places read of each pair.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kdecs.errors import refusing
+from kdecs.models import first_position
+from kdecs.student.decision import Logits
+from kdecs.student.model import StudentModel
+
+OPSET = 18
+_ATTENTION = "kdecs_onnx"
+_AXES = {
+    "token_ids": ("rows", "tokens"),
+    "attention": ("rows", "tokens"),
+    "branches": ("rows", "tokens"),
+    "positions": ("rows", "tokens"),
+    "places": ("pairs", "places"),
+    "candidate": ("pairs", "candidate_tokens"),
+    "candidate_mask": ("pairs", "candidate_tokens"),
+    "distance": ("pairs",),
+}
+
+
+class Graph(nn.Module):
+    """What is exported: from the predictor's arrays to the logits that the student's mode has, in `Logits`' order."""
+
+    def __init__(self, model: StudentModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+        self._encoder = model.language_model.base_model
+        self._takes_attention = getattr(self._encoder, "_supports_attention_backend", False)
+        if self._takes_attention:
+            AttentionInterface.register(_ATTENTION, _attend)
+            AttentionMaskInterface.register(_ATTENTION, _no_mask)
+            self._encoder.set_attn_implementation(_ATTENTION)
+
+    def forward(self, *arrays: Tensor) -> tuple[Tensor, ...]:
+        """The logits; None is left out."""
+        given = dict(zip(self.names, arrays, strict=True))
+        states_BPH = self.model.states.picked(
+            lambda states: states.flatten(0, 1)[given["places"]], **self._inputs(given)
+        )
+        output = self.model.read(states_BPH, given["candidate"], given["candidate_mask"], given["distance"])
+        return tuple(part for part in output if part is not None)
+
+    @property
+    def output_names(self) -> list[str]:
+        """The fields of `Logits` that the student's mode has."""
+        has = self.model.outputs
+        found = {
+            "emotion_BE": has.emotions,
+            "connective_BA": has.cause_by == "connective",
+            "start_BS": has.spans,
+            "end_BS": has.spans,
+            "classifier_B2": has.cause_by == "cls",
+        }
+        return [name for name in Logits._fields if found[name]]
+
+    def _inputs(self, given: dict[str, Tensor]) -> dict[str, Any]:
+        token_ids_RT = given["token_ids"]
+        if not self._takes_attention:
+            return {"input_ids": token_ids_RT, "attention_mask": given["attention"]}
+        if "branches" in given:
+            positions_RT, own_RT = given["positions"], given["branches"]
+            seen_RTT = (own_RT[:, None] == 0) | (own_RT[:, None] == own_RT[:, :, None])
+        else:
+            positions_RT = torch.arange(token_ids_RT.size(1))[None]
+            seen_RTT = given["attention"][:, None].bool()
+        inputs = {
+            "input_ids": token_ids_RT,
+            "position_ids": positions_RT + first_position(self._encoder),
+            "seen": _Seen(seen_RTT[:, None], positions_RT),
+        }
+        if hasattr(getattr(self._encoder, "embeddings", None), "token_type_embeddings"):
+            # All tokens are of type 0. One number for all of them saves a look-up per token.
+            inputs["token_type_ids"] = torch.zeros(1, 1, dtype=torch.long)
+        return inputs
+
+
+class _Seen:
+    """Which keys each query sees, as numbers that are added to the scores; made once for all layers of a kind."""
+
+    def __init__(self, seen_R1TT: Tensor, positions_RT: Tensor) -> None:
+        self._seen_R1TT, self._positions_RT = seen_R1TT, positions_RT
+        self._made: dict[int | None, Tensor] = {}
+
+    def within(self, window: int | None) -> Tensor:
+        """0 for what is seen and -inf for the rest: (R, 1, T or 1, T). ModernBERT's window counts the token itself."""
+        if window not in self._made:
+            seen = self._seen_R1TT
+            if window is not None:
+                apart = self._positions_RT[:, :, None] - self._positions_RT[:, None]
+                seen = seen & (apart.abs() < window)[:, None]
+            self._made[window] = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf)
+        return self._made[window]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    seen: _Seen | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention for Transformers, (R, heads, T, D) -> (R, T, heads, D), over the keys that `seen` says."""
+    del module, attention_mask, options
+    assert seen is not None
+    scale = query.size(-1) ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scale, key.transpose(2, 3)) + seen.within(sliding_window)
+    return torch.matmul(torch.softmax(scores, dim=-1), value).transpose(1, 2), None
+
+
+def _no_mask(*arguments: Any, **options: Any) -> None:
+    """No mask of Transformers is read."""
+    del arguments, options
+
+
+def export_graph(model: StudentModel, feeds: dict[str, npt.NDArray[Any]], path: Path) -> None:
+    """Write the graph of a student to a file; the model is of no other use afterwards.
+
+    `feeds` are the predictor's arrays of one batch: they say which inputs there are, and no size of theirs is fixed.
+    Raises ModelError, one line, for an encoder that cannot be exported.
+    """
+    _keep_answer_rows(model)
+    graph = Graph(model, list(feeds)).eval()
+    arrays = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in feeds.values())
+    name = type(model.language_model).__name__
+    with refusing(f"{name}: cannot be exported to ONNX"), warnings.catch_warnings():
+        # Tracing warns of Python values that it takes for constants. Whoever exports compares the graph with PyTorch
+        # over batches of other sizes.
+        warnings.simplefilter("ignore")
+        # By tracing (`dynamo=False`): the exporter over torch.export gives the same logits (to 4e-6, all families),
+        # but takes ten seconds instead of a third of one, and one more package.
+        torch.onnx.export(
+            graph,
+            arrays,
+            str(path),
+            input_names=list(feeds),
+            output_names=graph.output_names,
+            opset_version=OPSET,
+            dynamic_axes={key: dict(enumerate(_AXES[key])) for key in feeds},
+            dynamo=False,
+        )
+
+
+def _keep_answer_rows(model: StudentModel) -> None:
+    """Leave only the answer words in the output embedding: of a tied one the graph would hold a second copy."""
+    decoder = model.language_model.get_output_embeddings()
+    ids = torch.cat((model.emotion_ids, model.connective_ids))
+    kept = nn.Linear(decoder.in_features, len(ids), bias=decoder.bias is not None)
+    with torch.no_grad():
+        kept.weight.copy_(decoder.weight[ids])
+        if decoder.bias is not None:
+            kept.bias.copy_(decoder.bias[ids])
+    model.language_model.set_output_embeddings(kept)
+    num_emotions = len(model.emotion_ids)
+    model.emotion_ids = torch.arange(num_emotions)
+    model.connective_ids = torch.arange(num_emotions, len(ids))

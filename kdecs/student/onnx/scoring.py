@@ -1,0 +1,229 @@
+"""A student's export to ONNX, an artifact directory of kind student-onnx, and its logits by ONNX Runtime.
+
+    model.onnx       the graph, from token ids to the logits at the masks
+    tokenizer.json   the tokenizer
+    student.json     the student's card (kdecs.student.predict.card)
+    onnx.json        OnnxCard: the precision, and what the tokenizer's file does not say
+    manifest.json    details: versions, the largest difference to PyTorch, what the export measured
+
+Neither torch nor Transformers is imported here.
+
+In the layout `pair` each prompt is a row of the graph's batch. In the layout `tree` a row is a trunk with branches
+behind it, and `branches` numbers its tokens: 0 for the trunk, 1, 2, … for the branches, -1 for padding. From these
+numbers the graph makes the mask of Eq. 5's cut: a token sees the trunk and its own branch.
+
+Legend: B pairs, R rows, T tokens of the longest, M tokens of u_j's copy, P = 5 + M places read of each pair.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from kdecs.artifact import read_record
+from kdecs.corpus.encoding import EncodedPair
+from kdecs.errors import DependencyError, DeviceError, ModelError, refusing
+from kdecs.process import num_threads, try_tokenizer
+from kdecs.student.decision import Logits
+from kdecs.student.grouping import Ints, Targets, batches_of_tokens, padded
+from kdecs.student.predict.card import CARD_NAME, StudentCard, read_card
+
+GRAPH_NAME = "model.onnx"
+TOKENIZER_NAME = "tokenizer.json"
+ONNX_CARD_NAME = "onnx.json"
+Precision = Literal["float32", "int8"]
+PADDING = -1
+# A row's attention costs the square of its length, and a row of its own costs the trunk once more.
+_MAX_ROW_TOKENS = 1024
+
+
+class OnnxCard(BaseModel):
+    """`onnx.json`: what a predictor has to know of an export in addition to the student's card."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    precision: Precision
+    mask_token: str
+    separator: str | None
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class PlainTokenizer:
+    """What encoders ask of a fast Transformers tokenizer, over the library beneath it."""
+
+    name_or_path: str
+    backend_tokenizer: Any
+    mask_token: str
+    sep_token: str | None
+    is_fast: bool = True
+
+
+class OnnxScorer:
+    """A student's graph in ONNX Runtime, on the CPU: encoded pairs in, logits out. Thread-safe."""
+
+    def __init__(self, graph: Path, pad_id: int, *, threads: int | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or num_threads()
+        options.log_severity_level = 4  # an error is raised, too
+        with refusing(f"{graph}: ONNX Runtime cannot load it"):
+            self._session = onnxruntime.InferenceSession(
+                str(graph), options, providers=["CPUExecutionProvider"]
+            )
+        self._graph, self._pad_id = graph, pad_id
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def batches(self, encoded: Sequence[EncodedPair], max_tokens: int) -> Iterator[tuple[Ints, Logits]]:
+        """The logits of all pairs, a batch at a time, each with the indices of its pairs."""
+        targets = rows_of_trees(encoded)
+        lengths = np.array([len(pair.token_ids) for pair in encoded])
+        for rows in batches_of_tokens(lengths, np.arange(len(encoded)), max_tokens, targets, pads_trees=True):
+            row_of_B = None if targets is None else targets.number_P[rows]
+            yield rows, self._logits(batch_feeds([encoded[row] for row in rows], row_of_B, self._pad_id))
+
+    def _logits(self, feeds: dict[str, npt.NDArray[Any]]) -> Logits:
+        """The graph's outputs for the inputs that it takes of these."""
+        wanted = {name: value for name, value in feeds.items() if name in self._inputs}
+        with refusing(f"{self._graph}: ONNX Runtime cannot run it"):
+            found = self._session.run(self._outputs, wanted)
+        by_name = dict(zip(self._outputs, found, strict=True))
+        return Logits(*(by_name.get(name) for name in Logits._fields))
+
+
+def rows_of_trees(encoded: Sequence[EncodedPair]) -> Targets | None:
+    """In the layout tree, the row of each pair: its target's, or one of several for a target of many candidates."""
+    if not encoded or not encoded[0].trunk_ids:
+        return None
+    numbers, num_rows = [], 0
+    last: dict[int, tuple[int, int]] = {}  # trunk -> its open row, and the tokens there
+    for pair in encoded:
+        row, held = last.get(id(pair.trunk_ids), (-1, _MAX_ROW_TOKENS))
+        if row < 0 or held + len(pair.token_ids) > _MAX_ROW_TOKENS:
+            row, held, num_rows = num_rows, len(pair.trunk_ids), num_rows + 1
+        last[id(pair.trunk_ids)] = (row, held + len(pair.token_ids))
+        numbers.append(row)
+    return Targets(np.array(numbers), np.array([len(pair.trunk_ids) for pair in encoded]))
+
+
+def batch_feeds(
+    encoded: Sequence[EncodedPair], row_of_B: Ints | None, pad_id: int
+) -> dict[str, npt.NDArray[Any]]:
+    """The graph's inputs for a batch of pairs; in the layout tree, `row_of_B` says which of them share a row."""
+    return _pair_feeds(encoded, pad_id) if row_of_B is None else _tree_feeds(encoded, row_of_B, pad_id)
+
+
+def _pair_feeds(encoded: Sequence[EncodedPair], pad_id: int) -> dict[str, npt.NDArray[Any]]:
+    token_ids_RT, is_token_RT = padded([pair.token_ids for pair in encoded], pad_id)
+    begins_B = np.arange(len(encoded)) * token_ids_RT.shape[1]
+    return {
+        "token_ids": token_ids_RT,
+        "attention": is_token_RT,
+        **_places(encoded, begins_B, begins_B, begins_B),
+    }
+
+
+def _tree_feeds(encoded: Sequence[EncodedPair], row_of_B: Ints, pad_id: int) -> dict[str, npt.NDArray[Any]]:
+    rows: list[list[int]] = []
+    branches: list[list[int]] = []
+    positions: list[list[int]] = []
+    numbers: dict[int, int] = {}
+    row_B, begin_B = [], []
+    for pair, number in zip(encoded, row_of_B.tolist(), strict=True):
+        row = numbers.setdefault(number, len(rows))
+        num_trunk, size = len(pair.trunk_ids), len(pair.token_ids)
+        if row == len(rows):
+            rows.append(list(pair.trunk_ids))
+            branches.append([0] * num_trunk)
+            positions.append(list(range(num_trunk)))
+        row_B.append(row)
+        begin_B.append(len(rows[row]))
+        branches[row] += [branches[row][-1] + 1] * size
+        positions[row] += range(num_trunk, num_trunk + size)
+        rows[row] += pair.token_ids
+    token_ids_RT, _ = padded(rows, pad_id)
+    row_begin_B = np.array(row_B) * token_ids_RT.shape[1]
+    # Positions count from the prompt's begin, so those inside a branch are shifted by what stands before it.
+    shift_B = np.array(begin_B) - np.array([len(pair.trunk_ids) for pair in encoded])
+    last_B = row_begin_B + np.array(begin_B) + np.array([len(pair.token_ids) - 1 for pair in encoded])
+    return {
+        "token_ids": token_ids_RT,
+        "branches": padded(branches, PADDING)[0],
+        "positions": padded(positions, 0)[0],
+        **_places(encoded, last_B, row_begin_B, row_begin_B + shift_B),
+    }
+
+
+def _places(
+    encoded: Sequence[EncodedPair], first_B: Ints, trunk_B: Ints, branch_B: Ints
+) -> dict[str, npt.NDArray[Any]]:
+    """What is read of each pair, as indices into the tokens of all rows, and the inputs that say what they are.
+
+    `first_B` is the token that a classifier reads, `trunk_B` and `branch_B` what a position in trunk or branch adds to.
+    """
+    masks_B4 = np.array([(p.emotion_mask, p.connective_mask, p.start_mask, p.end_mask) for p in encoded])
+    begin_B1 = np.array([[pair.candidate_first] for pair in encoded])
+    length_B1 = np.array([[len(pair.candidate_offsets)] for pair in encoded])
+    places_M = np.arange(int(length_B1.max()))
+    candidate_mask_BM = places_M < length_B1
+    # Padding points to a token that the prompt has; the mask keeps it out of every softmax.
+    candidate_BM = np.where(candidate_mask_BM, begin_B1 + places_M, begin_B1)
+    in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + branch_B[:, None], first_B[:, None])
+    places = (
+        first_B[:, None],
+        trunk_B[:, None] + masks_B4[:, :1],
+        in_branch_B3,
+        candidate_BM + branch_B[:, None],
+    )
+    return {
+        "places": np.concatenate(places, axis=1),
+        "candidate": candidate_BM,
+        "candidate_mask": candidate_mask_BM,
+        "distance": np.array([pair.distance for pair in encoded]),
+    }
+
+
+def load_onnx_student(
+    directory: Path, *, device: str, precision: str
+) -> tuple[OnnxScorer, PlainTokenizer, StudentCard]:
+    """Scorer, tokenizer and card of an exported student, whose manifest has been verified.
+
+    Raises DependencyError without ONNX Runtime or tokenizers, DeviceError for another device than the CPU,
+    ArtifactError for a card that does not fit, ModelError for a graph or tokenizer that cannot be loaded.
+    """
+    if device not in ("auto", "cpu"):
+        raise DeviceError(
+            f"device {device}: {directory} is an export to ONNX, which runs on the CPU; use device cpu"
+        )
+    if precision != "float32":
+        raise ModelError(
+            f"precision {precision}: {directory} is an export to ONNX, which keeps its own precision"
+        )
+    require_packages(f"{directory}: an export to ONNX", ("onnxruntime", "tokenizers"), "onnx")
+    from tokenizers import Tokenizer
+
+    card, found = (
+        read_card(directory / CARD_NAME),
+        read_record(OnnxCard, directory / ONNX_CARD_NAME, "export the student again"),
+    )
+    path = directory / TOKENIZER_NAME
+    with refusing(f"tokenizer {path}: cannot be loaded"):
+        backend = Tokenizer.from_file(str(path))
+        try_tokenizer(backend.encode)
+    tokenizer = PlainTokenizer(str(path), backend, found.mask_token, found.separator)
+    return OnnxScorer(directory / GRAPH_NAME, found.pad_id), tokenizer, card
+
+
+def require_packages(subject: str, names: Sequence[str], extra: str) -> None:
+    """Raise DependencyError, which names the extra of kdecs that has them, if one of the packages is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise DependencyError(
+                f'{subject} needs {name}, which is not installed; run: pip install "kdecs[{extra}]"'
+            )

@@ -1,0 +1,291 @@
+"""Exports to ONNX against PyTorch: the same probabilities and predictions, without torch and Transformers."""
+
+import json
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support import ROOT, change_json, flip_bit, rewrite_manifest, run_python, save_lively_encoder
+from typer.testing import CliRunner
+
+pytest.importorskip("onnx", reason="exporting needs the extra onnx-export")
+
+from kdecs.artifact import read_manifest
+from kdecs.cli import app
+from kdecs.corpus.encoding import ENCODERS
+from kdecs.corpus.pairs import candidate_pairs
+from kdecs.corpus.prompts import PromptVariant
+from kdecs.corpus.reading import bundled_sample, iter_dialogues, read_corpus
+from kdecs.errors import ArtifactError, DependencyError, DeviceError, KdecsError, ModelError, OutputError
+from kdecs.models import load_tokenizer
+from kdecs.student.model import StudentModel, TorchScorer, load_language_model, student_answer_ids
+from kdecs.student.onnx import export, scoring
+from kdecs.student.onnx.export import Measured, OnnxExport, export_student, largest_difference
+from kdecs.student.onnx.graph import export_graph
+from kdecs.student.onnx.scoring import OnnxScorer, batch_feeds, rows_of_trees
+from kdecs.student.predict.card import Outputs
+from kdecs.student.predict.predictor import Student
+from kdecs.student.pyfunc import _load_pyfunc
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dialogues():
+    return read_corpus(bundled_sample("valid")).dialogues[:3]
+
+
+@pytest.fixture(scope="module")
+def exported(directory, tmp_path_factory) -> Path:
+    """The export of the trained student. Read-only."""
+    output = tmp_path_factory.mktemp("export") / "onnx"
+    return export_student(OnnxExport(student=directory, output=output))
+
+
+def random_student(base: Path, head: str, outputs: Outputs) -> StudentModel:
+    """A student whose heads and priors say something, unlike those before a training."""
+    answers = student_answer_ids(load_tokenizer(base), ["neutral", "happiness", "anger"])
+    model = StudentModel(
+        load_language_model(base), answers, span_head=head, max_prompt_tokens=256, outputs=outputs
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in model.heads.values():
+            for parameter in module.parameters():
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "head", "outputs"),
+    [
+        ("roberta", "pair", "pointer", Outputs(spans=False)),
+        ("roberta", "tree", "pointer", Outputs()),
+        ("bert", "pair", "position", Outputs(priors=True)),
+        ("bert", "tree", "position", Outputs(priors=True)),
+        ("xlm-roberta", "tree", "pointer", Outputs(cause_by="none")),
+        ("distilbert", "tree", "position", Outputs(cause_by="cls", emotions=False, priors=True)),
+        ("modernbert", "pair", "pointer", Outputs()),
+        ("modernbert", "tree", "pointer", Outputs()),
+        ("mpnet", "pair", "pointer", Outputs(cause_by="cls")),
+    ],
+    ids=str,
+)
+def test_a_graph_says_what_pytorch_says(family, layout, head, outputs, dialogues, tmp_path, monkeypatch):
+    """In batches of other sizes than the one it was traced with, down to one pair, and with targets over two rows."""
+    base = save_lively_encoder(tmp_path / "base", family)
+    model, tokenizer = random_student(base, head, outputs), load_tokenizer(base)
+    variant = PromptVariant(
+        has_connective=outputs.cause_by == "connective", given_emotions=None if outputs.emotions else {}
+    )
+    encoder = ENCODERS[layout](tokenizer, 200, variant)
+    pairs = list(encoder.encode([pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]))
+    scorer = TorchScorer(model, pad_id=tokenizer.pad_token_id, device=CPU)
+    expected = list(scorer.batches(pairs, 4096))
+    alone = list(scorer.batches(pairs[:1], 4096))
+    trees = rows_of_trees(pairs[:9])
+    feeds = batch_feeds(pairs[:9], None if trees is None else trees.number_P, tokenizer.pad_token_id)
+    export_graph(model, feeds, tmp_path / "model.onnx")
+    graph = OnnxScorer(tmp_path / "model.onnx", tokenizer.pad_token_id, threads=1)
+    assert len(expected[0][1]) == 5 and [part is None for part in expected[0][1]] == [
+        part is None for part in next(iter(graph.batches(pairs, 4096)))[1]
+    ]
+    for tokens in (4096, 300):
+        assert largest_difference(pairs, expected, graph.batches(pairs, tokens)) < 1e-5
+    assert largest_difference(pairs[:1], alone, graph.batches(pairs[:1], 4096)) < 1e-5
+    if layout == "tree":
+        monkeypatch.setattr(scoring, "_MAX_ROW_TOKENS", 150)
+        assert len(set(rows_of_trees(pairs).number_P)) > len({id(pair.trunk_ids) for pair in pairs})
+        assert largest_difference(pairs, expected, graph.batches(pairs, 4096)) < 1e-5
+
+
+def test_the_comparison_sees_every_probability(directory, dialogues):
+    student = Student.from_pretrained(directory)
+    pairs = list(student.encoder.encode(candidate_pairs(dialogues[0])))
+    batches = list(student.scorer.batches(pairs, 512))
+    assert largest_difference(pairs, batches, batches) == 0
+    for name in ("emotion_BE", "connective_BA", "start_BS", "end_BS"):
+        changed = [
+            (rows, logits._replace(**{name: getattr(logits, name).copy()})) for rows, logits in batches
+        ]
+        getattr(changed[-1][1], name)[-1, 0] += 0.1
+        assert largest_difference(pairs, batches, changed) > 1e-3, name
+    getattr(changed[-1][1], name)[-1, 0] = np.nan
+    assert np.isnan(largest_difference(pairs, changed, batches))
+
+
+def test_an_export_predicts_as_its_student(directory, exported, dialogues):
+    student, onnx = Student.from_pretrained(directory), Student.from_pretrained(exported, device="auto")
+    expected = [item for _, items in student.stream(dialogues) for item in items]
+    found = [item for _, items in onnx.stream(dialogues) for item in items]
+    assert [item.prediction for item in found] == [item.prediction for item in expected]
+    assert [item.span_range for item in found] == [item.span_range for item in expected]
+    np.testing.assert_allclose([i.score for i in found], [i.score for i in expected], atol=1e-4)
+    details = read_manifest(exported, "student-onnx").details
+    assert details["largest_difference"] < 1e-4
+    assert details["student"] == read_manifest(directory, "student").details
+
+
+def brought_by(names: list[str]) -> set[str]:
+    """The distributions that an installation of these brings along, with them."""
+    found: set[str] = set()
+    open_names = [canonicalize_name(name) for name in names]
+    while open_names:
+        name = open_names.pop()
+        if name not in found:
+            found.add(name)
+            wanted = map(Requirement, metadata.requires(name) or ())
+            open_names += [
+                canonicalize_name(r.name) for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})
+            ]
+    return found
+
+
+ALONE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if (top := name.partition(".")[0]) in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=top)
+missing = set(sys.argv.pop(1).split(","))
+sys.meta_path.insert(0, Missing())
+from kdecs.cli import main
+main()
+"""
+
+
+def test_an_export_predicts_with_the_packages_that_the_page_names(exported, directory, tmp_path):
+    page = (ROOT / "docs" / "predict-and-serve.md").read_text("utf-8")
+    [names] = re.findall(r"(?m)^pip install (onnxruntime .*)$", page)
+    brought = brought_by(names.split()) | {"kdecs"}
+    assert not brought & {"torch", "transformers"}
+    missing = {
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not brought.intersection(map(canonicalize_name, owners))
+    }
+    assert missing > {"torch", "transformers", "scipy", "pyarrow"}
+    output, sample = tmp_path / "out.jsonl", ROOT / "kdecs" / "corpus" / "sample" / "unlabelled.json"
+    command = ["-c", ALONE, ",".join(missing), "predict", "--input", sample, "--output", output, "--student"]
+    done = run_python(*command, exported)
+    assert done.returncode == 0, done.stderr
+    expected = Student.from_pretrained(directory).predict(iter_dialogues(sample, labelled=False))
+    found = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [(row["target"], row["candidate"], row["span"]) for row in found] == [
+        (pair.target, pair.candidate, pair.span) for pair in expected
+    ]
+    done = run_python(*command, directory)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "needs PyTorch and Transformers, and " in done.stderr
+
+
+def test_an_export_is_served(exported, student):
+    request = [{"utterances": [{"speaker": "A", "utterance": "I got the job !"}]}]
+    [answer] = _load_pyfunc(str(exported)).predict(request)
+    assert json.loads(answer)[0]["target"] == 1
+
+
+def test_the_command_writes_once(exported, directory, tmp_path):
+    output = tmp_path / "onnx"
+    command = ["student", "export", str(directory), "--format", "onnx", "--output", str(output)]
+    first = CliRunner().invoke(app, command)
+    assert (first.exit_code, first.stdout) == (0, f"{output}: exported\n")
+    made = (output / "manifest.json").read_bytes()
+    again = CliRunner().invoke(app, command)
+    assert again.stdout.startswith(f"{output}: export complete, skipped")
+    assert (output / "manifest.json").read_bytes() == made == (exported / "manifest.json").read_bytes()
+    with pytest.raises(ArtifactError, match="finished student-onnx directory of another config"):
+        export_student(OnnxExport(student=directory, output=output, precision="int8"))
+
+
+def test_an_export_that_differs_is_not_written(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "largest_difference", lambda *arguments: float("nan"))
+    with pytest.raises(ModelError, match=r"is nan away from PyTorch's, expected at most 0\.0001"):
+        export_student(OnnxExport(student=directory, output=tmp_path / "onnx"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match="lies inside"):
+        export_student(OnnxExport(student=directory, output=directory / "onnx"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "cuda"}, DeviceError, "device cuda: .* runs on the CPU; use device cpu"),
+        ({"precision": "bfloat16"}, ModelError, "precision bfloat16: .* keeps its own precision"),
+    ],
+)
+def test_what_an_export_cannot_do(exported, options, error, message):
+    with pytest.raises(error, match=message):
+        Student.from_pretrained(exported, **options)
+
+
+def damaged(folder: Path) -> None:
+    flip_bit(folder / "model.onnx")
+
+
+def forged(name: str, content: bytes):
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        rewrite_manifest(folder)
+
+    return damage
+
+
+def card_of_another(folder: Path) -> None:
+    change_json(folder / "onnx.json", precision="int4")
+    rewrite_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged, "model.onnx: sha256 .*the file is damaged"),
+        (lambda folder: (folder / "model.onnx.data").write_bytes(b"x"), "does not list this file"),
+        (forged("model.onnx", b"no graph"), "model.onnx: ONNX Runtime cannot load it"),
+        (forged("tokenizer.json", b"{}"), "tokenizer .*cannot be loaded"),
+        (
+            card_of_another,
+            "onnx.json: precision: Input should be 'float32' or 'int8'; export the student again",
+        ),
+        (forged("onnx.json", b"["), "onnx.json: .*export the student again"),
+    ],
+)
+def test_a_damaged_or_forged_export_is_one_line(exported, tmp_path, damage, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    damage(folder)
+    with pytest.raises(KdecsError, match=message) as caught:
+        Student.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named(exported, directory, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(DependencyError, match=r'needs onnxruntime.*pip install "kdecs\[onnx\]"'):
+        Student.from_pretrained(exported)
+    with pytest.raises(DependencyError, match=r"exporting needs onnxruntime.*kdecs\[onnx-export\]"):
+        export_student(OnnxExport(student=directory, output=tmp_path / "onnx"))
+
+
+def test_int8_is_measured_and_refused_if_it_loses_too_much(directory, corpus_files, tmp_path, monkeypatch):
+    config = OnnxExport(student=directory, output=tmp_path / "int8", precision="int8")
+    monkeypatch.setattr(export, "measure", lambda *arguments: Measured(60.0, 61.0, 20.0, 30.0))
+    with pytest.raises(ModelError, match=r"loses 1\.00 points of macro F1, more than 0\.5 and it is slower"):
+        export_student(config)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    export_student(config, corpus_file=corpus_files["valid"], force=True)
+    details = read_manifest(config.output).details
+    assert (
+        details["precision"] == "int8" and details["largest_difference"] < 1e-4
+    )  # that of the float32 graph
+    assert details["measured"]["pairs_per_s"] > 0
+    student = Student.from_pretrained(config.output)
+    corpus = read_corpus(corpus_files["valid"])
+    assert set(student.predict_pairs(corpus)) == set(Student.from_pretrained(directory).predict_pairs(corpus))
