@@ -1,12 +1,19 @@
-"""One rank of `plan_memory.py`: trains a few steps of a random teacher and prints its memory as JSON.
+"""The ranks of a row of `plan_memory.py`: each trains a few steps of a random teacher and writes its memory as JSON.
 
-Started by the deepspeed launcher (or alone). Memory is the process's own resident set (VmHWM of /proc/self/status,
-reset once the engine stands), so that loading, which maps the weights' file, is told apart from training.
+They are forked from this process after it has imported the libraries, which takes longer than the steps. Memory is a
+rank's resident set (VmHWM of /proc/self/status, reset once the engine stands), so that loading, which maps the weights'
+file, is told apart from training. Every rank starts with the same pages of its parent, of a large network and of a very
+small one, so their difference does not contain them.
 """
 
 import argparse
 import ctypes
 import json
+import os
+import signal
+import socket
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +25,50 @@ PREFIX_SHARE = 0.5
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True, help="a TeacherConfig as JSON")
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--tokens", type=int, required=True, help="packed tokens of a micro-batch")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True, help="memory as JSON, one file a rank")
     arguments = parser.parse_args()
+    from kdecs.runtime import import_deepspeed
+
+    import_deepspeed()
+
+    import kdecs.teacher.engine  # noqa: F401  (for the ranks)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    ranks = [start_rank(rank, port, arguments) for rank in range(arguments.ranks)]
+    while ranks:
+        ended, status = os.wait()
+        ranks.remove(ended)
+        if code := os.waitstatus_to_exitcode(status):
+            for rank in ranks:  # they would wait for the one that has ended
+                os.kill(rank, signal.SIGKILL)
+            sys.exit(code if code > 0 else 128 - code)
+
+
+def start_rank(rank: int, port: int, arguments: argparse.Namespace) -> int:
+    """Fork a rank and return its process id."""
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(arguments.ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        run_rank(arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # gloo's threads may abort a process that tears its interpreter down
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
     from kdecs.config import load_config
     from kdecs.runtime import process_group, start_runtime
     from kdecs.teacher.config import TeacherConfig

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -121,14 +120,23 @@ def measured_peak(row: Row, model: Path, scratch: Path) -> int:
         **({"lora": None} if row.is_full else {}),
     }
     (scratch / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    worker = [str(HERE / "_plan_memory_worker.py"), "--config", str(scratch / "config.json")]
-    worker += ["--tokens", str(TOKENS), "--prompts", str(row.prompts), "--output", str(scratch / "memory")]
+    worker = [sys.executable, str(HERE / "_plan_memory_worker.py"), "--config", str(scratch / "config.json")]
+    worker += [
+        "--ranks",
+        str(row.ranks),
+        "--tokens",
+        str(TOKENS),
+        "--prompts",
+        str(row.prompts),
+        "--output",
+        str(scratch / "memory"),
+    ]
     environment = {**os.environ, **ALLOCATOR, "DS_ACCELERATOR": "cpu", "KDECS_DEVICE": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     for start in range(1, STARTS + 1):
         for old in scratch.glob("memory.*"):
             old.unlink()
-        returncode, shown = _run(_launcher(row.ranks) + worker, environment)
+        returncode, shown = _run(worker, environment)
         files = list(scratch.glob("memory.*"))
         if returncode == 0 and len(files) == row.ranks:
             return max(json.loads(file.read_text(encoding="utf-8"))["training_peak"] for file in files)
@@ -137,16 +145,8 @@ def measured_peak(row: Row, model: Path, scratch: Path) -> int:
     raise RuntimeError(f"{row.name}: {shown[-3000:]}")
 
 
-def _launcher(ranks: int) -> list[str]:
-    """What starts a worker, or one a rank, on a port that is free now."""
-    if ranks == 1:
-        return [sys.executable]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(_free_port()), "--no_local_rank"]
-
-
 def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and output; nothing of the launcher's children outlives this call."""
+    """Exit code and output; no rank outlives this call."""
     process = subprocess.Popen(
         command,
         env=environment,
@@ -227,12 +227,6 @@ def run_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 flush=True,
             )
     return results
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:
