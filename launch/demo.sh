@@ -41,9 +41,9 @@ exec 9>"$run/.lock" 8>"$run/.stages.lock" # the first is held by this script alo
 flock -n 9 || fail 1 "$run: another demo runs here; wait for it, or choose another RUN=dir"
 flock -n 8 || { echo "waiting for the stages of a killed demo to save their state …"; flock 8; }
 labelled=(--set "corpus.train=$train" --set "corpus.valid=$valid")
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-two_ranks() { # DIR: how a stage that writes DIR is started; a complete one needs no ranks to be checked and skipped
-  [[ -f $1/manifest.json ]] && echo python -m || echo deepspeed --num_accelerators 2 --master_port "$port" --module
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+launcher() { # DIR LAUNCHER...: what starts a stage that writes DIR; a complete one needs no ranks to be skipped
+  [[ -f $1/manifest.json ]] && echo python -m || echo "${@:2}"
 }
 echo; echo "1/6 corpus"
 SHOW=--all stage corpus-verify kdecs corpus verify "$train" "$valid" "$test"
@@ -55,17 +55,21 @@ for model in llama roberta; do
 done; finish
 for model in llama roberta; do
   teacher=$run/teachers/$model-tiny
-  stage "teacher-$model-tiny" $(two_ranks "$teacher") kdecs.launch.train_teacher --config "demo/teacher_$model" \
+  start "teacher-$model-tiny" \
+    $(launcher "$teacher" deepspeed --num_accelerators 2 --master_port "$(free_port)" --module) \
+    kdecs.launch.train_teacher --config "demo/teacher_$model" \
     --set "output=$teacher" --set "model.base=$run/base/$model" \
     "${labelled[@]}" $(share corpus.train_share 0.2)
-done
+done; finish
 echo; echo "3/6 soft labels: sharded export on two ranks"
 for model in llama roberta; do
+  # Exports share nothing but their directory, so any launcher will do. This one starts sooner than DeepSpeed's.
   labels=$run/labels/$model-tiny
-  stage "soft-labels-$model-tiny" $(two_ranks "$labels") kdecs.launch.export_soft_labels --config demo/export \
+  start "soft-labels-$model-tiny" $(launcher "$labels" torchrun --standalone --nproc_per_node 2 -m) \
+    kdecs.launch.export_soft_labels --config demo/export \
     --set "output=$labels" --set "teacher=$run/teachers/$model-tiny" \
     "${labelled[@]}" --set "corpus.test=$test" $(share corpus.train_share 0.1)
-done
+done; finish
 echo; echo "4/6 sweep: students over seeds, α, τ and teacher, two at a time"
 stage sweep python -m kdecs.launch.sweep demo --set "output=$run/sweep" --set "tracking.uri=sqlite:///$run/mlflow.db" \
   --set "teachers.llama-tiny=$run/labels/llama-tiny" --set "teachers.roberta-tiny=$run/labels/roberta-tiny" \

@@ -93,7 +93,7 @@ def test_mlflow_holds_one_parent_and_a_child_for_each_trial(output: Path) -> Non
     assert len(parents) == 8
     assert len(set(parents.values())) == 1
     assert set(statuses.values()) == {"FINISHED"}
-    assert {step for run, step in epochs if run in parents} == {4}
+    assert {step for run, step in epochs if run in parents} == {2}
     assert ("champion",) in aliases
 
 
