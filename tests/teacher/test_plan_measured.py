@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -72,6 +74,9 @@ def test_a_training_that_ended_badly_is_started_once_more_and_said_so(
 @pytest.mark.dist
 def test_planned_peaks_are_within_15_percent_of_measured_ones(plan_memory: ModuleType) -> None:
     rows = [plan_memory.Row(2, 2), plan_memory.Row(3, 2)]
+    if os.environ.get("KDECS_CAMPAIGN") != "1":
+        # A row takes two trainings of two ranks: one a day, in turn; `make campaign` measures both.
+        rows = [rows[datetime.now(UTC).toordinal() % 2]]
     for result in plan_memory.run_rows(rows):
         assert result["measured_mib"] > 300, result
         assert result["planned_over_measured"] == pytest.approx(1, abs=0.15), result
