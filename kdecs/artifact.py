@@ -118,6 +118,7 @@ def content_checksum(path: Path) -> str:
         return _remembered_sha256(path)
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such file or directory")
+    # The manifest holds the sha256 of every file, so a few KiB stand for gigabytes of weights.
     manifest = path / MANIFEST_NAME
     if manifest.is_file():
         return sha256_of_file(manifest)
@@ -142,6 +143,7 @@ def _sha256_at(path: Path, inode: int, size: int, mtime_ns: int) -> str:
 
 def fsync(path: Path) -> None:
     """Make a file's content, or a directory's list of names, survive a crash of the machine."""
+    # Reading is enough for a sync on Linux, and a directory can be opened for nothing else.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -210,6 +212,7 @@ def scratch_folder(name: str) -> AbstractContextManager[Path]:
 
 def temporary_path(path: Path) -> Path:
     """A new hidden name beside a path. `remove_leftovers` knows it again after its writer was killed."""
+    # The host's mark tells `remove_leftovers` whether it can see the lock of this writer.
     return path.with_name(f"{_prefix(path)}{_host_mark()}{secrets.token_hex(4)}.tmp")
 
 
@@ -241,6 +244,7 @@ def _remove_unlocked(entry: "os.DirEntry[str]") -> None:
         # NFS locks only what is open for writing, which a folder cannot be.
         handle = os.open(entry, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
+            # Refused while the writer lives: the kernel frees its lock when it dies, however it dies.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_folder:
                 shutil.rmtree(entry, ignore_errors=True)
@@ -292,6 +296,7 @@ def _digest_of(name: str) -> str:
 
 def share_files(folder: Path) -> None:
     """Give every file below a folder the mode that new files have there: safetensors gives its own to their owner."""
+    # The kernel alone knows what umask and default ACL make of a new file, so the mode is read from one.
     probe, handle = _locked_file(folder / "mode")
     try:
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -352,6 +357,8 @@ def file_lock(path: Path, *, blocking: bool = True) -> Iterator[bool]:
     """
     # If it were removed, one process could hold the lock of the removed file and another that of a new one.
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Appending makes the file and cuts nothing off one that is there. NFS grants an exclusive lock only on a handle
+    # that may write.
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
@@ -436,6 +443,7 @@ def has_valid_checksum(manifest: Manifest) -> bool:
 
 def _checksum(manifest: Manifest) -> str:
     values = manifest.model_dump(mode="json")
+    # A checksum cannot cover itself.
     values["details"].pop(CHECKSUM_KEY, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -577,6 +585,7 @@ def file_faults(
     `says` stands before what was expected, and names the list. `on_bytes` is that of `verify_artifact`.
     Raises ArtifactError for a path that leaves the directory.
     """
+    # All names before any byte: a list that leads out of the directory is not worth reading.
     for listed in entries:
         _inside(directory, listed.path)
     lock = threading.Lock()
@@ -654,10 +663,12 @@ def _size_fault(directory: Path, entry: FileEntry, says: str = "the manifest say
 
 def _inside(directory: Path, name: str) -> Path:
     """The path of a listed file. Raises ArtifactError for a name that leaves the directory by `..`, root or link."""
+    # The name is judged as text first, since a file that is missing has no links to follow.
     pure = PurePosixPath(name)
     path = directory / name
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise ArtifactError(f"{directory}: lists the file {name!r}, which lies outside the directory")
+    # A harmless name may still pass through a folder that is a link to somewhere else.
     if path.exists() and not path.resolve().is_relative_to(directory.resolve()):
         raise ArtifactError(f"{directory}: {name!r} is a link that leaves the directory")
     return path

@@ -176,6 +176,7 @@ def gather_objects(value: Any, runtime: Runtime) -> list[Any]:
 
 def on_main(action: Callable[[], _T], runtime: Runtime) -> _T:
     """What `action` returns on rank 0, on every rank. If it refuses something there, every rank does. Collective."""
+    # A refusal travels as a value: raised on rank 0 alone, it would leave the other ranks waiting for the gather below.
     result: _T | KdecsError | None = None
     if runtime.is_main:
         try:

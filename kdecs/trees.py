@@ -80,6 +80,8 @@ def plant(
         slots[query_PL[is_query_PL]] = num_slots + np.flatnonzero(is_query_PL)
         num_slots += query_PL.size
         groups.append(_group(query_PL, starts, lengths, trunk_of[some], np.where(is_branch[some], some, -1)))
+    # The positions of a branch go on from the end of its trunk: its own start is taken off, the trunk's length is put
+    # on.
     tree = Tree(
         position_N=torch.from_numpy(
             np.arange(lengths.sum()) - np.repeat(starts - is_branch * lengths[trunk_of], lengths)
@@ -92,6 +94,7 @@ def plant(
 
 def _similar(lengths: Ints) -> list[Ints]:
     """The pieces in groups whose shortest has at least `_LIKENESS` of the longest one's tokens, if they are many."""
+    # The longest first, so that the first piece of a group is the one to which the others are padded.
     order = np.argsort(-lengths, kind="stable")
     groups: list[Ints] = []
     begin = 0
@@ -112,6 +115,7 @@ def _group(query_PL: Ints, starts: Ints, lengths: Ints, trunk_P: Ints, branch_P:
     in_trunk = places < num_trunk_P[:, None]
     mask_PK = places < num_keys_P[:, None]
     in_branch_PK = starts[branch_P][:, None] + places - num_trunk_P[:, None]
+    # A padded key points to token 0, which the mask hides.
     key_PK = np.where(in_trunk, starts[trunk_P][:, None] + places, np.where(mask_PK, in_branch_PK, 0))
     return Group(*(torch.from_numpy(part) for part in (query_PL, key_PK, mask_PK)))
 
@@ -205,6 +209,7 @@ def check_trees(encoder: Any, name: str) -> None:
 
     Some encoders ignore the positions that they are given (MPNet's relative ones), or take no attention function.
     """
+    # Ids from 5 on: RoBERTa counts no position for its padding token, whose id lies below.
     trunk, first, second = np.split(
         np.random.default_rng(0).integers(5, encoder.config.vocab_size, 21), (9, 14)
     )
@@ -219,6 +224,7 @@ def check_trees(encoder: Any, name: str) -> None:
         alone = torch.from_numpy(np.concatenate((trunk, second)))[None].to(encoder.device)
         mask = torch.ones(1, 1, alone.size(1), alone.size(1), dtype=torch.bool, device=encoder.device)
         mask[..., : len(trunk), len(trunk) :] = False
+        # Encoders with layers of several kinds (ModernBERT) take a mask for each kind.
         kinds = getattr(encoder.config, "layer_types", None)
         plain = encoder(input_ids=alone, attention_mask=dict.fromkeys(kinds, mask) if kinds else mask)[0]
     except ModelError as error:

@@ -116,6 +116,7 @@ class CorpusCache:
         self.num_candidate_tokens = self._list_lengths("candidate_offsets") // 2
         if self.layout == "tree":
             lengths = self._list_lengths(_TRUNK)
+            # Only the first row of a target holds its trunk, so a row's trunk is that of the last row that has one.
             self.trunk_row = np.maximum.accumulate(np.where(lengths > 0, np.arange(len(lengths)), 0))
             self.num_trunk_tokens = lengths[self.trunk_row]
 

@@ -172,6 +172,8 @@ class Claim:
         # Taken before the file system answers: a renewal that hangs must not count from the moment it ends.
         asked = self._claims.monotonic()
         try:
+            # Compared before it is stamped: to stamp a claim that another worker has taken over would renew it for that
+            # worker.
             if self.path.read_bytes() != self._owner:
                 self.is_held = False
             else:
@@ -228,6 +230,7 @@ class Claims:
                 # had expired, and the shard is labelled twice.
                 path.unlink(missing_ok=True)
             else:
+                # Without a buffer, so that the owner is in the file when `write` returns.
                 return self._own(path, os.fdopen(handle, "r+b", buffering=0))
         return None
 
@@ -244,6 +247,7 @@ class Claims:
             while not is_over.wait(self.lease_s / _RENEWALS_PER_LEASE):
                 held.renew()
 
+        # A thread, because the worker may be in a single forward for longer than a lease lasts.
         heartbeat = threading.Thread(target=renew, name=f"renew {name}", daemon=True)
         heartbeat.start()
         try:
@@ -279,6 +283,7 @@ class Claims:
     def _is_abandoned(self, path: Path) -> bool:
         """True if a claim's owner is dead or has been silent for longer than the lease, or if the claim is gone."""
         try:
+            # For writing, too, because NFS grants an exclusive lock on no other handle.
             with path.open("r+b") as file:
                 owner = file.read(_MAX_OWNER_BYTES)
                 # An owner that is still being written names no host yet, and is judged by its age.
@@ -321,6 +326,7 @@ def remove_temporaries(output: Path, lease_s: float, claims: Claims | None = Non
         return
     with contextlib.suppress(OSError):
         claims = claims or Claims(work / LEASES_DIRECTORY, lease_s=lease_s)
+        # Whoever holds this claim may be writing the manifest's own temporary file now.
         with claims.holding("manifest") as held:
             if held:
                 # Those of shards and manifest, of the job, and of the plan and the records, which have folders.

@@ -130,6 +130,7 @@ def export_shards(
     plan_directory = config.output / WORK_DIRECTORY / PLAN_DIRECTORY
     kind = PlanKind(work_hash, config.num_shards, batching_of(scorer.manifest))
     while (plan := open_plan(plan_directory, kind, splits)) is None:
+        # One worker plans, since a plan is a pass over the whole corpus, and the others look for its result.
         with claims.holding("plan") as claim:
             if claim:
                 plan = open_plan(plan_directory, kind, splits) or make_plan(plan_directory, kind, splits)

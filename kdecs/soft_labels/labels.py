@@ -197,6 +197,7 @@ def sort_by_key(keys_N: np.ndarray, splits_N: np.ndarray) -> tuple[np.ndarray, i
     """The order of rows by split and key, (N,) int64, and a row whose pair occurs twice in its split, if one does."""
     # Numbers sort ten times as fast as bytes; big-endian halves sort as the bytes do.
     halves_N2 = keys_N.view(">u8").reshape(-1, 2).astype(np.uint64)
+    # lexsort sorts by its last key first: by split, then by the two halves of the key.
     order_N = np.lexsort((halves_N2[:, 1], halves_N2[:, 0], splits_N))
     is_repeated_N = splits_N[order_N[1:]] == splits_N[order_N[:-1]]
     for half in (0, 1):
@@ -269,6 +270,7 @@ def _sorted_columns(directory: Path, manifest: Manifest) -> tuple[dict[str, np.n
     for entry in shard_entries(manifest):  # before memory is taken for the rows that a manifest states
         check_footer(directory / entry.path, entry.rows)
     total = num_rows(manifest)
+    # Allocated whole: the arrays of the shards would be held a second time while they are joined.
     splits_N = np.empty(total, np.uint8)
     columns = {
         "key": np.empty(total, KEY_DTYPE),

@@ -124,7 +124,10 @@ def padded_batch(
         # Positions in a branch count from the trunk's begin.
         shift_B1 = (branch_starts_B - np.array([len(trunk) for trunk in trunks]))[:, None]
         last_B1 = (branch_starts_B + np.array([len(prompt) - 1 for prompt in prompts]))[:, None]
+        # mask_emo stands in the target's clause, which is part of the trunk; the other masks stand in the branch.
         in_trunk_B1 = trunk_starts_R[trunk_of_B][:, None] + masks_B4[:, :1]
+        # A mask that this mode's prompt lacks has position 0. The last token is read in its place, by no output of the
+        # mode.
         in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + shift_B1, last_B1)
         places = (last_B1, in_trunk_B1, in_branch_B3, candidate_BM + shift_B1)
         places_BP = torch.from_numpy(np.concatenate(places, axis=1))

@@ -95,6 +95,7 @@ def encoded_targets(encoded: Sequence[EncodedPair]) -> Targets | None:
         return None
     numbers: dict[int, int] = {}
     return Targets(
+        # By identity: two dialogues of a request may have the same id, and two targets trunks that are equal.
         np.array([numbers.setdefault(id(pair.trunk_ids), len(numbers)) for pair in encoded]),
         np.array([len(pair.trunk_ids) for pair in encoded]),
     )

@@ -58,6 +58,7 @@ def distillation_loss(teacher_BA: Tensor, student_BA: Tensor, temperature: float
     included: `total_loss` applies it.
     """
     tau = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    # As logarithms, because a teacher that is sure leaves probabilities that float32 could not tell from 0.
     log_t_BA = functional.log_softmax(teacher_BA.float() / tau, dim=-1)
     log_s_BA = functional.log_softmax(student_BA.float() / tau, dim=-1)
     return functional.kl_div(log_s_BA, log_t_BA, reduction="none", log_target=True).sum(dim=-1)

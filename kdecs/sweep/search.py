@@ -85,6 +85,7 @@ class Search:
         stage = self.stage()
         if isinstance(self.config.search, GridSearch) or stage.name == "seeds":
             return len(self.trials())
+        # A survivor has been trained with the search's own seed already.
         further = len(self._seeds) - (self.search_seed in self._seeds)
         first = stage.num_suggestions or len(stage.trials)
         return first + min(self.config.search.survivors, first) * further
@@ -293,6 +294,7 @@ class TpeSuggester:
                     params=params, distributions=self._distributions, value=best[self._metric]
                 )
             )
+        # A point whose training failed is not tried again; any other one goes on where it stopped.
         elif not note or note.status != "failed":
             self._study.enqueue_trial(params)
             self._unfinished.append(trial)

@@ -236,6 +236,7 @@ class Space:
         if not drawn or not isinstance(search, GridSearch | TwoStageSearch):
             yield {}
             return
+        # One generator for all draws, in the order of the keys, so that each start of the sweep makes the same points.
         generator = np.random.default_rng(search.sample_seed)
         for _ in range(search.num_samples):
             yield {key: drawn_value(dimension, generator) for key, dimension in drawn.items()}
@@ -295,6 +296,7 @@ def readable(value: float) -> float:
 
 def sweep_hash(trials: list[Trial]) -> str:
     """Hex sha256 that stands for a sweep's work: the set of its trials' config hashes."""
+    # Sorted, since the order in which a space lists its keys and values is no part of the work.
     return hashlib.sha256("\n".join(sorted(trial.config_hash for trial in trials)).encode()).hexdigest()
 
 

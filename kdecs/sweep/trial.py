@@ -118,6 +118,7 @@ def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialNote:
     with each epoch, first with those of earlier attempts, so that a scheduler knows them. A refusal (KdecsError) or a
     stop ends as a note; any other error is noted and raised as long as another attempt is allowed.
     """
+    # The lock comes first: nothing may be written into the log of a trial that another process trains.
     with file_lock(directory / ".lock"), _output_to(directory / LOG_NAME):
         attempt = _Attempt(directory, run)
         try:
@@ -136,6 +137,7 @@ def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialNote:
             traceback.print_exc()
             attempt.begin()
             attempt.end("failed", f"{type(fault).__name__}: {fault}")
+            # Tune starts a trial again whose error is raised, and lets one rest that returns.
             if attempt.note.stalled <= run.max_failures:
                 raise
         return attempt.note

@@ -411,6 +411,7 @@ def _convert_replicated(engine: Any, folder: Path, target: Path) -> None:
     optimizer = saved["optimizer"]
     in_half = "fp32_groups" in optimizer  # a bf16 or fp16 wrapper around AdamW
     states = (optimizer["optimizer_state_dict"] if in_half else optimizer)["state"]
+    # In half precision training goes on from the wrapper's float32 copies, not from the rounded weights of the module.
     masters = [tensor for group in optimizer["fp32_groups"] for tensor in group] if in_half else None
     for number, (name, _) in enumerate(_trainable(engine.module)):
         weights = masters[number] if masters is not None else saved["module"][name]
@@ -423,6 +424,7 @@ def _convert_replicated(engine: Any, folder: Path, target: Path) -> None:
 
 def _set(engine: Any, parameter: nn.Parameter, weights: Tensor, *moments: Tensor) -> None:
     if engine.zero_optimization_stage() == 0:
+        # Both are set: the optimizer steps the master, and the forward reads the parameter.
         master = _master_of(engine, parameter)
         master.data.copy_(weights.view_as(master))
         parameter.data.copy_(weights.view_as(parameter))

@@ -289,6 +289,7 @@ def prepare_data(
         for epoch in range(config.optimization.epochs)
     ]
     steps = [batch for epoch in epochs for batch in epoch]
+    # Over the steps of all epochs, because DeepSpeed sizes its buffers once, when the engine starts.
     accumulation = max(
         len(micro_batches)
         for batch in steps

@@ -103,6 +103,7 @@ def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumu
     base.config.use_cache = False
     if config.zero.activation_checkpointing:
         base.activation_checkpointing_enable()
+        # A recomputed layer needs an input with a gradient, and the embeddings of a frozen base give none.
         base.enable_input_require_grads()
     tuned = base if config.lora is None else add_lora(base, config.lora, family.lora_task)
     network = TeacherNetwork(family, tuned, use_tree=False, device=runtime.device)

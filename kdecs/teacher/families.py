@@ -294,6 +294,7 @@ class CausalFamily(_LinearHead):
     ) -> Tensor:
         """Run one forward over the padded prompts."""
         ids_PT, mask_PT, answers_P = self._padded(prompts, device)
+        # Without the head, whose logits for every token of every prompt would be the largest tensor of the forward.
         output = _decoder(network)(input_ids=ids_PT, attention_mask=mask_PT, use_cache=False)
         return output.last_hidden_state[torch.arange(len(prompts), device=ids_PT.device), answers_P]
 

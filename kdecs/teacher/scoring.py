@@ -297,6 +297,7 @@ class Lockstep:
         return self._engine(prompts)
 
     def _agree(self, intent: Intent) -> Intent:
+        # The largest intent counts, so a stop or a failure of one rank reaches all of them at the same forward.
         agreed = self._exchange(Intent.STOP if self._stop.requested else intent)
         self._is_over = agreed in (Intent.STOP, Intent.FAIL)
         if agreed == Intent.STOP:

@@ -80,6 +80,7 @@ def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[Te
     # Batches of pairs need other accumulation buffers, so the engine starts over.
     engine.destroy()
     del data, engine  # before the next one is loaded: two networks may not fit
+    # The engine's hooks and the network refer to each other, so only the collector frees them.
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -238,6 +239,7 @@ class TeacherTraining:
             micro_batch_tokens=config.batches.micro_batch_tokens,
             padded=data.padded,
         )
+        # Every rank works out the shares of all, so that all agree on the number without a collective.
         num_micro_steps = max(len(share) for share in shares)
         micro_batches = shares[runtime.rank]
         num_pairs = sum(len(unit.pairs) for unit in batch)
@@ -272,6 +274,8 @@ class TeacherTraining:
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self._check_norm(float(torch.nn.utils.get_total_norm(gradients)))
         engine.step()
+        # Known only after the weights have moved. Nothing is saved before the check, so an infinite norm spoils no
+        # checkpoint.
         norm = engine.get_global_grad_norm()
         # In float16 an infinite norm is how the loss scale is found: DeepSpeed skips that step.
         if norm is not None and config.zero.dtype != "float16":
@@ -304,6 +308,8 @@ class TeacherTraining:
         # What a validation score has to beat at the very least.
         majority = [sum(labels) * 2 > len(labels)] * len(labels)
         majority_f1 = PairCounts.of(labels, majority).scores()["macro_f1"]
+        # Before the manifest: a start after a kill between the two finds the last checkpoint and installs the product
+        # again.
         files = install_product(*best_product(config, state.best_step), family, config.output)
         write_manifest(
             config.output,

@@ -70,6 +70,7 @@ def sampled_load(directory: Path, *, interval_s: float = _SAMPLE_S) -> Iterator[
 
     def append() -> None:
         line = json.dumps({"time": time.time(), **load(process)})
+        # Appended and not replaced: a kill costs half a line at most, which `read_samples` leaves out.
         with (directory / SYSTEM_NAME).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -83,6 +84,7 @@ def sampled_load(directory: Path, *, interval_s: float = _SAMPLE_S) -> Iterator[
         yield
     finally:
         ended.set()
+        # Two threads must not write at the same time, or their lines would mix.
         sampler.join()
         append()
 

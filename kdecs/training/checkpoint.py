@@ -255,6 +255,7 @@ def install_best(output: Path, epoch: int, names: Iterable[str], *, optional: It
                 f"{source}: missing, but the checkpoint names it; remove {output} to start the training again"
             )
     fsync(output)
+    # Only once the new names are on the disk may the folder go that they came from.
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -195,6 +195,8 @@ class EpochLoop:
 
     def _train_epoch(self) -> None:
         settings, state, runtime = self.settings, self.state, self.runtime
+        # The whole order at once: it depends on seed and epoch alone, so a resume leaves out the batches that were
+        # taken.
         batches = settings.epoch_batches(state.epoch)
         self.task.model.train()  # Transformers loads a model in evaluation mode
         began = last_line = time.monotonic()
@@ -323,6 +325,7 @@ class GuardedSteps:
             group["lr"] = learning_rate * group.get("rate_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # With several ranks these are the averaged gradients already, so every rank clips alike.
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         with torch.no_grad():
             # The gradients' norm is not finite if one gradient is not. Once False, the flag stays False.
@@ -409,6 +412,7 @@ def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, Floats]:
     Every rank gets as many rows as the largest share, so that all ranks reach the collectives: shorter shares are
     padded with rows of weight 0.
     """
+    # The rows of a batch are of similar length, so a deal in turn gives every rank about as much to compute.
     share = rows[rank::world_size]
     missing = -(-len(rows) // world_size) - len(share)
     weights = np.ones(len(share) + missing, dtype=np.float32)
@@ -421,6 +425,7 @@ def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, Floats]:
 def learning_rate_at(step: int, total_steps: int, optimization: Optimization) -> float:
     """Linear warm-up over the first share of the steps, then linear decay that would reach 0 after the last."""
     warmup = math.ceil(total_steps * optimization.warmup_share)
+    # One step further than `step` says, or the first step would have a rate of 0 and move nothing.
     if step < warmup:
         return optimization.learning_rate * (step + 1) / warmup
     return optimization.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
@@ -460,6 +465,7 @@ def adamw(
             for (is_head, is_decayed), parameters in groups.items()
         ],
         lr=optimization.learning_rate,
+        # The AdamW that reads `found_inf` (GuardedSteps), and one kernel for all parameters.
         fused=True,
     )
 

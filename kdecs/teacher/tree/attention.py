@@ -120,6 +120,7 @@ def block_mask(ends_N: np.ndarray, device: torch.device) -> BlockMask:
     padded = num_blocks * FLEX_BLOCK - size
     starts = np.arange(num_blocks) * FLEX_BLOCK
     stops = np.minimum(starts + FLEX_BLOCK, size)
+    # Padding must not count: its subtrees end at 0 for the latest end and at N for the earliest.
     latest = np.pad(ends_N, (0, padded)).reshape(num_blocks, FLEX_BLOCK).max(1)
     earliest = np.pad(ends_N, (0, padded), constant_values=size).reshape(num_blocks, FLEX_BLOCK).min(1)
     is_before = starts[None, :] < starts[:, None]
@@ -200,6 +201,7 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, blocks: TreeBlocks, scal
     num_blocks, _, block, num_keys = blocks.is_seen_B1QK.shape
     _, heads, size, width = query.shape
     groups = key.shape[1]
+    # Filled up to whole blocks; the last line cuts the added rows off.
     filled = nn.functional.pad(query[0].transpose(0, 1), (0, 0, 0, 0, 0, num_blocks * block - size))
     query_BGRQD = filled.view(num_blocks, block, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
     key_BGKD, value_BGKD = (
