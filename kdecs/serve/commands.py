@@ -13,7 +13,9 @@ _MIN_TOKEN_CHARACTERS = 16
 
 
 def serve(
-    student: Annotated[Path, typer.Option(metavar="DIR", help="Directory of a trained student.")],
+    student: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of a trained student, or of its export.")
+    ],
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="The address to listen on; any but loopback needs a token.")
     ] = "127.0.0.1",
@@ -53,8 +55,7 @@ def serve(
     if token is None and not _is_loopback(host):
         raise KdecsError(
             f"--host {host}: other machines can reach this address, so the server needs a token; write one into a "
-            "file (python -c 'import secrets; print(secrets.token_urlsafe())') and give --token-file FILE, or listen "
-            "on 127.0.0.1"
+            "file (head -c 24 /dev/urandom | base64 > token) and give --token-file token, or listen on 127.0.0.1"
         )
     if token is not None and (
         len(token) < _MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable()
@@ -62,10 +63,10 @@ def serve(
         raise KdecsError(
             f"{token_file or 'KDECS_SERVE_TOKEN'}: found a token that is too short or holds other than printable ASCII "
             f"characters, expected one line of at least {_MIN_TOKEN_CHARACTERS}; make one with: "
-            "python -c 'import secrets; print(secrets.token_urlsafe())'"
+            "head -c 24 /dev/urandom | base64"
         )
     try:
-        from kdecs.serve.server import OPEN_PATHS, Batcher, make_app
+        from kdecs.serve.server import OPEN_PATHS, Batchers, make_app
     except ImportError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
@@ -75,20 +76,17 @@ def serve(
     with listen(host, port) as listener:
         from kdecs.student.predict.predictor import Student
 
-        batcher = Batcher(Student.from_pretrained(student, device=device), batch_tokens=batch_tokens)
-        app = guarded(
-            make_app(batcher, timeout_s=timeout),
-            own_names(host, allowed_host or []),
-            token=token,
-            open_paths=OPEN_PATHS,
-        )
-        batcher.start()
-        try:
+        loaded = Student.from_pretrained(student, device=device)
+        with Batchers(loaded, batch_tokens=batch_tokens) as batchers:
+            app = guarded(
+                make_app(batchers, timeout_s=timeout),
+                own_names(host, allowed_host or []),
+                token=token,
+                open_paths=OPEN_PATHS,
+            )
             say(f"{student}: {address_of(listener)} (Ctrl-C ends it)")
             # A request may wait for its whole time, and then its answer has to be sent.
             run_server(app, listener, stop_after_s=timeout + 5)
-        finally:
-            batcher.stop()
 
 
 def _is_loopback(host: str) -> bool:

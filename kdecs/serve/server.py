@@ -8,7 +8,8 @@
 Every refusal is {"error": one line}. `kdecs.serve.guard` stands before the application.
 
 Requests that arrive while the student works wait for one thread, which takes dialogues of all of them in turn: pairs
-of several requests share a batch, and a list of many dialogues does not hold up a single one for long.
+of several requests share a batch, and a list of many dialogues does not hold up a single one for long. Requests with a
+dialogue of more than a thousand pairs have another thread.
 """
 
 import asyncio
@@ -275,6 +276,30 @@ class Batcher:
                 job.result.set_result(job.found)
 
 
+class Batchers:
+    """Two batchers of one student: requests with a long dialogue have their own, so that others do not wait for it."""
+
+    def __init__(self, student: Streams, *, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+        self._usual, self._long = (Batcher(student, batch_tokens=batch_tokens) for _ in range(2))
+
+    def __enter__(self) -> "Batchers":
+        self._usual.start()
+        self._long.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._usual.stop()
+        self._long.stop()
+
+    def submit(
+        self, dialogues: list[Dialogue], max_distance: int | None, ended: threading.Event
+    ) -> "Future[Found]":
+        """The future predictions of one request, in order. Its work stops once `ended` is set."""
+        most = max((num_candidates(len(one.utterances), max_distance) for one in dialogues), default=0)
+        batcher = self._long if most > PAIRS_PER_GROUP else self._usual
+        return batcher.submit(dialogues, max_distance, ended)
+
+
 # --- The application ---------------------------------------------------------------------------------------------
 
 
@@ -306,7 +331,7 @@ class _StrictRoute(APIRoute):
         return strictly
 
 
-def make_app(batcher: Batcher, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> FastAPI:
+def make_app(batchers: Batchers, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> FastAPI:
     """The application, without the guard that belongs before it."""
     refused: dict[int | str, dict[str, Any]] = {
         400: {"model": Refused, "description": "The body is no JSON"},
@@ -398,7 +423,7 @@ def make_app(batcher: Batcher, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> FastA
         dialogues = await asyncio.to_thread(
             bounded_dialogues, rows, options.max_distance, word="item", first=1
         )
-        job = batcher.submit(dialogues, options.max_distance, request_ended.get() or threading.Event())
+        job = batchers.submit(dialogues, options.max_distance, request_ended.get() or threading.Event())
         try:
             found = await asyncio.wait_for(asyncio.wrap_future(job), timeout_s)
         except TimeoutError:

@@ -12,7 +12,7 @@ import pytest
 from kdecs.corpus.reading import bundled_sample, parse_dialogue
 from kdecs.evaluation.predictions import Prediction
 from kdecs.serve.guard import guarded, own_names
-from kdecs.serve.server import OPEN_PATHS, Batcher, make_app
+from kdecs.serve.server import OPEN_PATHS, Batchers, make_app
 from kdecs.student.predict import streaming
 from kdecs.student.predict.page import PageWriter
 from kdecs.student.predict.streaming import PairPrediction
@@ -66,15 +66,13 @@ def browser():
 @pytest.fixture(scope="module")
 def addresses(serving):
     """Two servers of the same student: one open, one with a token."""
-    batcher = Batcher(Rules())
-    batcher.start()
     names = own_names("127.0.0.1", [])
     with (
-        serving(guarded(make_app(batcher), names)) as port,
-        serving(guarded(make_app(batcher), names, token=TOKEN, open_paths=OPEN_PATHS)) as locked,
+        Batchers(Rules()) as batchers,
+        serving(guarded(make_app(batchers), names)) as port,
+        serving(guarded(make_app(batchers), names, token=TOKEN, open_paths=OPEN_PATHS)) as locked,
     ):
         yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{locked}"
-    batcher.stop()
 
 
 @pytest.fixture
@@ -113,7 +111,7 @@ def predict(page, text):
 def test_typed_lines_show_emotions_causes_spans_and_scores(addresses, open_page):
     page = open_page(addresses[0])
     predict(page, LINES)
-    assert page.inner_text("#status") == "3 utterances, 2 of them with 4 causes."
+    assert page.inner_text("#status") == "3 utterances; 4 causes found, for 2 of them."
     badges = ["Emotion: fear", "Emotion: neutral", "Emotion: gratitude"]
     assert page.locator(".turn .badge").all_text_contents() == badges
     # The emoji counts as one character in Python and as two in JavaScript.

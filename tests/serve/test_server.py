@@ -22,7 +22,7 @@ from kdecs.errors import DialogueError, KdecsError
 from kdecs.evaluation.predictions import Prediction
 from kdecs.serve import guard
 from kdecs.serve.guard import guarded, own_names
-from kdecs.serve.server import OPEN_PATHS, Batcher, DialogueOut, make_app
+from kdecs.serve.server import OPEN_PATHS, Batcher, Batchers, DialogueOut, make_app
 from kdecs.student.predict import streaming
 from kdecs.student.predict.streaming import PairPrediction
 
@@ -39,6 +39,7 @@ class Fake:
     def __init__(self):
         self.gate = threading.Event()
         self.gate.set()
+        self.long_gate = threading.Event()
         self.groups = []
         self.texts = []
 
@@ -51,6 +52,8 @@ class Fake:
         self.gate.wait(30)
         texts = {pair.dialogue.utterances[0].text for pair in pairs}
         self.texts += texts
+        if "long" in texts:
+            self.long_gate.wait(30)
         if "unreadable" in texts:
             raise DialogueError("dialogue x: no token is left of it")
         if "deadly" in texts:
@@ -77,11 +80,9 @@ def start(serving):
     with ExitStack() as stack:
 
         def start(student, *, token=None, **options):
-            batcher = Batcher(student)
-            batcher.start()
-            stack.callback(batcher.stop)
+            batchers = stack.enter_context(Batchers(student))
             app = guarded(
-                make_app(batcher, **options), own_names("127.0.0.1", []), token=token, open_paths=OPEN_PATHS
+                make_app(batchers, **options), own_names("127.0.0.1", []), token=token, open_paths=OPEN_PATHS
             )
             return stack.enter_context(serving(app))
 
@@ -158,11 +159,11 @@ def test_a_body_that_is_no_dialogue_is_refused_in_one_line(module_port, ask, bod
 
 @pytest.fixture(scope="module")
 def module_port(serving):
-    batcher = Batcher(Fake())
-    batcher.start()
-    with serving(guarded(make_app(batcher), own_names("127.0.0.1", []))) as port:
+    with (
+        Batchers(Fake()) as batchers,
+        serving(guarded(make_app(batchers), own_names("127.0.0.1", []))) as port,
+    ):
         yield port
-    batcher.stop()
 
 
 @pytest.mark.parametrize(
@@ -328,6 +329,17 @@ def test_a_long_list_does_not_hold_up_a_single_dialogue():
     assert order == ["single", "long", "list"]
 
 
+def test_a_long_dialogue_does_not_hold_up_a_short_one(start, ask, fake):
+    port = start(fake)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, port, "POST", "/v1/predict", dialogue_of(46, "long"))
+        wait_until(lambda: fake.texts, "the long dialogue is worked on")
+        assert ask(port, "POST", "/v1/predict", SHORT).status == 200
+        assert not long.done()
+        fake.long_gate.set()
+        assert len(long.result().json["predictions"]) == 46 * 47 // 2
+
+
 def test_a_stop_ends_what_waits():
     fake = Fake()
     fake.gate.clear()
@@ -399,11 +411,11 @@ def test_the_process_answers_and_finishes_its_requests_when_it_is_asked_to_end(a
         assert ask(port, "POST", "/v1/predict", SHORT).status == 200
         assert ask(port, "GET", "/health", Host="evil.example").status == 403
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(ask, port, "POST", "/v1/predict", dialogue_of(60))
+            asked = pool.submit(ask, port, "POST", "/v1/predict", dialogue_of(30))
             time.sleep(0.5)
             os.kill(process.pid, signal.SIGTERM)
             answer = asked.result()
-        assert answer.status == 200 and len(answer.json["predictions"]) == 60 * 61 // 2
+        assert answer.status == 200 and len(answer.json["predictions"]) == 30 * 31 // 2
         assert (process.wait(60), process.stderr.read()) == (0, "")
     finally:
         process.kill()
