@@ -120,6 +120,7 @@ def load_pretrained(
             str(reference),
             config=config,
             dtype=dtype,
+            # Never a pickle, whatever else the directory offers.
             use_safetensors=True,
             output_loading_info=True,
             **safe,

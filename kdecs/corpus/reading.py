@@ -144,6 +144,7 @@ class LineDialogues:
     def _line_starts(self) -> "array[int]":
         """The byte at which each line that is not blank begins: a scan for line ends, without parsing."""
         if self._starts is None:
+            # A list of integers would take four times the memory.
             starts, place = array("q"), 0
             with self.path.open("rb") as file:
                 for line in file:

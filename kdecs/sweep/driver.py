@@ -106,6 +106,7 @@ def run_sweep(
     # What can be refused is refused before the directory exists, and before --build trains teachers for hours.
     tracking_uri(config.tracking, config.output)
     search = Search(config, planned=bool(missing))
+    # A TPE search has no trial before its first suggestion.
     corpus = (search.stage().trials or (search.example,))[0].config.corpus
     valid = read_split(corpus, corpus.valid).dialogues
     require_causes(corpus.valid, (pair.is_cause for dialogue in valid for pair in pairs_of(dialogue)))

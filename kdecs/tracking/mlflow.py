@@ -362,6 +362,7 @@ class _MlflowRun:
         artifacts = [path for path in record.artifacts if path.is_file()]
         digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
         for path in artifacts:
+            # By content: a resume writes the same files again, and MLflow need not get them again.
             digest.update(path.read_bytes())
         if self.tags.get(_DESCRIBED_TAG) == digest.hexdigest()[:16]:
             return
@@ -415,6 +416,7 @@ class _MlflowRun:
                 num_sent += 1
             self.client.log_batch(self.id, metrics=metrics)
             self.num_samples = num_sent
+            # After the batch: a kill in between has samples sent twice, never left out.
             self._set_tag(_SAMPLES_TAG, str(num_sent))
 
     def add_figures(self, record: RunRecord) -> None:

@@ -42,10 +42,12 @@ def register_student(
     def register() -> str:
         name, client = tracker.config.registered_model, tracker.client
         run_id = tracker.ensure(record)
+        # By its run: a registration that was interrupted finds its version and adds what it lacks.
         versions = client.search_model_versions(f"name = '{name}'")
         version = next((found.version for found in versions if found.run_id == run_id), None)
         version = version or _log_student(tracker, record, run_id, directory)
         tracker.log_final(record)
+        # Before the alias: whoever becomes champion is compared with the next student by these tags.
         tags = {"kdecs.valid": corpus_checksum, "kdecs.metric": metric, "kdecs.score": repr(score)}
         for key, value in tags.items():
             client.set_model_version_tag(name, version, key, value)

@@ -331,6 +331,7 @@ class GuardedSteps:
             # The gradients' norm is not finite if one gradient is not. Once False, the flag stays False.
             self.is_finite &= torch.isfinite(norm) & torch.isfinite(loss)
             if self.optimizer.defaults.get("fused"):
+                # By name, since torch's type of an optimizer does not declare it.
                 setattr(self.optimizer, "found_inf", (~self.is_finite).float())  # noqa: B010
             self.optimizer.step()
 
@@ -378,7 +379,9 @@ def grouped_batches(
     # The end of each batch lies where the cumulative rows are nearest to its share; each batch has at least one group.
     ends = np.cumsum(sizes_G[order])
     wanted = ends[-1] * np.arange(1, num_batches) / num_batches
+    # Against the middle of each group: a group belongs to the batch in which most of it lies.
     cuts = np.searchsorted(ends - sizes_G[order] / 2, wanted)
+    # Pushed apart from the left, then from the right: however large a group is, no batch may be empty.
     spare = np.arange(1, num_batches)
     cuts = np.maximum.accumulate(np.maximum(cuts, 1) - spare) + spare
     cuts = np.minimum(cuts, len(order) - num_batches + spare)
