@@ -183,6 +183,7 @@ def student_branch(
     """Eq. 5 after the target clause, from the space on: the same text for every target that has this candidate."""
     u_j = dialogue.utterances[candidate - 1]
     writer = _Writer()
+    # The space is the branch's, because tokenizers join a space to the word after it.
     writer.add(" ")
     connective_mask = None
     if variant.has_connective:

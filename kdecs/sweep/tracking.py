@@ -47,6 +47,7 @@ def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult
 def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunRecord:
     """The record of a trial. Its parent is filled in once the sweep's run is known."""
     config = trial.config
+    # Names and no paths, so that a trial has the same parameters on every machine.
     params = {
         "seed": trial.seed,
         "alpha": config.distillation.alpha,

@@ -102,6 +102,7 @@ def combined_labels(
     weights_Kn = weights_Kn / weights_Kn.sum(axis=0)
     with np.errstate(divide="ignore"):  # a teacher that does not count has weight 0
         log_w_Kn = np.log(weights_Kn)
+    # The mass outside the answer words is mixed as probabilities under every rule.
     log_rest_n = np.logaddexp.reduce(log_rest_Kn.astype(np.float64) + log_w_Kn, axis=0)
     if rule == "mean-logit":
         mixed_nA = log_softmax((weights_Kn[..., None] * log_p_KnA).sum(axis=0), axis=-1)

@@ -48,6 +48,7 @@ def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:
         raise CorpusError(
             f"{config.corpus.train}: {len(items)} dialogues for {config.num_folds} folds; lower num_folds"
         )
+    # Sorted by hash, so that the order of the file decides nothing, and dealt in turn, so that folds are of equal size.
     rank = {digest: place for place, digest in enumerate(items)}
     return {name: rank[digest] % config.num_folds for name, digest in digests.items()}
 
