@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -92,9 +93,11 @@ def corpus_tokenizer(corpus_file: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def first_dialogues(corpus_file: Path, directory: Path, count: int) -> Path:
-    """A RECCON file of a corpus's first dialogues: a benchmark of some batches needs no more tokenised."""
+def some_dialogues(corpus_file: Path, directory: Path, count: int) -> Path:
+    """A RECCON file of some of a corpus's dialogues, evenly spaced: a benchmark of some batches tokenises no more."""
     raw = json.loads(corpus_file.read_text(encoding="utf-8-sig"))
+    keys = list(raw)
     path = directory / corpus_file.name
-    path.write_text(json.dumps({key: raw[key] for key in list(raw)[:count]}), encoding="utf-8")
+    places = np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(int)
+    path.write_text(json.dumps({keys[place]: raw[keys[place]] for place in places}), encoding="utf-8")
     return path

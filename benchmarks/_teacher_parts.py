@@ -6,7 +6,6 @@ that shape with a byte-level tokenizer trained on the corpus at hand; a record s
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import ROOT, Rates, alternate, corpus_split, write_record
+from record import ROOT, Rates, alternate, corpus_split, write_rates
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -176,36 +175,14 @@ def as_baseline(network: nn.Module) -> nn.Module:
     return network
 
 
-@dataclass
-class CpuSeconds:
-    """Processor seconds of each side: what other programs on the machine take away is not in them."""
+def measure(ours: Callable[[], float], baseline: Callable[[], float], *, rounds: int) -> Rates:
+    """Alternating rounds as `record.alternate` takes them, after each side has run once untimed.
 
-    ours: float = 0.0
-    baseline: float = 0.0
-
-
-def measure(
-    ours: Callable[[], float], baseline: Callable[[], float], *, rounds: int
-) -> tuple[Rates, CpuSeconds]:
-    """Alternating rounds as `record.alternate` takes them, and the processor seconds of both sides.
-
-    Each side runs once untimed. Ours then does its job OUR_REPEATS times a round: a round of a few seconds says little.
+    Ours does its job OUR_REPEATS times a round: a round of a few seconds says little.
     """
-    spent = CpuSeconds()
     ours()
     baseline()
-
-    def timed(side: Callable[[], float], name: str, repeats: int) -> Callable[[], float]:
-        def run() -> float:
-            started = time.process_time()
-            amount = sum(side() for _ in range(repeats))
-            setattr(spent, name, getattr(spent, name) + (time.process_time() - started) / repeats)
-            return amount
-
-        return run
-
-    sides = timed(ours, "ours", OUR_REPEATS), timed(baseline, "baseline", 1)
-    return alternate(*sides, rounds=rounds), spent
+    return alternate(lambda: sum(ours() for _ in range(OUR_REPEATS)), baseline, rounds=rounds)
 
 
 def spread(rates: Rates) -> float:
@@ -216,7 +193,7 @@ def spread(rates: Rates) -> float:
 def report(
     record: tuple[str, float | None, str],
     job: Job,
-    measured: tuple[Rates, CpuSeconds],
+    rates: Rates,
     arguments: argparse.Namespace,
     *,
     tokens_in_forwards: int,
@@ -224,16 +201,12 @@ def report(
 ) -> None:
     """Write a record of pairs a second, or print it with `--dry`. `record`: name, target, name of the baseline."""
     name, target, baseline_name = record
-    rates, spent = measured
     details = {
         "network": job.network_name,
         "pairs": len(job.pairs),
         "dialogues": len({pair.dialogue.id for pair in job.pairs}),
         "rounds": arguments.rounds,
-        "ratios": rates.ratios,
         "spread": spread(rates),
-        "ratio_of_cpu_seconds": spent.baseline / spent.ours,
-        "threads": torch.get_num_threads(),
         **details,
         "tokens_in_forwards": tokens_in_forwards,
         "tokens_a_pair": job.tokens_a_pair,
@@ -242,12 +215,9 @@ def report(
     if arguments.dry:
         print(name, rates.ratio, details)
         return
-    write_record(
+    write_rates(
         name,
-        unit="pairs/s",
-        ours=float(np.median(rates.ours)),
-        baseline=float(np.median(rates.baseline)),
-        ratio=rates.ratio,
+        rates,
         baseline_name=baseline_name,
         corpus=job.corpus,
         dtype=arguments.dtype,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _student_parts import SHAPES, make_base
-from record import alternate, corpus_split, write_record
+from record import alternate, corpus_split, write_rates
 from torch import nn
 
 from kdecs.corpus.pairs import pairs_of
@@ -85,23 +85,13 @@ def main() -> None:
             theirs, pair_tokens = side(base, "pair", dialogues, trains=trains)
             rates = alternate(ours, theirs, rounds=arguments.rounds)
             suffix = "" if arguments.shape == "minilm" else f"_{arguments.shape}"
-            write_record(
+            write_rates(
                 f"masked_teacher_{what}_tree_vs_pair{suffix}",
-                unit="pairs/s",
-                ours=float(np.median(rates.ours)),
-                baseline=float(np.median(rates.baseline)),
-                ratio=rates.ratio,
+                rates,
                 baseline_name=f"the layout pair, {SHAPES[arguments.shape].description}",
                 corpus=corpus,
-                dtype="float32",
                 target=2.5,
-                details={
-                    "ratios": rates.ratios,
-                    "dialogues": len(dialogues),
-                    "tokens": tokens,
-                    "pair_tokens": pair_tokens,
-                    "threads": torch.get_num_threads(),
-                },
+                details={"dialogues": len(dialogues), "tokens": tokens, "pair_tokens": pair_tokens},
             )
 
 

@@ -27,10 +27,16 @@ PACKAGES = ("kdecs", "torch", "transformers", "peft", "deepspeed", "ray", "mlflo
 
 @dataclass(frozen=True)
 class Rates:
-    """Work per second of both sides, a value a round, taken alternately."""
+    """Work per second of both sides, a value a round, taken alternately.
+
+    `ours_cpu` and `baseline_cpu` are per second of this process's processor time, which leaves out what other programs
+    take from the machine.
+    """
 
     ours: list[float]
     baseline: list[float]
+    ours_cpu: list[float]
+    baseline_cpu: list[float]
 
     @property
     def ratios(self) -> list[float]:
@@ -42,16 +48,22 @@ class Rates:
         """The median round's ratio."""
         return statistics.median(self.ratios)
 
+    @property
+    def by_processor(self) -> "Rates":
+        """The same rounds with processor seconds in the place of seconds."""
+        return Rates(self.ours_cpu, self.baseline_cpu, self.ours_cpu, self.baseline_cpu)
+
 
 def alternate(ours: Callable[[], float], baseline: Callable[[], float], *, rounds: int = 3) -> Rates:
     """Run both sides in turn. Each call does its job once and returns the units of work it did (pairs, rows)."""
-    rates = Rates([], [])
+    rates = Rates([], [], [], [])
     for number in range(rounds):
-        order = ((ours, rates.ours), (baseline, rates.baseline))
-        for side, taken in order if number % 2 == 0 else reversed(order):
-            started = time.perf_counter()
+        order = ((ours, rates.ours, rates.ours_cpu), (baseline, rates.baseline, rates.baseline_cpu))
+        for side, taken, taken_cpu in order if number % 2 == 0 else reversed(order):
+            started, started_cpu = time.perf_counter(), time.process_time()
             amount = side()
             taken.append(amount / (time.perf_counter() - started))
+            taken_cpu.append(amount / (time.process_time() - started_cpu))
     return rates
 
 
@@ -118,6 +130,49 @@ def write_record(
         flush=True,
     )
     return record
+
+
+def write_rates(
+    name: str,
+    rates: Rates,
+    *,
+    work: str = "pairs",
+    baseline_name: str,
+    corpus: str,
+    dtype: str = "float32",
+    target: float | None = None,
+    details: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the record of alternating rounds: both medians, and the median round's ratio.
+
+    With one thread, seconds are those of the processor: on an idle machine they are the clock's, and on a shared one
+    only they are what the job takes. With more threads they would count those that wait for one another, so the clock's
+    are taken. The other ratio stands beside it in the details.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    one_thread = threads == 1 and not device_name()
+    timed = rates.by_processor if one_thread else rates
+    return write_record(
+        name,
+        unit=f"{work} per processor second" if one_thread else f"{work}/s",
+        ours=statistics.median(timed.ours),
+        baseline=statistics.median(timed.baseline),
+        ratio=timed.ratio,
+        baseline_name=baseline_name,
+        corpus=corpus,
+        dtype=dtype,
+        target=target,
+        details={
+            "timed_by": "processor seconds" if one_thread else "the clock",
+            "threads": threads,
+            "ratios": timed.ratios,
+            "ratio_by_the_clock": rates.ratio,
+            "ratio_of_cpu_seconds": rates.by_processor.ratio,
+            **(details or {}),
+        },
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from _student_parts import corpus_tokenizer, first_dialogues
-from record import alternate, corpus_split, write_record
+from _student_parts import corpus_tokenizer, some_dialogues
+from record import alternate, corpus_split, write_rates
 
 from kdecs.corpus.cache import CorpusCache, open_cache
 from kdecs.corpus.encoding import PairEncoder
@@ -66,8 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         path, corpus = corpus_split("train")
-        path = first_dialogues(path, directory, arguments.dialogues)
-        warm = first_dialogues(corpus_split("valid")[0], directory, 3)
+        path = some_dialogues(path, directory, arguments.dialogues)
+        warm = some_dialogues(corpus_split("valid")[0], directory, 3)
         tokenizer = corpus_tokenizer(path)
         tokenizer.save_pretrained(directory / "base")
         cache = open_cache(path, PairEncoder(tokenizer, 512), directory / "cache")
@@ -102,21 +102,13 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory = pool.apply(_memory_of_reading, (warm, path, directory / "base", directory / "cache"))
         size = sum(file.stat().st_size for file in cache.directory.iterdir()) / 2**20
-    write_record(
+    write_rates(
         "student_data",
-        unit="pairs/s",
-        ours=float(np.median(rates.ours)),
-        baseline=float(np.median(rates.baseline)),
-        ratio=rates.ratio,
+        rates,
         baseline_name="tokenising each pair when it is asked for",
         corpus=corpus,
         dtype="int32",
-        details={
-            "pairs": len(rows),
-            "cache_mib": size,
-            "private_mib_a_process": memory,
-            "ratios": rates.ratios,
-        },
+        details={"pairs": len(rows), "cache_mib": size, "private_mib_a_process": memory},
     )
 
 

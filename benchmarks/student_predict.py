@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _student_parts import SHAPES, first_dialogues, make_base
-from record import alternate, corpus_split, write_record
+from _student_parts import SHAPES, make_base, some_dialogues
+from record import alternate, corpus_split, write_rates
 
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair, candidate_pairs
@@ -137,21 +137,13 @@ def measure_trees(tree: Student, pair: Student, dialogues: list[Dialogue], corpu
         lambda: float(len(pair.predict(dialogues))),
         rounds=rounds,
     )
-    write_record(
+    write_rates(
         "student_predict_tree_vs_pair",
-        unit="pairs/s",
-        ours=float(np.median(rates.ours)),
-        baseline=float(np.median(rates.baseline)),
-        ratio=rates.ratio,
+        rates,
         baseline_name="the layout pair, MiniLM-L6's shape (6 layers of 384)",
         corpus=corpus,
-        dtype="float32",
         target=2.5,
-        details={
-            "ratios": rates.ratios,
-            "dialogues": len(dialogues),
-            "threads": torch.get_num_threads(),
-        },
+        details={"dialogues": len(dialogues)},
     )
 
 
@@ -166,7 +158,7 @@ def main() -> None:
     path, corpus = corpus_split("valid")
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        student = make_student(directory, first_dialogues(corpus_split("train")[0], directory, 60))
+        student = make_student(directory, some_dialogues(corpus_split("train")[0], directory, 60))
         tokenizer = load_tokenizer(str(directory / "base"))
         dialogues = dialogues_that_fit(tokenizer, path, arguments.dialogues)
         pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
@@ -183,20 +175,14 @@ def main() -> None:
             return float(len(plain_loop(student, tokenizer, pairs)[0]))
 
         rates = alternate(ours, baseline, rounds=arguments.rounds)
-    write_record(
+    write_rates(
         "student_predict_vs_plain_loop",
-        unit="pairs/s",
-        ours=float(np.median(rates.ours)),
-        baseline=float(np.median(rates.baseline)),
-        ratio=rates.ratio,
+        rates,
         baseline_name="a plain loop over pairs in batches of 16",
         corpus=corpus,
-        dtype="float32",
         details={
-            "ratios": rates.ratios,
             "pairs": len(pairs),
             "dialogues": len(dialogues),
-            "threads": torch.get_num_threads(),
             "largest_score_difference": difference,
         },
     )

@@ -1,19 +1,21 @@
 """Training a student: pairs a second against transformers' Trainer, and TextBrewer's loop, on the same prompts.
 
-Both sides train an encoder of one shape on the same pairs in batches of 16, float32, two cores: AdamW, clipping,
-linear schedule. The pairs are those of some batches of an epoch, evenly spaced by length: few batches drawn at random
-would not be of like length, as an epoch's are. The Trainer trains `*ForMaskedLM` on the words at the two masks, as its
-users do: the pairs in random order, padded to a batch's longest prompt, the head over the whole vocabulary. TextBrewer
-distils into the same network from logits that cost nothing. Ours is a step as `launch/train_student.py` takes it, span
-heads included. Checked in the same run: our loss of a batch is that of the whole model's logits in a loop over pairs,
-to 1e-5. Prompts have up to 512 tokens. Few steps flatter the Trainer, whose batches then meet few long prompts: of the
-padding that it has over all of these dialogues, 2.2 tokens for one of ours, 3 steps show 1.5, 8 show 2.0, 12 show 2.2.
+Both sides train an encoder of one shape on the same pairs in batches of 16, float32: AdamW, clipping, linear schedule.
+The pairs are those of some batches of an epoch, chosen so that a pair costs what it costs in the epoch. The Trainer
+trains `*ForMaskedLM` on the words at the two masks, as its users do: the pairs in random order, padded to a batch's
+longest prompt, the head over the whole vocabulary. TextBrewer distils into the same network from logits that cost
+nothing. Ours is a step as `launch/train_student.py` takes it, span heads included. Checked in the same run: our loss of
+a batch is that of the whole model's logits in a loop over pairs, to 1e-5. Prompts have up to 512 tokens. Few steps
+flatter the Trainer, whose batches then meet few long prompts: of the padding that it has over all of these dialogues,
+2.2 tokens for one of ours, 3 steps show 1.5, 8 show 2.0, 12 show 2.2.
 
 Blocks of 16 MiB and more go back to the system when they are freed, on both sides: glibc would keep those below 32 MiB,
 in fragments, and at RoBERTa-base's shape the Trainer outgrows 24 GiB.
 
 `--against pair` sets our step over trees (`model.layout: tree`) against our step over pairs, and `--layout tree` sets
-it against the Trainer: in both, the sides train on the same pairs, each in batches of about 16 made in its own way.
+it against the Trainer: each side takes batches of about 16 pairs that are like those of an epoch of its layout.
+
+With one thread (OMP_NUM_THREADS=1) a record counts processor seconds, which other programs do not change.
 
 `--against eager` sets our step with a compiled encoder (`compile: true`) against our step without; compiling comes
 before, and its seconds stand in the record.
@@ -37,8 +39,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _student_parts import SHAPES, Shape, first_dialogues, make_base
-from record import alternate, corpus_split, write_record
+from _student_parts import SHAPES, Shape, make_base, some_dialogues
+from record import alternate, corpus_split, write_rates
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -73,6 +75,11 @@ class Job:
         return np.concatenate([rows for batch in self.batches for rows in batch])
 
     @property
+    def num_targets(self) -> int:
+        """The targets that the pairs of all batches belong to, in the layout tree."""
+        return len(np.unique(self.task.data.train.trunk_row[self.rows]))
+
+    @property
     def num_tokens(self) -> int:
         """The tokens of all batches, padding included."""
         ones = np.ones(len(self.rows), dtype=np.float32)
@@ -88,16 +95,12 @@ def make_job(
     *,
     is_compiled: bool = False,
     layout: str = "pair",
-    same_rows: np.ndarray | None = None,
 ) -> tuple[Job, str]:
-    """A trainer over the corpus, and `num_steps` of its first epoch's batches, evenly spaced by length.
-
-    With `same_rows` (another layout's choice) these rows instead, in batches of like length.
-    """
+    """A trainer over the corpus, and `num_steps` of its first epoch's batches."""
     directory.mkdir(exist_ok=True)
     train, corpus = corpus_split("train")
-    train = first_dialogues(train, directory, 60)
-    valid = first_dialogues(corpus_split("valid")[0], directory, 3)
+    train = some_dialogues(train, directory, 60)
+    valid = some_dialogues(corpus_split("valid")[0], directory, 3)
     base = make_base(directory / "base", shape, train)
     values = {
         "output": str(directory / "student"),
@@ -114,20 +117,42 @@ def make_job(
     config.output.mkdir()
     runtime = Runtime(0, 0, 1, torch.device("cpu"))
     task, loop = prepare(config, config_hash(config), runtime, StopSignal())
-    lengths = task.data.train.num_tokens
-    if same_rows is not None:
-        ordered = same_rows[np.argsort(lengths[same_rows], kind="stable")]
-        batches = [[rows] for rows in np.array_split(ordered, round(len(ordered) / BATCH_PAIRS))]
-        return Job(base, batches, task, loop), corpus
     batches = loop.settings.epoch_batches(0)
     if layout == "pair":
         batches = [batch for batch in batches if len(batch[0]) == BATCH_PAIRS]
-        batches.sort(key=lambda batch: lengths[batch[0]].max())
-    else:
-        sizes = {id(g): int(t) for g, t in zip(loop.settings.groups, loop.settings.group_tokens, strict=True)}
-        batches.sort(key=lambda batch: sum(sizes[id(group)] for group in batch))
-    chosen = (np.arange(num_steps) + 0.5) * len(batches) / num_steps
-    return Job(base, [batches[int(place)] for place in chosen], task, loop), corpus
+    chosen = representative(task, batches, num_steps)
+    return Job(base, [batches[place] for place in chosen], task, loop), corpus
+
+
+def representative(task: StudentTask, batches: list[list[np.ndarray]], num_steps: int) -> list[int]:
+    """Of 300 seeded draws of an epoch's batches the one most like the epoch in what a pair costs.
+
+    A few batches drawn blindly may share twice as much as the epoch does (a target has from 1 to 30 pairs), or hold
+    prompts of half the length.
+    """
+    cache = task.data.train
+
+    def sizes(batch: list[np.ndarray]) -> tuple[int, ...]:
+        """Pairs, and what their cost depends on: tokens, and how long their sequences are."""
+        rows = np.concatenate(batch)
+        branches = cache.num_tokens[rows]
+        if cache.layout == "pair":
+            tokens = int(branches.max()) * len(rows)
+            return len(rows), tokens, tokens * int(branches.max())
+        trunks = sum(int(cache.num_trunk_tokens[group[0]]) for group in batch)
+        in_prompts = int((branches + cache.num_trunk_tokens[rows]).sum())
+        return len(rows), len(batch), int(branches.sum()) + trunks, in_prompts
+
+    sizes_BS = np.array([sizes(batch) for batch in batches], dtype=float)
+
+    def costs_of_a_pair(sizes_BS: np.ndarray) -> np.ndarray:
+        pairs, *others = sizes_BS.sum(0)
+        return np.log(np.array(others) / pairs)
+
+    generator = np.random.default_rng(0)
+    draws = [generator.permutation(len(batches))[:num_steps] for _ in range(300)]
+    wanted = costs_of_a_pair(sizes_BS)
+    return min(draws, key=lambda draw: np.abs(costs_of_a_pair(sizes_BS[draw]) - wanted).sum()).tolist()
 
 
 def our_side(job: Job) -> Callable[[], float]:
@@ -300,22 +325,16 @@ def measure_compiled(shape_name: str, num_steps: int, rounds: int, max_tokens: i
         first = time.perf_counter() - began
         rates = alternate(our_side(compiled), our_side(eager), rounds=rounds)
         again = len(compiled.rows) / float(np.median(rates.ours))
-        write_record(
+        write_rates(
             f"student_step_compiled_{shape_name}",
-            unit="pairs/s",
-            ours=float(np.median(rates.ours)),
-            baseline=float(np.median(rates.baseline)),
-            ratio=rates.ratio,
+            rates,
             baseline_name=f"the same step, not compiled, {shape.description}",
             corpus=corpus,
-            dtype="float32",
             details={
-                "ratios": rates.ratios,
                 "seconds_to_compile": first - again,
                 "pairs": len(eager.rows),
                 "batch": BATCH_PAIRS,
                 "max_prompt_tokens": max_tokens,
-                "threads": torch.get_num_threads(),
             },
         )
 
@@ -323,11 +342,11 @@ def measure_compiled(shape_name: str, num_steps: int, rounds: int, max_tokens: i
 def measure_trees(
     shape_name: str, num_steps: int, rounds: int, against: str, max_tokens: int, at_once: int
 ) -> None:
-    """Our step over trees against our step over pairs, or against the Trainer."""
+    """Our step over trees against our step over pairs, or against the Trainer, both with the paper's prompts."""
     shape = SHAPES[shape_name]
     with tempfile.TemporaryDirectory() as scratch:
         tree, corpus = make_job(Path(scratch, "tree"), shape, num_steps, max_tokens, layout="tree")
-        pair, _ = make_job(Path(scratch, "pair"), shape, num_steps, max_tokens, same_rows=tree.rows)
+        pair, _ = make_job(Path(scratch, "pair"), shape, num_steps, max_tokens)
         suffix = ("" if shape_name == "minilm" else f"_{shape_name}") + (
             "" if max_tokens == 512 else f"_{max_tokens}"
         )
@@ -338,31 +357,32 @@ def measure_trees(
             name, baseline_name, target = "student_step_tree_vs_hf_trainer", "transformers.Trainer", 10.0
             baseline = hugging_face_side(pair, Path(scratch), at_once)
         rates = alternate(our_side(tree), baseline, rounds=rounds)
-        write_record(
+        write_rates(
             name + suffix,
-            unit="pairs/s",
-            ours=float(np.median(rates.ours)),
-            baseline=float(np.median(rates.baseline)),
-            ratio=rates.ratio,
+            rates,
             baseline_name=f"{baseline_name}, {shape.description}",
             corpus=corpus,
-            dtype="float32",
             target=target,
             details={
-                "ratios": rates.ratios,
                 "pairs": len(tree.rows),
-                "steps": len(tree.batches),
-                "baseline_steps": len(pair.batches),
-                "tokens": tree.num_tokens,
-                "pair_tokens": pair.num_tokens,
+                "baseline_pairs": len(pair.rows),
+                "targets": tree.num_targets,
+                "steps": num_steps,
+                "tokens_a_pair": tree.num_tokens / len(tree.rows),
+                "baseline_tokens_a_pair": pair.num_tokens / len(pair.rows),
                 "max_prompt_tokens": max_tokens,
-                "threads": torch.get_num_threads(),
             },
         )
 
 
 def measure(
-    shape_name: str, num_steps: int, rounds: int, against: str, max_tokens: int, at_once: int, layout: str
+    shape_name: str,
+    num_steps: int,
+    rounds: int,
+    against: str,
+    max_tokens: int,
+    at_once: int,
+    layout: str,
 ) -> None:
     """One shape against the Trainer, TextBrewer (MiniLM's shape, where it is installed), or both."""
     if against == "pair" or layout == "tree":
@@ -390,23 +410,17 @@ def measure(
             )
         for name, (baseline_name, baseline) in sides.items():
             rates = alternate(ours, baseline, rounds=rounds)
-            write_record(
+            write_rates(
                 name,
-                unit="pairs/s",
-                ours=float(np.median(rates.ours)),
-                baseline=float(np.median(rates.baseline)),
-                ratio=rates.ratio,
+                rates,
                 baseline_name=f"{baseline_name}, {shape.description}",
                 corpus=corpus,
-                dtype="float32",
                 target=TARGETS[shape_name] if "hf_trainer" in name else None,
                 details={
-                    "ratios": rates.ratios,
                     "pairs": len(job.rows),
                     "batch": BATCH_PAIRS,
                     "trainer_pairs_at_once": at_once,
                     "max_prompt_tokens": max_tokens,
-                    "threads": torch.get_num_threads(),
                     "mean_tokens": float(job.task.data.train.num_tokens[job.rows].mean()),
                     "largest_loss_difference": difference,
                 },

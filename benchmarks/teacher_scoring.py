@@ -184,7 +184,7 @@ def compare(against: str, job: Job, network: nn.Module, arguments: argparse.Name
             in_corpus_order=against == "corpus_order",
         )
     )
-    measured = measure(our_side(job, network, ours), baseline, rounds=arguments.rounds)
+    rates = measure(our_side(job, network, ours), baseline, rounds=arguments.rounds)
     is_harness = against == "lm_eval"
     difference = max(
         check_equal(a, b, arguments.dtype, are_log_likelihoods=is_harness)
@@ -201,7 +201,7 @@ def compare(against: str, job: Job, network: nn.Module, arguments: argparse.Name
     report(
         RECORDS[against],
         job,
-        measured,
+        rates,
         arguments,
         tokens_in_forwards=sum(unit.tokens for unit in units),
         details={"greatest_difference_of_logits": difference},

@@ -189,7 +189,7 @@ def compare(sampling: str, arguments: argparse.Namespace, directory: Path) -> No
             nn.init.normal_(parameter, std=0.02)
     ours: list[float] = []
     theirs: list[float] = []
-    measured = measure(
+    rates = measure(
         our_side(job, network, ours),
         trainer_side(job, network, sampling, directory, theirs),
         rounds=arguments.rounds,
@@ -200,7 +200,7 @@ def compare(sampling: str, arguments: argparse.Namespace, directory: Path) -> No
     report(
         RECORDS[sampling],
         job,
-        measured,
+        rates,
         arguments,
         tokens_in_forwards=sum(unit.tokens for unit in our_units(job)),
         details={"mean_loss": {"ours": ours[0], "baseline": theirs[0]}},
