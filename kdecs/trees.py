@@ -4,12 +4,13 @@ A token sees the trunk and its own branch, and the positions of every branch go 
 does not notice the others: its states are those of trunk and branch alone. Students and masked teachers share this.
 (Decoder-only teachers share every common prefix: kdecs.teacher.tree.)
 
-All trees of a batch are one sequence without padding, so that everything but attention costs its real tokens. Attention
-runs over pieces: a trunk against itself, a branch against its trunk and itself. Pieces of similar length form a group,
-which is one batched product whose mask hides padding alone. A mask over the whole sequence would compute every pair of
-its tokens instead, and FlexAttention would compile its kernel for each new length.
+All trees of a batch are one sequence without padding, target by target, so that everything but attention costs its real
+tokens. Attention runs over pieces of that sequence: a trunk against itself, and some branches of a trunk against trunk
+and themselves, where a mask hides each branch from the others. Pieces are slices: nothing is padded, and keys are
+copied only to stand behind their trunk's. A mask over the whole sequence would compute every pair of its tokens
+instead, and FlexAttention would compile its kernel for each new length.
 
-Legend: N tokens of a batch, R trunks, B branches, P pieces of a group, L tokens of its longest, K keys, D head size.
+Legend: N tokens of a batch, R trunks, B branches, L tokens of a piece, K keys that it sees, D head size.
 """
 
 from collections.abc import Sequence
@@ -28,35 +29,38 @@ from kdecs.models import first_line, first_position
 
 Ints = npt.NDArray[np.integer[Any]]
 ATTENTION = "kdecs_target_tree"
-# A group pads its pieces to the longest. More groups would pad less and make more, smaller products.
-_LIKENESS = 0.7
-_FEWEST_PIECES = 4
+# Branches of a trunk are computed together up to this many tokens: more pieces make more, smaller products, fewer
+# pieces compute more of what the mask hides.
+_PIECE_TOKENS = 96
 
 
-class Group(NamedTuple):
-    """Pieces of similar length: their tokens (queries), the tokens that they see (keys), and which keys are real."""
+class Piece(NamedTuple):
+    """A slice of the sequence: a trunk, or some branches and the number of the piece that is their trunk.
 
-    query_PL: Tensor
-    key_PK: Tensor
-    mask_PK: Tensor
+    `bias_LK` is 0 where a token of the branches sees a key and -inf where it does not; None for a trunk.
+    """
+
+    num_tokens: int
+    trunk: int | None = None
+    bias_LK: Tensor | None = None
 
 
 class Tree(NamedTuple):
-    """The trees of a batch over its N tokens; all int64 but the masks.
-
-    `position_N` is the position of each token in its own prompt, `slot_N` its place among the queries of all groups.
-    """
+    """The trees of a batch over its N tokens; `position_N` (int64) is the position of each token in its own prompt."""
 
     position_N: Tensor
-    slot_N: Tensor
-    groups: tuple[Group, ...]
+    pieces: tuple[Piece, ...]
 
     def to(self, device: torch.device) -> "Tree":
         """The same trees on a device."""
         return Tree(
             self.position_N.to(device, non_blocking=True),
-            self.slot_N.to(device, non_blocking=True),
-            tuple(Group(*(part.to(device, non_blocking=True) for part in group)) for group in self.groups),
+            tuple(
+                piece
+                if piece.bias_LK is None
+                else piece._replace(bias_LK=piece.bias_LK.to(device, non_blocking=True))
+                for piece in self.pieces
+            ),
         )
 
 
@@ -65,66 +69,46 @@ def plant(
 ) -> tuple[Ints, Ints, Ints, Tree]:
     """The trees of R trunks and B branches, of which each belongs to a trunk.
 
-    Returns the token ids (N,), trunks first, the first token of each trunk (R,) and of each branch (B,), and the tree.
+    Returns the token ids (N,), each trunk followed by its branches, the first token of each trunk (R,) and of each
+    branch (B,), and the tree.
     """
-    pieces = [*trunks, *branches]
-    lengths = np.array([len(piece) for piece in pieces])
-    starts = np.cumsum(lengths) - lengths
-    num_trunks = len(trunks)
-    trunk_of = np.concatenate((np.arange(num_trunks), trunk_of_B))  # of a trunk: itself
-    is_branch = np.arange(len(pieces)) >= num_trunks
-    groups, slots = [], np.empty(int(lengths.sum()), dtype=np.int64)
-    num_slots = 0
-    for some in _similar(lengths):
-        query_PL, is_query_PL = _grid(starts[some], lengths[some])
-        slots[query_PL[is_query_PL]] = num_slots + np.flatnonzero(is_query_PL)
-        num_slots += query_PL.size
-        groups.append(_group(query_PL, starts, lengths, trunk_of[some], np.where(is_branch[some], some, -1)))
-    # The positions of a branch go on from the end of its trunk: its own start is taken off, the trunk's length is put
-    # on.
-    tree = Tree(
-        position_N=torch.from_numpy(
-            np.arange(lengths.sum()) - np.repeat(starts - is_branch * lengths[trunk_of], lengths)
-        ),
-        slot_N=torch.from_numpy(slots),
-        groups=tuple(groups),
-    )
-    return np.concatenate(pieces).astype(np.int64), starts[:num_trunks], starts[num_trunks:], tree
+    tokens: list[Ints] = []
+    positions: list[Ints] = []
+    pieces: list[Piece] = []
+    trunk_starts_R = np.zeros(len(trunks), dtype=np.int64)
+    branch_starts_B = np.zeros(len(branches), dtype=np.int64)
+    end = 0
+    for number, trunk in enumerate(trunks):
+        trunk_starts_R[number] = end
+        end += len(trunk)
+        tokens.append(np.asarray(trunk))
+        positions.append(np.arange(len(trunk)))
+        trunk_piece = len(pieces)
+        pieces.append(Piece(len(trunk)))
+        lengths: list[int] = []
+        for branch in np.flatnonzero(trunk_of_B == number).tolist():
+            length = len(branches[branch])
+            if lengths and sum(lengths) + length > _PIECE_TOKENS:
+                pieces.append(_branches(lengths, len(trunk), trunk_piece))
+                lengths = []
+            lengths.append(length)
+            branch_starts_B[branch] = end
+            end += length
+            tokens.append(np.asarray(branches[branch]))
+            # Each branch goes on from the trunk's end, whatever stands between.
+            positions.append(len(trunk) + np.arange(length))
+        if lengths:
+            pieces.append(_branches(lengths, len(trunk), trunk_piece))
+    tree = Tree(torch.from_numpy(np.concatenate(positions)), tuple(pieces))
+    return np.concatenate(tokens).astype(np.int64), trunk_starts_R, branch_starts_B, tree
 
 
-def _similar(lengths: Ints) -> list[Ints]:
-    """The pieces in groups whose shortest has at least `_LIKENESS` of the longest one's tokens, if they are many."""
-    # The longest first, so that the first piece of a group is the one to which the others are padded.
-    order = np.argsort(-lengths, kind="stable")
-    groups: list[Ints] = []
-    begin = 0
-    for end in range(1, len(order) + 1):
-        is_last = end == len(order)
-        differs = not is_last and lengths[order[end]] < _LIKENESS * lengths[order[begin]]
-        if is_last or (differs and end - begin >= _FEWEST_PIECES):
-            groups.append(order[begin:end])
-            begin = end
-    return groups
-
-
-def _group(query_PL: Ints, starts: Ints, lengths: Ints, trunk_P: Ints, branch_P: Ints) -> Group:
-    """Keys: the tokens of the trunk, then those of the branch (none for a piece that is a trunk)."""
-    num_trunk_P = lengths[trunk_P]
-    num_keys_P = num_trunk_P + np.where(branch_P >= 0, lengths[branch_P], 0)
-    places = np.arange(int(num_keys_P.max()))
-    in_trunk = places < num_trunk_P[:, None]
-    mask_PK = places < num_keys_P[:, None]
-    in_branch_PK = starts[branch_P][:, None] + places - num_trunk_P[:, None]
-    # A padded key points to token 0, which the mask hides.
-    key_PK = np.where(in_trunk, starts[trunk_P][:, None] + places, np.where(mask_PK, in_branch_PK, 0))
-    return Group(*(torch.from_numpy(part) for part in (query_PL, key_PK, mask_PK)))
-
-
-def _grid(starts: Ints, lengths: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """The tokens of pieces, padded with the first one, and which of them are real."""
-    places = np.arange(int(lengths.max()))
-    mask = places < lengths[:, None]
-    return starts[:, None] + np.where(mask, places, 0), mask
+def _branches(lengths: Sequence[int], num_trunk_tokens: int, trunk: int) -> Piece:
+    """A piece of branches; each of their tokens sees the trunk and its own branch."""
+    branch_L = np.repeat(np.arange(len(lengths)), lengths)
+    bias_LL = np.where(branch_L[:, None] == branch_L, 0.0, -np.inf)
+    bias_LK = np.pad(bias_LL, ((0, 0), (num_trunk_tokens, 0))).astype(np.float32)
+    return Piece(len(branch_L), trunk, torch.from_numpy(bias_LK))
 
 
 def tree_inputs(encoder: Any, tree: Tree) -> dict[str, Any]:
@@ -167,40 +151,64 @@ def attend(
     if options.get("position_bias") is not None:
         raise ValueError(f"attention along trees has no position_bias, which {type(module).__name__} needs")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
-    def pieces(states: Tensor, index: Tensor) -> Tensor:
-        """(P, heads, L, D)."""
-        taken = states[0].transpose(0, 1).index_select(0, index.reshape(-1))
-        return taken.view(*index.shape, *taken.shape[1:]).transpose(1, 2)
-
+    # Plain products where there is a gradient on a CPU: their backward is faster there than the fused kernel's, which
+    # dropout excludes anyway.
+    is_plain = query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled()
+    if is_plain and dropout:
+        value = value / (1 - _sixteen_bits(dropout) / 2**16)
+    attention = _plain_attention if is_plain else _fused_attention
+    sizes = [piece.num_tokens for piece in target_tree.pieces]
+    queries, keys, values = (states.squeeze(0).split(sizes, dim=1) for states in (query * scale, key, value))
+    positions = target_tree.position_N.split(sizes)
     found = []
-    for group in target_tree.groups:
-        seen = group.mask_PK[:, None]
+    for number, piece in enumerate(target_tree.pieces):
+        key, value, at_K, bias_LK = keys[number], values[number], positions[number], piece.bias_LK
+        if piece.trunk is not None:
+            key = torch.cat((keys[piece.trunk], key), dim=1)
+            value = torch.cat((values[piece.trunk], value), dim=1)
+            at_K = torch.cat((positions[piece.trunk], at_K))
         if sliding_window is not None:  # ModernBERT counts the token itself
-            at = target_tree.position_N
-            apart_PLK = at[group.query_PL][:, :, None] - at[group.key_PK][:, None]
-            seen = seen & (apart_PLK.abs() < sliding_window)
-        keys, values = pieces(key, group.key_PK), pieces(value, group.key_PK)
-        output = _sum(pieces(query, group.query_PL), keys, values, seen, scale, dropout)
-        found.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(found).index_select(0, target_tree.slot_N)[None], None
+            is_far_LK = (positions[number][:, None] - at_K).abs() >= sliding_window
+            near_LK = torch.zeros_like(is_far_LK, dtype=torch.float32) if bias_LK is None else bias_LK
+            bias_LK = near_LK.masked_fill(is_far_LK, float("-inf"))
+        bias_LK = None if bias_LK is None else bias_LK.to(query.dtype)
+        found.append(attention(queries[number], key, value, bias_LK, dropout).transpose(0, 1))
+    return torch.cat(found)[None], None
 
 
-def _sum(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, dropout: float) -> Tensor:
-    """Softmax attention (P, heads, L, D); `seen` (P, 1 or L, K) hides padding, and keys outside a window.
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias_LK: Tensor | None, dropout: float
+) -> Tensor:
+    """Softmax attention (heads, L, D) of scaled queries. Every query sees a key: itself."""
+    return nn.functional.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=bias_LK, dropout_p=dropout, scale=1.0
+    )[0]
 
-    Every query sees a real key: padded queries repeat a token of their own piece.
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias_LK: Tensor | None, dropout: float
+) -> Tensor:
+    """The same as products, for values that are divided by the share of weights that dropout keeps.
+
+    PyTorch draws a random number for each weight, which is a third of attention in training. Here 16 random bits
+    decide, so that dropout's probability is a multiple of 2^-16.
     """
-    if query.device.type != "cpu" or not (query.requires_grad and torch.is_grad_enabled()):
-        return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen[:, None], dropout_p=dropout, scale=scale
-        )
-    # Plain products: on a CPU their backward is faster than the fused kernel's, which dropout excludes anyway.
-    hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, float("-inf"))[:, None]
-    weights = torch.softmax(torch.matmul(query * scale, key.transpose(2, 3)) + hidden, dim=-1)
+    if bias_LK is None:
+        scores = torch.bmm(query, key.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(bias_LK, query, key.transpose(1, 2))
+    weights = torch.softmax(scores, dim=-1)
     if dropout:
-        weights = nn.functional.dropout(weights, dropout)
-    return torch.matmul(weights, value)
+        size = weights.numel()
+        bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        is_kept = bits[:size].view(weights.shape) >= _sixteen_bits(dropout) - 2**15
+        weights = weights * is_kept.to(weights.dtype)
+    return torch.bmm(weights, value)
+
+
+def _sixteen_bits(dropout: float) -> int:
+    """Of 2^16 numbers those that stand for a dropped weight; at least one stays."""
+    return min(round(dropout * 2**16), 2**16 - 1)
 
 
 @torch.no_grad()

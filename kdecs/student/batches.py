@@ -1,6 +1,7 @@
 """A student's batches, in two layouts: a sequence per pair, or a tree per target.
 
-Legend: B pairs, R sequences, T tokens of the longest, N tokens of all, M tokens of u_j's copy, P rows of a cache.
+Legend: B pairs, R sequences, T tokens of the longest, N tokens of all, U of them read, M tokens of u_j's copy, P rows
+of a cache.
 
 In the layout `pair` each pair is a sequence, padded to the longest (R = B). In the layout `tree` the pairs of a target
 share its trunk, and all of them are one sequence without padding (R = 1, T = N; kdecs.trees).
@@ -28,8 +29,9 @@ class Batch(NamedTuple):
 
     `masks_B4` are the positions of mask_emo, mask_cau, mask_st and mask_ed; masks missing from the prompt have
     position 0. `candidate_BM` are the positions of u_j's tokens, `distance_B` is i - j. `attention_RT` is 0 for
-    padding and 1 for others. In the layout tree `places_BP` are indices into the N tokens of what is read of each
-    pair: the last token of its branch, the four masks, and the tokens of u_j (P = 5 + M).
+    padding and 1 for others. In the layout tree `read_U` are the tokens (of N) of which a state is read, each once, and
+    `places_BP` are indices into them: of each pair the last token of its branch, the four masks, and the tokens of u_j
+    (P = 5 + M).
     """
 
     token_ids_RT: Tensor
@@ -39,6 +41,7 @@ class Batch(NamedTuple):
     candidate_mask_BM: Tensor
     distance_B: Tensor
     tree: Tree | None = None
+    read_U: Tensor | None = None
     places_BP: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -108,7 +111,7 @@ def padded_batch(
     # Padding points to a token that the prompt has; the mask keeps it out of every softmax.
     inside_BM = first_B[:, None] + places_M
     candidate_BM = np.where(candidate_mask_BM, inside_BM, 0 if trunks is None else first_B[:, None])
-    tree = places_BP = None
+    tree = read_U = places_BP = None
     if trunks is None:
         token_ids_RT, is_token_RT = padded(prompts, pad_id)
         attention_RT: Ints = is_token_RT.astype(np.int64)
@@ -130,7 +133,10 @@ def padded_batch(
         # mode.
         in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + shift_B1, last_B1)
         places = (last_B1, in_trunk_B1, in_branch_B3, candidate_BM + shift_B1)
-        places_BP = torch.from_numpy(np.concatenate(places, axis=1))
+        # Candidates are padded to the longest, and pairs share a mask: half of the places repeat others.
+        all_places_BP = np.concatenate(places, axis=1)
+        read_U, index = np.unique(all_places_BP, return_inverse=True)
+        places_BP = index.reshape(all_places_BP.shape)
     return Batch(
         token_ids_RT=torch.from_numpy(token_ids_RT),
         attention_RT=torch.from_numpy(attention_RT),
@@ -139,5 +145,6 @@ def padded_batch(
         candidate_mask_BM=torch.from_numpy(candidate_mask_BM),
         distance_B=torch.from_numpy(distance_B.astype(np.int64)),
         tree=tree,
-        places_BP=places_BP,
+        read_U=None if read_U is None else torch.from_numpy(read_U),
+        places_BP=None if places_BP is None else torch.from_numpy(places_BP),
     )

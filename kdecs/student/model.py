@@ -278,7 +278,7 @@ class EncoderStates:
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B, P, H): the states at the places of each pair, which may repeat."""
-        if batch.tree is None or batch.places_BP is None:
+        if batch.tree is None or batch.read_U is None or batch.places_BP is None:
             first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
             places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
             return self.picked(
@@ -287,9 +287,10 @@ class EncoderStates:
                 attention_mask=batch.attention_RT,
             )
         inputs = tree_inputs(self.encoder, batch.tree)
-        pick = partial(_at, places_BP=batch.places_BP.reshape(1, -1))
-        states_1NH = self.picked(pick, input_ids=batch.token_ids_RT, **inputs)
-        return states_1NH.view(*batch.places_BP.shape, -1)
+        pick = partial(_at, places_BP=batch.read_U[None])
+        (states_UH,) = self.picked(pick, input_ids=batch.token_ids_RT, **inputs)
+        # The gradient of an embedding adds up what repeats in a fixed order, on a GPU, too.
+        return functional.embedding(batch.places_BP, states_UH)
 
     def picked(self, pick: Callable[[Tensor], Tensor], **inputs: Any) -> Tensor:
         """What `pick` chooses of the states (R, T, H) that the encoder makes of its inputs; (…, H)."""
@@ -307,9 +308,7 @@ class EncoderStates:
 
 
 def _at(states_BTH: Tensor, places_BP: Tensor) -> Tensor:
-    """(B, P, H): of each sequence its places; a single row of places counts through the tokens of all sequences."""
-    if len(places_BP) != len(states_BTH):
-        states_BTH = states_BTH.reshape(1, -1, states_BTH.size(-1))
+    """(B, P, H): of each sequence its places."""
     index = places_BP.unsqueeze(-1).expand(-1, -1, states_BTH.size(-1))
     return torch.gather(states_BTH, 1, index)
 

@@ -9,7 +9,7 @@ from support import made_once, save_lively_encoder, save_tiny_encoder
 
 from kdecs.corpus.encoding import PairEncoder, TreeEncoder
 from kdecs.corpus.pairs import candidate_pairs
-from kdecs.corpus.prompts import PromptVariant
+from kdecs.corpus.prompts import PromptVariant, student_prompt
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ModelError
@@ -18,7 +18,7 @@ from kdecs.student.batches import encoded_batch
 from kdecs.student.grouping import batches_of_tokens, encoded_targets
 from kdecs.student.model import StudentModel, load_language_model, student_answer_ids
 from kdecs.student.predict.card import Outputs
-from kdecs.trees import check_trees
+from kdecs.trees import attend, check_trees, plant
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "modernbert", "distilbert")
 VARIANTS = (
@@ -63,9 +63,12 @@ def one_by_one(model: StudentModel, pair) -> dict[str, torch.Tensor]:
         places = torch.arange(size)
         near = (places[:, None] - places).abs() <= encoder.config.sliding_window
         attention = {"full_attention": attention, "sliding_attention": attention & near}
-    logits = model.language_model(input_ids=ids, attention_mask=attention).logits[0]
+    inputs = {"input_ids": ids, "attention_mask": attention}
+    if getattr(encoder.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)  # a prompt is one segment, in either layout
+    logits = model.language_model(**inputs).logits[0]
     # All layers in full: the student's own shortcut through the last one is off.
-    states = encoder(input_ids=ids, attention_mask=attention)[0][0]
+    states = encoder(**inputs)[0][0]
     first, last = pair.candidate_first, pair.candidate_first + len(pair.candidate_offsets)
     start, end = model.span_head(
         states[None, pair.start_mask],
@@ -138,6 +141,30 @@ def test_trunk_and_branch_are_the_tokens_of_the_prompt(base, dialogues):
             assert tree.distance == plain.distance
 
 
+def test_tokens_of_a_tree_have_the_types_of_their_prompts(base, dialogues):
+    """Of the models that embed token types: trunk and branches are one segment, as the tokenizer types a prompt."""
+    tokenizer = load_tokenizer(base)
+    model = student_of(base, PromptVariant(), "pointer")
+    types = getattr(model.language_model.base_model.embeddings, "token_type_embeddings", None)
+    if types is None:
+        pytest.skip("this model embeds no token types")
+    given: list[torch.Tensor] = []
+    types.register_forward_hook(lambda _, inputs, __: given.append(inputs[0]))
+    pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
+    batch = encoded_batch(list(TreeEncoder(tokenizer, 128).encode(pairs)), pad_id=1)
+    # More tokens than the model has positions: the types that Transformers keeps by position still do.
+    assert batch.token_ids_RT.size(1) > model.language_model.config.max_position_embeddings
+    with torch.no_grad():
+        model(batch)
+    (types_RT,) = given
+    assert types_RT.shape == batch.token_ids_RT.shape
+    prompt = student_prompt(
+        pairs[-1].dialogue, 2, 1, mask=tokenizer.mask_token, separator=tokenizer.sep_token
+    )
+    of_prompt = tokenizer(prompt.text, return_token_type_ids=True)["token_type_ids"]
+    assert set(types_RT.flatten().tolist()) == set(of_prompt) == {0}
+
+
 def long_dialogue(*lengths: int) -> Dialogue:
     texts = [" ".join(["anger"] * length) for length in lengths]
     return Dialogue("d", tuple(Utterance(n, "A", text, "anger", ()) for n, text in enumerate(texts, 1)))
@@ -186,6 +213,22 @@ def test_batches_keep_the_pairs_of_a_target_together(base, dialogues):
         if pair.trunk_ids is encoded[row - 1].trunk_ids:
             assert place[row] == place[row - 1]
     assert len(found) > 2
+
+
+def test_dropout_keeps_the_weights_of_its_share():
+    """A trunk that sees itself evenly, and values that show each weight: dropped, or divided by the share kept."""
+    _, _, _, tree = plant([list(range(64))], [], np.zeros(0, dtype=np.int64))
+    torch.manual_seed(0)
+    query = torch.zeros(1, 32, 64, 64, requires_grad=True)
+    value = torch.eye(64).expand(1, 32, 64, 64).clone().requires_grad_()
+    found, _ = attend(torch.nn.Module(), query, query, value, None, dropout=0.1, target_tree=tree)
+    kept = found[found > 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / 64 / 0.9), rtol=1e-4, atol=0)
+    assert kept.numel() / found.numel() == pytest.approx(0.9, abs=0.005)
+    again, _ = attend(torch.nn.Module(), query, query, value, None, dropout=0.1, target_tree=tree)
+    assert not torch.equal(found > 0, again > 0)
+    (gradient,) = torch.autograd.grad(found.sum(), value)
+    torch.testing.assert_close(gradient, found.sum(1)[..., None].expand_as(gradient))
 
 
 def test_an_encoder_that_ignores_positions_is_refused(tmp_path):
