@@ -1,17 +1,25 @@
 """The three ways of attending along a tree against a dense sum, and against prompts one by one in a whole network."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import kdecs.teacher.tree.attention as attention
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ModelError
+from kdecs.teacher.data import global_batches, max_pairs_per_tree, share_among_ranks, tree_units
+from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.tree.attention import (
     FLEX_BLOCK,
     TREE_ATTENTION,
@@ -240,6 +248,46 @@ def test_a_model_that_loses_the_tree_on_the_way_is_noticed() -> None:
 def test_name_is_registered_once_for_all_models(network: LlamaForCausalLM) -> None:
     assert network.config._attn_implementation == TREE_ATTENTION
     assert use_tree_attention(network)
+
+
+def trees_of_an_epoch(family: Family) -> list[PackedTree]:
+    """The trees of a training epoch's forwards and then of a validation's, over the bundled sample, in their order."""
+    forwards: list[list[EncodedPrompt]] = []
+    for split in ("train", "valid"):
+        pairs = [p for d in read_corpus(bundled_sample(split)).dialogues for p in pairs_of(d, "fold1")]
+        prompts = [family.encode(pair) for pair in pairs]
+        units = tree_units(pairs, prompts, max_tokens=1024, max_pairs=max_pairs_per_tree(32))
+        for step in global_batches(units, batch_pairs=32, bucket_batches=1, seed=0, epoch=0):
+            (micro,) = share_among_ranks(step, world_size=1, micro_batch_tokens=1024, padded=False)
+            forwards += [[prompts[n] for n in batch.pairs] for batch in micro]
+    return [pack([prompt.tokens for prompt in prompts]) for prompts in forwards]
+
+
+@pytest.mark.slow
+def test_an_epoch_compiles_flex_attention_at_most_six_times(
+    families: Callable[..., Family], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three kernels for training and three for scoring: the first length, any length, and a tree of a single block.
+
+    With Dynamo's tracing and guards, but without a code generator: what is counted does not depend on the device.
+    """
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # which refuses gradients on a CPU
+    trees = [tree.padded_to(FLEX_BLOCK) for tree in trees_of_an_epoch(families("causal"))]
+    # Once a length, in the order of the epoch; then the shortest and the longest again.
+    of_length = {tree.num_tokens: tree for tree in [*trees, packed([[1, 2]]).padded_to(FLEX_BLOCK)]}
+    lengths = [*of_length, min(of_length), max(of_length)]
+    assert len(of_length) >= 7
+    counts = []
+    for is_training in (True, False):
+        counter = CompileCounter()
+        monkeypatch.setattr(attention, "flex_attention", torch.compile(flex_attention, backend=counter))
+        for length in lengths:
+            states = [torch.randn(1, heads, length, 16, requires_grad=is_training) for heads in (2, 1, 1)]
+            with torch.set_grad_enabled(is_training):
+                found, _ = attend(nn.Module(), *states, **mask_arguments(of_length[length], "flex", CPU))
+                assert found.requires_grad == is_training
+        counts.append(counter.frame_count)
+    assert all(1 <= count <= 3 for count in counts), counts
 
 
 @pytest.mark.gpu
