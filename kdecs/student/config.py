@@ -163,7 +163,8 @@ class StudentConfig(Config):
     )
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: Annotated[bool, Unhashed()] = Field(
-        default=False, description="torch.compile the encoder: pays off on GPUs over many epochs"
+        default=False,
+        description="torch.compile the encoder (layout pair only): pays off on GPUs over many epochs",
     )
     patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after this many epochs without improvement"
@@ -197,6 +198,11 @@ class StudentConfig(Config):
         if self.model.given_emotions == "coarse" and self.corpus.emotions == "coarse":
             raise ValueError(
                 "model.given_emotions coarse maps fine labels, but corpus.emotions coarse has none; use fine"
+            )
+        if self.compile and self.model.layout == "tree":
+            raise ValueError(
+                "compile needs model.layout pair: trees differ in their pieces, so nearly every batch would compile "
+                "the encoder again; leave compile out"
             )
         if self.model.given_emotions != "none" and self.neutral_decision != "argmax":
             raise ValueError("neutral_decision needs predicted emotions, but model.given_emotions gives them")

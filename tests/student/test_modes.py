@@ -279,6 +279,10 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
             "neutral_decision needs predicted emotions",
         ),
         (
+            {"distillation": {"mode": "joint"}, "model": {"base": "b", "layout": "tree"}, "compile": True},
+            "compile needs model.layout pair",
+        ),
+        (
             {"distillation": {"mode": "kd", "labels": "a", "teachers": [{"labels": "b"}]}},
             "labels and teachers exclude each other",
         ),
