@@ -294,7 +294,7 @@ def test_nothing_to_do_is_a_usage_error(directory):
 
 def test_the_command_lines_answer_without_torch():
     code = (
-        "import sys, kdecs.cli\nfrom kdecs.student.predict import streaming\n"
+        "import sys, kdecs.cli, kdecs.serve.server\nfrom kdecs.student.predict import streaming\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
