@@ -261,10 +261,11 @@ class Batcher:
                     on_warning=lambda line: logger.warning("%s", printable(line)),
                 )
             )
-        except Exception as error:
+        except BaseException as error:
+            # A panic of a tokenizer's Rust code is no Exception, and this thread must live.
             if len(jobs) == 1 or isinstance(error, _Unwanted):
                 for job in jobs:
-                    job.fail(error)
+                    job.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
                 return
             for one in jobs:  # whose request it is that fails
                 self._predict([(job, dialogue) for job, dialogue in group if job is one])

@@ -33,6 +33,10 @@ def dialogue_of(num_utterances, text="We won .", **keys):
     return {**keys, "utterances": [{"speaker": "A", "utterance": text}] * num_utterances}
 
 
+class Panic(BaseException):
+    """As PyO3 raises it where Rust code panics."""
+
+
 class Fake:
     """A student that sees a cause in its target alone, waits at its gate, and cannot read or survive some texts."""
 
@@ -58,6 +62,8 @@ class Fake:
             raise DialogueError("dialogue x: no token is left of it")
         if "deadly" in texts:
             raise RuntimeError("a bug")
+        if "panic" in texts:
+            raise Panic("a bug")
         on_batch(len(pairs))
         return [
             PairPrediction(
@@ -291,7 +297,11 @@ def test_a_request_is_given_up_after_its_time_and_its_work_stops(start, ask, fak
 
 @pytest.mark.parametrize(
     ("text", "status", "message"),
-    [("unreadable", 422, "no token is left"), ("deadly", 500, "the server has failed at this request")],
+    [
+        ("unreadable", 422, "no token is left"),
+        ("deadly", 500, "the server has failed at this request"),
+        ("panic", 500, "the server has failed at this request"),
+    ],
 )
 def test_a_failing_request_costs_no_other_in_its_batch(start, ask, fake, capfd, text, status, message):
     port = start(fake)
