@@ -388,16 +388,19 @@ class ForkedPython:
     ) -> None:
         """Start it. With a `log` all that it prints is appended to that file, otherwise `communicate` returns it."""
         place = Path(tempfile.mkdtemp(prefix="forked-"))
-        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
         self._streams = (log, log) if log else (place / "out", place / "err")
         self.args = [str(script), *map(str, arguments)]
         _SERVER.set_forkserver_preload(["preloaded"])
+        # A daemon, so that pytest does not wait at its end for one that a failed test has left behind.
         self._process = _SERVER.Process(
-            target=_run_script, args=(self.args, environment, [str(path) for path in self._streams])
+            target=_run_script,
+            args=(self.args, environment, [str(path) for path in self._streams]),
+            daemon=True,
         )
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        weakref.finalize(self, _clear_up, self._process, place)
 
     @property
     def returncode(self) -> int | None:
@@ -428,6 +431,12 @@ class ForkedPython:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _clear_up(process: "multiprocessing.process.BaseProcess", place: Path) -> None:
+    if process.exitcode is None:
+        process.kill()
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _run_script(argv: list[str], environment: dict[str, str], streams: list[str]) -> None:
