@@ -23,16 +23,13 @@ def batches_of_tokens(
     rows: Ints,
     max_tokens: int,
     targets: "Targets | None" = None,
-    *,
-    pads_trees: bool = False,
 ) -> list[Ints]:
     """The rows, sorted by length, in batches of at most `max_tokens` padded tokens; a longer prompt stands alone.
 
-    With `targets` (layout tree) the rows of a target stay together, lengths are those of trees, and none is padded
-    unless the caller `pads_trees`.
+    With `targets` (layout tree) the rows of a target stay together, lengths are those of trees, and none is padded.
     """
     groups, lengths = groups_of(rows, num_tokens_P, targets)
-    if targets is not None and not pads_trees:
+    if targets is not None:
         return _batches_of_trees(groups, lengths, max_tokens)
     ordered = np.argsort(lengths, kind="stable")
     batches: list[Ints] = []

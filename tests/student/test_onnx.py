@@ -7,14 +7,14 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from support import ROOT, change_json, flip_bit, rewrite_manifest, run_python, save_lively_encoder
+from support import ROOT, change_json, flip_bit, rewrite_manifest, run_python, save_lively_encoder, weights
 from typer.testing import CliRunner
-
-pytest.importorskip("onnx", reason="exporting needs the extra onnx-export")
 
 from kdecs.artifact import read_manifest
 from kdecs.cli import app
@@ -25,10 +25,10 @@ from kdecs.corpus.reading import bundled_sample, iter_dialogues, read_corpus
 from kdecs.errors import ArtifactError, DependencyError, DeviceError, KdecsError, ModelError, OutputError
 from kdecs.models import load_tokenizer
 from kdecs.student.model import StudentModel, TorchScorer, load_language_model, student_answer_ids
-from kdecs.student.onnx import export, scoring
+from kdecs.student.onnx import export
 from kdecs.student.onnx.export import Measured, OnnxExport, export_student, largest_difference
 from kdecs.student.onnx.graph import export_graph
-from kdecs.student.onnx.scoring import OnnxScorer, batch_feeds, rows_of_trees
+from kdecs.student.onnx.scoring import OnnxScorer, batch_feeds
 from kdecs.student.predict.card import Outputs
 from kdecs.student.predict.predictor import Student
 from kdecs.student.pyfunc import _load_pyfunc
@@ -77,8 +77,8 @@ def random_student(base: Path, head: str, outputs: Outputs) -> StudentModel:
     ],
     ids=str,
 )
-def test_a_graph_says_what_pytorch_says(family, layout, head, outputs, dialogues, tmp_path, monkeypatch):
-    """In batches of other sizes than the one it was traced with, down to one pair, and with targets over two rows."""
+def test_a_graph_says_what_pytorch_says(family, layout, head, outputs, dialogues, tmp_path):
+    """In batches of other sizes than the one that it was traced with, down to one pair."""
     base = save_lively_encoder(tmp_path / "base", family)
     model, tokenizer = random_student(base, head, outputs), load_tokenizer(base)
     variant = PromptVariant(
@@ -89,9 +89,7 @@ def test_a_graph_says_what_pytorch_says(family, layout, head, outputs, dialogues
     scorer = TorchScorer(model, pad_id=tokenizer.pad_token_id, device=CPU)
     expected = list(scorer.batches(pairs, 4096))
     alone = list(scorer.batches(pairs[:1], 4096))
-    trees = rows_of_trees(pairs[:9])
-    feeds = batch_feeds(pairs[:9], None if trees is None else trees.number_P, tokenizer.pad_token_id)
-    export_graph(model, feeds, tmp_path / "model.onnx")
+    export_graph(model, batch_feeds(pairs[:9], tokenizer.pad_token_id), tmp_path / "model.onnx")
     graph = OnnxScorer(tmp_path / "model.onnx", tokenizer.pad_token_id, threads=1)
     assert len(expected[0][1]) == 5 and [part is None for part in expected[0][1]] == [
         part is None for part in next(iter(graph.batches(pairs, 4096)))[1]
@@ -99,10 +97,6 @@ def test_a_graph_says_what_pytorch_says(family, layout, head, outputs, dialogues
     for tokens in (4096, 300):
         assert largest_difference(pairs, expected, graph.batches(pairs, tokens)) < 1e-5
     assert largest_difference(pairs[:1], alone, graph.batches(pairs[:1], 4096)) < 1e-5
-    if layout == "tree":
-        monkeypatch.setattr(scoring, "_MAX_ROW_TOKENS", 150)
-        assert len(set(rows_of_trees(pairs).number_P)) > len({id(pair.trunk_ids) for pair in pairs})
-        assert largest_difference(pairs, expected, graph.batches(pairs, 4096)) < 1e-5
 
 
 def test_the_comparison_sees_every_probability(directory, dialogues):
@@ -121,9 +115,9 @@ def test_the_comparison_sees_every_probability(directory, dialogues):
 
 
 def test_an_export_predicts_as_its_student(directory, exported, dialogues):
-    student, onnx = Student.from_pretrained(directory), Student.from_pretrained(exported, device="auto")
+    student, export = Student.from_pretrained(directory), Student.from_pretrained(exported, device="auto")
     expected = [item for _, items in student.stream(dialogues) for item in items]
-    found = [item for _, items in onnx.stream(dialogues) for item in items]
+    found = [item for _, items in export.stream(dialogues) for item in items]
     assert [item.prediction for item in found] == [item.prediction for item in expected]
     assert [item.span_range for item in found] == [item.span_range for item in expected]
     np.testing.assert_allclose([i.score for i in found], [i.score for i in expected], atol=1e-4)
@@ -287,5 +281,14 @@ def test_int8_is_measured_and_refused_if_it_loses_too_much(directory, corpus_fil
     )  # that of the float32 graph
     assert details["measured"]["pairs_per_s"] > 0
     student = Student.from_pretrained(config.output)
+    held = {tensor.name: tensor for tensor in onnx.load(config.output / "model.onnx").graph.initializer}
+    [words] = [tensor for name, tensor in held.items() if name.endswith(".int8")]
+    [scales] = [numpy_helper.to_array(tensor) for name, tensor in held.items() if name.endswith(".scales")]
+    expected = weights(directory)["roberta.embeddings.word_embeddings.weight"].numpy()
+    # Each word vector is as near as a row's scale allows.
+    assert (np.abs(numpy_helper.to_array(words) * scales - expected) <= scales / 2 + 1e-7).all()
+    assert any(
+        tensor.data_type == onnx.TensorProto.INT8 and "quantized" in name for name, tensor in held.items()
+    )
     corpus = read_corpus(corpus_files["valid"])
     assert set(student.predict_pairs(corpus)) == set(Student.from_pretrained(directory).predict_pairs(corpus))

@@ -4,8 +4,10 @@ The story: the graph is made and compared with PyTorch on the bundled dialogues.
 both graphs predict a labelled file. Only an export that passes becomes a directory of kind student-onnx.
 """
 
+import contextlib
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +57,6 @@ from kdecs.student.onnx.scoring import (
     Precision,
     batch_feeds,
     require_packages,
-    rows_of_trees,
 )
 from kdecs.student.predict.card import CARD_NAME, StudentCard
 from kdecs.student.predict.predictor import Student
@@ -65,8 +66,9 @@ LARGEST_DIFFERENCE = 1e-4
 """Of a probability, between a float32 graph and PyTorch."""
 MOST_F1_LOST = 0.5
 """Points of macro F1 that int8 may cost."""
-_DIALOGUES_COMPARED = 4
+_DIALOGUES_COMPARED = 2
 _TOKENS_COMPARED = (4096, 256)  # per batch: the sizes of the graph's inputs must not be fixed
+_LARGE_TABLE = 512  # rows: word vectors, and the positions of some encoders
 _MAX_GRAPH_BYTES = 2 << 30  # of one file in protobuf
 _PACKAGES = ("onnx", "onnxruntime", "torch", "transformers")
 
@@ -147,9 +149,7 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
         pairs = _sample_pairs(tokenizer, card)
         expected = list(scorer.batches(pairs, _TOKENS_COMPARED[0]))
         graph = made / GRAPH_NAME
-        trees = rows_of_trees(pairs)
-        feeds = batch_feeds(pairs, None if trees is None else trees.number_P, onnx_card.pad_id)
-        export_graph(scorer.model, feeds, graph)
+        export_graph(scorer.model, batch_feeds(pairs, onnx_card.pad_id), graph)
         float32 = OnnxScorer(graph, onnx_card.pad_id)
         difference = float(
             np.max([largest_difference(pairs, expected, float32.batches(pairs, n)) for n in _TOKENS_COMPARED])
@@ -209,23 +209,70 @@ def _sample_pairs(tokenizer: Any, card: StudentCard) -> list[EncodedPair]:
 
 
 def quantise(graph: Path) -> None:
-    """Replace a float32 graph by its int8 form: matrices by onnxruntime's dynamic quantisation, word vectors by row.
+    """Replace a float32 graph by its int8 form: matrices by ONNX Runtime's dynamic quantisation, word vectors by row.
 
-    Weights take 7 bits: without VNNI, a processor adds two products of 8 bits in 16, which overflow silently, and the
-    same file has to be right on every processor.
+    Weights take 7 of the 8 bits: a processor without VNNI adds two products in 16 bits, which overflow silently, and
+    the same file has to be right on every processor.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(graph)
+    _quantise_word_vectors(model)
+    onnx.save(model, graph)
     quantised = graph.with_suffix(".int8")
-    quantize_dynamic(
-        graph,
-        quantised,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        reduce_range=True,
-        weight_type=QuantType.QInt8,
-    )
+    with _quiet():
+        quantize_dynamic(
+            graph,
+            quantised,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+        )
     quantised.replace(graph)
+
+
+def _quantise_word_vectors(model: Any) -> None:
+    """Keep each row of a large look-up table as int8 and one scale. ONNX Runtime would take one scale for all rows."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = []
+    tables = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        table = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or len(table.dims) != 2 or table.dims[0] < _LARGE_TABLE:
+            nodes.append(node)
+            continue
+        name, rows = table.name, numpy_helper.to_array(table)
+        scales = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+        model.graph.initializer.remove(table)
+        model.graph.initializer.extend(
+            [
+                numpy_helper.from_array(np.rint(rows / scales).astype(np.int8), f"{name}.int8"),
+                numpy_helper.from_array(scales.astype(np.float32), f"{name}.scales"),
+            ]
+        )
+        ids, output = node.input[1], node.output[0]
+        nodes += [
+            helper.make_node("Gather", [f"{name}.int8", ids], [f"{output}.int8"]),
+            helper.make_node("Cast", [f"{output}.int8"], [f"{output}.float"], to=TensorProto.FLOAT),
+            helper.make_node("Gather", [f"{name}.scales", ids], [f"{output}.scales"]),
+            helper.make_node("Mul", [f"{output}.float", f"{output}.scales"], [output]),
+        ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ONNX Runtime's quantisation advises on the root logger to prepare the graph, which loading does anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def measure(student: Student, float32: Student, corpus: Corpus) -> Measured:

@@ -27,8 +27,13 @@ _ATTENTION = "kdecs_onnx"
 _AXES = {
     "token_ids": ("rows", "tokens"),
     "attention": ("rows", "tokens"),
-    "branches": ("rows", "tokens"),
     "positions": ("rows", "tokens"),
+    "trunk_tokens": ("trunks", "trunk_tokens"),
+    "trunk_mask": ("trunks", "trunk_tokens"),
+    "branch_tokens": ("pairs", "branch_tokens"),
+    "branch_keys": ("pairs", "branch_keys"),
+    "branch_mask": ("pairs", "branch_keys"),
+    "in_pieces": ("tokens",),
     "places": ("pairs", "places"),
     "candidate": ("pairs", "candidate_tokens"),
     "candidate_mask": ("pairs", "candidate_tokens"),
@@ -76,16 +81,20 @@ class Graph(nn.Module):
         token_ids_RT = given["token_ids"]
         if not self._takes_attention:
             return {"input_ids": token_ids_RT, "attention_mask": given["attention"]}
-        if "branches" in given:
-            positions_RT, own_RT = given["positions"], given["branches"]
-            seen_RTT = (own_RT[:, None] == 0) | (own_RT[:, None] == own_RT[:, :, None])
-        else:
-            positions_RT = torch.arange(token_ids_RT.size(1))[None]
-            seen_RTT = given["attention"][:, None].bool()
+        positions_RT = given.get("positions", torch.arange(token_ids_RT.size(1))[None])
+        groups = (
+            [_Pieces(None, None, given["attention"], positions_RT)]
+            if "attention" in given
+            else [
+                _Pieces(given["trunk_tokens"], given["trunk_tokens"], given["trunk_mask"], positions_RT),
+                _Pieces(given["branch_tokens"], given["branch_keys"], given["branch_mask"], positions_RT),
+            ]
+        )
         inputs = {
             "input_ids": token_ids_RT,
             "position_ids": positions_RT + first_position(self._encoder),
-            "seen": _Seen(seen_RTT[:, None], positions_RT),
+            "groups": groups,
+            "in_pieces": given.get("in_pieces"),
         }
         if hasattr(getattr(self._encoder, "embeddings", None), "token_type_embeddings"):
             # All tokens are of type 0. One number for all of them saves a look-up per token.
@@ -93,22 +102,48 @@ class Graph(nn.Module):
         return inputs
 
 
-class _Seen:
-    """Which keys each query sees, as numbers that are added to the scores; made once for all layers of a kind."""
+class _Pieces:
+    """Pieces whose attention is one product: the tokens of their queries and of their keys, and which keys are real.
 
-    def __init__(self, seen_R1TT: Tensor, positions_RT: Tensor) -> None:
-        self._seen_R1TT, self._positions_RT = seen_R1TT, positions_RT
-        self._made: dict[int | None, Tensor] = {}
+    Without tokens, the pieces are the rows themselves.
+    """
 
-    def within(self, window: int | None) -> Tensor:
-        """0 for what is seen and -inf for the rest: (R, 1, T or 1, T). ModernBERT's window counts the token itself."""
-        if window not in self._made:
-            seen = self._seen_R1TT
-            if window is not None:
-                apart = self._positions_RT[:, :, None] - self._positions_RT[:, None]
-                seen = seen & (apart.abs() < window)[:, None]
-            self._made[window] = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf)
-        return self._made[window]
+    def __init__(
+        self, query_PL: Tensor | None, key_PK: Tensor | None, mask_PK: Tensor, positions_RT: Tensor
+    ) -> None:
+        self._query_PL, self._key_PK, self._mask_PK, self._positions_RT = (
+            query_PL,
+            key_PK,
+            mask_PK,
+            positions_RT,
+        )
+        self._hidden: dict[int | None, Tensor] = {}
+
+    def sums(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        """Softmax attention, (R, heads, T, D) -> (P, L, heads, D)."""
+        key, value = _taken(key, self._key_PK), _taken(value, self._key_PK)
+        scores = torch.matmul(_taken(query, self._query_PL), key.transpose(2, 3)) + self._hidden_within(
+            window
+        )
+        return torch.matmul(torch.softmax(scores, dim=-1), value).transpose(1, 2)
+
+    def _hidden_within(self, window: int | None) -> Tensor:
+        """0 for keys that are seen and -inf for others (P, 1, 1 or L, K): made once for all layers of a kind."""
+        if window not in self._hidden:
+            seen = self._mask_PK[:, None, None]
+            if window is not None:  # ModernBERT counts the token itself
+                at_PL = (
+                    self._positions_RT if self._query_PL is None else self._positions_RT[0][self._query_PL]
+                )
+                at_PK = self._positions_RT if self._key_PK is None else self._positions_RT[0][self._key_PK]
+                seen = seen & ((at_PL[:, :, None] - at_PK[:, None]).abs() < window)[:, None]
+            self._hidden[window] = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf)
+        return self._hidden[window]
+
+
+def _taken(states: Tensor, tokens_PL: Tensor | None) -> Tensor:
+    """The states of the tokens of pieces, (1, heads, N, D) -> (P, heads, L, D)."""
+    return states if tokens_PL is None else states[0].transpose(0, 1)[tokens_PL].transpose(1, 2)
 
 
 def _attend(
@@ -119,15 +154,17 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    seen: _Seen | None = None,
+    groups: Sequence[_Pieces] = (),
+    in_pieces: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for Transformers, (R, heads, T, D) -> (R, T, heads, D), over the keys that `seen` says."""
+    """Attention for Transformers, (R, heads, T, D) -> (R, T, heads, D), over groups of pieces."""
     del module, attention_mask, options
-    assert seen is not None
-    scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query * scale, key.transpose(2, 3)) + seen.within(sliding_window)
-    return torch.matmul(torch.softmax(scores, dim=-1), value).transpose(1, 2), None
+    query = query * (query.size(-1) ** -0.5 if scaling is None else scaling)
+    found = [group.sums(query, key, value, sliding_window) for group in groups]
+    if in_pieces is None:
+        return found[0], None
+    return torch.cat([sums.flatten(0, 1) for sums in found])[in_pieces][None], None
 
 
 def _no_mask(*arguments: Any, **options: Any) -> None:

@@ -8,11 +8,13 @@
 
 Neither torch nor Transformers is imported here.
 
-In the layout `pair` each prompt is a row of the graph's batch. In the layout `tree` a row is a trunk with branches
-behind it, and `branches` numbers its tokens: 0 for the trunk, 1, 2, … for the branches, -1 for padding. From these
-numbers the graph makes the mask of Eq. 5's cut: a token sees the trunk and its own branch.
+In the layout `pair` each prompt is a row of the graph's batch. In the layout `tree` the batch is one row without
+padding, the trunks of all targets and then the branches, as in kdecs.trees. Attention runs over two groups of pieces:
+each trunk against itself, and each branch against its trunk and itself. So the graph computes no pair of tokens that
+Eq. 5's cut hides, as a mask over the whole row would.
 
-Legend: B pairs, R rows, T tokens of the longest, M tokens of u_j's copy, P = 5 + M places read of each pair.
+Legend: B pairs, R rows or trunks, T tokens of the longest, N tokens of all, M tokens of u_j's copy, P = 5 + M places
+read of each pair, L tokens of the longest piece, K of the longest piece with its trunk.
 """
 
 import importlib.util
@@ -30,16 +32,14 @@ from kdecs.corpus.encoding import EncodedPair
 from kdecs.errors import DependencyError, DeviceError, ModelError, refusing
 from kdecs.process import num_threads, try_tokenizer
 from kdecs.student.decision import Logits
-from kdecs.student.grouping import Ints, Targets, batches_of_tokens, padded
+from kdecs.student.grouping import Ints, batches_of_tokens, encoded_targets, padded
 from kdecs.student.predict.card import CARD_NAME, StudentCard, read_card
 
 GRAPH_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 ONNX_CARD_NAME = "onnx.json"
 Precision = Literal["float32", "int8"]
-PADDING = -1
-# A row's attention costs the square of its length, and a row of its own costs the trunk once more.
-_MAX_ROW_TOKENS = 1024
+_MAX_BATCH_TOKENS = 512  # larger batches leave the processor's caches: 1,024 were a tenth slower
 
 
 class OnnxCard(BaseModel):
@@ -82,11 +82,10 @@ class OnnxScorer:
 
     def batches(self, encoded: Sequence[EncodedPair], max_tokens: int) -> Iterator[tuple[Ints, Logits]]:
         """The logits of all pairs, a batch at a time, each with the indices of its pairs."""
-        targets = rows_of_trees(encoded)
         lengths = np.array([len(pair.token_ids) for pair in encoded])
-        for rows in batches_of_tokens(lengths, np.arange(len(encoded)), max_tokens, targets, pads_trees=True):
-            row_of_B = None if targets is None else targets.number_P[rows]
-            yield rows, self._logits(batch_feeds([encoded[row] for row in rows], row_of_B, self._pad_id))
+        max_tokens = min(max_tokens, _MAX_BATCH_TOKENS)
+        for rows in batches_of_tokens(lengths, np.arange(len(encoded)), max_tokens, encoded_targets(encoded)):
+            yield rows, self._logits(batch_feeds([encoded[row] for row in rows], self._pad_id))
 
     def _logits(self, feeds: dict[str, npt.NDArray[Any]]) -> Logits:
         """The graph's outputs for the inputs that it takes of these."""
@@ -97,26 +96,9 @@ class OnnxScorer:
         return Logits(*(by_name.get(name) for name in Logits._fields))
 
 
-def rows_of_trees(encoded: Sequence[EncodedPair]) -> Targets | None:
-    """In the layout tree, the row of each pair: its target's, or one of several for a target of many candidates."""
-    if not encoded or not encoded[0].trunk_ids:
-        return None
-    numbers, num_rows = [], 0
-    last: dict[int, tuple[int, int]] = {}  # trunk -> its open row, and the tokens there
-    for pair in encoded:
-        row, held = last.get(id(pair.trunk_ids), (-1, _MAX_ROW_TOKENS))
-        if row < 0 or held + len(pair.token_ids) > _MAX_ROW_TOKENS:
-            row, held, num_rows = num_rows, len(pair.trunk_ids), num_rows + 1
-        last[id(pair.trunk_ids)] = (row, held + len(pair.token_ids))
-        numbers.append(row)
-    return Targets(np.array(numbers), np.array([len(pair.trunk_ids) for pair in encoded]))
-
-
-def batch_feeds(
-    encoded: Sequence[EncodedPair], row_of_B: Ints | None, pad_id: int
-) -> dict[str, npt.NDArray[Any]]:
-    """The graph's inputs for a batch of pairs; in the layout tree, `row_of_B` says which of them share a row."""
-    return _pair_feeds(encoded, pad_id) if row_of_B is None else _tree_feeds(encoded, row_of_B, pad_id)
+def batch_feeds(encoded: Sequence[EncodedPair], pad_id: int) -> dict[str, npt.NDArray[Any]]:
+    """The graph's inputs for a batch of pairs."""
+    return _tree_feeds(encoded) if encoded[0].trunk_ids else _pair_feeds(encoded, pad_id)
 
 
 def _pair_feeds(encoded: Sequence[EncodedPair], pad_id: int) -> dict[str, npt.NDArray[Any]]:
@@ -129,35 +111,48 @@ def _pair_feeds(encoded: Sequence[EncodedPair], pad_id: int) -> dict[str, npt.ND
     }
 
 
-def _tree_feeds(encoded: Sequence[EncodedPair], row_of_B: Ints, pad_id: int) -> dict[str, npt.NDArray[Any]]:
-    rows: list[list[int]] = []
-    branches: list[list[int]] = []
-    positions: list[list[int]] = []
-    numbers: dict[int, int] = {}
-    row_B, begin_B = [], []
-    for pair, number in zip(encoded, row_of_B.tolist(), strict=True):
-        row = numbers.setdefault(number, len(rows))
-        num_trunk, size = len(pair.trunk_ids), len(pair.token_ids)
-        if row == len(rows):
-            rows.append(list(pair.trunk_ids))
-            branches.append([0] * num_trunk)
-            positions.append(list(range(num_trunk)))
-        row_B.append(row)
-        begin_B.append(len(rows[row]))
-        branches[row] += [branches[row][-1] + 1] * size
-        positions[row] += range(num_trunk, num_trunk + size)
-        rows[row] += pair.token_ids
-    token_ids_RT, _ = padded(rows, pad_id)
-    row_begin_B = np.array(row_B) * token_ids_RT.shape[1]
-    # Positions count from the prompt's begin, so those inside a branch are shifted by what stands before it.
-    shift_B = np.array(begin_B) - np.array([len(pair.trunk_ids) for pair in encoded])
-    last_B = row_begin_B + np.array(begin_B) + np.array([len(pair.token_ids) - 1 for pair in encoded])
+def _tree_feeds(encoded: Sequence[EncodedPair]) -> dict[str, npt.NDArray[Any]]:
+    trunks = list({id(pair.trunk_ids): pair.trunk_ids for pair in encoded}.values())
+    numbers = {id(trunk): number for number, trunk in enumerate(trunks)}
+    trunk_of_B = np.array([numbers[id(pair.trunk_ids)] for pair in encoded])
+    trunk_lengths_R = np.array([len(trunk) for trunk in trunks])
+    lengths_B = np.array([len(pair.token_ids) for pair in encoded])
+    starts = np.cumsum([0, *trunk_lengths_R, *lengths_B])[:-1]
+    trunk_starts_R, starts_B = starts[: len(trunks)], starts[len(trunks) :]
+    before_B = trunk_lengths_R[trunk_of_B]
+    trunk_tokens_RL, trunk_mask_RL = _grid(trunk_starts_R, trunk_lengths_R)
+    branch_tokens_BL, branch_mask_BL = _grid(starts_B, lengths_B)
+    # The keys of a branch: the tokens of its trunk, then its own.
+    places_K = np.arange(int((before_B + lengths_B).max()))
+    own_BK = (starts_B - before_B)[:, None] + places_K
+    in_trunk_BK = trunk_starts_R[trunk_of_B][:, None] + places_K
+    mask_BK = places_K < (before_B + lengths_B)[:, None]
+    keys_BK = np.where(places_K < before_B[:, None], in_trunk_BK, np.where(mask_BK, own_BK, 0))
+    in_pieces = np.concatenate(
+        (np.flatnonzero(trunk_mask_RL), trunk_mask_RL.size + np.flatnonzero(branch_mask_BL))
+    )
+    positions = [np.arange(length) for length in trunk_lengths_R]
+    positions += [
+        np.arange(before, before + length) for before, length in zip(before_B, lengths_B, strict=True)
+    ]
     return {
-        "token_ids": token_ids_RT,
-        "branches": padded(branches, PADDING)[0],
-        "positions": padded(positions, 0)[0],
-        **_places(encoded, last_B, row_begin_B, row_begin_B + shift_B),
+        "token_ids": np.concatenate([*trunks, *(pair.token_ids for pair in encoded)])[None].astype(np.int64),
+        "positions": np.concatenate(positions)[None],
+        "trunk_tokens": trunk_tokens_RL,
+        "trunk_mask": trunk_mask_RL,
+        "branch_tokens": branch_tokens_BL,
+        "branch_keys": keys_BK,
+        "branch_mask": mask_BK,
+        "in_pieces": in_pieces,
+        **_places(encoded, starts_B + lengths_B - 1, trunk_starts_R[trunk_of_B], starts_B - before_B),
     }
+
+
+def _grid(starts: Ints, lengths: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """The tokens of pieces, padded with the first one, and which of them are real."""
+    places = np.arange(int(lengths.max()))
+    mask = places < lengths[:, None]
+    return starts[:, None] + np.where(mask, places, 0), mask
 
 
 def _places(
