@@ -128,7 +128,7 @@ ui: $(SETUP)
 	  { echo "127.0.0.1:$(PORT) is in use, perhaps by another make ui; end that, or try: make ui PORT=$$(($(PORT) + 1))" >&2; exit 1; }
 	@echo "MLflow UI of $(RUN): http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
 # One worker is enough for one user, and MLflow kills the workers of several that a busy machine keeps from answering
-# within seconds. Nothing of kdecs runs as a job of MLflow's server.
+# within seconds.
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db" --host 127.0.0.1 --port "$(PORT)" --workers 1
 

@@ -48,9 +48,11 @@ def _absolute(path: Path) -> Path:
 
 
 def _local_or_hub(reference: str) -> str:
-    # `roberta-base` is a hub name unless a directory of that name is here. What is written as a path never is one.
+    # `roberta-base` is a hub name unless a directory of that name is here. What is written as a path never is one, nor
+    # what has more than one slash.
     expanded = os.path.expanduser(reference)
-    looks_local = os.path.exists(expanded) or reference.startswith(("/", "./", "../", "~"))
+    is_path = reference.startswith(("/", "./", "../", "~")) or reference.count("/") > 1
+    looks_local = is_path or os.path.exists(expanded)
     return _writable(os.path.abspath(expanded) if looks_local else reference)
 
 
@@ -131,6 +133,7 @@ def load_config(model: type[AnyConfig], path: Path | None, overrides: Iterable[s
     Raises ConfigError, one line, naming the file, the field, the value and what is allowed.
     """
     values = read_yaml(path) if path else {}
+    overrides = list(overrides)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -139,7 +142,8 @@ def load_config(model: type[AnyConfig], path: Path | None, overrides: Iterable[s
             set_dotted(values, key, _value_of(text, _types_at(model, key)), model)
         except Unreadable as error:
             raise ConfigError(f"--set {override}: {error}") from None
-    return parse_config(model, values, source=str(path or "--set"))
+    source = f"{path} with --set" if path and overrides else str(path or "--set")
+    return parse_config(model, values, source=source)
 
 
 def find_config(stage: str, reference: str | Path) -> Path:
@@ -385,10 +389,8 @@ def _checksum(path: Path | str, key: str) -> str:
     except ArtifactError as error:
         # The committed configs name RECCON's files, which do not come with kdecs.
         is_reccon = Path(path).name.startswith("dailydialog_")
-        remedy = ", or download RECCON's files with: kdecs corpus fetch DIR" if is_reccon else ""
-        raise ConfigError(
-            f"{error}, which the config names as {key}; set {key} to another one{remedy}"
-        ) from None
+        remedy = "; RECCON's files can be downloaded with: kdecs corpus fetch DIR" if is_reccon else ""
+        raise ConfigError(f"{error}, which the config names as {key}{remedy}") from None
 
 
 def _describe(error: ValidationError, model: type[Config]) -> str:

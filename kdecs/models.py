@@ -314,4 +314,9 @@ def _why_not_loaded(reference: str | Path, error: BaseException) -> str:
         )
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return "it needs Python code of its author, which is never run; choose a model that Transformers has code for"
+    if not Path(reference).exists() and not Path(reference).is_absolute():
+        remedy = (
+            "; make models fetches the models of this folder" if str(reference).startswith("models/") else ""
+        )
+        return f"there is no such directory here, and the hub did not provide it either ({first_line(error)}){remedy}"
     return first_line(error)

@@ -329,15 +329,19 @@ def test_hash_of_what_is_written_is_that_of_what_was_read(values: dict[str, Any]
     assert config_hash(written) == config_hash(config)
 
 
+def test_a_base_with_more_than_one_slash_is_a_path_and_no_hub_name(values: dict[str, Any]) -> None:
+    values["model"] = {"family": "causal", "base": "runs/demo/base/nothing"}
+    with pytest.raises(ConfigError, match=r"/runs/demo/base/nothing: no such file .* names as model\.base$"):
+        config_hash(parse_config(TeacherConfig, values, source="x"))
+
+
 def test_hash_names_a_missing_input_and_its_key(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "valid.json").unlink()
     config = parse_config(TeacherConfig, values, source="x")
-    with pytest.raises(
-        ConfigError, match=r"valid\.json: no such file .* as corpus\.valid; set corpus\.valid to"
-    ):
+    with pytest.raises(ConfigError, match=r"valid\.json: no such file .* names as corpus\.valid$"):
         config_hash(config)
     values["corpus"]["valid"] = str(tmp_path / "dailydialog_valid.json")
-    with pytest.raises(ConfigError, match=r"or download RECCON's files with: kdecs corpus fetch DIR"):
+    with pytest.raises(ConfigError, match=r"as corpus\.valid; RECCON's files .* kdecs corpus fetch"):
         config_hash(parse_config(TeacherConfig, values, source="x"))
 
 

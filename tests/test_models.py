@@ -265,6 +265,17 @@ def test_what_cannot_be_loaded_is_one_line_and_the_noise_comes_back(tmp_path):
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
+def test_a_name_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch) -> None:
+    from kdecs.models import _loading
+
+    monkeypatch.setattr("kdecs.models.HF_HUB_OFFLINE", False)
+    with (
+        pytest.raises(ModelError, match=r"no such directory here, .*\(no route\); make models fetches"),
+        _loading("model models/mine: cannot be loaded", "models/mine"),
+    ):
+        raise OSError("no route")
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_what_is_saved_is_whole_and_has_the_mode_of_other_files(
     encoder: Path, tmp_path: Path, umask: int
