@@ -73,7 +73,7 @@ def make_server(app: App, *, stop_after_s: float | None = None) -> "uvicorn.Serv
         ) from None
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        log_level="error",  # its warnings are about what clients send, who could fill a log with them
         access_log=False,
         server_header=False,
         headers=[("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")],

@@ -6,6 +6,7 @@
 import json
 import re
 import shutil
+import threading
 
 import pytest
 
@@ -33,7 +34,13 @@ Anna: Thank you so much."""
 
 
 class Rules:
-    """Explains every "Thank" by all candidates and each exclamation by itself, with the first three words as span."""
+    """Explains every "Thank" by all candidates and each exclamation by itself, with the first three words as span.
+
+    "Wait" waits for the gate.
+    """
+
+    def __init__(self):
+        self.gate = threading.Event()
 
     def stream(self, dialogues, *, max_distance, batch_tokens, on_batch, on_warning):
         del batch_tokens, on_batch, on_warning
@@ -41,6 +48,8 @@ class Rules:
 
     def detail(self, pairs, *, batch_tokens=0, on_batch=None):
         del batch_tokens, on_batch
+        if any(pair.dialogue.utterances[0].text == "Wait" for pair in pairs):
+            self.gate.wait(30)
         return [self.predict(pair) for pair in pairs]
 
     def predict(self, pair):
@@ -64,11 +73,16 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def addresses(serving):
+def rules():
+    return Rules()
+
+
+@pytest.fixture(scope="module")
+def addresses(serving, rules):
     """Two servers of the same student: one open, one with a token."""
     names = own_names("127.0.0.1", [])
     with (
-        Batchers(Rules()) as batchers,
+        Batchers(rules) as batchers,
         serving(guarded(make_app(batchers), names)) as port,
         serving(guarded(make_app(batchers), names, token=TOKEN, open_paths=OPEN_PATHS)) as locked,
     ):
@@ -207,6 +221,22 @@ def test_every_format_and_every_fault_of_it(addresses, open_page, tmp_path):
     expect(page.locator("#which option")).to_have_count(len(names))
     page.select_option("#which", names[-1])
     assert page.inner_text("#title") == f"Dialogue {names[-1]}"
+
+
+def test_what_is_predicted_before_a_stop_is_shown(addresses, open_page, rules):
+    page = open_page(addresses[0])
+    first, second = ([{"speaker": "A", "utterance": text}] * 24 for text in ("Well", "Wait"))
+    page.fill(
+        "#text", json.dumps([{"id": "first", "utterances": first}, {"id": "second", "utterances": second}])
+    )
+    page.click("text=Find the causes")
+    expect(page.locator("#status")).to_have_text("Predicting: 1 of 2 dialogues …")
+    page.click("text=Stop")
+    expect(page.locator("#status")).to_contain_text("These are the first 1 of 2 dialogues.")
+    assert (
+        page.inner_text("#title") == "Dialogue first" and page.is_hidden("#stop") and page.is_hidden("#error")
+    )
+    rules.gate.set()
 
 
 def test_texts_are_text_and_the_page_can_be_sent_on(addresses, open_page, tmp_path):

@@ -9,8 +9,10 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from random import Random
 
 import pytest
 from support import start_python, wait_until
@@ -161,6 +163,37 @@ def test_a_body_that_is_no_dialogue_is_refused_in_one_line(module_port, ask, bod
     assert message in answer.json["error"] and answer.json.keys() == {"error"}
     assert answer.json["error"].isprintable()
     assert ask(module_port, "POST", "/v1/predict", SHORT).status == 200
+
+
+def changed(value, random):
+    """A JSON value with one part replaced, removed or repeated."""
+    if isinstance(value, dict | list) and value and random.random() < 0.85:
+        copy = value.copy()
+        key = random.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+        if random.random() < 0.2:
+            del copy[key]
+        else:
+            copy[key] = changed(copy[key], random)
+        return copy
+    return random.choice(
+        [None, True, -1, 10**30, 3.5, float("nan"), "", "x", "\ud800", "\0", [], [value, value], {}]
+    )
+
+
+def test_no_damage_to_a_request_gets_past_the_checks_or_hurts_the_server(module_port, ask):
+    random = Random(0)
+    whole = [SHORT, [SHORT, dialogue_of(3, id="é😀")], dialogue_of(2, emotion="happy", turn=1)]
+    statuses = Counter()
+    for _ in range(250):
+        body = bytearray(json.dumps(changed(changed(random.choice(whole), random), random)).encode())
+        if random.random() < 0.3:
+            body[random.randrange(len(body))] = random.randrange(256)
+        answer = ask(module_port, "POST", "/v1/predict", bytes(body))
+        statuses[answer.status] += 1
+        assert answer.status == 200 or (
+            answer.json.keys() == {"error"} and answer.json["error"].isprintable()
+        )
+    assert statuses.keys() == {200, 400, 422}
 
 
 @pytest.fixture(scope="module")
