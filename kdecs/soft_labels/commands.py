@@ -133,6 +133,10 @@ def combine(
     from kdecs.soft_labels.derive.combine import combine as run
     from kdecs.soft_labels.derive.config import CombineConfig
 
+    if len(labels) < 2:
+        raise typer.BadParameter(
+            "found one label directory, expected two or more to combine", param_hint="DIR DIR …"
+        )
     values = {"labels": labels, "weights": weight or [], "rule": rule, "train": train, "output": output}
     config = parse_config(CombineConfig, values, source="soft-labels combine")
     with scratch_folder("labels") as scratch:

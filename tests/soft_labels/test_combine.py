@@ -195,6 +195,10 @@ def test_rules_that_lack_something_are_refused(parents: list[Path], tmp_path: Pa
         result = CliRunner().invoke(app, [*base, *extra])
         assert isinstance(result.exception, ConfigError)
         assert message in str(result.exception)
+    alone = CliRunner().invoke(
+        app, ["soft-labels", "combine", str(parents[0]), "--output", str(tmp_path / "out")]
+    )
+    assert alone.exit_code == 2 and "expected two or more" in alone.output
     config = CombineConfig(
         labels=tuple(parents), rule="gold-correct", train=bundled_sample("valid"), output=tmp_path / "out"
     )
