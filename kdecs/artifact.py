@@ -160,7 +160,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     directory from elsewhere leads nowhere. Raises OutputError if something else than a file stands there.
     """
     if path.exists() and not path.is_file():
-        raise OutputError(f"{path}: {kind_of(path)} stands in the place of a file; remove it")
+        raise OutputError(f"{path}: {kind_of(path)} is in the place of a file; remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary, handle = _locked_file(path)
@@ -453,15 +453,16 @@ def read_manifest(directory: Path, *kinds: Kind) -> Manifest:
 
     Raises ArtifactError, one line, if the directory is missing, unfinished or of another kind.
     """
+    expected = " or ".join(kinds) or "output of kdecs"
     if not directory.is_dir():
         raise ArtifactError(
-            f"{directory}: no such directory, expected an artifact directory ({' or '.join(kinds) or 'any kind'})"
+            f"{directory}: no such directory, expected the directory of a finished {expected}"
         )
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(
-            f"{directory}: has no {MANIFEST_NAME}, so it is unfinished or not an artifact directory; "
-            "run the command that writes it again"
+            f"{directory}: has no {MANIFEST_NAME}, so it is unfinished or no {expected}; name another directory, or run "
+            "the command that writes this one again"
         )
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise ArtifactError(f"{path}: {path.stat().st_size} bytes, more than any manifest has; it is damaged")
@@ -472,9 +473,7 @@ def read_manifest(directory: Path, *kinds: Kind) -> Manifest:
             "write the directory again or install the kdecs that wrote it"
         )
     if kinds and manifest.kind not in kinds:
-        raise ArtifactError(
-            f"{directory}: holds a {manifest.kind}, expected a {' or '.join(kinds)} directory"
-        )
+        raise ArtifactError(f"{directory}: holds a {manifest.kind}, expected a {expected} directory")
     # Readers open these paths, and the directory may come from somebody else.
     for entry in manifest.files:
         _inside(directory, entry.path)
