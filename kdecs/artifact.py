@@ -461,8 +461,8 @@ def read_manifest(directory: Path, *kinds: Kind) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(
-            f"{directory}: has no {MANIFEST_NAME}, so it is unfinished or no {expected}; name another directory, or run "
-            "the command that writes this one again"
+            f"{directory}: has no {MANIFEST_NAME}, so it is unfinished or no {expected}; name another directory, or "
+            "run the command that writes this one again"
         )
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise ArtifactError(f"{path}: {path.stat().st_size} bytes, more than any manifest has; it is damaged")
