@@ -14,6 +14,7 @@ in fragments, and at RoBERTa-base's shape the Trainer outgrows 24 GiB.
 
 `--against pair` sets our step over trees (`model.layout: tree`) against our step over pairs, and `--layout tree` sets
 it against the Trainer: each side takes batches of about 16 pairs that are like those of an epoch of its layout.
+`--branch short` gives the trees short branches (`model.branch`).
 
 With one thread (OMP_NUM_THREADS=1) a record counts processor seconds, which other programs do not change.
 
@@ -95,6 +96,7 @@ def make_job(
     *,
     is_compiled: bool = False,
     layout: str = "pair",
+    branch: str = "paper",
 ) -> tuple[Job, str]:
     """A trainer over the corpus, and `num_steps` of its first epoch's batches."""
     directory.mkdir(exist_ok=True)
@@ -107,7 +109,7 @@ def make_job(
         "cache": str(directory / "cache"),
         "corpus": {"train": str(train), "valid": str(valid)},
         "model": {"base": str(base), "span_head": "pointer", "max_prompt_tokens": max_tokens}
-        | {"layout": layout},
+        | {"layout": layout, "branch": branch},
         "distillation": {"mode": "joint"},
         "batches": {"global_batch_pairs": BATCH_PAIRS},
         "optimization": {"learning_rate": 1e-4, "weight_decay": 0.01, "epochs": 1},
@@ -340,16 +342,23 @@ def measure_compiled(shape_name: str, num_steps: int, rounds: int, max_tokens: i
 
 
 def measure_trees(
-    shape_name: str, num_steps: int, rounds: int, against: str, max_tokens: int, at_once: int
+    shape_name: str,
+    num_steps: int,
+    rounds: int,
+    against: str,
+    max_tokens: int,
+    at_once: int,
+    branch: str,
 ) -> None:
     """Our step over trees against our step over pairs, or against the Trainer, both with the paper's prompts."""
     shape = SHAPES[shape_name]
     with tempfile.TemporaryDirectory() as scratch:
-        tree, corpus = make_job(Path(scratch, "tree"), shape, num_steps, max_tokens, layout="tree")
-        pair, _ = make_job(Path(scratch, "pair"), shape, num_steps, max_tokens)
-        suffix = ("" if shape_name == "minilm" else f"_{shape_name}") + (
-            "" if max_tokens == 512 else f"_{max_tokens}"
+        tree, corpus = make_job(
+            Path(scratch, "tree"), shape, num_steps, max_tokens, layout="tree", branch=branch
         )
+        pair, _ = make_job(Path(scratch, "pair"), shape, num_steps, max_tokens)
+        named = {branch: "paper", shape_name: "minilm", str(max_tokens): "512"}
+        suffix = "".join(f"_{part}" for part, usual in named.items() if part != usual)
         if against == "pair":
             name, baseline, baseline_name = "student_step_tree_vs_pair", our_side(pair), "our step over pairs"
             target = TREE_TARGETS.get(max_tokens)
@@ -383,10 +392,11 @@ def measure(
     max_tokens: int,
     at_once: int,
     layout: str,
+    branch: str,
 ) -> None:
     """One shape against the Trainer, TextBrewer (MiniLM's shape, where it is installed), or both."""
     if against == "pair" or layout == "tree":
-        measure_trees(shape_name, num_steps, rounds, against, max_tokens, at_once)
+        measure_trees(shape_name, num_steps, rounds, against, max_tokens, at_once, branch)
         return
     if against == "eager":
         measure_compiled(shape_name, num_steps, rounds, max_tokens)
@@ -442,6 +452,7 @@ def main() -> None:
         "--against", choices=("trainer", "textbrewer", "both", "eager", "pair"), default="both"
     )
     parser.add_argument("--layout", choices=("pair", "tree"), default="pair")
+    parser.add_argument("--branch", choices=("paper", "short"), default="paper", help="of trees")
     parser.add_argument("--steps", type=int, help="steps a side and round (default 12, base 8)")
     parser.add_argument("--tokens", type=int, default=512, help="longest prompt")
     parser.add_argument("--rounds", type=int, default=3)
@@ -464,6 +475,7 @@ def main() -> None:
                 arguments.tokens,
                 arguments.at_once,
                 arguments.layout,
+                arguments.branch,
             )
 
 

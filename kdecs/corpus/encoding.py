@@ -10,7 +10,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -142,7 +142,7 @@ class PairEncoder:
         ]
         # Only for variants, so that the plain prompt keeps the key of its existing caches.
         if self.variant != EQ_5:
-            parts.append(json.dumps(asdict(self.variant), sort_keys=True))
+            parts.append(json.dumps(self.variant.key, sort_keys=True))
         if self.layout != "pair":
             parts.append(self.layout)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()

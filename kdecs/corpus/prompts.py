@@ -6,7 +6,8 @@ a mask token.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import DialogueError
@@ -22,12 +23,22 @@ class PromptVariant:
     If `has_connective` is false, <mask_cau> is left out (the last two rows of Table 5). `given_emotions` replaces
     <mask_emo> with the target's emotion (Table 6), looked up in this table of labels to show; labels that it does not
     name are shown unchanged, and None keeps the mask. `history_utterances` keeps only the last k utterances before
-    the target.
+    the target. With `has_short_branch` only `<mask_cau> d_j sp_j: u_j <mask_st> <mask_ed>` follows the target clause.
     """
 
     has_connective: bool = True
     given_emotions: Mapping[str, str] | None = None
     history_utterances: int | None = None
+    has_short_branch: bool = False
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells this variant's encodings from others'."""
+        fields = asdict(self)
+        # Caches of prompts with the paper's branches were built before there were others.
+        if not self.has_short_branch:
+            del fields["has_short_branch"]
+        return fields
 
 
 EQ_5 = PromptVariant()
@@ -189,15 +200,20 @@ def student_branch(
     if variant.has_connective:
         connective_mask = writer.add(mask)
         writer.add(" ")
-    writer.add(f"{candidate} {u_j.speaker} says ")
+    # The paper's own wording, grammar included (Eq. 5), or only what tells the parts from one another.
+    says, before_start, before_end, end = (
+        (": ", " ", " ", "")
+        if variant.has_short_branch
+        else (" says ", ". The causal span start at ", ", end at ", ".")
+    )
+    writer.add(f"{candidate} {u_j.speaker}{says}")
     candidate_start = writer.add(u_j.text)
     candidate_range = (candidate_start, writer.length)
-    # The paper's own wording, grammar included (Eq. 5).
-    writer.add(". The causal span start at ")
+    writer.add(before_start)
     start_mask = writer.add(mask)
-    writer.add(", end at ")
+    writer.add(before_end)
     end_mask = writer.add(mask)
-    writer.add(".")
+    writer.add(end)
     return BranchPrompt(
         text=writer.text(),
         connective_mask=connective_mask,

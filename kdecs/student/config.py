@@ -33,6 +33,11 @@ class StudentModelConfig(Config):
         description="pair: a prompt per pair (Eq. 5); tree: a sequence per target, whose history and clause are read "
         "once for all of its candidates",
     )
+    branch: Annotated[Literal["paper", "short"], HashedUnlessDefault()] = Field(
+        default="paper",
+        description="layout tree only: what follows the target clause. paper: as in Eq. 5; short: "
+        "`<mask_cau> d_j sp_j: u_j <mask_st> <mask_ed>`, a third fewer tokens",
+    )
     span_head: Literal["position", "pointer"] = Field(
         default="position", description="position: Eq. 8-9 as written; pointer: a query against each token"
     )
@@ -61,6 +66,12 @@ class StudentModelConfig(Config):
         if unknown := sorted(set(stand_ins) - KNOWN_EMOTIONS):
             raise ValueError(f"{unknown[0]} is not an emotion; known: {', '.join(sorted(KNOWN_EMOTIONS))}")
         return stand_ins
+
+    @model_validator(mode="after")
+    def _short_branches_grow_on_trees(self) -> "StudentModelConfig":
+        if self.branch == "short" and self.layout != "tree":
+            raise ValueError("branch short needs layout tree: the layout pair has the paper's wording alone")
+        return self
 
 
 class TeacherLabels(Config):
@@ -221,4 +232,5 @@ class StudentConfig(Config):
             has_connective=self.distillation.mode in CONNECTIVE_MODES,
             given_emotions=self.emotion_table,
             history_utterances=self.model.history_utterances,
+            has_short_branch=self.model.branch == "short",
         )

@@ -183,6 +183,7 @@ class StudentTask:
             mode=config.distillation.mode,
             task=config.task,
             layout=config.model.layout,
+            branch=config.model.branch,
             priors=config.model.priors == "training",
             given_emotions=config.emotion_table,
             history_utterances=config.model.history_utterances,

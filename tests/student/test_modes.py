@@ -51,7 +51,7 @@ MODES: dict[str, dict[str, object]] = {
     "share": {"distillation": {**KD, "hard_share": 0.5, "teacher_weighting": "confidence"}},
     "tree": {"model": {"layout": "tree", "span_head": "position", "priors": "training"}, "distillation": KD},
     "tree, classifier": {
-        "model": {"layout": "tree", "given_emotions": "coarse"},
+        "model": {"layout": "tree", "branch": "short", "given_emotions": "coarse"},
         "distillation": {"mode": "cls"},
     },
 }
@@ -281,6 +281,10 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
         (
             {"distillation": {"mode": "joint"}, "model": {"base": "b", "layout": "tree"}, "compile": True},
             "compile needs model.layout pair",
+        ),
+        (
+            {"distillation": {"mode": "joint"}, "model": {"base": "b", "branch": "short"}},
+            "branch short needs layout tree",
         ),
         (
             {"distillation": {"mode": "kd", "labels": "a", "teachers": [{"labels": "b"}]}},

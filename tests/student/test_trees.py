@@ -9,7 +9,7 @@ from support import made_once, save_lively_encoder, save_tiny_encoder
 
 from kdecs.corpus.encoding import PairEncoder, TreeEncoder
 from kdecs.corpus.pairs import candidate_pairs
-from kdecs.corpus.prompts import PromptVariant, student_prompt
+from kdecs.corpus.prompts import PromptVariant, student_branch, student_prompt
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ModelError
@@ -24,7 +24,7 @@ FAMILIES = ("roberta", "bert", "xlm-roberta", "modernbert", "distilbert")
 VARIANTS = (
     PromptVariant(),
     PromptVariant(has_connective=False, history_utterances=1),
-    PromptVariant(given_emotions={}),
+    PromptVariant(given_emotions={}, has_short_branch=True),
 )
 
 
@@ -139,6 +139,16 @@ def test_trunk_and_branch_are_the_tokens_of_the_prompt(base, dialogues):
             assert tree.candidate_offsets == plain.candidate_offsets
             assert (tree.span_start, tree.span_end) == (plain.span_start, plain.span_end)
             assert tree.distance == plain.distance
+
+
+def test_a_short_branch_keeps_what_tells_its_parts_apart(dialogues):
+    dialogue = dialogues[0]
+    text, speaker = dialogue.utterances[1].text, dialogue.utterances[1].speaker
+    short = student_branch(dialogue, 2, mask="<mask>", variant=PromptVariant(has_short_branch=True))
+    assert short.text == f" <mask> 2 {speaker}: {text} <mask> <mask>"
+    places = (short.connective_mask, short.start_mask, short.end_mask)
+    assert [short.text[place:].startswith("<mask>") for place in places] == [True] * 3
+    assert short.text[slice(*short.candidate_range)] == text
 
 
 def test_tokens_of_a_tree_have_the_types_of_their_prompts(base, dialogues):

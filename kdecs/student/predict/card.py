@@ -49,6 +49,7 @@ class StudentCard(BaseModel):
     task: Literal["ecspe", "ecpe"] = "ecspe"
     priors: bool = False
     layout: Literal["pair", "tree"] = "pair"
+    branch: Literal["paper", "short"] = "paper"
     given_emotions: dict[str, str] | None = Field(
         default=None, description="if not null, the prompt gives the target's emotion, mapped by this table"
     )
@@ -72,6 +73,7 @@ class StudentCard(BaseModel):
             has_connective=self.mode in CONNECTIVE_MODES,
             given_emotions=self.given_emotions,
             history_utterances=self.history_utterances,
+            has_short_branch=self.branch == "short",
         )
 
 
