@@ -71,7 +71,7 @@ def measure_here(directory: Path, arguments: argparse.Namespace) -> dict[str, An
 
 def make_students(directory: Path) -> dict[str, Path]:
     """Untrained students of MiniLM-L6's shape in both layouts."""
-    from _student_parts import first_dialogues
+    from _student_parts import some_dialogues
     from student_predict import make_student
 
     from kdecs.artifact import write_manifest
@@ -80,7 +80,7 @@ def make_students(directory: Path) -> dict[str, Path]:
     from kdecs.student.config import StudentConfig
     from kdecs.student.product import save_student
 
-    text = first_dialogues(corpus_split("train")[0], directory, 60)
+    text = some_dialogues(corpus_split("train")[0], directory, 60)
     students = {}
     for layout in ("pair", "tree"):
         student = make_student(directory / layout, text, layout)
@@ -95,11 +95,11 @@ def make_students(directory: Path) -> dict[str, Path]:
 
 def export(student: Path, output: Path, *, is_int8: bool) -> Path:
     """Export a student. What its command measures of int8 is done here on more dialogues, so one is enough there."""
-    from _student_parts import first_dialogues
+    from _student_parts import some_dialogues
 
     from kdecs.student.onnx.export import OnnxExport, export_student
 
-    one = first_dialogues(corpus_split("valid")[0], output.parent, 1)
+    one = some_dialogues(corpus_split("valid")[0], output.parent, 1)
     config = OnnxExport(student=student, output=output, precision="int8" if is_int8 else "float32")
     return export_student(config, corpus_file=one, force=True)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.prompts import PromptVariant
 from kdecs.corpus.reading import bundled_sample, iter_dialogues, read_corpus
 from kdecs.errors import ArtifactError, DependencyError, DeviceError, KdecsError, ModelError, OutputError
+from kdecs.evaluation.metrics import evaluate
 from kdecs.models import load_tokenizer
 from kdecs.student.model import StudentModel, TorchScorer, load_language_model, student_answer_ids
 from kdecs.student.onnx import export
@@ -231,6 +233,17 @@ def forged(name: str, content: bytes):
     return damage
 
 
+def graph_that_reads(location: str) -> bytes:
+    """A graph whose weights are in a file elsewhere."""
+    weight = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=location)
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    output = onnx.helper.make_tensor_value_info("y", 1, [4])
+    graph = onnx.helper.make_graph([node], "g", [], [output], [weight])
+    opset = onnx.helper.make_opsetid("", 18)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+
+
 def card_of_another(folder: Path) -> None:
     change_json(folder / "onnx.json", precision="int4")
     rewrite_manifest(folder)
@@ -242,6 +255,7 @@ def card_of_another(folder: Path) -> None:
         (damaged, "model.onnx: sha256 .*the file is damaged"),
         (lambda folder: (folder / "model.onnx.data").write_bytes(b"x"), "does not list this file"),
         (forged("model.onnx", b"no graph"), "model.onnx: ONNX Runtime cannot load it"),
+        (forged("model.onnx", graph_that_reads("../secret")), "model.onnx: ONNX Runtime cannot load it"),
         (forged("tokenizer.json", b"{}"), "tokenizer .*cannot be loaded"),
         (
             card_of_another,
@@ -269,7 +283,7 @@ def test_a_missing_package_is_named(exported, directory, tmp_path, monkeypatch):
 
 def test_int8_is_measured_and_refused_if_it_loses_too_much(directory, corpus_files, tmp_path, monkeypatch):
     config = OnnxExport(student=directory, output=tmp_path / "int8", precision="int8")
-    monkeypatch.setattr(export, "measure", lambda *arguments: Measured(60.0, 61.0, 20.0, 30.0))
+    monkeypatch.setattr(export, "measure", lambda *arguments: (Measured(60.0, 61.0, 20.0, 30.0), 0.5))
     with pytest.raises(ModelError, match=r"loses 1\.00 points of macro F1, more than 0\.5 and it is slower"):
         export_student(config)
     assert not list(tmp_path.iterdir())
@@ -291,4 +305,12 @@ def test_int8_is_measured_and_refused_if_it_loses_too_much(directory, corpus_fil
         tensor.data_type == onnx.TensorProto.INT8 and "quantized" in name for name, tensor in held.items()
     )
     corpus = read_corpus(corpus_files["valid"])
-    assert set(student.predict_pairs(corpus)) == set(Student.from_pretrained(directory).predict_pairs(corpus))
+    # Nothing but the threshold is new in the card, and with it the export scores what its manifest says.
+    assert student.card.threshold == details["measured"]["threshold"]
+    original = Student.from_pretrained(directory)
+    assert student.card.model_copy(update={"threshold": original.card.threshold}) == original.card
+    for one, key in ((student, "macro_f1"), (original, "macro_f1_float32")):
+        # By dialogue, as they were measured: int8 rounds by the largest number of a batch.
+        parts = [replace(corpus, dialogues=(dialogue,)) for dialogue in corpus.dialogues]
+        predictions = {pair: found for part in parts for pair, found in one.predict_pairs(part).items()}
+        assert evaluate(corpus, predictions, universe="fold1")["macro_f1"] == details["measured"][key]

@@ -35,17 +35,16 @@ from kdecs.config import (
     load_config,
 )
 from kdecs.corpus.encoding import ENCODERS, EncodedPair
-from kdecs.corpus.pairs import candidate_pairs
+from kdecs.corpus.pairs import Pair, candidate_pairs, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split
 from kdecs.errors import ConfigError, ModelError
 from kdecs.evaluation.metrics import evaluate
-from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.output import refuse_inputs
 from kdecs.process import say
 from kdecs.student.config import StudentConfig
-from kdecs.student.decision import Logits, log_softmax
+from kdecs.student.decision import Logits, choose_threshold, log_softmax, pair_gains
 from kdecs.student.grouping import Ints
 from kdecs.student.onnx.graph import OPSET, export_graph
 from kdecs.student.onnx.scoring import (
@@ -60,6 +59,7 @@ from kdecs.student.onnx.scoring import (
 )
 from kdecs.student.predict.card import CARD_NAME, StudentCard
 from kdecs.student.predict.predictor import Student
+from kdecs.student.predict.streaming import PairPrediction
 from kdecs.student.product import load_scorer
 
 LARGEST_DIFFERENCE = 1e-4
@@ -84,7 +84,10 @@ class OnnxExport(Config):
 
 @dataclass(frozen=True)
 class Measured:
-    """An export beside the float32 graph: macro F1 in percent (fold1, reccon), and pairs per second."""
+    """An export beside the float32 graph: macro F1 in percent (fold1, protocol reccon), and pairs per second.
+
+    For the task ecpe, macro F1 is that of utterances.
+    """
 
     macro_f1: float
     macro_f1_float32: float
@@ -126,7 +129,10 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
         return config.output
     require_packages(f"{config.student}: exporting", ("onnx", "onnxruntime"), "onnx-export")
     manifest = read_verified_manifest(config.student, "student")
-    corpus = None if config.precision == "float32" else _labelled_corpus(config.student, corpus_file)
+    trained, corpus = None, None
+    if config.precision != "float32":
+        trained = load_config(StudentConfig, config.student / CONFIG_NAME)
+        corpus = _labelled_corpus(trained, corpus_file)
     scorer, tokenizer, card = load_scorer(config.student, device="cpu", precision="float32")
     if (size := sum(parameter.nbytes for parameter in scorer.model.parameters())) > _MAX_GRAPH_BYTES:
         raise ModelError(
@@ -160,13 +166,15 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
                 f"most {LARGEST_DIFFERENCE:g}; this architecture cannot be exported"
             )
         details["largest_difference"] = difference
-        if corpus is not None:
+        if trained is not None and corpus is not None:
             quantise(graph)
-            measured = measure(
+            measured, threshold = measure(
                 Student(OnnxScorer(graph, onnx_card.pad_id), tokenizer, card),
                 Student(float32, tokenizer, card),
                 corpus,
+                trained,
             )
+            card = card.model_copy(update={"threshold": threshold})
             say(f"{config.output}: {measured}")
             if faults := " and ".join(measured.faults):
                 if not force:
@@ -174,7 +182,7 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
                         f"{config.student}: int8 does not pay: {faults}; --force exports it all the same"
                     )
                 say(f"{config.output}: exported all the same: {faults}")
-            details["measured"] = asdict(measured)
+            details["measured"] = asdict(measured) | {"threshold": threshold}
         tokenizer.backend_tokenizer.save(str(made / TOKENIZER_NAME))
         write_json(made / CARD_NAME, card.model_dump(mode="json"))
         write_json(made / ONNX_CARD_NAME, onnx_card.model_dump(mode="json"))
@@ -190,9 +198,8 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
     return config.output
 
 
-def _labelled_corpus(student: Path, corpus_file: Path | None) -> Corpus:
+def _labelled_corpus(trained: StudentConfig, corpus_file: Path | None) -> Corpus:
     """The file to measure on, its emotions mapped as in the student's training."""
-    trained = load_config(StudentConfig, student / CONFIG_NAME)
     path = corpus_file or trained.corpus.valid
     if not path.is_file():
         raise ConfigError(
@@ -275,20 +282,52 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def measure(student: Student, float32: Student, corpus: Corpus) -> Measured:
-    """Both students' macro F1 on a labelled corpus, and their speed, dialogue by dialogue in turn."""
-    students, seconds = (student, float32), [0.0, 0.0]
-    found: tuple[dict[PairKey, Prediction], ...] = ({}, {})
+def measure(
+    student: Student, float32: Student, corpus: Corpus, trained: StudentConfig
+) -> tuple[Measured, float]:
+    """Both students on a labelled corpus, dialogue by dialogue in turn, and the threshold of causes for the first.
+
+    Another precision shifts all scores a little, so the threshold is chosen anew, as the training chose it.
+    """
+    # Under a threshold of 0 each pair of an emotional target has a span, so that any other can be tried afterwards.
+    any_cause = student.card.model_copy(update={"threshold": 0.0})
+    students, seconds = (Student(student.scorer, student.tokenizer, any_cause), float32), [0.0, 0.0]
+    pairs: list[Pair] = []
+    found: tuple[list[PairPrediction], ...] = ([], [])
     for number, dialogue in enumerate(corpus.dialogues):
-        part = replace(corpus, dialogues=(dialogue,))
+        some = pairs_of(dialogue, "fold1+neutral")
+        pairs += some
         # Alternately, so that what else runs on the machine slows both.
         for side in (0, 1) if number % 2 else (1, 0):
             began = time.perf_counter()
-            found[side].update(students[side].predict_pairs(part))
+            found[side].extend(students[side].detail(some))
             seconds[side] += time.perf_counter() - began
-    scores = [evaluate(corpus, predictions, universe="fold1")["macro_f1"] for predictions in found]
-    speeds = [len(predictions) / max(spent, 1e-9) for predictions, spent in zip(found, seconds, strict=True)]
-    return Measured(*scores, *speeds)
+    # Pairs (i, i) of neutral targets serve emotion accuracy alone.
+    scored = [
+        (pair, item)
+        for pair, item in zip(pairs, found[0], strict=True)
+        if pair.dialogue.utterances[pair.target - 1].evidence is not None
+    ]
+    threshold, _ = choose_threshold(
+        pair_gains(
+            np.array([item.score for _, item in scored], dtype=np.float32),
+            [item.prediction.emotion for _, item in scored],
+            [pair.spans for pair, _ in scored],
+            [item.prediction.span for _, item in scored],
+            "utterance" if trained.task == "ecpe" else trained.threshold_for,
+        )
+    )
+    decided = [
+        item.prediction if item.score >= threshold else replace(item.prediction, is_cause=False, span="")
+        for item in found[0]
+    ]
+    key = "utterance_macro_f1" if trained.task == "ecpe" else "macro_f1"
+    macro = [
+        evaluate(corpus, {prediction.key: prediction for prediction in predictions}, universe="fold1")[key]
+        for predictions in (decided, [item.prediction for item in found[1]])
+    ]
+    speeds = [len(pairs) / max(spent, 1e-9) for spent in seconds]
+    return Measured(*macro, *speeds), threshold
 
 
 def largest_difference(

@@ -1,9 +1,10 @@
-"""A student as a graph of ONNX, and how far its logits are from PyTorch's.
+"""A student as a graph of ONNX, traced from the student itself.
 
-Attention is written out here, so that the graph makes its mask once, from numbers that the predictor gives
-(kdecs.student.onnx.scoring), instead of what Transformers would build for each kind of mask.
+Only attention is written anew, as plain products over the pieces that the predictor names (kdecs.student.onnx.scoring),
+so that the graph makes each mask once for all layers.
 
-Legend: R rows, T tokens, P places read of each pair.
+Legend: R rows, T tokens, N tokens of a tree batch, P pieces or places read of each pair, L tokens of the longest piece,
+K keys of the longest, D head size.
 """
 
 import warnings

@@ -51,6 +51,7 @@ class Student:
 
     def __init__(self, scorer: Scorer, tokenizer: Any, card: StudentCard) -> None:
         self.scorer = scorer
+        self.tokenizer = tokenizer
         self.card = card
         with refusing(f"tokenizer {tokenizer.name_or_path}: cannot be used"):
             self.encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
