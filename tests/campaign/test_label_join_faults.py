@@ -67,8 +67,11 @@ def test_killed_builders(
 ) -> None:
     """One of one or two builders is killed at a random moment; the other one, or the next, finishes."""
     context = multiprocessing.get_context("fork")
+    # The time of a process, so that the moments reach to its end.
+    undisturbed = context.Process(target=build, args=(labels, tmp_path / "quiet"))
     started = time.monotonic()
-    build(labels, tmp_path / "quiet")
+    undisturbed.start()
+    undisturbed.join(120)
     build_s = time.monotonic() - started
     kills = finished = half_done = read_right = 0
     for number in range(num_faults(50)):
@@ -76,7 +79,11 @@ def test_killed_builders(
         builders = [context.Process(target=build, args=(labels, cache)) for _ in range(1 + number % 2)]
         for builder in builders:
             builder.start()
-        time.sleep(rng.uniform(0, 1.2 * build_s))
+        if number % 4 < 2:
+            time.sleep(rng.uniform(0, 1.2 * build_s))
+        else:  # a random moment seldom falls into the few milliseconds in which the files are written
+            while builders[0].is_alive() and not any(cache.glob(".*.tmp")):
+                time.sleep(0.0002)
         if builders[0].is_alive():
             os.kill(builders[0].pid or 0, signal.SIGKILL)
             kills += 1
