@@ -22,7 +22,7 @@ from kdecs.corpus.reading import bundled_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("kdecs", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "pyarrow")
+PACKAGES = ("kdecs", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "pyarrow", "onnxruntime")
 
 
 @dataclass(frozen=True)
