@@ -24,8 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kdecs.errors import ModelError
-from kdecs.models import first_line, first_position
+from kdecs.errors import ModelError, first_line
+from kdecs.models import first_position
 
 Ints = npt.NDArray[np.integer[Any]]
 ATTENTION = "kdecs_target_tree"

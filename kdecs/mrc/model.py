@@ -22,8 +22,8 @@ from transformers import AutoModelForQuestionAnswering
 
 from kdecs.artifact import read_record, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums
-from kdecs.errors import ArtifactError, ModelError
-from kdecs.models import load_pretrained, load_tokenizer, refusing, save_pretrained
+from kdecs.errors import ArtifactError, ModelError, refusing
+from kdecs.models import load_pretrained, load_tokenizer, save_pretrained
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
 from kdecs.student.batches import on_device

@@ -32,12 +32,11 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from deepspeed.utils.tensor_fragment import fragment_address
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor, nn
 
-from kdecs.artifact import FileEntry, file_entries, file_faults, write_json
-from kdecs.errors import ArtifactError, KdecsError, TrainingError, explain_library_error
-from kdecs.models import first_line
+from kdecs.artifact import FileEntry, file_entries, file_faults, read_record, write_json
+from kdecs.errors import ArtifactError, KdecsError, TrainingError, explain_library_error, first_line
 from kdecs.runtime import Runtime, any_rank, on_main, plain_torch_loads
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.network import trainable_parameters
@@ -222,17 +221,14 @@ def _newest(config: TeacherConfig, work: str) -> _Record | None:
 def _read_record(folder: Path) -> _Record:
     """A folder's `state.json`. Raises ArtifactError, one line, if it is not what a training of this version writes."""
     path = folder / STATE
+    remedy = (
+        f"it is damaged, or another version of kdecs wrote it; remove {folder} to resume from an older checkpoint if "
+        "one was kept, or from the start"
+    )
     try:
-        record = _Record.model_validate_json(path.read_bytes())
+        record = read_record(_Record, path, remedy)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: missing; remove {folder.parent} to start over") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ArtifactError(
-            f"{path}: {field}: {first['msg']}: it is damaged, or another version of kdecs wrote it; remove {folder} "
-            "to resume from an older checkpoint if one was kept, or from the start"
-        ) from None
     if folder.name != f"step-{record.progress.step}":
         raise ArtifactError(
             f"{path}: is of step {record.progress.step}; remove {folder}, which holds another checkpoint's record"

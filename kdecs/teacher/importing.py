@@ -30,9 +30,9 @@ from kdecs.artifact import (
 from kdecs.config import config_hash, input_checksums, parse_config, write_config
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split
-from kdecs.errors import ConfigError, CorpusError, ModelError
+from kdecs.errors import ConfigError, CorpusError, ModelError, first_line
 from kdecs.evaluation.counts import PairCounts
-from kdecs.models import first_line, save_pretrained
+from kdecs.models import save_pretrained
 from kdecs.output import refuse_inputs, refuse_overlaps
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig

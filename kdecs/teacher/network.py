@@ -20,8 +20,8 @@ from transformers import BitsAndBytesConfig
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import Pair
-from kdecs.errors import ConfigError, ModelError
-from kdecs.models import first_line, load_config
+from kdecs.errors import ConfigError, ModelError, first_line
+from kdecs.models import load_config
 from kdecs.runtime import Runtime, any_rank
 from kdecs.teacher.config import LoraConfig, ModelConfig
 from kdecs.teacher.families import (

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from kdecs.artifact import read_manifest
+from kdecs.artifact import read_manifest, read_record
 from kdecs.errors import ArtifactError
 from kdecs.evaluation.significance import Comparison, summarise_seeds
 from kdecs.sweep.space import settings_key
@@ -154,12 +154,8 @@ def load_selection(sweep: Path) -> SelectionRecord | None:
     path = sweep / SELECTION_NAME
     if not path.is_file():
         return None
-    try:
-        return SelectionRecord.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ArtifactError(
-            f"{path}: not a selection ({field}: {first['msg']}); the test split may have been opened, so restore the "
-            "file from a backup, or remove it only if you want to look at test a second time"
-        ) from None
+    remedy = (
+        "this is no selection; the test split may have been opened, so restore the file from a backup, or remove it "
+        "only if you want to look at test a second time"
+    )
+    return read_record(SelectionRecord, path, remedy)
