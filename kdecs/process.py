@@ -1,4 +1,4 @@
-"""The process of a stage: its arguments, launcher, exit code, stop signal and children. No torch."""
+"""The process of a stage: its arguments, launcher, progress, exit code, stop signal and children. No torch."""
 
 import argparse
 import atexit
@@ -14,11 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn, Self, TextIO
+
+from tqdm import tqdm
 
 from kdecs.config import AnyConfig, find_config, load_config
 from kdecs.errors import (
@@ -35,6 +38,7 @@ from kdecs.errors import (
 from kdecs.output import refuse_overlaps
 
 ERROR_PREFIX = "kdecs: error: "
+_LINE_EVERY_S = 60.0
 _TRIAL_TEXT = "Anna: I'm so glad - 25 of us!\n" + 64 * "a" + "?"
 
 
@@ -242,6 +246,45 @@ def standard_input() -> BinaryIO:
 def say(line: str) -> None:
     """Print a line about a result that is in a file: on standard error if standard output is closed."""
     print(line, file=sys.stderr if is_output_closed() else sys.stdout, flush=True)
+
+
+class ProgressBar:
+    """The progress of a long loop: a bar on a terminal, elsewhere a line per minute.
+
+    In a log file a bar would be one endless line, and without any line a slow loop would look like a hang. A rank that
+    shows nothing passes `is_shown=False`.
+    """
+
+    def __init__(
+        self, total: int, *, desc: str, unit: str, initial: int = 0, leave: bool = True, is_shown: bool = True
+    ) -> None:
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc=desc,
+            unit=unit,
+            leave=leave,
+            disable=None if is_shown else True,  # None: no bar if standard error is no terminal
+        )
+        self._prints_lines = is_shown and self._bar.disable
+        self._done, self._line = initial, f"{desc}: {{:,}} of {total:,} {unit}s"
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, num: int = 1, **values: str) -> None:
+        """Count `num` more as done; `values` stand beside the count."""
+        self._done += num
+        self._bar.update(num)
+        if values and not self._bar.disable:
+            self._bar.set_postfix(values)
+        if self._prints_lines and time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            print(", ".join([self._line.format(self._done), *map(" ".join, values.items())]), flush=True)
 
 
 def exit_code_of(main: Callable[[], None], *, is_stage: bool = False) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from kdecs import process
 from kdecs.launch import stage
-from kdecs.process import StopSignal, exit_code_of, last_error, module_command, run_child
+from kdecs.process import ProgressBar, StopSignal, exit_code_of, last_error, module_command, run_child
 
 SCRIPT = """
 import atexit, os, sys, threading, time
@@ -248,7 +248,7 @@ def test_an_exception_ends_a_child_that_does_not_listen(tmp_path, monkeypatch):
 def test_a_child_saves_when_its_parent_is_killed(tmp_path):
     log = tmp_path / "log"
     program = (
-        "import sys; from pathlib import Path; from kdecs.process import StopSignal, run_child\n"
+        "import sys; from pathlib import Path; from kdecs.process import ProgressBar, StopSignal, run_child\n"
         f"run_child([sys.executable, '-c', {SAVES!r}], StopSignal(), log=Path({str(log)!r}))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
@@ -291,3 +291,32 @@ def test_the_flag_that_launchers_add_is_accepted_before_all_others(given, is_pos
 )
 def test_each_launcher_is_told_of_a_module_in_its_own_way(launcher, command):
     assert module_command(launcher, "kdecs.x") == command
+
+
+def test_progress_in_a_log_is_a_line_per_minute_and_no_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(process.time, "monotonic", lambda: now)
+    with ProgressBar(3_000, desc="teacher t", unit="step", initial=1_000) as bar:
+        for now in (30.0, 61.0, 90.0, 130.0):
+            bar.update(500, loss=f"{now / 100:.2f}")
+    out, err = capsys.readouterr()
+    assert out == ("teacher t: 2,000 of 3,000 steps, loss 0.61\nteacher t: 3,000 of 3,000 steps, loss 1.30\n")
+    assert err == ""
+    with ProgressBar(2, desc="rank 1", unit="step", is_shown=False) as bar:
+        now += 100
+        bar.update()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_is_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with ProgressBar(2, desc="teacher t", unit="step") as bar:
+        bar.update(loss="0.50")
+        bar.update(loss="0.25")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "teacher t: 100%" in err and "2/2" in err and "loss=0.25" in err

@@ -17,7 +17,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,7 +37,7 @@ from kdecs.corpus.splits import training_split
 from kdecs.demo.config import BaseModelConfig
 from kdecs.errors import TrainingError
 from kdecs.models import save_pretrained
-from kdecs.process import StopSignal
+from kdecs.process import ProgressBar, StopSignal
 from kdecs.runtime import Runtime, seed_everything
 from kdecs.training.loop import GuardedSteps
 
@@ -64,8 +63,8 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
     steps = GuardedSteps(model, optimizer, max_grad_norm=1.0, runtime=runtime)
     batches = _batches(dialogues, tokenizer, config)
     mean_loss = float("nan")
-    with tqdm(range(config.max_steps), desc=f"base model {config.name}", unit="step") as bar:
-        for step in bar:
+    with ProgressBar(config.max_steps, desc=f"base model {config.name}", unit="step") as bar:
+        for step in range(config.max_steps):
             stop.raise_if_requested(f"base model {config.name}: stopped; run the same command again")
             inputs = {name: value.to(runtime.device) for name, value in next(batches).items()}
             loss = _loss(model, inputs, config.architecture)
@@ -80,7 +79,7 @@ def train_base_model(config: BaseModelConfig, runtime: Runtime, stop: StopSignal
                         f"base model {config.name}: a loss or gradient is not finite near step {step}; "
                         "lower learning_rate"
                     )
-                bar.set_postfix(loss=f"{mean_loss:.3f}")
+            bar.update(loss=f"{mean_loss:.3f}")
     return _save(config, model, tokenizer, mean_loss, work)
 
 

@@ -313,7 +313,7 @@ def _prompt_set(
     show_progress: bool,
 ) -> PromptSet:
     """Encode every pair's prompt and form units."""
-    progress = tqdm(pairs, desc="prompts", unit="pair", disable=not show_progress)
+    progress = tqdm(pairs, desc="prompts", unit="pair", disable=None if show_progress else True)
     prompts = [family.encode(pair) for pair in progress]
     units = make_units(
         family,

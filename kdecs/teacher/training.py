@@ -25,7 +25,7 @@ from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.corpus.splits import warn_of_shared_texts
 from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.counts import PairCounts
-from kdecs.process import StopSignal
+from kdecs.process import ProgressBar, StopSignal
 from kdecs.runtime import Runtime, any_rank, gather_objects, seed_everything, warn_of_emulation
 from kdecs.teacher.checkpoint import best_product, resume, save_checkpoint
 from kdecs.teacher.config import TeacherConfig
@@ -163,56 +163,57 @@ class TeacherTraining:
         num_steps = len(data.steps)
         validated = validation_steps(num_steps, config.optimization.epochs * config.validate_per_epoch)
         meter = Meter(config, self.engine.module.network, data.train, runtime)
-        bar = tqdm(
-            total=num_steps,
+        with ProgressBar(
+            num_steps,
             initial=state.step,
             desc=f"teacher {config.name}",
             unit="step",
-            disable=not runtime.is_main,
-        )
-        while state.step < num_steps:
-            # A signal may have reached only some ranks, but all have to leave the loop at the same step.
-            if any_rank(stop.requested, runtime):
-                save_checkpoint(self.engine, config, state, self.work, runtime)
-                raise Stopped(
-                    f"teacher {config.name}: stopped at step {state.step} of {num_steps}, checkpoint written; "
-                    "run the same command again to resume"
-                )
-            batch = data.steps[state.step]
-            started = time.monotonic()
-            loss, rate = self.step(batch)
-            meter.add(batch, time.monotonic() - started)
-            state.step += 1
-            state.pairs_seen += sum(len(unit.pairs) for unit in batch)
-            state.tokens_seen += sum(unit.tokens for unit in batch)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", pairs_per_s=f"{meter.pairs_per_second:.1f}")
+            is_shown=runtime.is_main,
+        ) as bar:
+            while state.step < num_steps:
+                # A signal may have reached only some ranks, but all have to leave the loop at the same step.
+                if any_rank(stop.requested, runtime):
+                    save_checkpoint(self.engine, config, state, self.work, runtime)
+                    raise Stopped(
+                        f"teacher {config.name}: stopped at step {state.step} of {num_steps}, checkpoint written; "
+                        "run the same command again to resume"
+                    )
+                batch = data.steps[state.step]
+                started = time.monotonic()
+                loss, rate = self.step(batch)
+                meter.add(batch, time.monotonic() - started)
+                state.step += 1
+                state.pairs_seen += sum(len(unit.pairs) for unit in batch)
+                state.tokens_seen += sum(unit.tokens for unit in batch)
+                bar.update(loss=f"{loss:.3f}", pairs_per_s=f"{meter.pairs_per_second:.1f}")
 
-            validates = state.step in validated
-            if validates or state.step % config.log_every_steps == 0:
-                point: dict[str, float | None] = {
-                    "step": state.step,
-                    "train_loss": loss,
-                    "learning_rate": rate,
-                    "pairs_seen": state.pairs_seen,
-                    "tokens_seen": state.tokens_seen,
-                    "epoch": state.step / data.steps_per_epoch,
-                    "time": time.time(),
-                    **meter.line(),
-                }
-                if validates:
-                    scores = validate(self.engine, data.valid, config, padded=data.padded, runtime=runtime)
-                    point |= scores
-                    state.keep_if_best(scores)
-                if upload:  # rank 0
-                    metrics.add(point)
-                    upload.sync()
+                validates = state.step in validated
+                if validates or state.step % config.log_every_steps == 0:
+                    point: dict[str, float | None] = {
+                        "step": state.step,
+                        "train_loss": loss,
+                        "learning_rate": rate,
+                        "pairs_seen": state.pairs_seen,
+                        "tokens_seen": state.tokens_seen,
+                        "epoch": state.step / data.steps_per_epoch,
+                        "time": time.time(),
+                        **meter.line(),
+                    }
                     if validates:
-                        tqdm.write(_validation_line(config, point))
-            # After the metrics line: a resume cuts the lines back to its checkpoint, so that none is missing or double.
-            if validates or state.step % config.checkpoint_every_steps == 0:
-                save_checkpoint(self.engine, config, state, self.work, runtime)
-        bar.close()
+                        scores = validate(
+                            self.engine, data.valid, config, padded=data.padded, runtime=runtime
+                        )
+                        point |= scores
+                        state.keep_if_best(scores)
+                    if upload:  # rank 0
+                        metrics.add(point)
+                        upload.sync()
+                        if validates:
+                            tqdm.write(_validation_line(config, point))
+                # After the metrics line: a resume cuts the lines back to its checkpoint, so that none is missing or
+                # double.
+                if validates or state.step % config.checkpoint_every_steps == 0:
+                    save_checkpoint(self.engine, config, state, self.work, runtime)
 
     def step(self, batch: Sequence[Unit]) -> tuple[float, float]:
         """Take an optimizer step over a global batch: the mean loss over its pairs, and the rate. Collective.

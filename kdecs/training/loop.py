@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from kdecs.config import Optimization
 from kdecs.errors import Stopped, TrainingError
-from kdecs.process import StopSignal
+from kdecs.process import ProgressBar, StopSignal
 from kdecs.runtime import Runtime, any_rank, gather_objects, on_main
 from kdecs.training.checkpoint import (
     TrainState,
@@ -46,7 +46,6 @@ Metrics = dict[str, float]
 
 # Steps between two looks at a flag on the device and at the other ranks: each look waits for both.
 _CHECK_STEPS = 20
-_LINE_EVERY_S = 60.0
 
 
 class Task(Protocol):
@@ -199,15 +198,14 @@ class EpochLoop:
         # taken.
         batches = settings.epoch_batches(state.epoch)
         self.task.model.train()  # Transformers loads a model in evaluation mode
-        began = last_line = time.monotonic()
+        began = time.monotonic()
         name = f"epoch {state.epoch + 1}/{settings.optimization.epochs}"
-        # `disable=None` shows the bar on a terminal only.
-        with tqdm(
-            total=len(settings.rows),
+        with ProgressBar(
+            len(settings.rows),
             initial=sum(len(rows) for batch in batches[: state.batch] for rows in batch),
             desc=name,
             unit=settings.unit,
-            disable=None if runtime.is_main else True,
+            is_shown=runtime.is_main,
             leave=False,
         ) as bar:
             while state.batch < len(batches):
@@ -222,10 +220,6 @@ class EpochLoop:
                     if any_rank(self.stop.requested, runtime):
                         state.seconds += time.monotonic() - began
                         self._save_and_stop()
-                if bar.disable and runtime.is_main and time.monotonic() - last_line > _LINE_EVERY_S:
-                    # A log file has no bar: without a line per minute a slow epoch would look like a hang.
-                    last_line = time.monotonic()
-                    print(f"{name}: step {state.batch} of {len(batches)}", flush=True)
         self._refuse_not_finite()
         state.seconds += time.monotonic() - began
 
