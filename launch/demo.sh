@@ -11,7 +11,6 @@ run=$(realpath -m "${1:-$root/runs/demo}") stopped='' pids=()
 cd "$root"; command -v kdecs >/dev/null || PATH=$root/.venv/bin:$PATH
 # Models this small are trained on two CPU ranks everywhere, whatever GPUs there are.
 export KDECS_DEVICE=cpu DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
-
 fail() { echo "kdecs: error: $2" >&2; exit "$1"; }
 stop() { stopped=1; ((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true; }
 check() { [[ -z $stopped ]] || fail 143 "demo stopped; run the same command again to resume"; }
@@ -29,7 +28,7 @@ finish() { # wait for the stages that were started; each prints its own error
   pids=(); check; ((worst == 0)) || exit "$worst"
 }
 stage() { start "$@"; finish; }
-share() { [[ -z $reccon ]] || echo --set "$1=$2"; } # of RECCON's training dialogues, so that it ends in 20 minutes
+share() { [[ -z $reccon ]] || echo --set "$1=$2"; } # of RECCON's training dialogues, so that it ends in minutes
 corpus() { [[ -n $reccon ]] && echo "$reccon/dailydialog_$1.json" || echo "kdecs/corpus/sample/$1.json"; }
 train=$(corpus train) valid=$(corpus valid) test=$(corpus test)
 for file in "$train" "$valid" "$test"; do
@@ -42,9 +41,7 @@ flock -n 9 || fail 1 "$run: another demo runs here; wait for it, or choose anoth
 flock -n 8 || { echo "waiting for the stages of a killed demo to save their state …"; flock 8; }
 labelled=(--set "corpus.train=$train" --set "corpus.valid=$valid")
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-launcher() { # DIR LAUNCHER...: what starts a stage that writes DIR; a complete one needs no ranks to be skipped
-  [[ -f $1/manifest.json ]] && echo python -m || echo "${@:2}"
-}
+launcher() { [[ -f $1/manifest.json ]] && echo python -m || echo "${@:2}"; } # a complete stage needs no ranks
 echo; echo "1/6 corpus"
 SHOW=--all stage corpus-verify kdecs corpus verify "$train" "$valid" "$test"
 SHOW=--all stage corpus-stats kdecs corpus stats "$train" "$valid" "$test"
@@ -54,20 +51,16 @@ for model in llama roberta; do
     --set "output=$run/base/$model" "${labelled[@]}" $(share corpus.train_share 0.3)
 done; finish
 for model in llama roberta; do
-  teacher=$run/teachers/$model-tiny
-  start "teacher-$model-tiny" \
-    $(launcher "$teacher" deepspeed --num_accelerators 2 --master_port "$(free_port)" --module) \
-    kdecs.launch.train_teacher --config "demo/teacher_$model" \
-    --set "output=$teacher" --set "model.base=$run/base/$model" \
+  start "teacher-$model-tiny" $(launcher "$run/teachers/$model-tiny" \
+    deepspeed --num_accelerators 2 --master_port "$(free_port)" --module) kdecs.launch.train_teacher \
+    --config "demo/teacher_$model" --set "output=$run/teachers/$model-tiny" --set "model.base=$run/base/$model" \
     "${labelled[@]}" $(share corpus.train_share 0.2)
 done; finish
 echo; echo "3/6 soft labels: sharded export on two ranks"
-for model in llama roberta; do
-  # Exports share nothing but their directory, so any launcher will do. This one starts sooner than DeepSpeed's.
-  labels=$run/labels/$model-tiny
-  start "soft-labels-$model-tiny" $(launcher "$labels" torchrun --standalone --nproc_per_node 2 -m) \
+for model in llama roberta; do # exports share nothing but their directory; torchrun starts sooner than deepspeed
+  start "soft-labels-$model-tiny" $(launcher "$run/labels/$model-tiny" torchrun --standalone --nproc_per_node 2 -m) \
     kdecs.launch.export_soft_labels --config demo/export \
-    --set "output=$labels" --set "teacher=$run/teachers/$model-tiny" \
+    --set "output=$run/labels/$model-tiny" --set "teacher=$run/teachers/$model-tiny" \
     "${labelled[@]}" --set "corpus.test=$test" $(share corpus.train_share 0.1)
 done; finish
 echo; echo "4/6 sweep: students over seeds, α, τ and teacher, two at a time"
@@ -83,6 +76,5 @@ echo; echo "6/6 prediction on unlabelled dialogues"
 winner=$(python -c 'import json, sys; print(json.load(sys.stdin)["winner"]["directory"])' <"$run/sweep/selection.json")
 SHOW=--all stage predict kdecs predict --student "$run/sweep/$winner" \
   --input kdecs/corpus/sample/unlabelled.json --output "$run/predictions.jsonl"
-
 printf '\ndone in %s s\nreport:     %s\n' "$SECONDS" "$run/sweep/report/index.html"
 echo "MLflow UI:  make ui RUN=${run#"$root/"}"
