@@ -44,7 +44,7 @@ $(SETUP): pyproject.toml constraints.txt requirements.lock torch.lock $(wildcard
 	@PATH="$(abspath $(BIN)):$$PATH" launch/set_up.sh $(VENV)
 	@touch $@
 
-# The same versions with the hash of every file. PyTorch and its CUDA libraries have a lock of their own, below.
+# The same versions with the hash of every file. `make lock-torch` locks PyTorch and its CUDA libraries.
 lock: $(SETUP)
 	@set -euo pipefail; trap 'rm -f requirements.lock.new' EXIT; \
 	echo "# Made by \`make lock\` from pyproject.toml and constraints.txt: what \`make setup\` installs beside PyTorch." > requirements.lock.new; \

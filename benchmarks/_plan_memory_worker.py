@@ -1,9 +1,9 @@
 """The ranks of a row of `plan_memory.py`: each trains a few steps of a random teacher and writes its memory as JSON.
 
 They are forked from this process after it has imported the libraries, which takes longer than the steps. Memory is a
-rank's resident set (VmHWM of /proc/self/status, reset once the engine stands), so that loading, which maps the weights'
-file, is told apart from training. Every rank starts with the same pages of its parent, of a large network and of a very
-small one, so their difference does not contain them.
+rank's resident set (VmHWM of /proc/self/status). It is reset once the engine stands, because loading maps the weights'
+file, which is no part of training. Every rank inherits the same pages from this process, whether its network is large
+or very small, so the difference of two ranks does not contain them.
 """
 
 import argparse

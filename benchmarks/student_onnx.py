@@ -1,7 +1,7 @@
 """A student in PyTorch and its exports to ONNX: speed, latency, size, start-up, memory and macro F1, side by side.
 
 Six ways to run the same weights: PyTorch, ONNX float32 and ONNX int8, each in the layouts pair and tree. Each runs in
-a process of its own, so that an export is measured without PyTorch beside it. The processes take turns, and all times
+a separate process, so that no PyTorch is loaded while an export is measured. The processes take turns, and all times
 are processor seconds of one thread, which other work on the machine changes little.
 
 The record compares int8 trees with PyTorch pair by pair. Without `--pair` and `--tree` the students have MiniLM-L6's

@@ -3,8 +3,8 @@
 #
 # Everything is checked against the hashes in requirements.lock and torch.lock, also what builds a package: nothing is
 # fetched into an isolated build. torch.lock knows PyTorch's usual build and a CPU build. TORCH_INDEX names an index with
-# another one; that index has wheels of its own, which are checked once `make lock-torch TORCH_INDEX=...` has recorded
-# their hashes in torch-index.lock.
+# another build. Its wheels differ, so they are checked only once `make lock-torch TORCH_INDEX=...` has recorded their
+# hashes in torch-index.lock.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1/bin/python

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Chromium and its driver for tests/serve/test_page_in_browser.py, on Debian or Ubuntu, as root:
-# tests/install_chromium.sh [PYTHON]. The driver is a package of that Python; it brings no browser of its own.
+# tests/install_chromium.sh [PYTHON]. The driver is a package for that Python and comes without a browser.
 set -euo pipefail
 apt-get update -qq
 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null

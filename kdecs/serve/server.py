@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -42,6 +42,7 @@ from kdecs.corpus.checking import (
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import CorpusError, KdecsError, printable
 from kdecs.student.predict.page import content_security_policy, live_page
+from kdecs.student.predict.predictor import Student
 from kdecs.student.predict.requests import MAX_DIALOGUES, bounded_dialogues, request_ended
 from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
@@ -60,21 +61,6 @@ DEFAULT_TIMEOUT_S = 60.0
 _GATHER_S = 0.005
 
 Found = list[tuple[Dialogue, list[PairPrediction]]]
-
-
-class Streams(Protocol):
-    """A student, of whatever kind."""
-
-    def stream(
-        self,
-        dialogues: list[Dialogue],
-        *,
-        max_distance: int | None = None,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        on_batch: Callable[[int], object] | None = None,
-        on_warning: Callable[[str], object] = ...,
-    ) -> Any:
-        """Each dialogue with its predictions, in order."""
 
 
 # --- What is sent and answered -----------------------------------------------------------------------------------
@@ -168,7 +154,7 @@ class _Job:
 class Batcher:
     """One thread that predicts the dialogues of all waiting requests, several requests to a batch."""
 
-    def __init__(self, student: Streams, *, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+    def __init__(self, student: Student, *, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
         self._student = student
         self._batch_tokens = batch_tokens
         self._jobs: deque[_Job] = deque()
@@ -280,7 +266,7 @@ class Batcher:
 class Batchers:
     """Two batchers of one student: requests with a long dialogue have their own, so that others do not wait for it."""
 
-    def __init__(self, student: Streams, *, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+    def __init__(self, student: Student, *, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
         self._usual, self._long = (Batcher(student, batch_tokens=batch_tokens) for _ in range(2))
 
     def __enter__(self) -> "Batchers":
