@@ -207,6 +207,10 @@ def test_an_export_that_differs_is_not_written(directory, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
     with pytest.raises(OutputError, match="lies inside"):
         export_student(OnnxExport(student=directory, output=directory / "onnx"))
+    with pytest.raises(
+        ArtifactError, match="no such directory, expected the directory of a finished student"
+    ):
+        export_student(OnnxExport(student=tmp_path / "nowhere", output=tmp_path / "onnx"))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from kdecs.artifact import (
     check_output,
     install_files,
     is_complete,
+    read_manifest,
     read_verified_manifest,
     temporary_folder,
     write_json,
@@ -121,6 +122,9 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
     DependencyError without the packages for exporting; ConfigError if int8 has no file to be measured on; and what
     loading a student raises.
     """
+    read_manifest(
+        config.student, "student"
+    )  # names a directory that holds none, which the hash would call a key
     refuse_inputs(config.output, [config.student, corpus_file], is_directory=True)
     digest = config_hash(config)
     check_output(config.output, "student-onnx", digest)
