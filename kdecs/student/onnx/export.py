@@ -177,6 +177,8 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
                 Student(float32, tokenizer, card),
                 corpus,
                 trained,
+                # Chosen on a file that is small or unlike the training's, a threshold could ruin the student.
+                None if corpus_file is None else card.threshold,
             )
             card = card.model_copy(update={"threshold": threshold})
             say(f"{config.output}: {measured}")
@@ -287,11 +289,15 @@ def _quiet() -> Iterator[None]:
 
 
 def measure(
-    student: Student, float32: Student, corpus: Corpus, trained: StudentConfig
+    student: Student,
+    float32: Student,
+    corpus: Corpus,
+    trained: StudentConfig,
+    threshold: float | None,
 ) -> tuple[Measured, float]:
     """Both students on a labelled corpus, dialogue by dialogue in turn, and the threshold of causes for the first.
 
-    Another precision shifts all scores a little, so the threshold is chosen anew, as the training chose it.
+    Another precision shifts all scores a little, so with None the threshold is chosen anew, as the training chose it.
     """
     # Under a threshold of 0 each pair of an emotional target has a span, so that any other can be tried afterwards.
     any_cause = student.card.model_copy(update={"threshold": 0.0})
@@ -312,15 +318,16 @@ def measure(
         for pair, item in zip(pairs, found[0], strict=True)
         if pair.dialogue.utterances[pair.target - 1].evidence is not None
     ]
-    threshold, _ = choose_threshold(
-        pair_gains(
-            np.array([item.score for _, item in scored], dtype=np.float32),
-            [item.prediction.emotion for _, item in scored],
-            [pair.spans for pair, _ in scored],
-            [item.prediction.span for _, item in scored],
-            "utterance" if trained.task == "ecpe" else trained.threshold_for,
+    if threshold is None:
+        threshold, _ = choose_threshold(
+            pair_gains(
+                np.array([item.score for _, item in scored], dtype=np.float32),
+                [item.prediction.emotion for _, item in scored],
+                [pair.spans for pair, _ in scored],
+                [item.prediction.span for _, item in scored],
+                "utterance" if trained.task == "ecpe" else trained.threshold_for,
+            )
         )
-    )
     decided = [
         item.prediction if item.score >= threshold else replace(item.prediction, is_cause=False, span="")
         for item in found[0]
