@@ -21,7 +21,7 @@ from kdecs.corpus.encoding import PairEncoder
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.prompts import student_prompt
 from kdecs.corpus.reading import read_corpus
-from kdecs.student.batches import cached_batch
+from kdecs.student.data import cached_batch
 from kdecs.training.loop import epoch_batches
 
 BATCH_PAIRS = 16

@@ -83,7 +83,7 @@ def make_students(directory: Path) -> dict[str, Path]:
     from kdecs.config import COMMITTED, load_config, write_config
     from kdecs.models import load_tokenizer
     from kdecs.student.config import StudentConfig
-    from kdecs.student.product import save_student
+    from kdecs.student.model import save_student
 
     text = some_dialogues(corpus_split("train")[0], directory, 60)
     students = {}

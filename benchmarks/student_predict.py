@@ -27,6 +27,7 @@ from kdecs.corpus.prompts import PROMPT_VERSION, student_prompt
 from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS, NEUTRAL, Dialogue
 from kdecs.models import load_tokenizer
+from kdecs.student.config import StudentCard
 from kdecs.student.decision import best_spans, cause_scores
 from kdecs.student.model import (
     StudentModel,
@@ -35,7 +36,6 @@ from kdecs.student.model import (
     load_language_model,
     student_answer_ids,
 )
-from kdecs.student.predict.card import StudentCard
 from kdecs.student.predict.predictor import Student
 
 BATCH_PAIRS, MAX_TOKENS = 16, 512

@@ -4,10 +4,8 @@ Every message is one line: the path or id, what was found, what was expected, an
 Entries print it on stderr and exit with `exit_code`; only bugs of kdecs itself end in a traceback.
 """
 
-import contextlib
 import errno
 import re
-from collections.abc import Callable, Iterator
 
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
@@ -101,26 +99,6 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for one-line errors."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_REASON]
-
-
-@contextlib.contextmanager
-def refusing(message: str, reason: Callable[[BaseException], str] = first_line) -> Iterator[None]:
-    """Raise ModelError, `message` and the reason in one line, for whatever a library raises inside the block.
-
-    Memory that does not suffice says nothing about the files, so that error of torch passes.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, KdecsError) or type(error).__name__ == "OutOfMemoryError":
-            raise
-        # Files that others wrote make Transformers, PEFT, tokenizers and ONNX Runtime fail with errors of any type.
-        raise ModelError(f"{message}: {reason(error)}") from error
-    except BaseException as error:
-        # How a panic of tokenizers' Rust code arrives, which is no Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ModelError(f"{message}: {reason(error)}") from error
 
 
 def explain_library_error(error: Exception) -> str | None:

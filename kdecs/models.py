@@ -31,8 +31,8 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from kdecs.artifact import MANIFEST_NAME, install_files, read_verified_manifest, temporary_folder
-from kdecs.errors import ModelError, first_line, refusing
-from kdecs.process import try_tokenizer
+from kdecs.errors import ModelError, first_line
+from kdecs.process import refusing, try_tokenizer
 
 _MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizer.json has some 40 MB
 REPEATED = re.compile(r"(layers?|experts|blocks|groups|group_num|num_labels)$")

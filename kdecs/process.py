@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,10 +29,12 @@ from kdecs.errors import (
     EXIT_STOPPED,
     CorpusError,
     KdecsError,
+    ModelError,
     OutputError,
     Stopped,
     explain_library_error,
     explain_os_error,
+    first_line,
     printable,
 )
 from kdecs.output import refuse_overlaps
@@ -202,6 +204,26 @@ class _ClosedOutput(io.TextIOBase):
         """Raise OutputError, as `write`."""
         self.write("")
         raise AssertionError
+
+
+@contextlib.contextmanager
+def refusing(message: str, reason: Callable[[BaseException], str] = first_line) -> Iterator[None]:
+    """Raise ModelError, `message` and the reason in one line, for whatever a library raises inside the block.
+
+    Memory that does not suffice says nothing about the files, so that error of torch passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, KdecsError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        # Files that others wrote make Transformers, PEFT, tokenizers and ONNX Runtime fail with errors of any type.
+        raise ModelError(f"{message}: {reason(error)}") from error
+    except BaseException as error:
+        # How a panic of tokenizers' Rust code arrives, which is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{message}: {reason(error)}") from error
 
 
 def try_tokenizer(encode: Callable[[str, str], object]) -> None:

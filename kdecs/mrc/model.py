@@ -22,13 +22,14 @@ from transformers import AutoModelForQuestionAnswering
 
 from kdecs.artifact import read_record, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums
-from kdecs.errors import ArtifactError, ModelError, refusing
+from kdecs.errors import ArtifactError, ModelError
 from kdecs.models import load_pretrained, load_tokenizer, save_pretrained
 from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
 from kdecs.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
-from kdecs.student.batches import on_device
+from kdecs.process import refusing
+from kdecs.runtime import on_device
 from kdecs.student.decision import best_spans
-from kdecs.student.product import MODEL_FOLDER
+from kdecs.student.model import MODEL_FOLDER
 from kdecs.tracking.record import METRICS_NAME
 
 _PAD_MULTIPLE = 8

@@ -13,14 +13,13 @@ import numpy.typing as npt
 import torch
 
 from kdecs.artifact import read_verified_manifest
-from kdecs.corpus.pairs import Pair, candidate_pairs
+from kdecs.corpus.pairs import Pair, batches_of_tokens, candidate_pairs
 from kdecs.corpus.schema import NEUTRAL, Dialogue
-from kdecs.errors import refusing
 from kdecs.evaluation.predictions import Prediction
 from kdecs.mrc.model import MrcCard, answer_logits, answers, load_product, question_batch
 from kdecs.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
+from kdecs.process import refusing
 from kdecs.runtime import autocast
-from kdecs.student.grouping import batches_of_tokens
 from kdecs.student.predict.streaming import DEFAULT_BATCH_TOKENS, PairPrediction
 
 _PAIRS_AT_ONCE = 2048

@@ -16,12 +16,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from kdecs.corpus.encoding import HistoryWindow
-from kdecs.corpus.pairs import Pair, pairs_of
+from kdecs.corpus.pairs import Ints, Pair, pairs_of
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split, require_causes, training_split
 from kdecs.errors import DialogueError, ModelError
 from kdecs.mrc.config import MrcConfig
-from kdecs.student.grouping import Ints
 
 NO_ANSWER = 0
 UNKNOWN_ANSWER = -1

@@ -1,9 +1,12 @@
-"""The config of a student's training (`kdecs.launch.train_student`)."""
+"""The config of a student's training (`kdecs.launch.train_student`), and the card of what comes out of it. No torch."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kdecs.artifact import read_record
 from kdecs.config import (
     Config,
     HashedUnlessDefault,
@@ -15,13 +18,20 @@ from kdecs.config import (
     Threads,
     Unhashed,
 )
+from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS
 from kdecs.corpus.splits import CorpusConfig
+from kdecs.errors import ArtifactError
 
 Mode = Literal["kd", "joint", "cls", "span_only"]
+SpanHeadName = Literal["position", "pointer"]
+CauseBy = Literal["connective", "cls", "none"]
 CONNECTIVE_MODES = ("kd", "joint")
 """The modes whose prompt has mask_cau."""
+CARD_NAME = "student.json"
+VALIDATION_NAME = "valid-predictions.jsonl"
+"""What the product of a training has beside its weights: the card, and predictions for the validation pairs."""
 
 
 class StudentModelConfig(Config):
@@ -38,7 +48,7 @@ class StudentModelConfig(Config):
         description="layout tree only: what follows the target clause. paper: as in Eq. 5; short: "
         "`<mask_cau> d_j sp_j: u_j <mask_st> <mask_ed>`, a third fewer tokens",
     )
-    span_head: Literal["position", "pointer"] = Field(
+    span_head: SpanHeadName = Field(
         default="position", description="position: Eq. 8-9 as written; pointer: a query against each token"
     )
     max_prompt_tokens: int = Field(default=512, ge=32)
@@ -234,3 +244,73 @@ class StudentConfig(Config):
             history_utterances=self.model.history_utterances,
             has_short_branch=self.model.branch == "short",
         )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a student predicts. `cause_by`: the cause from mask_cau (Eq. 7), from the first token, or not at all."""
+
+    cause_by: CauseBy = "connective"
+    emotions: bool = True
+    spans: bool = True
+    priors: bool = False
+
+
+class StudentCard(BaseModel):
+    """`student.json`: what a predictor has to know in addition to the weights. An export to ONNX has the same card."""
+
+    # Fields with a default were added later: cards of earlier versions lack them.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    emotions: tuple[str, ...] = Field(min_length=1)
+    stand_ins: dict[str, str]
+    connectives: tuple[str, ...]
+    span_head: SpanHeadName
+    max_prompt_tokens: int = Field(ge=32)
+    prompt_version: int
+    threshold: float = Field(ge=0, le=1, description="a pair is a cause if its score is at least this")
+    neutral_offset: float = Field(
+        default=0.0, description="added to neutral's log-probability in the decision"
+    )
+    mode: Mode = "kd"
+    task: Literal["ecspe", "ecpe"] = "ecspe"
+    priors: bool = False
+    layout: Literal["pair", "tree"] = "pair"
+    branch: Literal["paper", "short"] = "paper"
+    given_emotions: dict[str, str] | None = Field(
+        default=None, description="if not null, the prompt gives the target's emotion, mapped by this table"
+    )
+    history_utterances: int | None = None
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the model of this mode predicts."""
+        cause_by: dict[str, CauseBy] = {"cls": "cls", "span_only": "none"}
+        return Outputs(
+            cause_by=cause_by.get(self.mode, "connective"),
+            emotions=self.given_emotions is None,
+            spans=self.task == "ecspe",
+            priors=self.priors,
+        )
+
+    @property
+    def prompt(self) -> PromptVariant:
+        """The variant of the prompt that this mode uses."""
+        return PromptVariant(
+            has_connective=self.mode in CONNECTIVE_MODES,
+            given_emotions=self.given_emotions,
+            history_utterances=self.history_utterances,
+            has_short_branch=self.branch == "short",
+        )
+
+
+def read_card(path: Path) -> StudentCard:
+    """The card of a student. Raises ArtifactError if it is damaged, or of another wording of the prompt."""
+    card = read_record(StudentCard, path, "train the student again")
+    # Another wording would still predict, only worse, and nobody would notice.
+    if card.prompt_version != PROMPT_VERSION or card.connectives != CONNECTIVES:
+        raise ArtifactError(
+            f"{path}: the student was trained with prompt version {card.prompt_version} and the connectives "
+            f"{', '.join(card.connectives)}, but this kdecs uses version {PROMPT_VERSION} and "
+            f"{', '.join(CONNECTIVES)}; train the student again"
+        )
+    return card

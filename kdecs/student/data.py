@@ -1,11 +1,15 @@
-"""What a student trains on: rows of the cached corpus, their gold and soft labels, and what each row weighs.
+"""What a student reads and trains on: batches of prompts in two layouts, gold and soft labels, the weights of rows.
 
-Legend: P rows of the training cache, B rows of a batch, K teachers, A connective answer words.
+In the layout `pair` each pair is a sequence, padded to the longest (R = B). In the layout `tree` the pairs of a target
+share its trunk, and all of them are one sequence without padding (R = 1, T = N; kdecs.trees).
+
+Legend: P rows of a cache, B pairs of a batch, K teachers, A connective answer words, R sequences, T tokens of the
+longest, N tokens of all, U of them read, M tokens of u_j's copy.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +17,144 @@ import torch
 from torch import Tensor
 
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
-from kdecs.corpus.cache import CorpusCache, open_cache
-from kdecs.corpus.encoding import ENCODERS
-from kdecs.corpus.pairs import training_subset
+from kdecs.corpus.encoding import ENCODERS, EncodedPair
+from kdecs.corpus.pairs import Ints, padded, training_subset
 from kdecs.corpus.schema import NEUTRAL, Corpus
 from kdecs.corpus.splits import emotion_table, read_split, require_causes, training_split
 from kdecs.errors import CorpusError
-from kdecs.soft_labels.labels import SoftLabels
-from kdecs.student.batches import Batch, cached_batch, on_device
+from kdecs.runtime import on_device
 from kdecs.student.config import StudentConfig
 from kdecs.student.priors import TrainingCounts, count_training
+from kdecs.trees import Tree, plant
 
-Ints = npt.NDArray[np.integer[Any]]
+if TYPE_CHECKING:  # prediction runs without pyarrow
+    from kdecs.corpus.cache import CorpusCache
+    from kdecs.soft_labels.labels import SoftLabels
+
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Weighting = Literal["uniform", "correct", "confidence"]
 _JOINED_AT_ONCE = 1 << 18
+_MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
+
+
+class Batch(NamedTuple):
+    """Tensors of B pairs, int64 except for the bool `candidate_mask_BM`. Positions count from the prompt's begin.
+
+    `masks_B4` are the positions of mask_emo, mask_cau, mask_st and mask_ed; masks missing from the prompt have
+    position 0. `candidate_BM` are the positions of u_j's tokens, `distance_B` is i - j. `attention_RT` is 0 for
+    padding and 1 for others. In the layout tree `read_U` are the tokens (of N) of which a state is read, each once, and
+    `places_BP` are indices into them: of each pair the last token of its branch, the four masks, and the tokens of u_j
+    (P = 5 + M).
+    """
+
+    token_ids_RT: Tensor
+    attention_RT: Tensor
+    masks_B4: Tensor
+    candidate_BM: Tensor
+    candidate_mask_BM: Tensor
+    distance_B: Tensor
+    tree: Tree | None = None
+    read_U: Tensor | None = None
+    places_BP: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; to a GPU without waiting for it."""
+        moved = {
+            name: on_device(part, device) for name, part in self._asdict().items() if isinstance(part, Tensor)
+        }
+        if self.tree is not None:
+            moved["tree"] = self.tree.to(device)
+        return self._replace(**moved)
+
+
+def cached_batch(cache: "CorpusCache", rows: Ints, pad_id: int) -> Batch:
+    """The prompts of some rows of a memory-mapped cache."""
+    trunks = None
+    if cache.layout == "tree":
+        # One array per target, so that equal trunks are known by their identity.
+        found = {int(row): cache.list_at("trunk_ids", int(row)) for row in np.unique(cache.trunk_row[rows])}
+        trunks = [found[int(row)] for row in cache.trunk_row[rows]]
+    return padded_batch(
+        [cache.list_at("token_ids", int(row)) for row in rows],
+        np.stack([cache.column(name)[rows] for name in _MASK_COLUMNS], axis=1),
+        cache.column("candidate_first")[rows],
+        cache.num_candidate_tokens[rows],
+        cache.column("target")[rows] - cache.column("candidate")[rows],
+        pad_id,
+        trunks,
+    )
+
+
+def encoded_batch(encoded: Sequence[EncodedPair], pad_id: int) -> Batch:
+    """The prompts of freshly encoded pairs."""
+    return padded_batch(
+        [np.asarray(pair.token_ids) for pair in encoded],
+        np.array([(p.emotion_mask, p.connective_mask, p.start_mask, p.end_mask) for p in encoded]),
+        np.array([pair.candidate_first for pair in encoded]),
+        np.array([len(pair.candidate_offsets) for pair in encoded]),
+        np.array([pair.distance for pair in encoded]),
+        pad_id,
+        [pair.trunk_ids for pair in encoded] if encoded[0].trunk_ids else None,
+    )
+
+
+def padded_batch(
+    prompts: Sequence[Ints],
+    masks_B4: Ints,
+    first_B: Ints,
+    length_B: Ints,
+    distance_B: Ints,
+    pad_id: int,
+    trunks: Sequence[Sequence[int] | Ints] | None = None,
+) -> Batch:
+    """Prompts padded on the right to the longest, rounded up to a multiple of 8 tokens.
+
+    `first_B` and `length_B` give the place of u_j's copy in each prompt, `distance_B` is i - j. With `trunks` (layout
+    tree) `prompts` are branches; pairs whose trunk is the same object share it.
+    """
+    places_M = np.arange(int(length_B.max()))
+    candidate_mask_BM = places_M < length_B[:, None]
+    # Padding points to a token that the prompt has; the mask keeps it out of every softmax.
+    inside_BM = first_B[:, None] + places_M
+    candidate_BM = np.where(candidate_mask_BM, inside_BM, 0 if trunks is None else first_B[:, None])
+    tree = read_U = places_BP = None
+    if trunks is None:
+        token_ids_RT, is_token_RT = padded(prompts, pad_id)
+        attention_RT: Ints = is_token_RT.astype(np.int64)
+    else:
+        numbers: dict[int, int] = {}
+        trunk_of_B = np.array([numbers.setdefault(id(trunk), len(numbers)) for trunk in trunks])
+        of_number = dict(zip(trunk_of_B.tolist(), trunks, strict=True))
+        token_ids_N, trunk_starts_R, branch_starts_B, tree = plant(
+            [of_number[number] for number in range(len(numbers))], prompts, trunk_of_B
+        )
+        token_ids_RT = token_ids_N[None]
+        attention_RT = np.ones_like(token_ids_RT)
+        # Positions in a branch count from the trunk's begin.
+        shift_B1 = (branch_starts_B - np.array([len(trunk) for trunk in trunks]))[:, None]
+        last_B1 = (branch_starts_B + np.array([len(prompt) - 1 for prompt in prompts]))[:, None]
+        # mask_emo stands in the target's clause, which is part of the trunk; the other masks stand in the branch.
+        in_trunk_B1 = trunk_starts_R[trunk_of_B][:, None] + masks_B4[:, :1]
+        # A mask that this mode's prompt lacks has position 0. The last token is read in its place, by no output of the
+        # mode.
+        in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + shift_B1, last_B1)
+        places = (last_B1, in_trunk_B1, in_branch_B3, candidate_BM + shift_B1)
+        # Candidates are padded to the longest, and pairs share a mask: half of the places repeat others.
+        all_places_BP = np.concatenate(places, axis=1)
+        read_U, index = np.unique(all_places_BP, return_inverse=True)
+        places_BP = index.reshape(all_places_BP.shape)
+    return Batch(
+        token_ids_RT=torch.from_numpy(token_ids_RT),
+        attention_RT=torch.from_numpy(attention_RT),
+        masks_B4=torch.from_numpy(masks_B4.astype(np.int64)),
+        candidate_BM=torch.from_numpy(candidate_BM.astype(np.int64)),
+        candidate_mask_BM=torch.from_numpy(candidate_mask_BM),
+        distance_B=torch.from_numpy(distance_B.astype(np.int64)),
+        tree=tree,
+        read_U=None if read_U is None else torch.from_numpy(read_U),
+        places_BP=None if places_BP is None else torch.from_numpy(places_BP),
+    )
 
 
 class Targets(NamedTuple):
@@ -66,14 +192,14 @@ class TrainingData:
     rows of the cache.
     """
 
-    train: CorpusCache
-    valid: CorpusCache
+    train: "CorpusCache"
+    valid: "CorpusCache"
     valid_corpus: Corpus
     rows: Ints
     is_gold_P: Bools
     emotion_weights_P: Floats
     gold_weights_P: Floats
-    teachers: tuple[SoftLabels, ...]
+    teachers: "tuple[SoftLabels, ...]"
     teacher_rows_KP: Ints
     teacher_weights_K: npt.NDArray[np.float64]
     weighting: Weighting
@@ -142,6 +268,8 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
     Raises CorpusError, LabelError (labels that do not cover the training pairs, or have other answer words),
     ArtifactError (labels unfinished or damaged).
     """
+    from kdecs.corpus.cache import open_cache
+
     encoder = ENCODERS[config.model.layout](tokenizer, max_prompt_tokens, config.prompt)
     table = emotion_table(config.corpus)
     train = open_cache(config.corpus.train, encoder, config.cache, table)
@@ -171,7 +299,7 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
     )
 
 
-def training_rows(config: StudentConfig, train: CorpusCache) -> tuple[Ints, Bools]:
+def training_rows(config: StudentConfig, train: "CorpusCache") -> tuple[Ints, Bools]:
     """The rows of the cache to train on, and which rows (P,) have gold labels that may be used.
 
     Three choices narrow the cache down: the dialogues of the training split (`train_share`, `drop_cross_split`);
@@ -205,7 +333,7 @@ def training_rows(config: StudentConfig, train: CorpusCache) -> tuple[Ints, Bool
     return np.flatnonzero(is_used_P), is_gold_P
 
 
-def emotion_weights(choice: Literal["pair", "target", "own"], train: CorpusCache, rows: Ints) -> Floats:
+def emotion_weights(choice: Literal["pair", "target", "own"], train: "CorpusCache", rows: Ints) -> Floats:
     """What each row of the cache weighs in L_emo (P,), 1 on average over `rows`, those with gold labels.
 
     pair: 1, Eq. 10 as written. target: the rows of a target share one weight, because a neutral target has a single
@@ -225,9 +353,11 @@ def emotion_weights(choice: Literal["pair", "target", "own"], train: CorpusCache
 
 
 def _joined_labels(
-    config: StudentConfig, train: CorpusCache, rows: Ints
-) -> tuple[tuple[SoftLabels, ...], Ints]:
+    config: StudentConfig, train: "CorpusCache", rows: Ints
+) -> "tuple[tuple[SoftLabels, ...], Ints]":
     """The soft labels of the mode's teachers, and their row (K, P) for each row in use, -1 for the others."""
+    from kdecs.soft_labels.labels import SoftLabels
+
     used = config.distillation.used_teachers
     teacher_rows_KP = np.full((len(used), len(train)), -1, dtype=np.int64)
     opened = []

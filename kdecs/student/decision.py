@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kdecs.corpus.answer_words import NUM_CAUSAL
-from kdecs.corpus.pairs import Pair, pairs_of
+from kdecs.corpus.pairs import Ints, Pair, pairs_of
 from kdecs.corpus.schema import NEUTRAL, Corpus
 from kdecs.evaluation.counts import f1
 from kdecs.evaluation.metrics import Scores, evaluate
 from kdecs.evaluation.predictions import Prediction
 from kdecs.evaluation.rows import token_f1
-from kdecs.student.grouping import Ints
-from kdecs.student.predict.card import Outputs
+from kdecs.student.config import Outputs
 
 if TYPE_CHECKING:  # pyarrow: prediction does without
     from kdecs.corpus.cache import CorpusCache

@@ -18,24 +18,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM
 
+from kdecs.artifact import atomic_path, write_json
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.encoding import EncodedPair
-from kdecs.errors import ModelError
-from kdecs.models import first_position, load_pretrained
-from kdecs.runtime import autocast
-from kdecs.student.batches import Batch, encoded_batch
+from kdecs.corpus.pairs import Ints, batches_of_tokens, encoded_targets
+from kdecs.errors import ArtifactError, ModelError
+from kdecs.models import first_position, load_pretrained, load_tokenizer, save_pretrained
+from kdecs.process import refusing
+from kdecs.runtime import autocast, start_runtime
+from kdecs.student.config import CARD_NAME, Outputs, SpanHeadName, StudentCard, read_card
+from kdecs.student.data import Batch, encoded_batch
 from kdecs.student.decision import Logits
-from kdecs.student.grouping import Ints, batches_of_tokens, encoded_targets
-from kdecs.student.predict.card import Outputs, SpanHeadName
-from kdecs.student.priors import Priors
+from kdecs.student.priors import PRIOR_NAMES, Priors
 from kdecs.trees import tree_inputs
 
 logger = logging.getLogger(__name__)
 
+MODEL_FOLDER = "model"
+HEADS_NAME = "heads.safetensors"
+STUDENT_NAMES = (MODEL_FOLDER, HEADS_NAME, CARD_NAME)
+"""What `save_student` writes."""
 
 _DEFAULT_OUTPUTS = Outputs()
 
@@ -383,6 +391,78 @@ def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
     if positions:
         limits.append(positions - first_position(language_model.base_model))
     return min(limits)
+
+
+def save_student(directory: Path, model: StudentModel, tokenizer: Any, card: StudentCard) -> None:
+    """Write weights, tokenizer and card into a directory, without config, metrics and manifest."""
+    save_pretrained([model.language_model, tokenizer], directory / MODEL_FOLDER)
+    with atomic_path(directory / HEADS_NAME) as temporary:
+        save_file(_head_tensors(model), temporary)
+    write_json(directory / CARD_NAME, card.model_dump(mode="json"))
+
+
+def load_student(directory: Path) -> tuple[StudentModel, Any, StudentCard]:
+    """Model (float32, on the CPU, in evaluation mode), tokenizer and card of a student directory.
+
+    Raises ArtifactError for a card or heads that do not fit, ModelError where the weights cannot be loaded.
+    """
+    card = read_card(directory / CARD_NAME)
+    folder = directory / MODEL_FOLDER
+    tokenizer, language_model = load_tokenizer(folder), load_language_model(folder, has_head=True)
+    # Settings that load may still not run, which a first prompt shows (`StudentModel`).
+    with refusing(f"model {folder}: does not run as a student's"):
+        model = StudentModel(
+            language_model,
+            student_answer_ids(tokenizer, card.emotions, card.stand_ins),
+            span_head=card.span_head,
+            max_prompt_tokens=card.max_prompt_tokens,
+            outputs=card.outputs,
+        )
+    path = directory / HEADS_NAME
+    try:
+        _load_heads(model, load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"{path}: does not hold the heads of this student ({reason}); train the student again"
+        ) from None
+    return model.eval(), tokenizer, card
+
+
+def _head_tensors(model: StudentModel) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        for name, head in model.heads.items()
+        for key, tensor in head.state_dict().items()
+    }
+
+
+def _load_heads(model: StudentModel, tensors: dict[str, Tensor]) -> None:
+    """Load the heads. Raises RuntimeError if a tensor is missing, unknown, or of another shape."""
+    # Earlier versions also saved priors that the mode does not use.
+    if model.priors is not None:
+        own = model.priors.state_dict()
+        unused = {f"priors.{name}" for name in PRIOR_NAMES if name not in own}
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in unused}
+    # `load_state_dict` checks each head's own tensors, but sees no tensor of a head that this student lacks.
+    if unknown := sorted(set(tensors) - set(_head_tensors(model))):
+        raise RuntimeError(f"unexpected tensor {unknown[0]}")
+    for name, head in model.heads.items():
+        prefix = f"{name}."
+        head.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+
+
+def load_scorer(
+    directory: Path, *, device: torch.device | str, precision: str
+) -> tuple[TorchScorer, Any, StudentCard]:
+    """Scorer, tokenizer and card of a student directory, on a device of torch or on auto, cpu or cuda."""
+    if device in ("auto", "cpu", "cuda"):
+        device = start_runtime(device=str(device)).device
+    model, tokenizer, card = load_student(directory)
+    scorer = TorchScorer(
+        model, pad_id=tokenizer.pad_token_id or 0, device=torch.device(device), precision=precision
+    )
+    return scorer, tokenizer, card
 
 
 def _check_head(language_model: Any) -> None:

@@ -1,11 +1,23 @@
 """Training a student (Eq. 5-13) on one or many ranks, with exact resume (kdecs.training.loop).
 
 The story: `train_student` refuses or skips what is done, `prepare` loads base, corpus and soft labels, the loop trains
-a `StudentTask` epoch by epoch, and the best epoch by macro F1 on the validation split becomes the product.
+a `StudentTask` epoch by epoch, and the best epoch by macro F1 on the validation split becomes the product, an artifact
+directory of kind student:
+
+    model/              a Transformers masked language model (safetensors) with its tokenizer
+    heads.safetensors   the tensors of the heads beside the language model (span, classifier, priors)
+    student.json        StudentCard: what a predictor needs to know
+    valid-predictions.jsonl   predictions of these weights for the validation pairs (kdecs.evaluation.predictions)
+    config.json         the resolved config of the training
+    metrics.jsonl       one JSON object per epoch
+    manifest.json       details: metrics on validation, threshold, emotions, teacher
+
+Loading unpickles nothing. The validation predictions are those that the best epoch was scored by; students of earlier
+versions of kdecs have none.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +25,10 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from kdecs.artifact import MANIFEST_NAME, check_output, is_complete
-from kdecs.config import config_hash, input_checksums, write_config
+from kdecs.artifact import MANIFEST_NAME, check_output, is_complete, read_manifest, write_manifest
+from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.pairs import batches_of_tokens, cache_targets, groups_of
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import warn_of_shared_texts
 from kdecs.evaluation.predictions import write_predictions
@@ -30,27 +43,22 @@ from kdecs.runtime import (
     seed_everything,
     warn_of_emulation,
 )
-from kdecs.student.batches import cached_batch
-from kdecs.student.config import StudentConfig
-from kdecs.student.data import TrainingData, load_training_data
+from kdecs.student.config import CARD_NAME, VALIDATION_NAME, StudentCard, StudentConfig
+from kdecs.student.data import TrainingData, cached_batch, load_training_data
 from kdecs.student.decision import DEFAULT_THRESHOLD, DecisionRule, Level, Validation, validate
-from kdecs.student.grouping import batches_of_tokens, cache_targets, groups_of
 from kdecs.student.losses import step_loss
 from kdecs.student.model import (
+    HEADS_NAME,
+    MODEL_FOLDER,
+    STUDENT_NAMES,
     StudentModel,
     load_language_model,
     longest_prompt,
+    save_student,
     student_answer_ids,
 )
-from kdecs.student.predict.card import StudentCard
 from kdecs.student.priors import begin_at_counts
-from kdecs.student.product import (
-    STUDENT_NAMES,
-    VALIDATION_NAME,
-    finish_student,
-    save_student,
-    teacher_lineage,
-)
+from kdecs.tracking.record import METRICS_NAME
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
 from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
 from kdecs.trees import check_trees
@@ -364,3 +372,48 @@ def _inputs(config: StudentConfig) -> dict[str, Any]:
     return input_checksums(
         train=config.corpus.train, valid=config.corpus.valid, base=config.model.base, **teachers
     )
+
+
+def finish_student(
+    directory: Path, *, config_hash: str, inputs: Mapping[str, str], details: Mapping[str, Any]
+) -> None:
+    """Write the manifest over all files of the student, which makes the directory complete."""
+    folder = directory / MODEL_FOLDER
+    model_files = [p.relative_to(directory).as_posix() for p in folder.rglob("*") if p.is_file()]
+    rows = {METRICS_NAME: _num_lines(directory / METRICS_NAME)}
+    if (directory / VALIDATION_NAME).is_file():
+        rows[VALIDATION_NAME] = _num_lines(directory / VALIDATION_NAME)
+    write_manifest(
+        directory,
+        "student",
+        config_hash=config_hash,
+        inputs=inputs,
+        files=[*model_files, HEADS_NAME, CARD_NAME, CONFIG_NAME, *rows],
+        rows=rows,
+        details=details,
+    )
+
+
+def _num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def teacher_lineage(config: StudentConfig) -> dict[str, Any] | None:
+    """Where the soft labels come from, by their own manifests; None without distillation.
+
+    Of several teachers the first stands where a single one would, and `teachers` lists all with their weights.
+    """
+    used = config.distillation.used_teachers
+    if not used:
+        return None
+    lineages = []
+    for teacher in used:
+        manifest = read_manifest(teacher.labels, "soft-labels")
+        lineages.append(
+            {"inputs": manifest.inputs, "soft_labels_hash": manifest.config_hash, "details": manifest.details}
+        )
+    if len(used) == 1:
+        return lineages[0]
+    weighed = [{**lineage, "weight": teacher.weight} for lineage, teacher in zip(lineages, used, strict=True)]
+    return {**lineages[0], "teachers": weighed}

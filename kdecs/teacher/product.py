@@ -38,8 +38,9 @@ from kdecs.config import input_checksums, parse_config, read_yaml
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, teacher_prompt
 from kdecs.corpus.schema import Dialogue, Utterance
-from kdecs.errors import ArtifactError, ModelError, TrainingError, refusing
+from kdecs.errors import ArtifactError, ModelError, TrainingError
 from kdecs.models import read_settings, save_pretrained
+from kdecs.process import refusing
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family, make_family

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from kdecs.artifact import MANIFEST_NAME, Manifest, read_verified_manifest
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import Pair
-from kdecs.errors import ArtifactError, ConfigError, ModelError, Stopped, TrainingError, refusing
-from kdecs.process import StopSignal
+from kdecs.errors import ArtifactError, ConfigError, ModelError, Stopped, TrainingError
+from kdecs.process import StopSignal, refusing
 from kdecs.runtime import Runtime, import_deepspeed
 from kdecs.teacher.data import fixed_batches, make_units
 from kdecs.teacher.families import EncodedPrompt, language_model

@@ -20,9 +20,8 @@ from kdecs.corpus.schema import NEUTRAL
 from kdecs.runtime import Runtime
 from kdecs.soft_labels.format import ShardTable, encode_shard, shard_name
 from kdecs.student.config import StudentConfig
-from kdecs.student.model import TorchScorer
+from kdecs.student.model import TorchScorer, load_student
 from kdecs.student.predict.predictor import Student
-from kdecs.student.product import load_student
 from kdecs.student.training import train_student
 
 torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ModelError
 from kdecs.models import load_tokenizer
-from kdecs.student.batches import encoded_batch
+from kdecs.student.data import encoded_batch
 from kdecs.student.decision import best_spans, cause_scores
 from kdecs.student.model import (
     AnswerIds,

@@ -25,9 +25,8 @@ from kdecs.evaluation.predictions import read_predictions
 from kdecs.runtime import Runtime
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import load_training_data
-from kdecs.student.model import TorchScorer
+from kdecs.student.model import TorchScorer, load_student
 from kdecs.student.predict.predictor import Student
-from kdecs.student.product import load_student
 from kdecs.student.training import train_student
 
 RUNTIME = Runtime(0, 0, 1, torch.device("cpu"))

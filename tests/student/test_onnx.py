@@ -26,12 +26,12 @@ from kdecs.corpus.reading import bundled_sample, iter_dialogues, read_corpus
 from kdecs.errors import ArtifactError, DependencyError, DeviceError, KdecsError, ModelError, OutputError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.models import load_tokenizer
+from kdecs.student.config import Outputs
 from kdecs.student.model import StudentModel, TorchScorer, load_language_model, student_answer_ids
 from kdecs.student.onnx import export
 from kdecs.student.onnx.export import Measured, OnnxExport, export_student, largest_difference
 from kdecs.student.onnx.graph import export_graph
 from kdecs.student.onnx.scoring import OnnxScorer, batch_feeds
-from kdecs.student.predict.card import Outputs
 from kdecs.student.predict.predictor import Student
 from kdecs.student.pyfunc import _load_pyfunc
 

@@ -9,16 +9,16 @@ from torch.nn import functional
 from kdecs.errors import ArtifactError
 from kdecs.models import load_tokenizer
 from kdecs.runtime import Runtime
+from kdecs.student.config import Outputs
 from kdecs.student.decision import cause_scores
 from kdecs.student.model import (
     StudentModel,
     StudentOutput,
     load_language_model,
+    load_student,
     student_answer_ids,
 )
-from kdecs.student.predict.card import Outputs
 from kdecs.student.priors import NUM_DISTANCES, Priors, TrainingCounts, begin_at_counts, count_training
-from kdecs.student.product import load_student
 from kdecs.student.training import StudentTask, train_student
 
 COUNTS = TrainingCounts(

@@ -8,16 +8,15 @@ import torch
 from support import made_once, save_lively_encoder, save_tiny_encoder
 
 from kdecs.corpus.encoding import PairEncoder, TreeEncoder
-from kdecs.corpus.pairs import candidate_pairs
+from kdecs.corpus.pairs import batches_of_tokens, candidate_pairs, encoded_targets
 from kdecs.corpus.prompts import PromptVariant, student_branch, student_prompt
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ModelError
 from kdecs.models import first_position, load_tokenizer
-from kdecs.student.batches import encoded_batch
-from kdecs.student.grouping import batches_of_tokens, encoded_targets
+from kdecs.student.config import Outputs
+from kdecs.student.data import encoded_batch
 from kdecs.student.model import StudentModel, load_language_model, student_answer_ids
-from kdecs.student.predict.card import Outputs
 from kdecs.trees import attend, check_trees, plant
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "modernbert", "distilbert")

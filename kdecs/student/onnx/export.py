@@ -36,7 +36,7 @@ from kdecs.config import (
     load_config,
 )
 from kdecs.corpus.encoding import ENCODERS, EncodedPair
-from kdecs.corpus.pairs import Pair, candidate_pairs, pairs_of
+from kdecs.corpus.pairs import Ints, Pair, candidate_pairs, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split
@@ -44,9 +44,9 @@ from kdecs.errors import ConfigError, ModelError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.output import refuse_inputs
 from kdecs.process import say
-from kdecs.student.config import StudentConfig
+from kdecs.student.config import CARD_NAME, StudentCard, StudentConfig
 from kdecs.student.decision import Logits, choose_threshold, log_softmax, pair_gains
-from kdecs.student.grouping import Ints
+from kdecs.student.model import load_scorer
 from kdecs.student.onnx.graph import OPSET, export_graph
 from kdecs.student.onnx.scoring import (
     GRAPH_NAME,
@@ -58,10 +58,8 @@ from kdecs.student.onnx.scoring import (
     batch_feeds,
     require_packages,
 )
-from kdecs.student.predict.card import CARD_NAME, StudentCard
 from kdecs.student.predict.predictor import Student
 from kdecs.student.predict.streaming import PairPrediction
-from kdecs.student.product import load_scorer
 
 LARGEST_DIFFERENCE = 1e-4
 """Of a probability, between a float32 graph and PyTorch."""

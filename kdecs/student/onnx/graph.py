@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kdecs.errors import refusing
 from kdecs.models import first_position
+from kdecs.process import refusing
 from kdecs.student.decision import Logits
 from kdecs.student.model import StudentModel
 

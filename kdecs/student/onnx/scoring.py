@@ -2,7 +2,7 @@
 
     model.onnx       the graph, from token ids to the logits at the masks
     tokenizer.json   the tokenizer
-    student.json     the student's card (kdecs.student.predict.card)
+    student.json     the student's card (kdecs.student.config)
     onnx.json        OnnxCard: the precision, and what the tokenizer's file does not say
     manifest.json    details: versions, the largest difference to PyTorch, what the export measured
 
@@ -29,11 +29,11 @@ from pydantic import BaseModel, ConfigDict
 
 from kdecs.artifact import read_record
 from kdecs.corpus.encoding import EncodedPair
-from kdecs.errors import DependencyError, DeviceError, ModelError, refusing
-from kdecs.process import num_threads, try_tokenizer
+from kdecs.corpus.pairs import Ints, batches_of_tokens, encoded_targets, padded
+from kdecs.errors import DependencyError, DeviceError, ModelError
+from kdecs.process import num_threads, refusing, try_tokenizer
+from kdecs.student.config import CARD_NAME, StudentCard, read_card
 from kdecs.student.decision import Logits
-from kdecs.student.grouping import Ints, batches_of_tokens, encoded_targets, padded
-from kdecs.student.predict.card import CARD_NAME, StudentCard, read_card
 
 GRAPH_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"

@@ -16,13 +16,13 @@ import numpy as np
 
 from kdecs.artifact import read_verified_manifest
 from kdecs.corpus.encoding import ENCODERS, EncodedPair
-from kdecs.corpus.pairs import Pair, Universe, pairs_of
+from kdecs.corpus.pairs import Ints, Pair, Universe, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
-from kdecs.errors import DependencyError, refusing
+from kdecs.errors import DependencyError
 from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.process import refusing
+from kdecs.student.config import StudentCard
 from kdecs.student.decision import Logits, decide, pair_emotions, score_pairs, span_characters
-from kdecs.student.grouping import Ints
-from kdecs.student.predict.card import StudentCard
 from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
     PairPrediction,
@@ -76,7 +76,7 @@ class Student:
 
             return cls(*load_onnx_student(directory, device=str(device), precision=precision))
         try:
-            from kdecs.student.product import load_scorer
+            from kdecs.student.model import load_scorer
         except ModuleNotFoundError as error:
             if error.name not in ("torch", "transformers"):
                 raise

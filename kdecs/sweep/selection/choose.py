@@ -210,7 +210,7 @@ def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> 
 
 def _kept_predictions(directory: Path, corpus: Corpus) -> dict[PairKey, Prediction] | None:
     """What the training kept beside the weights, or None if it kept nothing or an input has changed since."""
-    from kdecs.student.product import VALIDATION_NAME
+    from kdecs.student.config import VALIDATION_NAME
 
     manifest = read_verified_manifest(directory, "student")
     if VALIDATION_NAME not in {entry.path for entry in manifest.files}:

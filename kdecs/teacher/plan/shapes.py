@@ -75,8 +75,8 @@ def _from_directory(directory: Path) -> Architecture:
 def _architecture(name: str, values: dict[str, Any], reference: str) -> Architecture:
     from transformers import AutoConfig
 
-    from kdecs.errors import refusing
     from kdecs.models import REPEATED, plain_config
+    from kdecs.process import refusing
     from kdecs.teacher.network import family_of
 
     for key, value in values.items():

@@ -21,8 +21,8 @@ from kdecs.errors import ArtifactError, CorpusError, KdecsError, ModelError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
 from kdecs.student.commands import predict as predict_command
+from kdecs.student.model import load_student
 from kdecs.student.predict.predictor import Student
-from kdecs.student.product import load_student
 from kdecs.student.pyfunc import ServedStudent, _load_pyfunc
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdecs.student.batches import on_device, padded_batch
-from kdecs.student.grouping import batches_of_tokens
+from kdecs.corpus.pairs import batches_of_tokens
+from kdecs.runtime import on_device
+from kdecs.student.data import padded_batch
 
 
 def lengths(num_rows: int = 500) -> np.ndarray:
