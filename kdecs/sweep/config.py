@@ -198,9 +198,11 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _method_fits_space(self) -> "SweepConfig":
+        # TPE's draws are its trials: it has `num_trials` and no `num_samples`.
         if isinstance(self.search, TpeSearch):
             return self
         if self.search.num_samples > 1 and not any(d.is_drawn for d in self.space.values()):
+            # Every draw would give the same points, and equal points are one trial: the number would do nothing.
             raise ValueError("search.num_samples: every key of space is a grid, so there is nothing to draw")
         return self
 
@@ -208,6 +210,7 @@ class SweepConfig(Config):
 def flat_keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested or dotted keys."""
     for key, value in values.items():
+        # An empty mapping has no keys below it. To go into it would lose its own key, so it is a value.
         if isinstance(value, dict) and value:
             yield from flat_keys(value, f"{prefix}{key}.")
         else:
@@ -217,6 +220,7 @@ def flat_keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         name = f"{prefix}{key}"
+        # A mapping with a key of Dimension says how to try a value; any other one is a group of the student's keys.
         if isinstance(value, dict) and value and not value.keys() & Dimension.model_fields.keys():
             yield from _leaves(value, f"{name}.")
         else:

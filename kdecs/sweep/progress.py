@@ -137,6 +137,8 @@ class SweepProgress:
 
     def seconds_left(self, results: list[TrialResult]) -> float | None:
         """The time for the epochs that are left, at this start's rate. None before its first epoch, and at the end."""
+        # In epochs rather than trials: a trial that has just begun counts by what is left of it, and the first estimate
+        # comes after one epoch.
         done = _epochs_done(results) - self._epochs_before
         known = [result for result in results if result.status not in _ENDED]
         unknown = max(0, self._num_trials - len(results))  # trials of a search that are not chosen yet
@@ -177,6 +179,7 @@ def print_dry_run(config: SweepConfig) -> None:
     """Print every trial with its state, the estimated hours for the rest, and the teachers whose labels are missing."""
     missing = missing_teachers(config)
     search = Search(config, planned=True)
+    # The digests of a search need the content of the labels.
     if not missing:
         search.refuse_other_search()
     table = Table("trial", "id", "state", "epochs", "macro F1", "time", title=f"sweep {config.name}")

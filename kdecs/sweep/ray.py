@@ -167,6 +167,7 @@ def _start_ray(config: SweepConfig, private: Path, stop_file: Path) -> None:
             _temp_dir=str(private / "r"),  # Ray opens it to all users, but not the directory above it
             _node_ip_address="127.0.0.1",
         )
+    # Tune would wait without end for resources that no node has.
     available = ray.cluster_resources()
     for resource, wanted in (("CPU", config.cpus_per_trial), ("GPU", config.gpus_per_trial)):
         if available.get(resource, 0) < wanted:

@@ -78,6 +78,7 @@ class Search:
         found = {}
         if stage.name == "seeds":
             found = {trial.id: (trial, "search") for trial in self._first_stage().trials}
+        # A survivor's trial with the search's seed is in both stages, and counts as one that is compared.
         return {**found, **{trial.id: (trial, stage.name) for trial in stage.trials}}
 
     def num_trials(self) -> int:
@@ -186,6 +187,7 @@ class Search:
             suggested = read_suggestions(config.output)
             return Stage("search", self._trials_at(suggested) if suggested else [], config.search.num_trials)
         one_seed = {**config.space, SEED_KEY: Dimension(grid=(self.search_seed,))}
+        # `self.space` has refused missing labels already, unless this is a plan, which may lack them.
         searched = Space(config.model_copy(update={"space": one_seed}), planned=True)
         return Stage("search", self._trials_at(searched.points()))
 
@@ -229,6 +231,7 @@ class TpeSuggester:
             seed=config.search.sample_seed, n_startup_trials=config.search.startup_trials
         )
         self._study = self._optuna.create_study(direction="maximize", sampler=sampler)
+        # The estimator never sees the seed: it would learn which seed is lucky.
         self._dimensions = {key: dimension for key, dimension in config.space.items() if key != SEED_KEY}
         self._distributions = {
             key: _distribution(self._optuna, dimension) for key, dimension in self._dimensions.items()
@@ -253,6 +256,7 @@ class TpeSuggester:
         if len(self._known) >= self._num_trials:
             return None
         for _ in range(_MAX_REPEATS):
+            # Again and again, since Optuna takes no constraint on what it suggests, only the outcome of a suggestion.
             asked = self._study.ask(self._distributions)
             point = {name: self._value(name, value) for name, value in asked.params.items()}
             point[SEED_KEY] = self._search.search_seed

@@ -102,6 +102,7 @@ class Space:
         """The grids' product for each draw of the other keys; seeds share a draw, so that they can be compared."""
         space = self.config.space
         grids = {key: dimension.values for key, dimension in space.items() if not dimension.is_drawn}
+        # Counted before any is made: the product of a few long grids would fill the memory before it could be refused.
         num_points = math.prod(len(values) for values in grids.values())
         if any(dimension.is_drawn for dimension in space.values()):
             num_points *= getattr(self.config.search, "num_samples", 1)
@@ -114,6 +115,7 @@ class Space:
         for draw in self._draws():
             for values in itertools.product(*grids.values()):
                 point = {**draw, **dict(zip(grids, values, strict=True))}
+                # In the config's order, because a trial's label lists its keys in the order of the point.
                 found.append({key: point[key] for key in space})
         return found
 
@@ -138,6 +140,7 @@ class Space:
                 trials.setdefault(trial.id, trial)
         if not trials:
             raise ConfigError("constraints: they leave no trial of the space; loosen one of them")
+        # A label names a key by its last part and shows six digits of a number, so different settings may share one.
         settings_of: dict[str, set[str]] = {}
         for trial in trials.values():
             settings_of.setdefault(trial.setting_label, set()).add(settings_key(trial.settings))
@@ -199,6 +202,8 @@ class Space:
         if not all(holds(text, {**resolved, **words}) for text in config.constraints):
             return None
         settings.pop(TEACHER_KEY, None)
+        # Settings are what is compared and what a search's second stage starts from. So the teacher is always among
+        # them, and the seed never is: trials that differ in the seed alone belong to one setting.
         settings.pop(SEED_KEY, None)
         return self._named_trial(student, teacher, {TEACHER_KEY: teacher, **settings})
 
@@ -219,6 +224,7 @@ class Space:
         else:
             digest = config_hash(student)
             identity = digest[:_TRIAL_ID_DIGITS]
+        # Neither output nor name is part of the hash, so the hash can name the directory that its own config holds.
         update = {"output": trials_directory(self.config.output) / identity, "name": _ascii_name(label)}
         return Trial(
             id=identity,
@@ -281,6 +287,8 @@ def _members(name: Any, known: Container[str]) -> list[str]:
 
 def drawn_value(dimension: Dimension, generator: np.random.Generator) -> Any:
     """One draw of a dimension. A number of a range keeps four digits."""
+    # By index, since numpy's own `choice` makes an array of the values: a list among them would become a row of it,
+    # and a number beside a text would become text.
     if dimension.kind in ("grid", "choice"):
         return dimension.values[int(generator.integers(len(dimension.values)))]
     low, high = dimension.values
@@ -347,6 +355,7 @@ def _ascii_name(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("-._")
 
 
+# Powers and shifts are left out: a few characters of them, such as 9 ** 9 ** 9, would take all time and memory.
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -402,6 +411,8 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
         case ast.Name() | ast.Attribute() if key := _dotted(node):
             return _lookup(key, values)
         case ast.BoolOp(kind, parts):
+            # As lazy as Python's own: in `distillation.mode != 'kd' or distillation.temperature < 4` the second part
+            # must not be looked at for a student without a temperature, whose None has no order.
             found = (_value(part, values) for part in parts)
             return all(found) if isinstance(kind, ast.And) else any(found)
         case ast.UnaryOp(ast.Not(), operand):

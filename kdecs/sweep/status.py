@@ -88,6 +88,7 @@ def read_note(directory: Path) -> TrialNote | None:
     path = directory / NOTE_NAME
     try:
         note = TrialNote(**json.loads(path.read_text(encoding="utf-8")))
+        # Looked up here for its KeyError, so that `trial_status` never meets a status that it does not know.
         _STATUS_BY_NOTE[note.status]
     except FileNotFoundError:
         return None
@@ -105,6 +106,7 @@ class TrialResult:
     done. `metric` is what students of this task are chosen by.
     """
 
+    # A NaN compares with nothing, so `max` and `sort` would rank it anywhere.
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
 
     id: str
@@ -231,6 +233,7 @@ def read_results(sweep: Path) -> list[TrialResult]:
     path = sweep / TRIALS_NAME
     try:
         found = _RESULTS.validate_json(path.read_bytes())
+        # A sweep's directory may be somebody else's, and its labels go to terminals, figures and pages.
         results = [replace(result, label=printable(result.label)) for result in found]
     except (OSError, ValidationError) as error:
         reason = str(error)

@@ -26,12 +26,14 @@ def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> N
 
     Raises ConfigError if a teacher has no export, ArtifactError if a stage failed, and Stopped.
     """
+    # One at a time: a stage may take the whole machine, since a launcher starts a rank on each GPU.
     for name in names:
         for stage, arguments in build_commands(config, name):
             log = config.output / "build" / f"{name}-{stage}.log"
             print(f"sweep {config.name}: {stage} of teacher {name}, log: {log}", flush=True)
             title = f"{stage} of teacher {name}"
             code = run_child(arguments, stop, log=log)
+            # Before the exit code, which is not 0 after a stop either: a stop is no failure.
             stop.raise_if_requested(f"{title} stopped; run the same command again to resume")
             if code != 0:
                 raise ArtifactError(f"{title} failed with exit code {code}: {last_error(log)} (log: {log})")
@@ -57,6 +59,7 @@ def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]
             continue
         values = dict(command.set)
         if stage == "export":
+            # What the user sets wins, even if it leads elsewhere: `build_teachers` says so after the export.
             values = {"output": str(teacher.labels), **values}
         arguments = [
             *module_command(config.build_launcher, f"kdecs.launch.{entry}"),

@@ -30,6 +30,8 @@ def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult
     report = config.output / "report"
     figures = [path for pattern in ("*.png", "*.csv", "*.tex") for path in sorted(report.glob(pattern))]
     return RunRecord(
+        # With a tag for the trial here too: a search for the sweep's tag alone would find the runs of its trials as
+        # well, and all but one of several runs of an identity are deleted as duplicates.
         identity={SWEEP_TAG: directory_identity(config.output), TRIAL_TAG: "none"},
         name=config.name,
         started=min(started, default=None),
@@ -40,6 +42,7 @@ def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult
             **{f"space.{key}": f"{d.kind} {list(d.values)}" for key, d in config.space.items()},
         },
         artifacts=[config.output / CONFIG_NAME, config.output / ENVIRONMENT_NAME],
+        # Until then the folder may hold the report of an earlier state of the sweep.
         figures=figures if status == "FINISHED" else [],
     )
 

@@ -135,6 +135,7 @@ def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialNote:
             attempt.end("failed", str(refusal))
         except Exception as fault:
             traceback.print_exc()
+            # A fault before the training began is an attempt too, or only Tune's own bound would end the retries.
             attempt.begin()
             attempt.end("failed", f"{type(fault).__name__}: {fault}")
             # Tune starts a trial again whose error is raised, and lets one rest that returns.
@@ -181,6 +182,7 @@ def _train(attempt: "_Attempt", config: StudentConfig, report: OnEpoch) -> None:
     write_environment(attempt.directory)
 
     def on_epoch(metrics: dict[str, float]) -> None:
+        # Noted before it is reported: `report` may not return, since Tune ends a pruned trial in it.
         attempt.reach(metrics.get("epoch"))
         if metrics["epoch"] < config.optimization.epochs:  # a scheduler must not stop what is trained already
             report(metrics)

@@ -150,6 +150,7 @@ def alpha_temperature_figure(settings: Sequence[SettingScore], target: Path) -> 
             squeeze=False,
             sharey=True,
         )
+        # One scale for all teachers, so that a colour means the same in every map.
         low, high = min(s.mean for s in tried), max(s.mean for s in tried)
         for axes, teacher in zip(all_axes[0], teachers, strict=True):
             image = axes.imshow(maps[teacher], cmap="viridis", vmin=low, vmax=high, aspect="auto")

@@ -107,6 +107,7 @@ def write_report(sweep: Path) -> Path:
     write_text(folder / PAGE_NAME, page)
     sweep_digest = read_manifest(sweep, "sweep").config_hash
     digest = hashlib.sha256(sweep_digest.encode())
+    # A page with test scores is other work than the page before the selection.
     digest.update(json.dumps(selection and selection.as_json(), sort_keys=True).encode())
     write_manifest(
         folder,
@@ -127,6 +128,7 @@ def _resource(config: SweepConfig) -> tuple[str, float]:
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("kdecs.sweep.report"),
+        # Jinja looks at the last extension, so html alone would let a label in `report.html.j2` become markup.
         autoescape=select_autoescape(["html", "j2"]),
         trim_blocks=True,
     )

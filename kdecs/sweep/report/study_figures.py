@@ -111,6 +111,8 @@ def share_figure(
             bands = [by_share[s].interval or (by_share[s].mean, by_share[s].mean) for s in shares]
             low, high = zip(*bands, strict=True)
             axes.fill_between([100 * s for s in shares], low, high, color=colour, alpha=0.14, lw=0)
+        # The frame follows the seeds and not the bands: with two seeds Student's t multiplies the standard error by
+        # 12.7, and a frame that held such a band would flatten every line.
         everything = [score for setting in settings for score in scores[setting.key]]
         pad = max(1.0, 0.25 * (max(everything) - min(everything)))
         axes.set_ylim(max(0.0, min(everything) - pad), min(100.0, max(everything) + pad))

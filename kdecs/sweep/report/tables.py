@@ -74,6 +74,8 @@ def ablation_rows(
                 means=setting_means(group),
                 sd=setting.sd,
                 difference=None if is_first else setting.mean - reference.mean,
+                # Two different questions: whether the difference would hold on other dialogues, and whether other
+                # trainings on the same data would show it.
                 dialogues_p=test.p if test else None,
                 seeds_p=None if is_first else _paired_by_seed(group, [by_id[i] for i in reference.trials]),
             )

@@ -109,6 +109,7 @@ def select_student(sweep: Path) -> SelectionRecord:
             record = record.model_copy(update=_comparisons(sweep, results))
         if record.test is None:
             record = _score_on_test(sweep, winner, record)
+            # Written after each step, so that a call after a kill goes on from there and scores test only once.
             write_json(sweep / SELECTION_NAME, record.as_json())
         if record.registered is None:
             registered = _register(sweep, results, winner, record)
@@ -160,6 +161,7 @@ def compare_settings(
 
     If one of the two was given the emotions, their accuracy is left out: it would be that of the gold.
     """
+    # Sums over different numbers of students could not be compared.
     seeds = {result.seed for result in first} & {result.seed for result in second}
     configs = [
         load_config(StudentConfig, student_file(trial_directory(sweep, group[0]), CONFIG_NAME))
@@ -192,6 +194,7 @@ def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> 
     from kdecs.student.predict.predictor import Student
 
     directory = trial_directory(sweep, result)
+    # The student's checksum in the name: what was predicted before a trial was trained anew is never found again.
     folder, stem = sweep / VALID_PREDICTIONS_FOLDER, f"{result.id}-{content_checksum(directory)[:8]}"
     if not (path := next(folder.glob(f"{stem}-*.jsonl"), None)):
         if (kept := _kept_predictions(directory, corpus)) is not None:
@@ -264,6 +267,7 @@ def _register(
     sweep: Path, results: list[TrialResult], winner: TrialResult, record: SelectionRecord
 ) -> str | None:
     """Register the winner in MLflow. Returns None if MLflow does not answer; the next call tries again."""
+    # The sweep may have been moved since it was trained; the default database lies beside it, wherever it is now.
     config = load_config(SweepConfig, sweep / CONFIG_NAME).model_copy(update={"output": sweep.absolute()})
     tracker = Tracker(config.tracking, config.output)
     parent = sweep_record(config, len(results), results, "FINISHED")

@@ -68,6 +68,7 @@ def model_card(sweep: Path, record: SelectionRecord, config: StudentConfig) -> s
 def verdict(record: SelectionRecord) -> tuple[float, str]:
     """The winner's distance on test to the best trivial rule, in points of the metric, and that rule's name."""
     metric = record.metric
+    # The strongest rule by the same metric: to beat a weak one alone would say nothing.
     rules = {name: values[metric] for name, values in record.test_baselines.items() if metric in values}
     name = max(rules, key=lambda rule: rules[rule])
     return (record.test or {})[metric] - rules[name], name
@@ -87,6 +88,7 @@ def _settings(config: StudentConfig, record: SelectionRecord) -> dict[str, Any]:
     return {
         "teacher": setting.teacher or "none",
         "mode": config.distillation.mode,
+        # A local base is a path of the machine that trained.
         "base": Path(config.model.base).name,
         "α": config.distillation.alpha,
         "τ": config.distillation.temperature,

@@ -134,6 +134,8 @@ class SelectionRecord(_Record):
 
     def as_json(self) -> dict[str, Any]:
         """Plain values of the keys that are decided."""
+        # Left out and null are different: without the key `runner_up` nothing was compared yet, null says that there is
+        # no second setting. `select_student` goes by that.
         return self.model_dump(mode="json", exclude_unset=True)
 
 
