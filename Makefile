@@ -11,8 +11,6 @@ RUN ?= $(if $(RECCON),runs/demo-reccon,runs/demo)
 SETUP := $(VENV)/.complete
 PORT ?= 5000
 
-# DeepSpeed's one compiled helper for CPU ranks is built once, by `make setup`, and kept in the project.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export TORCH_INDEX
 
 .PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-browser test-all campaign bench bench-gpu check format ui sweep select study clean

@@ -53,11 +53,6 @@ def launched_rank() -> tuple[int, int, int]:
     )
 
 
-def launched_rendezvous() -> tuple[str, str]:
-    """Address and port at which ranks meet, from MASTER_ADDR and MASTER_PORT. Both are empty without a launcher."""
-    return os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-
-
 def served_request_timeout_s() -> float | None:
     """The seconds after which MLflow's scoring server gives a request up, or None outside of such a server."""
     given = os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT")

@@ -5,12 +5,10 @@ import importlib
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -78,25 +76,6 @@ def warn_of_emulation(runtime: Runtime, dtype: str, key: str) -> None:
             file=sys.stderr,
             flush=True,
         )
-
-
-def check_extension_directory() -> None:
-    """Raise DeviceError if the directory into which DeepSpeed compiles its helper for CPU ranks cannot be written.
-
-    PyTorch takes TORCH_EXTENSIONS_DIR, else a directory below the home directory, which may not exist.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    place = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise DeviceError(
-            f"{place}: DeepSpeed compiles its helper for CPU ranks into this directory, which cannot be written "
-            f"({error.strerror}; HOME is {os.environ.get('HOME') or 'not set'}); let TORCH_EXTENSIONS_DIR name another"
-        ) from None
 
 
 def import_deepspeed() -> None:

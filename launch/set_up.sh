@@ -66,4 +66,3 @@ else
   install --index-url "$TORCH_INDEX" --constraint constraints.txt "$(pin torch)"
 fi
 install --no-deps --no-build-isolation --editable .
-"$python" launch/prepare_extensions.py

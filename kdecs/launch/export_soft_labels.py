@@ -109,11 +109,8 @@ def export_partitioned(
     config: ExportConfig, runtime: "Runtime", stop: StopSignal, bar: ExportBar
 ) -> ExportResult:
     """Label with a teacher whose parameters are partitioned over the ranks, which compute in step."""
-    from kdecs.runtime import check_extension_directory
     from kdecs.teacher.scoring import load_partitioned
 
-    if runtime.device.type == "cpu":
-        check_extension_directory()
     scorer, lockstep = load_partitioned(
         config.teacher,
         runtime=runtime,

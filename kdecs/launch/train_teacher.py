@@ -41,12 +41,10 @@ def main() -> None:
             config.tracking, config.output
         )  # a store that MLflow has retired is refused before hours of work
     from kdecs.process import StopSignal
-    from kdecs.runtime import check_extension_directory, import_deepspeed, process_group, start_runtime
+    from kdecs.runtime import import_deepspeed, process_group, start_runtime
 
     # This sets DS_ACCELERATOR on CPUs, which DeepSpeed reads once, when it is imported.
     runtime = start_runtime(threads=config.threads_per_rank)
-    if runtime.device.type == "cpu":
-        check_extension_directory()
     import_deepspeed()
     from kdecs.teacher.training import train_teacher
 

@@ -4,17 +4,13 @@ This module and `checkpoint` alone import DeepSpeed at the top: scoring and plan
 """
 
 import importlib.util
-import os
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
 from kdecs.errors import DependencyError, DeviceError
-from kdecs.process import launched_rendezvous
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.families import Family
@@ -69,16 +65,12 @@ def check_device(config: TeacherConfig, device: torch.device) -> None:
 
 
 def join_deepspeed(runtime: Runtime) -> None:
-    """Start DeepSpeed's communication over the process group, leaving nothing behind in shared memory. Collective.
-
-    On CPUs each rank of DeepSpeed's launcher maps a file of 66 MiB in /dev/shm for all-reduces and never unlinks it, so
-    it would take memory until the machine restarts. Once every rank has mapped all files, their names can go.
-    """
+    """Start DeepSpeed's communication over the process group, with nothing to compile. Collective."""
+    # For CPU ranks DeepSpeed would compile a helper of its tensor-parallel inference: minutes of g++ in the first job
+    # on a machine, a lock that later jobs wait for if that one is killed, and 66 MiB of /dev/shm per rank until the
+    # machine restarts. No training or export uses it, and DeepSpeed does without an op that is not in this mapping.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="nccl" if runtime.device.type == "cuda" else "gloo")
-    if dist.get_world_size() > 1:
-        dist.barrier()
-    place = "_".join([str(os.getuid()), *launched_rendezvous()])
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{place}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
 def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumulation_steps: int) -> Any:

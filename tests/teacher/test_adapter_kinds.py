@@ -223,8 +223,7 @@ def test_adapters_that_are_no_lora_are_refused_in_one_line(
         targets = {} if is_prompt else {"target_modules": LAYERS["causal"]}
         config = getattr(peft, name)(**{"task_type": "CAUSAL_LM", **targets, **values})
         if name == "BOFTConfig":
-            # For its layers PEFT compiles CUDA code. Where that fails it leaves another compiler in the environment,
-            # with which the next test would have DeepSpeed compile its helper again.
+            # For its layers PEFT compiles CUDA code. Where that fails it leaves another compiler in the environment.
             config.save_pretrained(tmp_path / name)
             save_file({"some": torch.zeros(1)}, tmp_path / name / "adapter_model.safetensors")
         else:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.ops.op_builder.builder import OpBuilder
 from support import StopAfter, weights
 from transformers import LlamaConfig
 
@@ -18,7 +20,7 @@ from kdecs.runtime import Runtime
 from kdecs.teacher import checkpoint, engine, training
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import Unit, share_among_ranks
-from kdecs.teacher.engine import check_device, deepspeed_config, start_engine
+from kdecs.teacher.engine import check_device, deepspeed_config, join_deepspeed, start_engine
 from kdecs.teacher.families import Family, language_model
 from kdecs.teacher.metering import Meter, MetricsFile, network_flops, peak_flops
 from kdecs.teacher.network import check_config, meta_network
@@ -187,6 +189,18 @@ def test_a_partitioned_output_embedding_is_gathered_by_its_own_forward_alone(
     assert all(parameter.numel() == 0 for parameter in weights_of_head)  # partitioned indeed
     gathered = [p for module in started.module.modules() for p in module._external_params.values()]
     assert not any(p is parameter for p in gathered for parameter in weights_of_head)
+
+
+def test_joining_deepspeed_compiles_nothing(
+    runtime: Runtime, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
+    monkeypatch.setattr(
+        OpBuilder, "load", lambda self, verbose=False: pytest.fail(f"{self.name} is compiled")
+    )
+    join_deepspeed(runtime)
+    assert deepspeed.comm.is_initialized()
 
 
 def test_a_step_takes_as_many_micro_batches_as_its_own_batch_fills(
