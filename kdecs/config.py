@@ -90,6 +90,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Threads = Annotated[int, Field(ge=0, le=4096), Unhashed()]
 """CPU threads; 0: the library's choice."""
 
+LostRankSeconds = Annotated[float, Field(ge=0), Unhashed()]
+"""Seconds without a sign of life after which a rank counts as lost and the job ends; 0: never."""
+
 
 class Config(BaseModel):
     """Base of all configs. Unknown keys are refused, and values never change.

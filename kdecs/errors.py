@@ -54,6 +54,10 @@ class DeviceError(KdecsError):
     """A requested device that is not available."""
 
 
+class RankError(KdecsError):
+    """The ranks of a job do not find each other, or one of them is lost."""
+
+
 class TrainingError(KdecsError):
     """Training that cannot continue, for example after a loss that is not finite."""
 

@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import errno
 import io
 import logging
 import os
@@ -11,6 +12,7 @@ import re
 import select
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -128,7 +130,7 @@ def say_skipped(line: str) -> None:
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run an entry and end the process. A refusal prints one line on stderr; only a bug of kdecs prints a traceback."""
     open_standard_streams()
-    code = exit_code_of(main, is_stage=True)
+    code = exit_code_of(main)
     if launched_rank()[2] == 1:
         sys.exit(code)
     # A rank of several skips the interpreter's tear-down. DistributedDataParallel never lets go of its process group,
@@ -147,7 +149,8 @@ def open_standard_streams(*, prints_result: bool = False) -> None:
     """Make the standard streams UTF-8, whatever the locale says, and open those that the caller has closed.
 
     A closed one would give its number to the next file that is opened, and all that any library prints would land in
-    that file. What a stage prints may be lost then. A command that `prints_result` raises OutputError when it prints.
+    that file. What a stage prints may be lost then, also if its terminal, ssh connection or pipe ends before it does:
+    its result is in files. A command that `prints_result` raises OutputError when it prints.
     """
     for number in range(3):
         try:
@@ -168,6 +171,41 @@ def open_standard_streams(*, prints_result: bool = False) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A path may hold bytes that are no text. Printed as escapes they end no command.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if not prints_result:
+        sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
+
+
+def _outliving(stream: Any) -> Any:
+    """A standard stream that drops what is written to it once its reader has ended."""
+    if not isinstance(stream, io.TextIOWrapper) or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream  # a test's
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_OutlivingFile(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering or stream.write_through,
+    )
+
+
+class _OutlivingFile(io.FileIO):
+    """An open descriptor that becomes /dev/null when nobody can read it any more."""
+
+    def write(self, data: Any, /) -> int:
+        """Write as a file does, or drop the data if the pipe's reader or the terminal is gone."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            # A terminal that was closed answers with EIO, as a broken disk does.
+            is_device = stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
+            if error.errno != errno.EPIPE and not (error.errno == errno.EIO and is_device):
+                raise
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self.fileno())
+        os.close(nothing)
+        if self.fileno() == 1:  # standard error may still have a reader
+            print("kdecs: the reader of standard output has ended; going on without it", file=sys.stderr)
+        return len(data)
 
 
 def _null_stream() -> TextIO:
@@ -304,7 +342,7 @@ class ProgressBar:
             print(", ".join([self._line.format(self._done), *map(" ".join, values.items())]), flush=True)
 
 
-def exit_code_of(main: Callable[[], None], *, is_stage: bool = False) -> int:
+def exit_code_of(main: Callable[[], None]) -> int:
     """Run `main` and return its exit code, 0 if it returned. Prints one line for an error that a user can act on."""
     try:
         try:
@@ -319,10 +357,7 @@ def exit_code_of(main: Callable[[], None], *, is_stage: bool = False) -> int:
     except BrokenPipeError:
         if not _has_lost_reader():  # the pipe is a connection to another process
             raise
-        _discard_output()
-        # `head` has seen enough of a table; a training that ends for want of a reader has more to say.
-        if is_stage:
-            _print_line("the reader of standard output has ended; run the same command again to resume")
+        _discard_output()  # `head` has seen enough of a table
         return EXIT_REFUSED
     except OSError as error:
         line = explain_os_error(error)
@@ -369,15 +404,20 @@ def _print_line(message: str) -> None:
 
 @dataclass
 class StopSignal:
-    """Set by SIGTERM or SIGINT. Loops look at it between steps and save their state."""
+    """Set by SIGTERM, SIGINT or SIGHUP. Loops look at it between steps and save their state."""
 
     requested: bool = False
     _previous: dict[int, Any] = field(default_factory=dict)
 
     def install(self) -> None:
-        """Catch SIGTERM and SIGINT. A second SIGINT has its usual effect; further SIGTERMs have none."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Catch SIGTERM, SIGINT and SIGHUP. A second SIGINT has its usual effect; a second of the others has none.
+
+        A terminal that is closed sends SIGHUP, which `nohup` has the process ignore.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._previous[number] = signal.signal(number, self._handle)
+            if number == signal.SIGHUP and self._previous[number] == signal.SIG_IGN:
+                signal.signal(number, signal.SIG_IGN)
 
     def raise_if_requested(self, message: str) -> None:
         """Raise Stopped once a stop was requested. For places that have no state to save first."""

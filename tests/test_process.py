@@ -128,13 +128,10 @@ def break_pipe() -> None:
     raise BrokenPipeError
 
 
-@pytest.mark.parametrize(
-    ("is_stage", "err"), [(False, ""), (True, "kdecs: error: the reader of standard output has ended")]
-)
-def test_a_reader_that_has_seen_enough_ends_the_command(is_stage, err):
+def test_a_reader_that_has_seen_enough_ends_the_command():
     program = (
         "import sys\nfrom kdecs.process import exit_code_of\n"
-        f"sys.exit(exit_code_of(lambda: [print('x' * 1000) for _ in range(1000)] and None, is_stage={is_stage}))"
+        "sys.exit(exit_code_of(lambda: [print('x' * 1000) for _ in range(1000)] and None))"
     )
     done = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" | head -c 5; exit ${PIPESTATUS[0]}', sys.executable, program],
@@ -143,10 +140,78 @@ def test_a_reader_that_has_seen_enough_ends_the_command(is_stage, err):
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (1, "xxxxx")
-    assert done.stderr.startswith(err) and done.stderr.count("\n") == bool(err)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "xxxxx", "")
     with pytest.raises(BrokenPipeError):  # of a connection, which is no reader of this output
         exit_code_of(break_pipe)
+
+
+# A stage that prints more than a pipe holds, by each of the streams that a launcher's rank has.
+PRINTS = """
+import sys
+from kdecs.process import run_entry
+
+def main():
+    for _ in range(200):
+        print("x" * 1000)
+        print("y" * 1000, file=sys.stderr)
+    open(sys.argv[1], "w").write("whole")
+
+run_entry(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "out", "err"),
+    [
+        ('"$0" -u -c "$1" "$2" 2>/dev/null | head -c 5', "xxxxx", ""),
+        ('"$0" -c "$1" "$2" 2>/dev/null | head -c 5', "xxxxx", ""),
+        # Standard error is read to its end, and one line there says what became of the other.
+        ('"$0" -c "$1" "$2" 2>&1 >&3 3>&- | grep -v yyy', "", "xxxxx"),
+        ('"$0" -u -c "$1" "$2" 2>&1 | head -c 5', "xxxxx", ""),
+    ],
+)
+def test_a_stage_outlives_whoever_reads_what_it_prints(tmp_path, shell, out, err):
+    script = f"{{ {shell}; exit ${{PIPESTATUS[0]}}; }} 3> >(head -c 5 >&2)"
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, PRINTS, str(tmp_path / "result")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "result").read_text() == "whole"
+    assert (done.stdout.replace(GOING_ON, ""), done.stderr) == (out, err)
+    assert (GOING_ON in done.stdout) == bool(err)
+
+
+GOING_ON = "kdecs: the reader of standard output has ended; going on without it\n"
+
+
+def test_a_stage_outlives_its_terminal(tmp_path):
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", PRINTS, str(tmp_path / "result")]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs) as child:
+        os.close(theirs)
+        assert os.read(ours, 1)
+        os.close(ours)
+        assert child.wait(60) == 0
+    assert (tmp_path / "result").read_text() == "whole"
+
+
+@pytest.mark.parametrize(("ignored", "code"), [("", 143), ("trap '' HUP; ", 0)])
+def test_a_closed_terminal_stops_a_stage_unless_nohup_started_it(ignored, code):
+    program = (
+        "import os, signal\nfrom kdecs.process import StopSignal, run_entry\n"
+        "def main():\n    stop = StopSignal()\n    stop.install()\n    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    stop.raise_if_requested('saved')\n"
+        "run_entry(main)"
+    )
+    script = f'{ignored}exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, program], capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == code
 
 
 # Prints "ready"; on SIGTERM it takes a moment, as a checkpoint does, and says so.

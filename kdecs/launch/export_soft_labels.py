@@ -77,7 +77,7 @@ def main() -> None:
     bar = ExportBar(runtime.is_main)
     try:
         if config.engine == "zero3":
-            with process_group(runtime, single=True):
+            with process_group(runtime, single=True, lost_rank_s=config.lost_rank_s):
                 result = export_partitioned(config, runtime, stop, bar)
         else:
             result = export_replica(config, runtime, stop, bar)

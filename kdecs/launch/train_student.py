@@ -29,7 +29,7 @@ def main() -> None:
     stop = StopSignal()
     stop.install()
     runtime = start_runtime(threads=config.threads)
-    with process_group(runtime):
+    with process_group(runtime, lost_rank_s=config.lost_rank_s):
         train_student(config, runtime, stop=stop)
 
 

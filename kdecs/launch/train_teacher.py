@@ -50,7 +50,9 @@ def main() -> None:
 
     stop = StopSignal()
     stop.install()
-    with process_group(runtime, single=True):  # DeepSpeed's engine needs a group even for one rank
+    with process_group(
+        runtime, single=True, lost_rank_s=config.lost_rank_s
+    ):  # DeepSpeed's engine needs a group even for one rank
         train_teacher(config, runtime, stop)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kdecs.config import Config, InputPath, ModelReference, OutputPath, Unhashed
+from kdecs.config import Config, InputPath, LostRankSeconds, ModelReference, OutputPath, Unhashed
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CorpusConfig
 
@@ -46,6 +46,7 @@ class ExportConfig(Config):
         ge=1.0,
         description="seconds without a sign of life after which another host's shard is taken over",
     )
+    lost_rank_s: LostRankSeconds = 120.0
     allow_other_corpus: bool = Field(
         default=False, description="label a corpus the teacher was not trained on"
     )

@@ -11,6 +11,7 @@ from kdecs.config import (
     Config,
     HashedUnlessDefault,
     InputPath,
+    LostRankSeconds,
     ModelReference,
     Name,
     Optimization,
@@ -210,6 +211,7 @@ class StudentConfig(Config):
         "utterance); both: the mean of the two. The best epoch is chosen by macro F1 of spans in any case",
     )
     threads: Threads = 0
+    lost_rank_s: LostRankSeconds = 120.0
 
     @model_validator(mode="after")
     def _task_has_a_cause(self) -> "StudentConfig":

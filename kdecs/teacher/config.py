@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from kdecs.config import (
     Config,
     HashedUnlessDefault,
+    LostRankSeconds,
     ModelReference,
     Name,
     Optimization,
@@ -145,6 +146,7 @@ class TeacherConfig(Config):
         default=None, description="MLflow; null: write only metrics.jsonl"
     )
     threads_per_rank: Threads = 0
+    lost_rank_s: LostRankSeconds = 120.0
 
     @model_validator(mode="after")
     def _four_bits_are_frozen(self) -> "TeacherConfig":
