@@ -179,6 +179,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML (or JSON) file whose top level is a mapping, with each key once. Raises ConfigError, one line."""
     try:
         with path.open("rb") as file:
+            # One byte more shows that a file is too large without reading the rest of it.
             data = file.read(_MAX_FILE_BYTES + 1)
         if len(data) > _MAX_FILE_BYTES:
             raise ConfigError(f"{path}: more than {_MAX_FILE_BYTES:,} bytes, expected a YAML config file")
@@ -250,6 +251,7 @@ def outputs_and_inputs(config: Config) -> tuple[dict[str, Path], list[Path]]:
     def collect(value: Any, marks: list[Any], key: str) -> None:
         if isinstance(value, Config):
             for name, field in type(value).model_fields.items():
+                # Of `OutputPath | None` pydantic leaves the marks inside the union, out of `metadata`.
                 inner = [*field.metadata, *_marks(field.annotation)]
                 collect(getattr(value, name), inner, f"{key}.{name}".lstrip("."))
         elif isinstance(value, dict):
@@ -259,6 +261,7 @@ def outputs_and_inputs(config: Config) -> tuple[dict[str, Path], list[Path]]:
             for item in value:
                 collect(item, marks, key)
         elif isinstance(value, str | Path) and Path(value).is_absolute():
+            # An output is told from an input by the mark alone: it is the path that the hash leaves out.
             validators = [mark.func for mark in marks if isinstance(mark, AfterValidator)]
             if _local_or_hub in validators or (_absolute in validators and not _is_unhashed(marks)):
                 inputs.append(Path(value))
@@ -292,6 +295,7 @@ def _over_default(default: Any, given: Any) -> Any:
 
 def _is_other_kind(model: type[Config], known: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     """Whether two groups are of different kinds: their tag, such as `method` or `family`, differs."""
+    # A field that can hold one word only names the member of a union; one of several words is a setting.
     tags = [name for name, field in model.model_fields.items() if len(_literals(field.annotation)) == 1]
     return any(name in known and name in given and known[name] != given[name] for name in tags)
 
@@ -360,6 +364,7 @@ def _hash_view(value: Any, key: str = "") -> Any:
     """What of a value goes into the hash. `key` is its dotted key, for errors."""
     if isinstance(value, Config):
         fields = type(value).model_fields
+        # Marks on the field itself alone: `OutputPath | None` is hashed unless `Unhashed` stands around the whole.
         return {
             name: _hash_view(_as_path(getattr(value, name), field.metadata), f"{key}.{name}".lstrip("."))
             for name, field in fields.items()

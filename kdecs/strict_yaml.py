@@ -50,6 +50,7 @@ def parse_yaml(text: str) -> tuple[Any, bool]:
         node = loader.get_single_node()
         if node is None:
             return None, bool(text.strip())
+        # On the nodes: the constructed mapping has already lost its repeated keys.
         _Check().size_of(node, "")
         return loader.construct_document(node), bool(text[node.end_mark.index :].strip())
     except yaml.YAMLError as error:
@@ -75,6 +76,7 @@ class _Check:
         place = f"line {node.start_mark.line + 1}"
         if id(node) in self._open:
             raise Unreadable(f"{path} in {place} contains itself by an alias")
+        # Each node is measured once: aliases in aliases would otherwise take as long as the text they stand for.
         if id(node) in self._sizes:
             return self._sizes[id(node)]
         if node.tag not in _KNOWN_TAGS:

@@ -35,6 +35,7 @@ class ExportBar:
 
     def __call__(self, progress: Progress) -> None:
         self._bar.total = progress.pairs_total
+        # The count falls where a shard is lost to another worker; the bar stays where it was until it is made up for.
         self._bar.update(max(0, progress.pairs_done - self._bar.n))
         if progress.line:
             tqdm.write(f"soft labels: {progress.line}", file=sys.stdout)

@@ -144,6 +144,7 @@ def export_shards(
     while manifest is None:
         has_progressed = worker.label_free_shards()
         if worker.has_all_shards():
+            # A rank in step with others leaves the manifest to rank 0, and runs along with its forwards in `finish`.
             if not waiting.may_complete:
                 break
             manifest = worker.complete()
@@ -270,9 +271,11 @@ class _Worker:
     def _quarantine(self, shard: int) -> None:
         """Move whatever has a shard's name, and is not that shard, out of the way of its publication."""
         path = self.path(shard)
+        # Not `exists`: a link that leads nowhere takes the name as well.
         if not os.path.lexists(path):
             return
         found = sha256_of_file(path)[:12] if path.is_file() else "no-file"
+        # Kept, since nobody knows whose bytes these are; the checksum in the name keeps several apart.
         aside = self.output / QUARANTINE_DIRECTORY / f"{path.stem}.{found}{path.suffix}"
         aside.parent.mkdir(exist_ok=True)
         os.replace(path, aside)
@@ -344,6 +347,7 @@ class _Worker:
     def _manifest(self) -> Manifest:
         """The manifest of all shards, from the plan and the shards' records."""
         config, devices = self.config, sorted({record.device for record in self.records.values()})
+        # Present without any pair, too: readers of the manifest look for valid, whose corpus may have no gold.
         totals: dict[str, PairCounts] = {"valid": PairCounts()}
         for record in self.records.values():
             for split, counts in record.agreement.items():

@@ -284,6 +284,7 @@ def iter_shard(
                 _check_values(path, table)
                 found += len(table)
                 yield table
+    # AttributeError, since in a file from elsewhere `top_ids` may be of any type, and only some have a `list_size`.
     except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
         raise _unreadable(path, error) from None
     if found != rows:

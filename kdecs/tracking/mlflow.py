@@ -65,6 +65,7 @@ def tracking_uri(config: TrackingConfig, output: Path) -> str:
     work.
     """
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.parent / 'mlflow.db'}"
+    # `databricks` and `uc` have no scheme either, but are MLflow's names of servers.
     is_directory = urlsplit(uri).scheme in ("file", "") and not re.match(r"databricks|uc$", uri)
     if is_directory and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
         given = "tracking.uri" if config.uri else "MLFLOW_TRACKING_URI"
@@ -85,6 +86,7 @@ class Uploader:
     def __init__(self, tracker: "Tracker", *, every_s: float = 0.0) -> None:
         self._tracker = tracker
         self._every_s = every_s
+        # One thread: of two uploads at once each would miss the other's run and create it again.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._pending: Future[bool] | None = None
         self._started_at = -math.inf
@@ -245,6 +247,7 @@ class Tracker:
                         raise
                     first = first or error
         except Exception as error:
+            # One more question tells the two apart, because stores and drivers raise errors of all kinds for both.
             raise (_RefusedError if self._answers() else _AwayError) from error
         if first is not None:
             raise _RefusedError from first
@@ -265,6 +268,7 @@ class Tracker:
             created = self.client.create_run(
                 self._experiment,
                 start_time=round(1000 * (record.started or time.time())),
+                # The identity goes with the request itself: a kill before a later one would leave a run that is never found.
                 tags={**environment_tags(), **_tags_of(record), **record.identity},
                 run_name=record.name,
             )
@@ -319,6 +323,7 @@ class Tracker:
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         _probe_database(self.uri)
+        # With its own registry named, or MLFLOW_REGISTRY_URI would send the versions elsewhere than their runs.
         client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
         experiment = client.get_experiment_by_name(self.config.experiment)
         if experiment is None:
@@ -333,6 +338,7 @@ class Tracker:
         else:
             self._experiment = experiment.experiment_id
         self._entities = mlflow.entities
+        # Last, since a client stands for a connection that is ready: a failure above is tried again as a whole.
         self.client = client
 
 
@@ -377,6 +383,7 @@ class _MlflowRun:
                 self._set_tag(f"{_CHANGED_TAG}{key}", value)
         for path in artifacts:
             self.client.log_artifact(self.id, str(path))
+        # Last, so that a kill before it has everything sent again, which changes nothing.
         self._set_tag(_DESCRIBED_TAG, digest.hexdigest()[:16])
 
     def add_points(self, record: RunRecord) -> None:

@@ -135,6 +135,7 @@ def without_password(uri: str) -> str:
 def redacted(text: str, uri: str) -> str:
     """A message about a URI that may be shown: without the secrets of this URI and of any other in the message."""
     text = text.replace(uri, without_password(uri))
+    # The longest first: where one secret is a part of another, the rest of the longer one would stay in view.
     for secret in sorted(_secrets(uri), key=len, reverse=True):
         text = text.replace(secret, "…")
     return " ".join(without_password(word) if "://" in word else word for word in text.split(" "))

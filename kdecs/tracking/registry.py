@@ -48,6 +48,7 @@ def register_student(
         version = version or _log_student(tracker, record, run_id, directory)
         tracker.log_final(record)
         # Before the alias: whoever becomes champion is compared with the next student by these tags.
+        # `repr` keeps every digit of the score, which is read back for the comparison.
         tags = {"kdecs.valid": corpus_checksum, "kdecs.metric": metric, "kdecs.score": repr(score)}
         for key, value in tags.items():
             client.set_model_version_tag(name, version, key, value)

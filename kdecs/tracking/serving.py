@@ -57,6 +57,7 @@ def scoring_app(uri: str) -> App:
     from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
     from mlflow.pyfunc import scoring_server
 
+    # Of any other exception MLflow's server answers with a traceback.
     class Refusal(MlflowException):  # type: ignore[misc]
         """MLflow's server answers with what this says of itself."""
 

@@ -332,6 +332,7 @@ def _checked_rows(config: ImportConfig, batch: Mapping[str, list[Any]], first_ro
     if rest is not None:
         log_rest_n = np.array([float(value) for value in rest], dtype=np.float32)
     elif config.scores == "probabilities":
+        # Rounded probabilities may add up to a little more than 1, which leaves less than nothing.
         left_n = 1 - np.exp(scores_nA).sum(axis=1)
         log_rest_n = np.log(np.maximum(left_n, np.exp(_NO_REST_MASS))).astype(np.float32)
     else:
@@ -375,6 +376,7 @@ def _scores(config: ImportConfig, batch: Mapping[str, list[Any]], place: int, re
 
 def _is_finite(value: Any) -> bool:
     """True if a value is a number that a float32 can hold, however many digits it is written with."""
+    # Parquet's decimal columns come as Decimal, which Python does not count among the real numbers.
     is_number = isinstance(value, Real | Decimal) and not isinstance(value, bool)
     # NaN fails the comparison, too. Python compares integers of any length without converting them.
     return is_number and abs(value) <= float(np.finfo(np.float32).max)

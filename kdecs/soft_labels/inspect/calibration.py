@@ -156,6 +156,7 @@ class GoldSums:
         for index, temperature in enumerate(TEMPERATURES):
             p_nA = probabilities(logits_nA, temperature)
             p_cause_n = np.minimum(p_nA[:, :NUM_CAUSAL].sum(axis=1), 1.0)  # rounding may exceed 1
+            # Of "other" itself: 1 - p(cause) would lose the digits of a small probability, which the NLL is made of.
             p_gold_n = np.where(is_cause_n, p_cause_n, p_nA[:, NUM_CAUSAL])
             self._reliability_T[index].add(p_cause_n, is_cause_n)
             self._nll_T[index] -= np.log(np.maximum(p_gold_n, _TINY)).sum()

@@ -49,6 +49,7 @@ def write_reliability(gold: Mapping[str, Mapping[str, Any]], file: IO[bytes]) ->
         raise DependencyError(
             'figures need matplotlib, which is not installed: pip install "kdecs[sweep]"'
         ) from None
+    # Not by pyplot, which would look for a display and keep each figure until it is closed.
     figure = Figure(figsize=(4.6 * max(1, len(gold)), 5.2), layout="constrained")
     grid = figure.subplots(2, max(1, len(gold)), squeeze=False, height_ratios=(4, 1), sharex=True)
     for column, (name, item) in enumerate(gold.items()):
@@ -63,6 +64,7 @@ def write_reliability(gold: Mapping[str, Mapping[str, Any]], file: IO[bytes]) ->
         ece = item["calibration"]["1.0"]["ece"]
         top.set_title(f"{Path(name).name}: ECE {ece:.3f}, {item['num_pairs']:,} pairs", color=_INK, size=10)
         bottom.bar(centres, [row["pairs"] for row in bins], width=width * 0.92, color=_MUTED)
+        # A confident teacher fills the outer bins, beside which the others would vanish on a linear axis.
         bottom.set(xlabel="p(cause) of the labels, τ = 1", ylabel="pairs", yscale="log")
     figure.savefig(file, format="png", dpi=160)
 
