@@ -268,7 +268,7 @@ class Tracker:
             created = self.client.create_run(
                 self._experiment,
                 start_time=round(1000 * (record.started or time.time())),
-                # The identity goes with the request itself: a kill before a later one would leave a run that is never found.
+                # The identity goes with the request itself: a kill before a second one would leave a run unfound.
                 tags={**environment_tags(), **_tags_of(record), **record.identity},
                 run_name=record.name,
             )
