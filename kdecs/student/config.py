@@ -141,6 +141,7 @@ class Distillation(Config):
             raise ValueError("labels and teachers exclude each other; list every teacher in teachers")
         if self.mode != "kd":
             for name in ("teacher_weighting", "dynamic", "hard_weight"):
+                # A setting that the mode ignores would give the same training another hash, and another row in tables.
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} needs mode kd, found mode {self.mode}")
         return self
@@ -177,6 +178,7 @@ class StudentConfig(Config):
     model: StudentModelConfig
     distillation: Distillation
     batches: StudentBatches = StudentBatches()
+    # The paper names the learning rate and the batch size of 16 pairs, and leaves the rest to its framework.
     optimization: Optimization = Optimization(learning_rate=1e-5, weight_decay=0.01, epochs=10)
     head_rate_factor: float = Field(
         default=1.0,

@@ -233,6 +233,7 @@ class TrainingData:
     def _soft_labels(self, rows: Ints) -> tuple[Floats, Floats] | tuple[None, None]:
         if not self.teachers:
             return None, None
+        # Every row in use has a label: `rows_of` refuses to join with fewer. A -1 here would read the last label.
         logits_BKA = np.stack(
             [labels.logits(at[rows]) for labels, at in zip(self.teachers, self.teacher_rows_KP, strict=True)],
             axis=1,

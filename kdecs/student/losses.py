@@ -29,6 +29,7 @@ def span_loss(start_BS: Tensor, end_BS: Tensor, start_B: Tensor, end_B: Tensor) 
 
     The logits are -inf at places beyond a pair's own tokens.
     """
+    # A gold span that truncation cut off has the place -1: it is neither "no span" nor a place that is left to find.
     start = functional.cross_entropy(start_BS.float(), start_B, ignore_index=UNKNOWN, reduction="none")
     end = functional.cross_entropy(end_BS.float(), end_B, ignore_index=UNKNOWN, reduction="none")
     return start + end
@@ -61,6 +62,8 @@ def distillation_loss(teacher_BA: Tensor, student_BA: Tensor, temperature: float
     # As logarithms, because a teacher that is sure leaves probabilities that float32 could not tell from 0.
     log_t_BA = functional.log_softmax(teacher_BA.float() / tau, dim=-1)
     log_s_BA = functional.log_softmax(student_BA.float() / tau, dim=-1)
+    # torch's `kl_div(input, target)` is KL(target ‖ input), so the student comes first. Its reduction `mean` would
+    # divide by the answer words as well; here they are summed, and `batch_mean` divides by pairs alone.
     return functional.kl_div(log_s_BA, log_t_BA, reduction="none", log_target=True).sum(dim=-1)
 
 

@@ -86,6 +86,7 @@ class PositionSpanHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, S) of start and end."""
         del tokens_BMH
+        # The 0 in front is the prompt's first position, whose logit stands for "no span".
         places_BS = functional.pad(candidate_BM, (1, 0))
         return self.start(start_BH).gather(1, places_BS), self.end(end_BH).gather(1, places_BS)
 
@@ -308,6 +309,7 @@ class EncoderStates:
         try:
             return self.encoder(**inputs)[0]
         finally:
+            # A later plain call in this thread, such as that of `check_trees`, must get the states of all tokens.
             self._in_thread.pick = None
 
     def _feed_forward(self, states_BTH: Tensor) -> Tensor:
@@ -389,6 +391,7 @@ def longest_prompt(tokenizer: Any, language_model: Any, wanted: int) -> int:
         limits.append(tokenizer.model_max_length)
     positions = getattr(language_model.config, "max_position_embeddings", None)
     if positions:
+        # RoBERTa's table of 514 rows serves 512 tokens, which count from the row after padding's.
         limits.append(positions - first_position(language_model.base_model))
     return min(limits)
 

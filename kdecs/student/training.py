@@ -103,6 +103,7 @@ def train_student(
             config_hash=digest,
             inputs=_inputs(config),
             details={
+                # Without the clock and the speed: the manifest of the same work should be the same.
                 "valid": {k: value for k, value in best.items() if k not in ("time", "train_pairs_per_s")},
                 "threshold": best["threshold"],
                 "emotions": task.data.emotions,
@@ -158,6 +159,7 @@ def prepare(
     # After the probe of the priors: it is a forward pass in evaluation mode that should not be traced.
     if config.compile:
         task.model.states.compile()
+    # Last, since DistributedDataParallel copies the weights of rank 0 to the others when it is made, and not again.
     if runtime.world_size > 1:
         task.share_gradients()
     return task, loop

@@ -256,6 +256,7 @@ def _quantise_word_vectors(model: Any) -> None:
             nodes.append(node)
             continue
         name, rows = table.name, numpy_helper.to_array(table)
+        # A row of zeros, which padding may have, would have the scale 0.
         scales = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
         model.graph.initializer.remove(table)
         model.graph.initializer.extend(

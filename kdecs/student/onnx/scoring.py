@@ -169,6 +169,7 @@ def _places(
     candidate_mask_BM = places_M < length_B1
     # Padding points to a token that the prompt has; the mask keeps it out of every softmax.
     candidate_BM = np.where(candidate_mask_BM, begin_B1 + places_M, begin_B1)
+    # A mask that this mode's prompt lacks has position 0; any token can be read in its place, since no output uses it.
     in_branch_B3 = np.where(masks_B4[:, 1:] > 0, masks_B4[:, 1:] + branch_B[:, None], first_B[:, None])
     places = (
         first_B[:, None],

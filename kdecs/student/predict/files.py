@@ -92,6 +92,7 @@ def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, devi
         open_output(request.html) if request.html else contextlib.nullcontext() as page_file,
         tqdm(total=total, unit="pair", desc="predict", disable=None) as bar,
     ):
+        # Only now: a place that cannot be written to is refused before the seconds that a model takes to load.
         predictor = load(device)
         page = PageWriter(page_file.write) if page_file is not None else None
         for dialogue, found in stream(

@@ -63,6 +63,7 @@ def live_page() -> str:
 @functools.cache
 def content_security_policy(*more: str, asks: bool = False) -> str:
     """What the page may do: run its own script and style, and, if it `asks`, send requests to its own server."""
+    # By hashes, because a file has no server that could give each answer a nonce.
     text = _template()
     script, style = (_hash(re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", text)) for tag in ("script", "style"))
     parts = ["default-src 'none';", *(["connect-src 'self';"] if asks else [])]

@@ -39,6 +39,7 @@ def bounded_dialogues(
         dialogues.append(dialogue)
         num_pairs += num_candidates(len(dialogue.utterances), max_distance)
         num_characters += sum(len(u.text) + len(u.speaker) for u in dialogue.utterances)
+        # After each dialogue, so that what is too large stops before the rest of it is parsed.
         if num_pairs > MAX_PAIRS:
             raise CorpusError(
                 f"request: found {num_pairs:,} pairs up to {place}, expected at most {MAX_PAIRS:,}; send fewer "

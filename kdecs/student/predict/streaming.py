@@ -88,6 +88,7 @@ def _predicted_group(
 ) -> Iterator[tuple[Dialogue, list[PairPrediction]]]:
     together = [pair for _, pairs in group for pair in pairs]
     try:
+        # The dialogues of a group go together, because batches of similar lengths need many prompts to choose from.
         found = iter(predictor.detail(together, batch_tokens=batch_tokens, on_batch=on_batch))
     except DialogueError as error:
         if on_fault is None:
