@@ -97,6 +97,7 @@ class CorpusCache:
         self.emotions = tuple(emotions)
         self._map = pa.memory_map(str(directory / _FILE), "r")
         reader = pa.ipc.open_file(self._map)
+        # The columns tell the layout, which no manifest states.
         layouts = [layout for layout, schema in _SCHEMAS.items() if reader.schema == schema]
         if not layouts:
             raise ArtifactError(
@@ -129,6 +130,7 @@ class CorpusCache:
 
     def list_at(self, name: str, row: int) -> npt.NDArray[np.int32]:
         """One row of a list column, a view into the mapped file."""
+        # `right`, so that the first row of a batch is found in that batch and not in the one before.
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         offsets, values = self._lists[name][batch]
         local = row - int(self._starts[batch])
@@ -215,6 +217,7 @@ def _build(
         for rows in _chunks(_encoded_rows(indexed, encoder, emotions), _ROWS_PER_BATCH):
             num_pairs += len(rows)
             num_truncated += sum(row.pop("num_truncated") > 0 for row in rows)
+            # Batch by batch, never a table: a corpus of any size passes through 16,384 rows of memory.
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     if num_truncated:
         logger.warning(

@@ -476,6 +476,7 @@ def _span_tokens(pair: Pair, offsets: Sequence[tuple[int, int]]) -> tuple[int, i
         return NO_SPAN, NO_SPAN
     # A student predicts one span per pair, so one of several gold spans has to be its label.
     span = max(pair.spans, key=len).strip()
+    # The annotation gives no place, so of several equal pieces of text the first is the label.
     start = pair.dialogue.utterances[pair.candidate - 1].text.find(span)
     end = start + len(span)
     inside = [k for k, (left, right) in enumerate(offsets, start=1) if left < end and right > start]

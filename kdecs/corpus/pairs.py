@@ -88,6 +88,7 @@ def pairs_of(dialogue: Dialogue, universe: Universe = "fold1") -> list[Pair]:
         if universe == "all" or target.evidence is not None:
             pairs.extend(_pairs_of_target(dialogue, target))
         elif universe == "fold1+neutral" and target.emotion == NEUTRAL:
+            # One pair is enough to learn and score its emotion. It has no cause, so fold 1 knows none of its pairs.
             pairs.append(Pair(dialogue, target.turn, target.turn, False, ()))
     return pairs
 

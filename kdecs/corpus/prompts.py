@@ -130,6 +130,7 @@ def teacher_prompt(
     writer.add(f". {candidate} {u_j.speaker} says ")
     candidate_start = writer.add(u_j.text)
     candidate_range = (candidate_start, writer.length)
+    # No space at the end: tokenizers join it to the word that follows, and that word is the answer.
     writer.add(f". The connective word between {target} and {candidate} is")
     return TeacherPrompt(writer.text(), history_end, target_range, candidate_range)
 

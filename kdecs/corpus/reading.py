@@ -134,6 +134,7 @@ class LineDialogues:
             file.seek(starts[position])
             line = file.readline()
         checker, dialogue = Checker(str(self.path), own_labels=self._table), None
+        # Checked again as when it was iterated: the file may have been replaced since, and positions mean nothing then.
         for identifier, utterances in _raw_from_line(line, f"at byte {starts[position]}", checker):
             part = corpus_part(identifier if isinstance(identifier, str) else "")
             dialogue = checker.dialogue(identifier, utterances, part)
@@ -338,6 +339,7 @@ def _raw_dialogues(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
         yield from _raw_from_lines(path, checker)
         return
     try:
+        # Whole, since in one JSON object only the parser knows where a dialogue ends.
         decoded = decode_json(path.read_bytes())
     except NotJson as error:
         checker.fault(error.found, error.expected)

@@ -135,6 +135,7 @@ def training_split(config: CorpusConfig) -> Split:
             f"{config.train}: the text of every dialogue is part of another split, so none is left to train on; "
             "set drop_cross_split: false, or name other files"
         )
+    # Of what is left: a share of the whole file would shrink by whatever was dropped.
     chosen = training_subset(ids, config.train_share, config.train_share_seed)
     places = array("q", (kept[position] for position in chosen))
     return Split(dialogues, places=places, table=table)

@@ -58,6 +58,7 @@ def statistics_of(corpus: Corpus, num_faults: int = 0) -> CorpusStatistics:
         utterances=len(utterances),
         positive_rows=positive,
         negative_rows=negative,
+        # n (n + 1) / 2 pairs j <= i, by formula: to make them would take n² objects for one number.
         pairs_all=sum(math.comb(len(dialogue.utterances) + 1, 2) for dialogue in corpus.dialogues),
         emotions=dict(sorted(emotions.items(), key=lambda item: (-item[1], item[0]))),
         pairs_of_several_spans=sum(len(pair.spans) > 1 for pair in pairs),

@@ -41,6 +41,7 @@ def trivial_predictions(corpus: Corpus, universe: Universe) -> dict[str, dict[Pa
 def majority_emotion(corpus: Corpus) -> str | None:
     """The most frequent gold emotion (the first by name among equals); None if the corpus has no emotion."""
     counts = Counter(u.emotion for d in corpus.dialogues for u in d.utterances if u.emotion is not None)
+    # Not `most_common`, which settles equal counts by the order of the file.
     return min(counts, key=lambda emotion: (-counts[emotion], emotion), default=None)
 
 

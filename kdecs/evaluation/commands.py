@@ -145,6 +145,7 @@ def compare(
     compared = compare_systems(
         scores[0].sums_by_dialogue,
         scores[1].sums_by_dialogue,
+        # A system without emotions lacks their scores, and a difference to nothing would be made up.
         keys=[key for key in scores[0].values if key in scores[1].values],
         num_samples=samples,
         seed=seed,

@@ -23,6 +23,7 @@ def f1(right: Any, num_gold: Any, num_predicted: Any) -> npt.NDArray[np.float64]
 def ratio(numerator: Any, denominator: Any) -> npt.NDArray[np.float64]:
     """Element-wise quotient with 0/0 = 0."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    # Over zeros, since numpy leaves what is there where the denominator is 0. `where` also keeps it from warning.
     found: npt.NDArray[np.float64] = np.divide(
         numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0
     )

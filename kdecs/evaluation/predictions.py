@@ -120,6 +120,7 @@ def _parse(line: bytes, place: str, emotion_table: Mapping[str, str]) -> Predict
         value["dialogue_id"],
         value["target"],
         value["candidate"],
+        # The caller's table comes first: it may map a spelling that is a variant elsewhere.
         emotion if emotion is None or emotion in emotion_table else EMOTION_VARIANTS.get(emotion, emotion),
         value["is_cause"],
         value["span"],

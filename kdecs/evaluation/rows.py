@@ -150,6 +150,7 @@ def score_rows(
     emotions = decide_emotions(predictions)
     # Lists while they are filled, since single assignments to an array cost ten times as much.
     contributions = [[0.0] * len(COLUMNS) for _ in rows]
+    # Sets of pairs, since a pair with two gold spans has two rows.
     missing: set[PairKey] = set()
     neutral: set[PairKey] = set()
     incorrect: list[int] = []

@@ -97,6 +97,7 @@ def summarise_seeds(values: Sequence[float], *, level: float = 0.95) -> SeedSumm
     mean = float(np.mean(values))
     if len(values) == 1:
         return SeedSummary(1, mean, None, None, None)
+    # n - 1, since the seeds are a sample of all seeds; with numpy's n five seeds would look a tenth steadier.
     std = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * std / math.sqrt(len(values))
     return SeedSummary(len(values), mean, std, mean - half, mean + half)
@@ -109,6 +110,7 @@ def _scores_of(sums: NDArray[np.float64]) -> Statistic:
     """A statistic that maps dialogue indices (…, D) to every score of the drawn dialogues (S, …)."""
 
     def statistic(index: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        # Sums first, scores after: F1 of the drawn corpus is not the mean of the dialogues' F1.
         drawn = sums[np.moveaxis(index, axis, -1)].sum(axis=-2)
         values = metrics_of(drawn)
         return np.stack([values[key] for key in SCORE_KEYS])
@@ -162,6 +164,7 @@ def _permutation_p(
     result = stats.permutation_test(
         (np.arange(num_dialogues), np.arange(num_dialogues) + num_dialogues),
         difference,
+        # Pairs are kept: each dialogue may swap its two systems, but no result moves to another dialogue.
         permutation_type="samples",
         vectorized=True,
         n_resamples=num_samples,
