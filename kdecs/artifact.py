@@ -242,6 +242,7 @@ def _remove_unlocked(entry: "os.DirEntry[str]") -> None:
         if not is_of_this_host and time.time() - entry.stat().st_mtime < _FOREIGN_LEFTOVER_S:
             return
         # NFS locks only what is open for writing, which a folder cannot be.
+        # Without O_NONBLOCK a named pipe of such a name would hold this process up until somebody wrote to it.
         handle = os.open(entry, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             # Refused while the writer lives: the kernel frees its lock when it dies, however it dies.
@@ -267,6 +268,7 @@ def _locked_file(path: Path) -> tuple[Path, int]:
 
 def _is_locked(handle: int) -> bool:
     """Lock a new temporary file or folder. False if another process has taken it for a leftover and removed it."""
+    # Waits for a `remove_leftovers` that holds the lock now; the number of links shows whether it has removed the file.
     with contextlib.suppress(OSError):  # without kernel locks nobody removes it either
         fcntl.flock(handle, fcntl.LOCK_EX)
     return os.fstat(handle).st_nlink > 0
@@ -319,6 +321,7 @@ def install_files(source: Path, target: Path) -> list[str]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         fsync(source / name)
         os.replace(source / name, target / name)
+    # Before the caller's manifest, which must not name a file whose rename a crash of the machine can still undo.
     for folder in {(target / name).parent for name in names}:
         fsync(folder)
     return names

@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Emotion-cause extraction in dialogues by distillation (the method KD-ECS).",
     no_args_is_help=True,
     add_completion=False,
+    # Typer's own tracebacks may show local variables, and with them what should not stand in a log.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

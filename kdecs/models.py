@@ -282,6 +282,7 @@ def save_pretrained(parts: Sequence[Any], folder: Path, **options: Any) -> list[
 
     The folder is made if missing. Each file appears complete, with the mode that the umask gives.
     """
+    # In a private folder first: Transformers writes its files in place, one by one, under their final names.
     with temporary_folder(folder / "saved") as made:
         with _quiet():
             for part in parts:

@@ -149,6 +149,7 @@ def stats(
         for name in PLOT_NAMES:
             refuse_inputs(plots / name, files)
     mapping = read_table(table) if table else FINE_TO_COARSE
+    # The labels of the built-in table are known anyway; only a file of the user's can bring new ones.
     known = mapping if table else NO_TABLE
     checked = [check_file(file, label_set=labels, table=known) for file in files]
     corpora = [map_corpus(corpus, mapping) if coarse or table else corpus for corpus, _ in checked]

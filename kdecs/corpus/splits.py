@@ -173,6 +173,7 @@ def warn_of_shared_texts(config: CorpusConfig) -> None:
         return
     known = emotion_table(config) or NO_TABLE
     digests = [text_digest(dialogue) for dialogue in iter_dialogues(config.valid, table=known)]
+    # Only the validation split's are held, since a training file may be larger than memory.
     wanted = set(digests)
     found = {d for d in map(text_digest, iter_dialogues(config.train, table=known)) if d in wanted}
     if num_shared := sum(digest in found for digest in digests):

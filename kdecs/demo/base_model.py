@@ -120,6 +120,7 @@ def _batches(
     while True:
         texts = documents(
             dialogues,
+            # Seeds of neighbouring epochs differ by one, so that each pair comes in both wordings.
             seed=config.seed + epoch,
             mask=tokenizer.mask_token if config.architecture == "roberta" else None,
             separator=tokenizer.sep_token or "\n",
@@ -218,6 +219,7 @@ def _new_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerFast) -> A
                 dropout_rate=0.0,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                # As in T5 itself, which has no token for the begin.
                 decoder_start_token_id=tokenizer.pad_token_id,
             )
         )

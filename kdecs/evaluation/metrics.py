@@ -87,6 +87,7 @@ def emotion_report(
     for gold, predicted in found:
         confusion[index[gold], index[predicted]] += 1
     right = confusion.diagonal()
+    # Rows are gold, columns are predicted: the sums over them are what recall and precision divide by.
     scores = 100 * f1(right, confusion.sum(axis=1), confusion.sum(axis=0))
     accuracy = float(100 * right.sum() / len(found)) if found else 0.0
     macro_f1 = sum(scores.tolist()) / len(labels) if labels else 0.0

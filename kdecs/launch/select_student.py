@@ -21,6 +21,7 @@ def main() -> None:
         "--sweep", type=Path, required=True, metavar="DIR", help="a finished sweep's directory"
     )
     sweep = parser.parse_args().sweep.absolute()
+    # Torch and MLflow take seconds to import, which --help need not wait for.
     from kdecs.sweep.selection.choose import print_selection, select_student
 
     print_selection(sweep, select_student(sweep))

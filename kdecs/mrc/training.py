@@ -62,6 +62,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
         patience_epochs=config.patience_epochs,
     )
     loop = EpochLoop(task, settings, runtime, stop or StopSignal())
+    # Only now: the loop has refused a checkpoint of another config, whose config.json must stay as it is.
     write_config(config, config.output)
     warn_of_shared_texts(config.corpus)
     num_causes = sum(question.answer_start != 0 for question in task.data.train)

@@ -251,5 +251,6 @@ def _has_token(scope: Message, token: str) -> bool:
 
 
 def _without_port(host: str) -> str:
+    # An IPv6 address has its brackets here, so the part after its last colon is no number.
     name, colon, port = host.rpartition(":")
     return (name if colon and port.isdigit() else host).lower()

@@ -195,6 +195,7 @@ class Batcher:
                     for job in self._jobs:
                         job.fail(_Unwanted())
                     return
+            # Outside the lock, which requests need in order to come in meanwhile.
             time.sleep(_GATHER_S)
             group = self._next_group()
             if group:
@@ -223,6 +224,7 @@ class Batcher:
             # A long dialogue is predicted alone, so that shorter ones do not wait for it.
             if group and num_pairs + num_more > PAIRS_PER_GROUP:
                 continue
+            # Without the lock: only this thread takes dialogues off a job.
             group.append((job, job.todo.popleft()))
             num_pairs += num_more
             if job.todo:

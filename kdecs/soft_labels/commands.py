@@ -178,6 +178,7 @@ def import_table(
     from kdecs.soft_labels.derive.importing import import_labels
 
     values: dict[str, object] = {"table": table, "output": output, "scores": scores}
+    # A = alone does not tell a split, since a file's own name may hold one.
     for item in corpus:
         name, _, file = (
             item.partition("=") if item.startswith(("train=", "valid=", "test=")) else ("", "", item)

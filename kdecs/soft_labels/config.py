@@ -23,6 +23,7 @@ class ExportConfig(Config):
     corpus: CorpusConfig
     output: OutputPath
     num_shards: int = Field(default=8, ge=1, le=100_000)
+    # Hashed, like the threads: other batches add up in another order and change the last bits.
     micro_batch_tokens: int = Field(default=4096, ge=16)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads_per_worker: int = Field(

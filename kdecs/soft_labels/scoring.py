@@ -121,6 +121,7 @@ class ShardScoring:
         """
         num_scored = 0
         for chunk in self._plan.chunks(self._shard, CHUNK_PAIRS):
+            # Before each chunk and not after the last: a stop that comes then still lets the shard be published.
             self._on_chunk(num_scored)
             table = self._score(chunk)
             num_scored += len(table)

@@ -122,6 +122,7 @@ def predict(
         raise typer.BadParameter(
             "nothing to do: give --output FILE, --html FILE, or --show to print the dialogues"
         )
+    # Each is written to a temporary file, so the second one to end would silently replace the first.
     if html is not None and output is not None and html.resolve() == output.resolve():
         raise typer.BadParameter("--html and --output name the same file; give each its own")
     from kdecs.student.predict.files import FileRequest, predict_file

@@ -35,5 +35,6 @@ def is_report_of(sweep: Path, digest: str) -> bool:
         manifest = read_manifest(sweep / REPORT_FOLDER, "report")
         check_sizes(sweep / REPORT_FOLDER, manifest)
         return manifest.inputs.get("sweep") == digest
+    # A damaged report counts as none, so that it is written again.
     except ArtifactError:
         return False

@@ -89,6 +89,7 @@ def plan(
         print(json.dumps(made.as_record(), indent=2))
     else:
         made.show(every_budget=every_budget)
+    # After the table, which shows by how much each layout misses.
     if made.best is None:
         raise ConfigError(made.what_would_fit())
 

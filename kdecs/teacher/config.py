@@ -98,6 +98,7 @@ class TeacherBatches(Config):
     """How pairs become micro-batches. A global batch counts pairs, whatever the number of ranks."""
 
     global_batch_pairs: int = Field(default=64, ge=1)
+    # Hashed although it only bounds memory: prefix trees are cut at it, so another budget deals other batches.
     micro_batch_tokens: int = Field(default=4096, ge=16, description="token budget of one forward")
     max_prompt_tokens: int = Field(
         default=2048, ge=16, description="longer prompts lose their oldest history"

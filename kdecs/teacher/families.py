@@ -358,6 +358,7 @@ class Seq2SeqFamily(_LinearHead):
         model = language_model(network)
         decoder_ids = self._decoder_inputs(model, device)["decoder_input_ids"].expand(len(prompts), -1)
         encoded = model.encoder(input_ids=ids_PT, attention_mask=mask_PT)
+        # Without the cache, which would keep every layer's keys and values for tokens that are never generated.
         decoded = model.decoder(
             input_ids=decoder_ids,
             encoder_hidden_states=encoded.last_hidden_state,
@@ -381,6 +382,7 @@ class MaskedFamily(Family):
 
     name = "masked"
     auto_model = AutoModelForMaskedLM
+    # PEFT has no task for masked language models. This one runs the model as it is and adds no head.
     lora_task = "FEATURE_EXTRACTION"
     answer_context = ("The connective word between 3 and 2 is ", ".")
 

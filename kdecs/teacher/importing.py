@@ -120,6 +120,7 @@ def _config(wanted: AdapterImport, values: dict[str, Any]) -> TeacherConfig:
     # What PEFT needs stands in the adapter's own config; these keys only describe the adapter in the teacher's.
     lora = {"rank": values.get("r"), "alpha": values.get("lora_alpha")}
     if isinstance(targets, list):
+        # PEFT keeps them as a set and writes it in any order, which must not change the config hash.
         lora["targets"] = sorted(targets)
     return parse_config(
         TeacherConfig,

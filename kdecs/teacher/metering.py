@@ -224,6 +224,7 @@ class Meter:
             return sum(len(prompt.tokens) ** 2 for prompt in prompts)
         if unit.pairs not in self._attended:  # the same trees come again in every epoch
             tree = pack([self._train.prompts[n].tokens for n in unit.pairs])
+            # A position in the walk is a depth: the number of a token's ancestors, to which the token itself comes.
             self._attended[unit.pairs] = int(np.sum(tree.positions_N + 1))
         return self._attended[unit.pairs]
 

@@ -349,6 +349,7 @@ def load_partitioned(
     if persistence_threshold is not None:
         zero["stage3_param_persistence_threshold"] = persistence_threshold
     settings = {
+        # DeepSpeed insists on a batch size, though nothing is trained here.
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bfloat16"},

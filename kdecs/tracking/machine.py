@@ -109,6 +109,7 @@ def load(process: psutil.Process) -> dict[str, float]:
         "system/trial_memory_usage_megabytes": process.memory_info().rss / _MIB,
     }
     cuda = _cuda()
+    # To ask a GPU for its memory makes a context on it, which takes hundreds of MiB in a process that has none yet.
     if cuda is not None and cuda.is_initialized():
         free, total = cuda.mem_get_info()
         found["system/gpu_0_memory_usage_megabytes"] = (total - free) / _MIB

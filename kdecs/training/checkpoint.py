@@ -106,12 +106,14 @@ def load_checkpoint(
         raise ArtifactError(
             f"{path}: not a readable checkpoint ({_reason(error)}); remove it to start the training again"
         ) from None
+    # Before the state is read: the checkpoint of another config is sound, and its user should be told so.
     if found != config_hash:
         raise ArtifactError(
             f"{output}: holds the unfinished training of another config; remove it or choose another output"
         )
     try:
         state = TrainState(**progress)
+        # Before anything goes into model and optimizer, which a damaged file must not reach.
         expected = values.pop("sha256")
         if (sha256 := _sha256_of(values)) != expected:
             raise ArtifactError(

@@ -51,6 +51,7 @@ def ablation_rows(
     selection: SelectionRecord | None,
 ) -> list[AblationRow]:
     """One row per variant, in the config's order. None if variants are compared by share, or there is only one."""
+    # As in the selection: settings come by falling mean, so the first one of a variant is its best.
     best: dict[str, SettingScore] = {}
     for setting in ranked:
         if VARIANT_KEY in setting.settings and SHARE_KEY not in setting.settings:

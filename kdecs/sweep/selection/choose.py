@@ -137,6 +137,7 @@ def _comparisons(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
     if len(ranked) > 1:
         first, second = ranked[0], ranked[1]
         runner_up = SettingComparison(label=second.label, against=first.label, tests=tests(first, second))
+    # Settings come by falling mean, so the first one of a variant is its best.
     best: dict[str, SettingScore] = {}
     for setting in ranked:
         if VARIANT_KEY in setting.settings:

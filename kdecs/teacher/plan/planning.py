@@ -127,6 +127,7 @@ class LayoutPlan:
         training = self.planner.training
         in_4bit = training.config.model.load_in_4bit
         budget = min(layout.micro_batch_tokens for layout in self.layouts)
+        # More GPUs first, since a base in 4 bits makes another teacher.
         for ranks in (training.gpus * factor for factor in (2, 4, 8, 16, 32, 64)):
             if self.planner.fits(self.limits, budget, ranks=ranks, in_4bit=in_4bit):
                 return f"{ranks} GPUs would do"

@@ -73,6 +73,7 @@ def estimated_prompts(
         prompt = teacher_prompt(pair.dialogue, pair.target, pair.candidate, emotion=str(pair.emotion))
         # Equal pieces have equal ids, so that estimated prompts share the prefixes that real ones would.
         ids = [0, *(crc32(piece.encode()) & 0x7FFFFFFF for piece in _PIECES.findall(prompt.text))]
+        # From the left, like a real prompt, which loses its oldest history first.
         tokens = np.asarray(ids[-max_prompt_tokens:], dtype=np.int32)
         num_trunk = 0
         if has_trunks:
@@ -109,6 +110,7 @@ def measure_workload(
         for step in global_batches(
             units,
             batch_pairs=global_batch_pairs,
+            # As `prepare_data` deals them, or the plan would count other steps than the training takes.
             bucket_batches=1 if use_tree else 50,
             seed=seed,
             epoch=epoch,
