@@ -75,7 +75,7 @@ _PACKAGES = ("onnx", "onnxruntime", "torch", "transformers")
 class OnnxExport(Config):
     """An export: its config hash says which student it is of, in which precision."""
 
-    method_versions: ClassVar[dict[str, int]] = {"graph": 1, "opset": OPSET}
+    method_versions: ClassVar[dict[str, int]] = {"graph": 2, "opset": OPSET}
     student: InputPath
     output: OutputPath
     precision: Precision = "float32"

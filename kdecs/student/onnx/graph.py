@@ -22,6 +22,7 @@ from kdecs.models import first_position
 from kdecs.process import refusing
 from kdecs.student.decision import Logits
 from kdecs.student.model import StudentModel
+from kdecs.student.onnx.scoring import BRANCH_GROUPS
 
 OPSET = 18
 _ATTENTION = "kdecs_onnx"
@@ -31,9 +32,14 @@ _AXES = {
     "positions": ("rows", "tokens"),
     "trunk_tokens": ("trunks", "trunk_tokens"),
     "trunk_mask": ("trunks", "trunk_tokens"),
-    "branch_tokens": ("pairs", "branch_tokens"),
-    "branch_keys": ("pairs", "branch_keys"),
-    "branch_mask": ("pairs", "branch_keys"),
+    **{
+        f"branch_{part}_{number}": (
+            f"pairs_{number}",
+            f"branch_{'tokens' if part == 'tokens' else 'keys'}_{number}",
+        )
+        for number in range(BRANCH_GROUPS)
+        for part in ("tokens", "keys", "mask")
+    },
     "in_pieces": ("tokens",),
     "places": ("pairs", "places"),
     "candidate": ("pairs", "candidate_tokens"),
@@ -88,7 +94,15 @@ class Graph(nn.Module):
             if "attention" in given
             else [
                 _Pieces(given["trunk_tokens"], given["trunk_tokens"], given["trunk_mask"], positions_RT),
-                _Pieces(given["branch_tokens"], given["branch_keys"], given["branch_mask"], positions_RT),
+                *(
+                    _Pieces(
+                        given[f"branch_tokens_{number}"],
+                        given[f"branch_keys_{number}"],
+                        given[f"branch_mask_{number}"],
+                        positions_RT,
+                    )
+                    for number in range(BRANCH_GROUPS)
+                ),
             ]
         )
         inputs = {
