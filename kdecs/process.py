@@ -127,6 +127,23 @@ def say_skipped(line: str) -> None:
         print(line, flush=True)
 
 
+_RESUMABLE_FILE = "KDECS_RESUMABLE_FILE"
+
+
+def note_resumable(reason: str) -> None:
+    """Tell the job that started this rank that the same command resumes, if KDECS_RESUMABLE_FILE names a file for it.
+
+    A job is queued again by that file (cluster/slurm/job.sh). Its exit code cannot say so, since a launcher that ends
+    all ranks because one of them failed has the exit code of a stop.
+    """
+    path = os.environ.get(_RESUMABLE_FILE)
+    if path:
+        try:
+            Path(path).write_text(f"{reason}\n", encoding="utf-8")
+        except OSError as error:
+            _print_line(f"{path}: cannot be written ({error.strerror}), so the job is not queued again")
+
+
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run an entry and end the process. A refusal prints one line on stderr; only a bug of kdecs prints a traceback."""
     open_standard_streams()
@@ -353,6 +370,8 @@ def exit_code_of(main: Callable[[], None]) -> int:
         sys.stdout.flush()  # here, because the interpreter would print a traceback where this fails
     except KdecsError as error:
         _print_line(str(error))
+        if isinstance(error, Stopped):
+            note_resumable(str(error))
         return error.exit_code
     except BrokenPipeError:
         if not _has_lost_reader():  # the pipe is a connection to another process
@@ -418,6 +437,9 @@ class StopSignal:
             self._previous[number] = signal.signal(number, self._handle)
             if number == signal.SIGHUP and self._previous[number] == signal.SIG_IGN:
                 signal.signal(number, signal.SIG_IGN)
+        # What a stop would lose from here on is saved first, and only then does `note_resumable` say so.
+        if path := os.environ.get(_RESUMABLE_FILE):
+            Path(path).unlink(missing_ok=True)
 
     def raise_if_requested(self, message: str) -> None:
         """Raise Stopped once a stop was requested. For places that have no state to save first."""

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from kdecs.errors import EXIT_REFUSED, DeviceError, KdecsError, RankError, Stopped, first_line, printable
-from kdecs.process import ERROR_PREFIX, launched_rank
+from kdecs.process import ERROR_PREFIX, launched_rank, note_resumable
 
 _T = TypeVar("_T")
 
@@ -358,6 +358,7 @@ class RankWatch:
                 said = threading.Thread(target=_print_error, args=[line], daemon=True)
                 said.start()
                 said.join(self._SAY_S)
+            note_resumable(line)
             os._exit(EXIT_REFUSED)
 
     def _speaks(self) -> bool:

@@ -27,9 +27,10 @@ def main() -> None:
     from kdecs.student.training import train_student
 
     stop = StopSignal()
-    stop.install()
     runtime = start_runtime(threads=config.threads)
     with process_group(runtime, lost_rank_s=config.lost_rank_s):
+        # Not before: a rank that waits for the others has nothing to save, and SIGTERM should end it at once.
+        stop.install()
         train_student(config, runtime, stop=stop)
 
 

@@ -49,10 +49,10 @@ def main() -> None:
     from kdecs.teacher.training import train_teacher
 
     stop = StopSignal()
-    stop.install()
-    with process_group(
-        runtime, single=True, lost_rank_s=config.lost_rank_s
-    ):  # DeepSpeed's engine needs a group even for one rank
+    # DeepSpeed's engine needs a group even for one rank.
+    with process_group(runtime, single=True, lost_rank_s=config.lost_rank_s):
+        # Not before: a rank that waits for the others has nothing to save, and SIGTERM should end it at once.
+        stop.install()
         train_teacher(config, runtime, stop)
 
 

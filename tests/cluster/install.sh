@@ -3,7 +3,7 @@
 # start daemons of their own, so those that the packages would start are left out.
 set -euo pipefail
 [[ $EUID -eq 0 ]] || { echo "install.sh: expected root, found user $EUID; the cluster tests skip without Slurm" >&2; exit 1; }
-if command -v slurmctld slurmd munged sshd pdsh rsync ip >/dev/null; then exit 0; fi
+if type -P slurmctld slurmd munged sshd pdsh rsync ip >/dev/null; then exit 0; fi
 policy=/usr/sbin/policy-rc.d # what Debian's packages ask before they start a service
 if [[ ! -e $policy ]]; then
   trap 'rm -f "$policy"' EXIT
@@ -13,4 +13,4 @@ fi
 apt-get update -qq
 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
   slurm-wlm munge openssh-server openssh-client pdsh rsync iproute2 procps >/dev/null
-command -v slurmctld slurmd munged sshd pdsh
+type -P slurmctld slurmd munged sshd pdsh
