@@ -190,6 +190,7 @@ def _draw_prompt_lengths(axes: Any, corpora: Mapping[str, Corpus], tokenizer: An
     width = math.ceil((longest + 1) / _NUM_BINS)  # whole, so that every bar covers as many lengths
     bins = np.arange(0, longest + 1 + width, width)
     for name, found in lengths.items():
+        # In percent, so that splits of different sizes can be compared.
         weights = np.full(len(found), 100 / max(1, len(found)))
         axes.hist(found, bins=bins, weights=weights, histtype="step", linewidth=1.5, label=name)
     axes.legend()

@@ -28,6 +28,7 @@ def main() -> None:
     if arguments.dry_run:
         from kdecs.teacher.plan.planning import dry_run
 
+        # Under a launcher every rank comes here.
         if is_main_rank():
             dry_run(config, world_size=launched_rank()[2])
         return

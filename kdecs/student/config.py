@@ -159,6 +159,7 @@ class StudentBatches(Config):
 
     global_batch_pairs: int = Field(default=16, ge=1)
     bucket_batches: int = Field(default=50, ge=1, description="batches per length bucket")
+    # Unhashed: which pairs are scored together moves a score by rounding alone.
     evaluation_batch_tokens: Annotated[int, Unhashed()] = Field(default=8192, ge=32)
 
 

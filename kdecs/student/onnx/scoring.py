@@ -136,6 +136,7 @@ def _tree_feeds(encoded: Sequence[EncodedPair]) -> dict[str, npt.NDArray[Any]]:
         own_BK = starts_B[rows, None] - before_B1 + places_K
         in_trunk_BK = trunk_starts_R[trunk_of_B[rows], None] + places_K
         mask_BK = places_K < num_keys_B1
+        # A padded key is token 0, which exists in every batch and which the mask hides.
         keys_BK = np.where(places_K < before_B1, in_trunk_BK, np.where(mask_BK, own_BK, 0))
         feeds |= {f"branch_tokens_{number}": tokens_BL, f"branch_keys_{number}": keys_BK}
         feeds[f"branch_mask_{number}"] = mask_BK

@@ -129,6 +129,7 @@ def warn_of_long_dialogues(
         num_utterances = len(dialogue.utterances)
         num_long += num_utterances > _MANY_UTTERANCES
         if num_utterances > _MANY_UTTERANCES and num_long <= _MOST_WARNINGS:
+            # Before the dialogue is handed on, since the wait that the line explains begins then.
             num_pairs = num_candidates(num_utterances, None)
             consequence = f"all {num_pairs} pairs are predicted; set {bound} to predict fewer"
             if max_distance is not None:

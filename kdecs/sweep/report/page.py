@@ -185,6 +185,7 @@ def _own_scores(sweep: Path, ranked: list[SettingScore]) -> dict[str, float]:
     for setting in ranked:
         if setting.teacher and setting.teacher not in found:
             found_there: Any = read_manifest(sweep / "trials" / setting.trials[0], "student").details
+            # Step by step: the labels' details are free facts, which other tools may have left out or shaped otherwise.
             for key in ("teacher", "details", "agreement", "valid", "macro_f1"):
                 found_there = found_there.get(key) if isinstance(found_there, dict) else None
             if isinstance(found_there, int | float):

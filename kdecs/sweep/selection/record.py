@@ -40,6 +40,7 @@ def rank_settings(results: list[TrialResult]) -> list[SettingScore]:
     for group in by_settings(results).values():
         summary = summarise_seeds([result.score for result in group])
         has_interval = summary.low is not None and summary.high is not None
+        # Those of a group differ in the seed alone, which is the last word of a label.
         first = group[0]
         ranked.append(
             SettingScore(

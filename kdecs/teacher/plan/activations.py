@@ -163,6 +163,7 @@ class ActivationTracer:
             logits_PV = _answer_logits(base, shape, self.attention)
             answer_ids_A = torch.arange(len(CONNECTIVES), device=META)
             log_p_PA = torch.log_softmax(logits_PV[:, answer_ids_A].float(), dim=-1)
+            # Any number that depends on all answers will do: what is traced are shapes.
             log_p_PA.logsumexp(dim=-1).sum().backward()
         for hook in hooks:
             hook.remove()
