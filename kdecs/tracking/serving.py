@@ -75,7 +75,7 @@ def scoring_app(uri: str) -> App:
         raise ModelError(
             f"{uri}: MLflow finds no such model ({error}); check it and MLFLOW_TRACKING_URI"
         ) from None
-    # `code` names Python files beside the model, which loading would import.
+    # `code` names a folder beside the model that loading would put on Python's path.
     if loader.get("loader_module") != _LOADER or loader.get("code"):
         raise ModelError(f"{uri}: not a student that kdecs has registered; serve it by `mlflow models serve`")
     model = mlflow.pyfunc.load_model(directory)
