@@ -5,6 +5,8 @@ cd "${KDECS_ROOT:-$SLURM_SUBMIT_DIR}"
 source .venv/bin/activate
 # srun does not take over the CPUs per task that sbatch was given, and would bind each rank to a single core.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+# Each line is in the job's output as soon as it is printed.
+export PYTHONUNBUFFERED=1
 # What the ranks of this job say of their ends. It outlives a restart of the job.
 export KDECS_JOB_DIR=$PWD/runs/.slurm-$SLURM_JOB_ID
 

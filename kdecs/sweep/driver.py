@@ -122,20 +122,20 @@ def run_sweep(
             search = Search(config)
         # Again, since another driver may have ended its work here before this one got the lock.
         digest = _refuse_other_sweep(config, search)
-        sweep = _Sweep(config, search)
+        sweep = _Sweep(config, search, stop)
         if is_complete(config.output, "sweep", digest) and not sweep.missing(search.stage()):
             print(f"sweep {config.name}: {config.output} complete, skipped", flush=True)
             sweep.make_up(digest)
             return config.output
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)  # files of a trial were removed since
         try:
-            sweep.run(trainer, stop, runner or run_with_ray)
+            sweep.run(trainer, runner or run_with_ray)
         except BaseException:
             # What ended the sweep is raised; a failure to record it must not take its place.
             with contextlib.suppress(KdecsError):
                 sweep.record_end("KILLED" if stop.requested else "FAILED")
             raise
-        sweep.complete(digest, stop)
+        sweep.complete(digest)
     return config.output
 
 
@@ -159,9 +159,10 @@ def _refuse_other_sweep(config: SweepConfig, search: Search) -> str:
 class _Sweep:
     """One start of the driver."""
 
-    def __init__(self, config: SweepConfig, search: Search) -> None:
+    def __init__(self, config: SweepConfig, search: Search, stop: StopSignal) -> None:
         self.config = config
         self.search = search
+        self.stop = stop
         self.upload = SweepUpload(config, search)
         self.began = time.monotonic()
         self._settled: dict[tuple[str, str], TrialResult] = {}
@@ -181,13 +182,14 @@ class _Sweep:
             if result is None:
                 if not is_live and is_trained(trial):
                     settle(trial.directory)
-                result = trial_result(trial, is_live=is_live, stage=stage)
+                is_stopped = self.stop.requested and not is_live
+                result = trial_result(trial, is_live=is_live, is_stopped=is_stopped, stage=stage)
                 if result.is_settled:  # it is read no more: there may be thousands
                     self._settled[key] = result
             found.append(result)
         return found
 
-    def run(self, trainer: Trainer, stop: StopSignal, runner: Runner) -> None:
+    def run(self, trainer: Trainer, runner: Runner) -> None:
         """Train stage after stage. Ends early if a stop was requested or a stage cannot be finished."""
         # The Ray process, selection and report read this config, from whatever directory they start in.
         known = self.search.stage().trials  # none before TPE's first suggestion
@@ -200,11 +202,11 @@ class _Sweep:
             stage = self.search.stage()
             missing = self.missing(stage)
             if missing or len(stage.trials) < stage.num_suggestions:
-                self._train(stage, missing, trainer, stop, runner)
+                self._train(stage, missing, trainer, runner)
             if stage.name != "search":
                 return
             results = self.results(is_live=False)
-            if stop.requested or any(r.status in ("waiting", "stopped") for r in results):
+            if self.stop.requested or any(r.status in ("waiting", "stopped") for r in results):
                 return  # survivors of a part of the search would not be those of the whole
             self.search.choose_survivors(results)
             print(
@@ -213,9 +215,7 @@ class _Sweep:
                 flush=True,
             )
 
-    def _train(
-        self, stage: Stage, missing: list[Trial], trainer: Trainer, stop: StopSignal, runner: Runner
-    ) -> None:
+    def _train(self, stage: Stage, missing: list[Trial], trainer: Trainer, runner: Runner) -> None:
         """Have the missing trials of a stage trained, and show and upload how far they are."""
         config = self.config
         for trial in missing:
@@ -257,7 +257,7 @@ class _Sweep:
                 self.upload.update(results)
 
             try:
-                runner(run, stop, follow)
+                runner(run, self.stop, follow)
             finally:  # the Ray process has ended, so nobody reads the file any more
                 stop_file.unlink(missing_ok=True)
             progress.update(self.results(is_live=False))
@@ -276,7 +276,7 @@ class _Sweep:
         else:
             self.upload.upload_leftovers(self.results(is_live=False))
 
-    def complete(self, digest: str, stop: StopSignal) -> None:
+    def complete(self, digest: str) -> None:
         """Write trials.json, then the manifest. Raises Stopped or TrainingError if the sweep is not finished."""
         config, output = self.config, self.config.output
         results, number = self.results(is_live=False), self.search.num_trials()
@@ -285,12 +285,12 @@ class _Sweep:
         failed = [r for r in results if r.status == "failed" and r.stage != "search"]
         waiting = [r for r in results if r.status in ("waiting", "stopped")]
         is_finished = self.search.stage().name != "search" and not failed and not waiting
-        self.record_end("FINISHED" if is_finished else "KILLED" if stop.requested else "FAILED")
-        if not is_finished and stop.requested:
+        self.record_end("FINISHED" if is_finished else "KILLED" if self.stop.requested else "FAILED")
+        if not is_finished and self.stop.requested:
             done = sum(r.status in ("complete", "pruned") for r in results)
             raise Stopped(
-                f"sweep {config.name} stopped with {done} of {number} trials complete; "
-                "run the same command again to resume"
+                f"sweep {config.name} stopped after {sum(r.epoch for r in results)} epochs, with {done} of {number} "
+                "trials complete; run the same command again to resume"
             )
         if not is_finished:
             failed = failed or failed_in_search

@@ -173,14 +173,20 @@ def is_trained(trial: Trial) -> bool:
     return is_complete(trial.directory, "student", trial.config_hash)
 
 
-def trial_result(trial: Trial, *, is_live: bool, stage: str = "grid") -> TrialResult:
-    """Read a trial's files. `is_live`: a process may be training it, so that a note `running` is believed."""
+def trial_result(
+    trial: Trial, *, is_live: bool, is_stopped: bool = False, stage: str = "grid"
+) -> TrialResult:
+    """Read a trial's files. `is_live`: a process may be training it, so that a note `running` is believed.
+
+    `is_stopped`: the sweep was stopped, so that a trial whose process is gone has not failed, but goes on later.
+    """
     note = read_note(trial.directory)
     is_complete = is_trained(trial)
     status = trial_status(note.status if note else None, is_complete=is_complete, is_live=is_live)
     error = note.error if note and status != "complete" else None
     if note and note.status == "running" and status == "failed":
-        error = DIED
+        # After the loss of a node a trial may wait for room on those that are left, with nobody to note its stop.
+        status, error = ("stopped", error) if is_stopped else ("failed", DIED)
     # A complete student's scores go into the sweep's results, so a changed digit has to be seen here.
     points = read_points(
         student_file(trial.directory, METRICS_NAME) if is_complete else trial.directory / METRICS_NAME

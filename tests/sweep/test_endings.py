@@ -7,13 +7,16 @@ import pytest
 from fake_trainer import train
 
 from kdecs.artifact import read_manifest, write_manifest
-from kdecs.errors import ArtifactError, TrainingError
+from kdecs.errors import ArtifactError, Stopped, TrainingError
+from kdecs.process import StopSignal
 from kdecs.sweep.commands import write_report_of
 from kdecs.sweep.config import TeacherSource
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection.choose import select_student
 from kdecs.sweep.selection.record import read_selection
+from kdecs.sweep.space import trials_directory
+from kdecs.sweep.status import TrialNote
 from kdecs.tracking.mlflow import Tracker
 
 TWO_TRIALS = {"optimization.seed": {"grid": [0, 1]}, "teacher": {"grid": ["t5-tiny"]}}
@@ -44,6 +47,24 @@ def test_the_end_is_recorded_where_ray_dies(two_trials, uri, runs_of, in_process
     _, [parent], children = runs_of(uri)
     assert parent.info.status == "FAILED"
     assert [run.info.status for run in children.values()] == ["FINISHED"]
+
+
+def test_a_trial_that_waits_for_room_when_the_sweep_is_stopped_has_not_failed(two_trials, in_process, capfd):
+    stop = StopSignal()
+
+    def runner(stage, stop, follow):
+        in_process(stage.model_copy(update={"trials": stage.trials[:1]}), stop, follow)
+        # The node that trained it is lost, and the others have no room yet.
+        TrialNote(started=1.0, attempts=1).write(trials_directory(stage.sweep) / stage.trials[1])
+        follow()
+        stop.requested = True
+
+    with pytest.raises(Stopped, match="1 of 2 trials complete"):
+        run_sweep(two_trials, trainer=train, runner=runner, stop=stop)
+    trials = json.loads((two_trials.output / "trials.json").read_text())
+    assert [(trial["status"], trial["error"]) for trial in trials] == [("complete", None), ("stopped", None)]
+    assert "failed" not in capfd.readouterr().out
+    run_sweep(two_trials, trainer=train, runner=in_process)
 
 
 def test_what_mlflow_lacks_is_reported_and_uploaded_by_the_same_command(
