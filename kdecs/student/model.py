@@ -166,7 +166,26 @@ class StudentModel(nn.Module):
 
     def forward(self, batch: Batch) -> StudentOutput:
         """Logits at the masks for a batch of prompts."""
-        return self.read(self.states(batch), batch.candidate_BM, batch.candidate_mask_BM, batch.distance_B)
+        embedded_RTH, answers_AH = self._embedded(batch.token_ids_RT)
+        states_BPH = self.states(batch, embedded_RTH)
+        return self.read(
+            states_BPH, batch.candidate_BM, batch.candidate_mask_BM, batch.distance_B, answers_AH
+        )
+
+    def _embedded(self, token_ids_RT: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The word vectors of the tokens, and those of the answer words if the output embedding is tied to them.
+
+        In one lookup: the gradient of each is as large as the vocabulary, so that three of them would be cleared and
+        added up in each step.
+        """
+        embedding = self.language_model.get_input_embeddings()
+        if self.language_model.get_output_embeddings().weight is not embedding.weight:
+            return embedding(token_ids_RT), None
+        found_NH = embedding(torch.cat((token_ids_RT.flatten(), self.emotion_ids, self.connective_ids)))
+        tokens_NH, answers_AH = found_NH.split(
+            (token_ids_RT.numel(), self.num_emotions + len(self.connective_ids))
+        )
+        return tokens_NH.unflatten(0, token_ids_RT.shape), answers_AH
 
     @torch.inference_mode()
     def logits(self, batch: Batch, device: torch.device, precision: str = "float32") -> Logits:
@@ -181,15 +200,21 @@ class StudentModel(nn.Module):
         return output.arrays()
 
     def read(
-        self, states_BPH: Tensor, candidate_BM: Tensor, candidate_mask_BM: Tensor, distance_B: Tensor
+        self,
+        states_BPH: Tensor,
+        candidate_BM: Tensor,
+        candidate_mask_BM: Tensor,
+        distance_B: Tensor,
+        answers_AH: Tensor | None = None,
     ) -> StudentOutput:
         """Logits from the states that some head reads of each pair.
 
         They are: the first token's (in a tree, those of the last of the branch, since the first is the same for all
-        candidates), those of the four masks, those of u_j's tokens.
+        candidates), those of the four masks, those of u_j's tokens. `answers_AH` are the vectors of the answer words,
+        emotions first, if the caller has looked them up.
         """
         first_BH, masks_B4H, tokens_BMH = states_BPH[:, 0], states_BPH[:, 1:5], states_BPH[:, 5:]
-        emotion_BE, connective_BA = self._words(masks_B4H)
+        emotion_BE, connective_BA = self._words(masks_B4H, answers_AH)
         start_BS, end_BS = self._spans(masks_B4H, tokens_BMH, candidate_BM, candidate_mask_BM, distance_B)
         classifier_B2 = None
         if self.classifier is not None:
@@ -200,19 +225,22 @@ class StudentModel(nn.Module):
             )
         return StudentOutput(emotion_BE, connective_BA, start_BS, end_BS, classifier_B2)
 
-    def _words(self, masks_B4H: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _words(self, masks_B4H: Tensor, answers_AH: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, E) of the emotion words at mask_emo and (B, A) of the connectives at mask_cau, if predicted."""
         is_predicted = (self.outputs.emotions, self.outputs.cause_by == "connective")
         masks = [mask for mask in (0, 1) if is_predicted[mask]]
         if not masks:
             return None, None
+        emotions_EH = connectives_AH = None
+        if answers_AH is not None:
+            emotions_EH, connectives_AH = answers_AH[: self.num_emotions], answers_AH[self.num_emotions :]
         # Both masks go through the head in one product.
         states = dict(
             zip(masks, head_states(self.language_model, masks_B4H[:, masks]).unbind(1), strict=True)
         )
         return (
-            self._answer_logits(states[0], self.emotion_ids) if 0 in states else None,
-            self._answer_logits(states[1], self.connective_ids) if 1 in states else None,
+            self._answer_logits(states[0], self.emotion_ids, emotions_EH) if 0 in states else None,
+            self._answer_logits(states[1], self.connective_ids, connectives_AH) if 1 in states else None,
         )
 
     def _spans(
@@ -233,11 +261,11 @@ class StudentModel(nn.Module):
         absent_BS = functional.pad(~candidate_mask_BM, (1, 0))
         return start_BS.masked_fill(absent_BS, -torch.inf), end_BS.masked_fill(absent_BS, -torch.inf)
 
-    def _answer_logits(self, states_BH: Tensor, ids_A: Tensor) -> Tensor:
-        # Looked up in each step: the embedding is tied and trained, so its rows change.
+    def _answer_logits(self, states_BH: Tensor, ids_A: Tensor, words_AH: Tensor | None) -> Tensor:
+        # Looked up in each step: the embedding is trained, so its rows change.
         decoder = self.language_model.get_output_embeddings()
         bias_A = None if decoder.bias is None else decoder.bias[ids_A]
-        return functional.linear(states_BH, decoder.weight[ids_A], bias_A)
+        return functional.linear(states_BH, decoder.weight[ids_A] if words_AH is None else words_AH, bias_A)
 
 
 class TorchScorer:
@@ -285,19 +313,19 @@ class EncoderStates:
         self._is_narrow = False
         self.encoder.compile(dynamic=True)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """(B, P, H): the states at the places of each pair, which may repeat."""
+    def __call__(self, batch: Batch, embedded_RTH: Tensor) -> Tensor:
+        """(B, P, H): the states at the places of each pair, which may repeat, from the word vectors of the tokens."""
         if batch.tree is None or batch.read_U is None or batch.places_BP is None:
             first_B1 = torch.zeros_like(batch.masks_B4[:, :1])
             places_BP = torch.cat((first_B1, batch.masks_B4, batch.candidate_BM), 1)
             return self.picked(
                 partial(_at, places_BP=places_BP),
-                input_ids=batch.token_ids_RT,
+                inputs_embeds=embedded_RTH,
                 attention_mask=batch.attention_RT,
             )
         inputs = tree_inputs(self.encoder, batch.tree)
         pick = partial(_at, places_BP=batch.read_U[None])
-        (states_UH,) = self.picked(pick, input_ids=batch.token_ids_RT, **inputs)
+        (states_UH,) = self.picked(pick, inputs_embeds=embedded_RTH, **inputs)
         # The gradient of an embedding adds up what repeats in a fixed order, on a GPU, too.
         return functional.embedding(batch.places_BP, states_UH)
 
