@@ -80,7 +80,7 @@ def test_status_follows_the_record(config, tmp_path):
 def test_family_is_nested(config, tmp_path):
     parent = RunRecord(identity={"kdecs.run": "parent"}, name="sweep")
     tracker = Tracker(config, tmp_path / "sweep")
-    assert tracker.sync_family(parent, [record(1)])
+    assert tracker.sync([parent, record(1, parent=parent.identity)])
     child = next(run for run in runs(config)[1] if run.info.run_name == "a α0.6")
     assert child.data.tags["mlflow.parentRunId"] == tracker.run_id(parent.identity)
 
@@ -155,11 +155,11 @@ def test_a_run_that_was_deleted_holds_up_no_other(config, tmp_path, capsys):
 def test_children_are_delivered_below_a_parent_that_is_refused(config, tmp_path):
     tracker = Tracker(config, tmp_path / "sweep")
     parent = named("parent", 0)
-    tracker.sync_family(parent, [record(1)])
+    tracker.sync([parent, record(1, parent=parent.identity)])
     client, _ = runs(config)
     client.delete_run(tracker.run_id(parent.identity))
     parent.params = {"late": 1}
-    assert not tracker.sync_family(parent, [record(2)], now=True)
+    assert not tracker.sync([parent, record(2, parent=parent.identity)], now=True)
     assert steps_of(client, tracker.run_id({"kdecs.run": "a"})) == [1, 2]
 
 
@@ -208,7 +208,7 @@ def test_a_missing_driver_is_a_warning(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("kdecs.tracking.mlflow._probe_database", fault)
     tracker = Tracker(TrackingConfig(uri="postgresql://host/db"), tmp_path / "sweep")
-    assert not tracker.sync_family(named("parent", 0), [record(1)], now=True)
+    assert not tracker.sync([named("parent", 0), record(1)], now=True)
     assert "psycopg2" in capsys.readouterr().err
 
 

@@ -1,24 +1,37 @@
-"""A sweep in MLflow: one run for the sweep and one below it per trial, read from their files and uploaded as it goes.
+"""A sweep in MLflow, read from its files and uploaded as it goes: a run for the sweep, per setting and per trial.
+
+    sweep
+        setting        mean, sd and num_seeds of its trials' scores; tag `kdecs.setting`
+            trial      one seed, with its metrics per epoch and its student as a LoggedModel
+        trial          of a search, which tries a setting with one seed alone
 
 SWEEP/.undelivered   exists while MLflow may lack something, so that the next start uploads the rest
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from kdecs.artifact import content_checksum
 from kdecs.config import CONFIG_NAME
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
-from kdecs.sweep.space import Trial
+from kdecs.sweep.space import SEED_KEY, Trial, settings_key
 from kdecs.sweep.status import TrialResult
+from kdecs.tracking.datasets import TRAIN_UNIVERSE, corpus_datasets, label_dataset
 from kdecs.tracking.machine import ENVIRONMENT_NAME, SYSTEM_NAME, read_samples
 from kdecs.tracking.mlflow import Tracker, Uploader
-from kdecs.tracking.record import METRICS_NAME, RunRecord, directory_identity, read_points
+from kdecs.tracking.record import METRICS_NAME, ModelRecord, RunRecord, directory_identity, read_points
 
 SWEEP_TAG = "kdecs.sweep"
 TRIAL_TAG = "kdecs.trial"
+SETTING_TAG = "kdecs.setting"  # of a setting's run: `settings_key`
+_SETTING_ID_TAG = "kdecs.setting_id"  # finds the run: a digest holds no quotes, which a filter cannot express
+_ENTRY = "kdecs.launch.sweep"
 _UNDELIVERED_NAME = ".undelivered"
 _EVERY_S = 3.0  # between the beginnings of two uploads
 _STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -36,7 +49,8 @@ def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult
         name=config.name,
         started=min(started, default=None),
         status=status,
-        tags={"kdecs.kind": "sweep", "kdecs.sweep_name": config.name},
+        entry=_ENTRY,
+        tags={"kdecs.kind": "sweep", "kdecs.sweep_name": config.name, "kdecs.directory": str(config.output)},
         params={
             "search": config.search.method,
             **{f"space.{key}": f"{d.kind} {list(d.values)}" for key, d in config.space.items()},
@@ -48,20 +62,8 @@ def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult
 
 
 def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunRecord:
-    """The record of a trial. Its parent is filled in once the sweep's run is known."""
+    """The record of a trial."""
     config = trial.config
-    # Names and no paths, so that a trial has the same parameters on every machine.
-    params = {
-        "seed": trial.seed,
-        "alpha": config.distillation.alpha,
-        "temperature": config.distillation.temperature,
-        "mode": config.distillation.mode,
-        "base": Path(config.model.base).name,
-        "learning_rate": config.optimization.learning_rate,
-        "epochs": config.optimization.epochs,
-        "global_batch_pairs": config.batches.global_batch_pairs,
-    }
-    extra = {key: value for key, value in trial.settings.items() if key.rpartition(".")[2] not in params}
     tags = {
         "kdecs.kind": "trial",
         "kdecs.sweep_name": sweep.name,
@@ -71,19 +73,109 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
     }
     if result.reused_from:
         tags["kdecs.reused_from"] = result.reused_from
+    datasets = corpus_datasets(config.corpus, universe=TRAIN_UNIVERSE)
+    model = None
+    if result.is_settled:
+        model = ModelRecord(
+            name=trial.label,
+            kind="student",
+            directory=trial.directory,
+            checksum=content_checksum(trial.directory)[:16],
+            epoch=result.best_epoch or 0,
+            dataset=datasets[1],
+        )
     return RunRecord(
         identity={SWEEP_TAG: sweep.identity[SWEEP_TAG], TRIAL_TAG: trial.id},
         name=trial.label,
+        parent=sweep.identity if result.stage == "search" else _setting_identity(trial.settings, sweep),
         started=result.started,
         finished=result.finished,
         status=_STATUS.get(result.status, "RUNNING"),
         state=result.status,
+        entry=_ENTRY,
         tags=tags,
-        params={**params, **extra},
+        params={"seed": trial.seed, **_params(trial)},
         points=read_points(trial.directory / METRICS_NAME),
         system=read_samples(trial.directory / SYSTEM_NAME),
         artifacts=[trial.directory / CONFIG_NAME, trial.directory / ENVIRONMENT_NAME],
+        datasets=[*datasets, *(label_dataset(used.labels) for used in config.distillation.used_teachers)],
+        model=model,
     )
+
+
+def setting_record(trial: Trial, results: Sequence[TrialResult], sweep: RunRecord) -> RunRecord:
+    """The record of a setting, from one of its trials and the results of all: mean and sd of each score over seeds."""
+    complete = [result for result in results if result.is_compared]
+    scores: dict[str, float] = {"num_seeds": float(len(complete))} if complete else {}
+    for key in complete[0].metrics if complete else ():
+        values = [result.metrics[key] for result in complete if key in result.metrics]
+        if len(values) == len(complete):
+            scores[f"mean/{key}"] = float(np.mean(values))
+            if len(values) > 1:
+                scores[f"sd/{key}"] = float(np.std(values, ddof=1))
+    states = {_STATUS.get(result.status, "RUNNING") for result in results}
+    status = next((state for state in ("RUNNING", "FAILED", "KILLED") if state in states), "FINISHED")
+    started = [result.started for result in results if result.started]
+    finished = [result.finished for result in complete if result.finished]
+    return RunRecord(
+        identity=_setting_identity(trial.settings, sweep),
+        name=trial.setting_label,
+        parent=sweep.identity,
+        started=min(started, default=None),
+        finished=max(finished, default=None),
+        status=status,
+        entry=_ENTRY,
+        tags={
+            "kdecs.kind": "setting",
+            "kdecs.sweep_name": sweep.name,
+            SETTING_TAG: settings_key(trial.settings),
+            "kdecs.teacher": trial.teacher or "none",
+        },
+        params=_params(trial),
+        datasets=corpus_datasets(trial.config.corpus, universe=TRAIN_UNIVERSE),
+        scores=scores,
+    )
+
+
+def sweep_records(
+    sweep: RunRecord, trials: Sequence[tuple[Trial, TrialResult]], records: Sequence[RunRecord]
+) -> list[RunRecord]:
+    """The sweep's record, those of the settings that are compared, and those of the trials: each after its parent."""
+    read = {(dataset.name, dataset.digest): dataset for record in records for dataset in record.datasets}
+    sweep.datasets = [read[key] for key in sorted(read)]
+    groups: dict[str, list[tuple[Trial, TrialResult]]] = {}
+    for trial, result in trials:
+        if result.stage != "search":
+            groups.setdefault(settings_key(trial.settings), []).append((trial, result))
+    settings = [
+        setting_record(group[0][0], [result for _, result in group], sweep) for group in groups.values()
+    ]
+    return [sweep, *settings, *records]
+
+
+def _setting_identity(settings: dict[str, Any], sweep: RunRecord) -> dict[str, str]:
+    digest = hashlib.sha256(settings_key(settings).encode()).hexdigest()
+    return {SWEEP_TAG: sweep.identity[SWEEP_TAG], _SETTING_ID_TAG: digest[:12]}
+
+
+def _params(trial: Trial) -> dict[str, Any]:
+    """What the trials of a setting have in common. Names and no paths: a trial has the same ones on every machine."""
+    config = trial.config
+    params = {
+        "alpha": config.distillation.alpha,
+        "temperature": config.distillation.temperature,
+        "mode": config.distillation.mode,
+        "base": Path(config.model.base).name,
+        "learning_rate": config.optimization.learning_rate,
+        "epochs": config.optimization.epochs,
+        "global_batch_pairs": config.batches.global_batch_pairs,
+    }
+    extra = {
+        key: value
+        for key, value in trial.settings.items()
+        if key.rpartition(".")[2] not in params and key != SEED_KEY
+    }
+    return {**params, **extra}
 
 
 @cache
@@ -109,12 +201,12 @@ class SweepUpload:
     def begin(self, results: list[TrialResult]) -> None:
         """Upload what is known at the start. From now on MLflow lacks something until this start has ended."""
         self.mark_pending()
-        self._uploader.finish(*self._records(results, "RUNNING"))
+        self._uploader.finish(self._records(results, "RUNNING"))
 
     def update(self, results: list[TrialResult]) -> None:
         """Upload in the background, every few seconds, so that a slow server holds nothing up."""
         if self._uploader.is_due:
-            self._uploader.start(*self._records(results, "RUNNING"))
+            self._uploader.start(self._records(results, "RUNNING"))
 
     def mark_pending(self) -> None:
         """Note that MLflow lacks something, so that the next start uploads it if this one is killed."""
@@ -123,7 +215,7 @@ class SweepUpload:
     def finish(self, results: list[TrialResult], status: str) -> None:
         """Upload the end of this start. If MLflow does not take everything, say so and leave the note."""
         # Only now for duplicates: a search for each run costs a request, and a lost answer is rare.
-        if self._uploader.finish(*self._records(results, status), final=True):
+        if self._uploader.finish(self._records(results, status), final=True):
             self._marker.unlink(missing_ok=True)
         elif not self._is_reported:
             self._is_reported = True
@@ -138,18 +230,20 @@ class SweepUpload:
         if self._marker.exists():
             self.finish(results, "FINISHED")
 
-    def _records(self, results: list[TrialResult], status: str) -> tuple[RunRecord, list[RunRecord]]:
+    def _records(self, results: list[TrialResult], status: str) -> list[RunRecord]:
         trials = self._search.trials()
-        parent = sweep_record(self._config, self._search.num_trials(), results, status)
-        children = []
+        sweep = sweep_record(self._config, self._search.num_trials(), results, status)
+        known, records = [], []
         for result in results:
             if result.status == "waiting" and not result.started:
                 continue
+            trial = trials[result.id][0]
+            known.append((trial, result))
             # A trial that has ended for good is read once.
             record = self._ended.get(result.id) if result.is_settled else None
             if record is None:
-                record = trial_record(trials[result.id][0], result, parent)
+                record = trial_record(trial, result, sweep)
             if result.is_settled:
                 self._ended[result.id] = record
-            children.append(record)
-        return parent, children
+            records.append(record)
+        return sweep_records(sweep, known, records)

@@ -275,13 +275,13 @@ class MetricsUpload:
     def sync(self) -> None:
         """Upload in the background what MLflow lacks, unless an earlier upload is still running."""
         if self._uploader and self._uploader.is_due:
-            self._uploader.start(replace(self._record, points=self._points()))
+            self._uploader.start([replace(self._record, points=self._points())])
 
     def close(self, status: str, finished: float) -> None:
         """Upload the rest and end the run."""
         if self._uploader:
             self._uploader.finish(
-                replace(self._record, points=self._points(), status=status, finished=finished)
+                [replace(self._record, points=self._points(), status=status, finished=finished)]
             )
 
     def _points(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Upload runs to MLflow, the only module that imports it: compare with the records on disk, send what is missing.
+"""Upload runs to MLflow, which only this folder imports: compare with the records on disk, send what is missing.
 
 Nothing that trains talks to MLflow. Trainings write their metrics to `metrics.jsonl`, and one process (a sweep's
 driver, or a teacher's rank 0) calls `Tracker.sync` with records that it has read from disk, as often as it likes:
@@ -12,9 +12,7 @@ driver, or a teacher's rank 0) calls `Tracker.sync` with records that it has rea
 Environment: MLFLOW_TRACKING_URI if the config has no `uri`, MLFLOW_ALLOW_FILE_STORE, and what MLflow itself reads.
 """
 
-import hashlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -23,22 +21,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kdecs.errors import ConfigError, DependencyError, KdecsError
-from kdecs.tracking.record import RunRecord, TrackingConfig, environment_tags, redacted, without_password
+from kdecs.tracking.record import (
+    RunRecord,
+    TrackingConfig,
+    environment_tags,
+    redacted,
+    source_tags,
+    without_password,
+)
+from kdecs.tracking.run import MlflowRun, epoch_of, tags_of
 
-PARENT_TAG = "mlflow.parentRunId"
-_STATE_TAG = "kdecs.state"
-_DESCRIBED_TAG = "kdecs.described"  # digest of the parameters and artifacts that were sent
-_CHANGED_TAG = "kdecs.changed."  # of a parameter: MLflow keeps its first value forever
-_SAMPLES_TAG = "kdecs.system_samples"
-_MAX_METRICS_PER_CALL = 900  # MLflow takes 1000
-_MAX_PARAMS_PER_CALL = 90  # MLflow takes 100
-_MAX_PARAM, _MAX_TAG = 6000, 5000  # characters of a value
 _RETRY_S = 20.0  # an attempt at a server that is away can take as long itself
 _MAX_REASON = 200
 
@@ -78,7 +75,7 @@ def tracking_uri(config: TrackingConfig, output: Path) -> str:
 
 
 class Uploader:
-    """Uploads a run and the runs below it in a background thread, so that no training waits for a server.
+    """Uploads records in a background thread, so that no training waits for a server.
 
     An error that the tracker raises in the background surfaces at the next `start` or `finish`.
     """
@@ -97,15 +94,15 @@ class Uploader:
         is_free = self._pending is None or self._pending.done()
         return is_free and time.monotonic() - self._started_at >= self._every_s
 
-    def start(self, record: RunRecord, children: Sequence[RunRecord] = ()) -> None:
+    def start(self, records: Sequence[RunRecord]) -> None:
         """Upload in the background. The caller must not change the records any more."""
         self._wait()
-        self._pending = self._thread.submit(self._tracker.sync_family, record, children)
+        self._pending = self._thread.submit(self._tracker.sync, records)
 
-    def finish(self, record: RunRecord, children: Sequence[RunRecord] = (), *, final: bool = False) -> bool:
+    def finish(self, records: Sequence[RunRecord], *, final: bool = False) -> bool:
         """Upload in the foreground, after a pending upload. Returns whether MLflow has everything."""
         self._wait()
-        return self._tracker.sync_family(record, children, now=True, final=final)
+        return self._tracker.sync(records, now=True, final=final)
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
@@ -124,7 +121,7 @@ class Tracker:
         self._entities: Any = None  # the module mlflow.entities
         self._artifacts = output.parent / "mlartifacts"
         self._experiment = ""
-        self._runs: dict[Identity, _MlflowRun] = {}
+        self._runs: dict[Identity, MlflowRun] = {}
         self._is_away = False
         self._retry_at = 0.0
         self._refused_until: dict[Identity, float] = {}
@@ -139,23 +136,12 @@ class Tracker:
         run = self._runs.get(_key(identity))
         return run.id if run else None
 
-    def sync_family(
-        self, parent: RunRecord, children: Sequence[RunRecord], *, now: bool = False, final: bool = False
-    ) -> bool:
-        """Send a run and the runs nested below it. Returns whether MLflow has all of them now."""
-        is_parent_sent = self.sync([parent], now=now, final=final)
-        if not is_parent_sent and (self._is_away or self.run_id(parent.identity) is None):
-            return False
-        # A parent that is only refused in part has a run, so its children can be nested below it.
-        for child in children:
-            child.parent = self.run_id(parent.identity)
-        return self.sync(children, now=now, final=final) and is_parent_sent
-
     def sync(self, records: Iterable[RunRecord], *, now: bool = False, final: bool = False) -> bool:
         """Send what MLflow lacks of each record. Returns whether MLflow has all of it now.
 
-        A record that MLflow refuses (because its run was deleted there, say) does not hold up the others. After a
-        failure this waits before it tries again, unless `now`. `final`: look once more for duplicates of every run.
+        A record that names a parent comes after it. A record that MLflow refuses (because its run was deleted there,
+        say) does not hold up the others. After a failure this waits before it tries again, unless `now`. `final`: look
+        once more for duplicates of every run.
         """
         if not now and time.monotonic() < self._retry_at:
             return False
@@ -193,7 +179,7 @@ class Tracker:
 
     def log_final(self, record: RunRecord) -> None:
         """Log the final scores and files of a record that was sent. Call it inside `attempt`."""
-        self._runs[_key(record.identity)].log_final(record)
+        self._runs[_key(record.identity)].log_results(record)
 
     def _send_all(self, records: Iterable[RunRecord], *, now: bool, final: bool) -> bool:
         """Send each record and return whether all went through. One warning names the newly refused ones."""
@@ -224,7 +210,7 @@ class Tracker:
                 )
         return is_all_sent
 
-    def _send(self, record: RunRecord, *, final: bool) -> "_MlflowRun":
+    def _send(self, record: RunRecord, *, final: bool) -> MlflowRun:
         """Find or create a record's run and send every part that it lacks.
 
         A part that is refused does not hold up the others; the first error is raised after all of them.
@@ -237,6 +223,8 @@ class Tracker:
                 run.describe,
                 run.add_points,
                 run.add_samples,
+                run.add_model,
+                run.add_scores,
                 run.add_figures,
                 run.end,
             ):
@@ -253,51 +241,49 @@ class Tracker:
             raise _RefusedError from first
         return run
 
-    def _open(self, record: RunRecord, *, again: bool) -> "_MlflowRun":
+    def _open(self, record: RunRecord, *, again: bool) -> MlflowRun:
         """Find the record's run or create it. `again`: look once more for duplicates of a run that is known.
 
         A request to create a run is repeated if its answer was lost, so there may be two: the others are deleted.
         """
         key = _key(record.identity)
+        parent = self._parent_id(record)
         run = self._runs.get(key)
         if run is None:
-            run = self._find(record)
+            run = self._find(record.identity)
         elif again:
-            self._find(record, keep=run.id)
+            self._find(record.identity, keep=run.id)
         if run is None:
+            # Only now: whoever resumes the run or selects it later has not trained it.
+            source = source_tags(record.entry) if record.entry else {}
             created = self.client.create_run(
                 self._experiment,
                 start_time=round(1000 * (record.started or time.time())),
                 # The identity goes with the request itself: a kill before a second one would leave a run unfound.
-                tags={**environment_tags(), **_tags_of(record), **record.identity},
+                tags={**source, **environment_tags(), **tags_of(record, parent), **record.identity},
                 run_name=record.name,
             )
-            run_id = str(created.info.run_id)
-            run = self._find(record, keep=run_id) or _MlflowRun(self.client, self._entities, run_id)
+            run = self._find(record.identity, keep=str(created.info.run_id))
+            run = run or MlflowRun.of(self.client, self._entities, created)
+        run.parent = parent
         self._runs[key] = run
         return run
 
-    def _find(self, record: RunRecord, *, keep: str | None = None) -> "_MlflowRun | None":
-        """The run of a record. Of several, keep `keep`, else the one with most epochs, and delete the others."""
-        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in record.identity.items())
+    def _parent_id(self, record: RunRecord) -> str | None:
+        """The id of the run above a record's, None if MLflow has no such run."""
+        if record.parent is None:
+            return None
+        known = self._runs.get(_key(record.parent)) or self._find(record.parent)
+        return known.id if known else None
+
+    def _find(self, identity: Mapping[str, str], *, keep: str | None = None) -> MlflowRun | None:
+        """The run of an identity. Of several, keep `keep`, else the one with most epochs, and delete the others."""
+        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
         runs = self.client.search_runs([self._experiment], condition)
-        runs = sorted(runs, key=lambda run: (run.info.run_id != keep, -_epoch(run), run.info.run_id))
+        runs = sorted(runs, key=lambda run: (run.info.run_id != keep, -epoch_of(run), run.info.run_id))
         for duplicate in runs[1:]:
             self.client.delete_run(duplicate.info.run_id)
-        if not runs:
-            return None
-        data, info = runs[0].data, runs[0].info
-        return _MlflowRun(
-            self.client,
-            self._entities,
-            info.run_id,
-            epoch=_epoch(runs[0]),
-            status=info.status,
-            ended=info.end_time,
-            num_samples=int(data.tags.get(_SAMPLES_TAG, "0")),
-            tags=dict(data.tags),
-            params=dict(data.params),
-        )
+        return MlflowRun.of(self.client, self._entities, runs[0]) if runs else None
 
     def _answers(self) -> bool:
         """Whether MLflow answers a simple question. If it does, an error was about what was asked."""
@@ -342,149 +328,8 @@ class Tracker:
         self.client = client
 
 
-@dataclass
-class _MlflowRun:
-    """One run in MLflow: what it holds, and the requests that make it agree with its record."""
-
-    client: Any
-    entities: Any
-    id: str
-    epoch: float = -math.inf
-    status: str = "RUNNING"
-    ended: int | None = None
-    num_samples: int = 0
-    tags: dict[str, str] = field(default_factory=dict)
-    params: dict[str, str] = field(default_factory=dict)
-    figures: set[tuple[Path, int]] = field(default_factory=set)  # path and time of each file that was sent
-
-    def set_tags(self, record: RunRecord) -> None:
-        """Set the tags that differ."""
-        for key, value in _tags_of(record).items():
-            self._set_tag(key, value)
-
-    def describe(self, record: RunRecord) -> None:
-        """Send parameters and artifacts, and again if they changed, as far as MLflow allows that."""
-        params = {key: _cut(str(value), _MAX_PARAM) for key, value in record.params.items()}
-        artifacts = [path for path in record.artifacts if path.is_file()]
-        digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
-        for path in artifacts:
-            # By content: a resume writes the same files again, and MLflow need not get them again.
-            digest.update(path.read_bytes())
-        if self.tags.get(_DESCRIBED_TAG) == digest.hexdigest()[:16]:
-            return
-        # A call that changes a parameter is refused as a whole, so only new ones are sent; tags tell what changed.
-        new = [(key, value) for key, value in params.items() if key not in self.params]
-        for first in range(0, len(new), _MAX_PARAMS_PER_CALL):
-            batch = new[first : first + _MAX_PARAMS_PER_CALL]
-            self.client.log_batch(self.id, params=[self.entities.Param(*pair) for pair in batch])
-            self.params.update(batch)
-        for key, value in params.items():
-            if self.params[key] != value or f"{_CHANGED_TAG}{key}" in self.tags:
-                self._set_tag(f"{_CHANGED_TAG}{key}", value)
-        for path in artifacts:
-            self.client.log_artifact(self.id, str(path))
-        # Last, so that a kill before it has everything sent again, which changes nothing.
-        self._set_tag(_DESCRIBED_TAG, digest.hexdigest()[:16])
-
-    def add_points(self, record: RunRecord) -> None:
-        """Send the epochs after the last one that MLflow has."""
-        for point in record.points:
-            epoch = float(point["epoch"])
-            if epoch <= self.epoch:  # MLflow would keep a second value of the same step
-                continue
-            stamp = round(1000 * point["time"])
-            values = {key: point[key] for key in point if key not in ("time", "epoch", "step")}
-            metrics = [
-                self.entities.Metric(key, float(value), stamp, round(epoch))
-                for key, value in values.items()
-                if isinstance(value, int | float) and not isinstance(value, bool)
-            ][:_MAX_METRICS_PER_CALL]
-            # `epoch` goes in the same transaction: if it is there, the others are.
-            metrics.append(self.entities.Metric("epoch", epoch, stamp, round(epoch)))
-            self.client.log_batch(self.id, metrics=metrics)
-            self.epoch = epoch
-
-    def add_samples(self, record: RunRecord) -> None:
-        """Send the samples of the machine. MLflow keeps one of a sample that a killed driver had sent already."""
-        samples = record.system
-        while self.num_samples < len(samples):
-            metrics: list[Any] = []
-            num_sent = self.num_samples
-            while num_sent < len(samples):
-                sample = samples[num_sent]
-                if len(metrics) + len(sample) > _MAX_METRICS_PER_CALL:
-                    break
-                stamp = round(1000 * sample["time"])
-                metrics += [
-                    self.entities.Metric(key, float(value), stamp, num_sent)
-                    for key, value in sample.items()
-                    if key != "time"
-                ]
-                num_sent += 1
-            self.client.log_batch(self.id, metrics=metrics)
-            self.num_samples = num_sent
-            # After the batch: a kill in between has samples sent twice, never left out.
-            self._set_tag(_SAMPLES_TAG, str(num_sent))
-
-    def add_figures(self, record: RunRecord) -> None:
-        """Send the figures of the report that are new or were written again."""
-        for path in record.figures:
-            if (stamp := (path, path.stat().st_mtime_ns)) not in self.figures:
-                self.client.log_artifact(self.id, str(path), "report")
-                self.figures.add(stamp)
-
-    def end(self, record: RunRecord) -> None:
-        """Set status and end. A pruned trial that went on ends a second time, with the same status."""
-        ended = round(1000 * record.finished) if record.finished else None
-        if record.status == "RUNNING":
-            if self.status != "RUNNING":
-                self.client.update_run(self.id, status="RUNNING")
-        elif record.status != self.status or (ended is not None and ended != self.ended):
-            ended = ended or round(1000 * time.time())
-            self.client.set_terminated(self.id, record.status, end_time=ended)
-            self.ended = ended
-        self.status = record.status
-
-    def log_final(self, record: RunRecord) -> None:
-        """Log scores that have no epoch, and files, under the time at which the run ended. A repeat adds nothing."""
-        stamp = round(1000 * (record.finished or time.time()))
-        logged = self.client.get_run(self.id).data.metrics
-        metrics = [
-            self.entities.Metric(key, value, stamp, 0)
-            for key, value in record.scores.items()
-            if logged.get(key) != value
-        ]
-        if metrics:
-            self.client.log_batch(self.id, metrics=metrics)
-        for path in record.results:
-            self.client.log_artifact(self.id, str(path))
-
-    def _set_tag(self, key: str, value: str) -> None:
-        value = _cut(value, _MAX_TAG)
-        if self.tags.get(key) != value:
-            self.client.set_tag(self.id, key, value)
-            self.tags[key] = value
-
-
 def _key(identity: Mapping[str, str]) -> Identity:
     return tuple(sorted(identity.items()))
-
-
-def _tags_of(record: RunRecord) -> dict[str, str]:
-    tags = dict(record.tags)
-    if record.parent:
-        tags[PARENT_TAG] = record.parent
-    if record.state:
-        tags[_STATE_TAG] = record.state
-    return {key: _cut(value, _MAX_TAG) for key, value in tags.items()}
-
-
-def _epoch(run: Any) -> float:
-    return float(run.data.metrics.get("epoch", -math.inf))
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _warn(line: str) -> None:

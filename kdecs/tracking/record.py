@@ -7,12 +7,15 @@ The end of the module keeps passwords out of what is shown.
 """
 
 import contextlib
+import functools
 import json
 import re
 import subprocess
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote, unquote_plus
 
@@ -53,27 +56,62 @@ class TrackingConfig(Config):
         return self
 
 
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A corpus file as a run reads it. Equal digests mean equal pairs, on whatever machine.
+
+    `split` says what the run used it for. `profile` holds the universe of pairs, and what the config selects of the
+    file.
+    """
+
+    name: str
+    digest: str
+    split: str
+    path: str
+    profile: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The checkpoint that a run has kept: its directory, the point whose metrics it has, and what validated it.
+
+    `checksum` stands for the directory's content. `kind` is student, teacher or mrc.
+    """
+
+    name: str
+    kind: str
+    directory: Path
+    checksum: str
+    epoch: float
+    dataset: DatasetRecord | None = None
+
+
 @dataclass
 class RunRecord:
     """One run as it is on disk. Its `identity` tags find it; `points` hold `epoch`, `time` (unix s) and metrics.
 
-    `system` holds samples of the machine: `time` and metrics named `system/…`. `artifacts` are files that describe the
-    run from its start. `state` says more than the status, such as `pruned`. `figures` are files of its report. `scores`
-    and `results` (files) are filled once the run is selected.
+    `parent` is the identity of the run above it. `entry` is the module that was started. `system` holds samples of the
+    machine: `time` and metrics named `system/…`. `artifacts` are files that describe the run from its start, and
+    `datasets` what it reads. `state` says more than the status, such as `pruned`. `model` is the checkpoint that it has
+    kept at its end. `scores` are metrics without an epoch, `figures` the files of its report, and `results` the files
+    of its selection.
     """
 
     identity: dict[str, str]
     name: str
-    parent: str | None = None
+    parent: dict[str, str] | None = None
     started: float | None = None
     finished: float | None = None
     status: str = "RUNNING"
+    entry: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
     system: list[dict[str, float]] = field(default_factory=list)
     artifacts: list[Path] = field(default_factory=list)
+    datasets: list[DatasetRecord] = field(default_factory=list)
     state: str | None = None
+    model: ModelRecord | None = None
     figures: list[Path] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     results: list[Path] = field(default_factory=list)
@@ -110,7 +148,8 @@ def read_points(path: Path) -> list[dict[str, Any]]:
     return points
 
 
-def environment_tags() -> dict[str, str]:
+@functools.cache
+def environment_tags() -> Mapping[str, str]:
     """Tags that say which code ran: the version of kdecs, and the git commit if the package lies in a checkout."""
     tags = {"kdecs.version": __version__}
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -118,6 +157,14 @@ def environment_tags() -> dict[str, str]:
         answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if answer.returncode == 0:
             tags["kdecs.git_commit"] = answer.stdout.strip()
+    return MappingProxyType(tags)
+
+
+def source_tags(entry: str) -> dict[str, str]:
+    """The tags that MLflow shows as a run's source: the module that was started, and the commit that it is of."""
+    tags = {"mlflow.source.name": entry, "mlflow.source.type": "LOCAL"}
+    if commit := environment_tags().get("kdecs.git_commit"):
+        tags["mlflow.source.git.commit"] = commit
     return tags
 
 

@@ -261,12 +261,13 @@ def check(made: Rig, quiet: Callable[[Path], list[dict[str, Any]]]) -> Counter[s
     client = MlflowClient(f"http://127.0.0.1:{made.port}")
     experiment = client.get_experiment_by_name("kdecs")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    by_trial = Counter(run.data.tags["kdecs.trial"] for run in runs)
+    # The sweep's own run counts as the trial "none".
+    by_trial = Counter(run.data.tags.get("kdecs.trial") or run.data.tags["kdecs.setting_id"] for run in runs)
     counts["duplicates"] += sum(number - 1 for number in by_trial.values())
     counts["trials_lost"] += sum(trial.name not in by_trial for trial in made.trials)
     for run in runs:
         assert run.info.status == "FINISHED"
-        if run.data.tags["kdecs.trial"] == "none":
+        if run.data.tags["kdecs.kind"] != "trial":
             continue
         trial = next(path for path in made.trials if path.name == run.data.tags["kdecs.trial"])
         written, expected = read_points(trial / "metrics.jsonl"), quiet(trial)

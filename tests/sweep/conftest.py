@@ -132,7 +132,7 @@ def in_process():
 
 @pytest.fixture
 def runs_of():
-    """A function of an MLflow URI: (client, parent runs, child runs by trial); no trial has two."""
+    """A function of an MLflow URI: (client, parent runs, child runs by trial); no trial or setting has two."""
 
     def find(uri):
         from mlflow import MlflowClient
@@ -144,7 +144,11 @@ def runs_of():
         children = {
             run.data.tags["kdecs.trial"]: run for run in found if run.data.tags["kdecs.kind"] == "trial"
         }
-        assert len(parents) + len(children) == len(found), "two runs for one trial"
+        settings = [
+            run.data.tags["kdecs.setting"] for run in found if run.data.tags["kdecs.kind"] == "setting"
+        ]
+        assert len(settings) == len(set(settings)), "two runs for one setting"
+        assert len(parents) + len(settings) + len(children) == len(found), "two runs for one trial"
         return client, parents, children
 
     return find

@@ -64,7 +64,9 @@ def test_sweep_trains_tracks_and_completes(make_config, uri, runs_of, in_process
         run = children[trial.id]
         assert run.info.run_name == trial.label
         assert run.info.status == "FINISHED"
-        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        setting = client.get_run(run.data.tags["mlflow.parentRunId"])
+        assert setting.info.run_name == trial.setting_label
+        assert setting.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         assert run.data.tags["kdecs.teacher"] == trial.teacher
         assert {"kdecs.corpus", "kdecs.version"} <= set(run.data.tags)
         assert run.data.params["alpha"] == str(trial.config.distillation.alpha)
@@ -227,7 +229,9 @@ def test_finished_students_are_taken_from_other_sweeps(make_config, uri, in_proc
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("kdecs").experiment_id], max_results=1000)
     parents = Counter(run.data.tags.get("mlflow.parentRunId") for run in runs)
-    assert sorted(parents.values()) == [2, 8, 12], "two sweeps, and each one's trials below it"
+    assert sorted(parents.values()) == [2, *[2] * 4, *[3] * 4, 4, 4], (
+        "two sweeps, their settings, and their seeds"
+    )
 
 
 def test_students_are_trained_again_on_request_or_when_the_other_sweep_is_gone(make_config, in_process):

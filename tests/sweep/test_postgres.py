@@ -120,7 +120,8 @@ def test_twelve_trials_at_once(server, make_config, runs_of, runs, tmp_path):
     client, parents, children = runs_of(uri)
     assert len(parents) == 1 and len(children) == 12
     for run in children.values():
-        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        setting = client.get_run(run.data.tags["mlflow.parentRunId"])
+        assert setting.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         assert [m.step for m in client.get_metric_history(run.info.run_id, "macro_f1")] == [1, 2, 3]
     written = [p for folder in (runs, tmp_path / "artifacts") for p in folder.rglob("*") if p.is_file()]
     assert len(written) > 50

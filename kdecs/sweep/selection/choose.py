@@ -52,7 +52,7 @@ from kdecs.sweep.selection.record import (
 )
 from kdecs.sweep.space import VARIANT_KEY, Trial
 from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
-from kdecs.sweep.tracking import sweep_record, trial_record
+from kdecs.sweep.tracking import sweep_record, sweep_records, trial_record
 from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
 from kdecs.tracking.registry import register_student
@@ -271,9 +271,10 @@ def _register(
     # The sweep may have been moved since it was trained; the default database lies beside it, wherever it is now.
     config = load_config(SweepConfig, sweep / CONFIG_NAME).model_copy(update={"output": sweep.absolute()})
     tracker = Tracker(config.tracking, config.output)
-    parent = sweep_record(config, len(results), results, "FINISHED")
-    children = [trial_record(_as_trial(sweep, r), r, parent) for r in results if r.started]
-    if not tracker.sync_family(parent, children, now=True):
+    record_of_sweep = sweep_record(config, len(results), results, "FINISHED")
+    trials = [(_as_trial(sweep, result), result) for result in results if result.started]
+    children = [trial_record(trial, result, record_of_sweep) for trial, result in trials]
+    if not tracker.sync(sweep_records(record_of_sweep, trials, children), now=True):
         return None
     directory = trial_directory(sweep, winner)
     names = [entry.path for entry in read_verified_manifest(directory, "student").files]
