@@ -11,7 +11,8 @@ python=$1/bin/python
 pin() { grep -i "^$1==" constraints.txt; }
 
 # uv does not read pip's settings, so they are handed on: a machine behind a mirror keeps working.
-setting() { "$python" -m pip config get "global.$1" 2>/dev/null | sed "s/[][',]//g" || true; }
+# `pip config get` would look into the user's file alone, and a mirror is often set for the whole machine.
+setting() { "$python" -m pip config list 2>/dev/null | sed -n "s/^global[.]$1=//p" | sed "s/[][',]//g; s/\\\\n/ /g" || true; }
 hand_on() { # VARIABLE OF UV, VARIABLE OF PIP, SETTING OF PIP
   local value=${!1:-${!2:-$(setting "$3")}}
   [ -z "$value" ] || export "$1=$value"

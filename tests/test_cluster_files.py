@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import manifest_schemas
 import pytest
 import yaml
 
@@ -22,6 +24,7 @@ from kdecs.teacher.config import TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
+DOCKERFILE = CLUSTER / "ray" / "Dockerfile"
 FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
 SHELL = [path for path in FILES if path.suffix in {".sh", ".sbatch"}]
 SBATCH = [path for path in FILES if path.suffix == ".sbatch"]
@@ -322,16 +325,21 @@ def test_rays_own_check_accepts_the_on_premises_file() -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
 
 
-@pytest.mark.parametrize("name", ["kuberay_cluster.yaml", "kuberay_job.yaml"])
+KUBERAY = ["kuberay_cluster.yaml", "kuberay_job.yaml"]
+
+
+def manifests(name: str) -> dict[str, Any]:
+    """The documents of a KubeRay file by kind; its Ray cluster also as "cluster"."""
+    found = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "ray" / name).read_text())}
+    of_job = found["RayJob"]["spec"]["rayClusterSpec"] if "RayJob" in found else None
+    return {**found, "cluster": of_job or found["RayCluster"]["spec"]}
+
+
+@pytest.mark.parametrize("name", KUBERAY)
 def test_kuberay_files(name: str) -> None:
-    documents = {d["kind"]: d for d in yaml.safe_load_all((CLUSTER / "ray" / name).read_text())}
     ray = pytest.importorskip("ray")
-    cluster = (
-        documents["RayCluster"]["spec"]
-        if "RayCluster" in documents
-        else documents["RayJob"]["spec"]["rayClusterSpec"]
-    )
-    image = re.findall(r"^FROM rayproject/ray:([\d.]+)-", (CLUSTER / "ray" / "Dockerfile").read_text(), re.M)
+    cluster = manifests(name)["cluster"]
+    image = re.findall(r"^ARG BASE=docker.io/rayproject/ray:([\d.]+)-", DOCKERFILE.read_text(), re.M)
     assert [cluster["rayVersion"]] == image == [ray.__version__]
     assert cluster["authOptions"] == {"mode": "token"}
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -340,6 +348,127 @@ def test_kuberay_files(name: str) -> None:
         for container in pod["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
             assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_files_are_as_the_published_schemas_say(name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    documents = list(yaml.safe_load_all((CLUSTER / "ray" / name).read_text()))
+    assert len(documents) == 2
+    for document in documents:
+        jsonschema.Draft202012Validator(manifest_schemas.KINDS[document["kind"]]).validate(document)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-gpus"), 0),  # text, not a number
+        (("spec", "rayClusterSpec", "authOption"), {"mode": "token"}),
+        (("spec", "rayClusterSpec", "authOptions", "mode"), "tokens"),
+        (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "replicas"), "2"),
+        (
+            ("spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "volume"),
+            [],
+        ),
+        (("spec", "backoffLimits"), 2),
+        (("metadata", "name"), "kdecs_sweep"),
+    ],
+)
+def test_the_schemas_refuse_what_an_operator_would(where: tuple[Any, ...], value: object) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    job = manifests("kuberay_job.yaml")["RayJob"]
+    place = job
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    assert not jsonschema.Draft202012Validator(manifest_schemas.KINDS["RayJob"]).is_valid(job)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_only_the_namespace_and_the_operator_reach_ray(name: str) -> None:
+    policy = manifests(name)["NetworkPolicy"]["spec"]
+    assert policy["podSelector"] == {
+        "matchLabels": {"ray.io/is-ray-node": "yes"}
+    }  # KubeRay's label of its pods
+    assert policy["policyTypes"] == ["Ingress"]
+    operator = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-operator"}}}
+    assert policy["ingress"] == [{"from": [{"podSelector": {}}, operator]}]
+
+
+@pytest.mark.parametrize("path", sorted((CLUSTER / "sky").glob("*.yaml")), ids=name_of)
+def test_skypilot_files(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    task = yaml.safe_load(path.read_text())
+    jsonschema.Draft202012Validator(manifest_schemas.SKY_TASK).validate(task)
+    parsed = subprocess.run(["bash", "-n", "-c", task["run"]], capture_output=True, text=True, check=False)
+    assert (parsed.returncode, parsed.stderr) == (0, "")
+    assert task["run"].startswith("set -euo pipefail\n")
+    script, config = re.findall(r"python (\S+\.py) (?:--config )?(\S+\.yaml)", task["run"])[0]
+    load_config(CONFIGS[script], ROOT / config)
+    images = {
+        manifests(name)["cluster"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+        for name in KUBERAY
+    }
+    assert {task["resources"]["image_id"]} == {f"docker:{image}" for image in images}
+    if "ray_address" in task["run"]:
+        # A token that SkyPilot asks for, not one in the file, and no dashboard for others.
+        assert task["secrets"] == {"RAY_AUTH_TOKEN": None}
+        assert "RAY_AUTH_MODE=token RAY_DASHBOARD_HOST=127.0.0.1" in task["run"]
+        assert not re.search(r"^\s*[^#\n]*ray stop", task["run"], re.M)
+
+
+def test_an_image_gets_what_it_needs_of_the_checkout_and_nothing_else(tmp_path: Path) -> None:
+    """By Docker's own reading of .dockerignore: a checkout with its environment and outputs is several gigabytes."""
+    build = pytest.importorskip("docker.utils.build")
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout
+    if not tracked:
+        pytest.skip("not a git checkout")
+    strays = [
+        ".venv/lib/torch.so",
+        "runs/demo/mlflow.db",
+        "data/train.json",
+        "models/weights.safetensors",
+        ".git/config",
+    ]
+    strays += [
+        "kdecs/__pycache__/cli.cpython-311.pyc",
+        "kdecs/corpus/__pycache__/x.pyc",
+        "secret.env",
+        "torch-index.lock",
+    ]
+    for name in [*tracked.splitlines(), *strays]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    patterns = (ROOT / ".dockerignore").read_text().splitlines()
+    ignored = [line for line in patterns if line and not line.startswith("#")]
+    taken = {name for name in build.exclude_paths(str(tmp_path), ignored) if (tmp_path / name).is_file()}
+    taken.discard(".dockerignore")  # the client itself reads it
+    # torch-index.lock is optional: `make lock-torch` writes it.
+    assert taken & set(strays) == {"torch-index.lock"}
+    package = {name for name in tracked.splitlines() if name.startswith(("kdecs/", "launch/", "tune/"))}
+    needed = {"pyproject.toml", "README.md", "LICENSE", "constraints.txt", "requirements.lock", "torch.lock"}
+    assert taken == package | needed | {"torch-index.lock"}
+
+
+def test_the_dockerfile_names_its_registry_and_installs_what_is_locked() -> None:
+    text = DOCKERFILE.read_text()
+    variants = re.findall(r"^ARG (\w+)=(.*)$", text, re.M)
+    assert (
+        dict(variants)
+        == {
+            "VARIANT": "gpu",
+            "BASE": "docker.io/rayproject/ray:2.60.0-py311-${VARIANT}",  # a short name is looked up in other registries
+            "TORCH_INDEX": "",
+        }
+    )
+    steps = re.sub(r"\\\n", " ", text)
+    assert "launch/set_up.sh" in steps  # which checks every hash
+    assert "pip install" not in steps
+    assert not re.search(r"https?://", text)  # an index comes from the builder's settings
+    # The settings of pip, which may hold a password, are there for one step and in no layer.
+    assert "--mount=type=secret,id=pip.conf,target=/etc/pip.conf" in steps
 
 
 @pytest.mark.parametrize("path", YAML, ids=name_of)
@@ -427,4 +556,4 @@ def test_the_service_file_is_accepted_by_systemd(tmp_path: Path) -> None:
 def test_no_secrets() -> None:
     for path in FILES:
         assert not re.search(r"://[^/@\s$]*:[^/@\s]+@", path.read_text()), path
-        assert not re.search(r"(?im)^\s*\w*(password|secret)\w*\s*[:=]\s*\S", path.read_text()), path
+        assert not re.search(r"(?im)^\s*\w*(password|secret)\w*\s*[:=][^\S\n]*\S", path.read_text()), path
