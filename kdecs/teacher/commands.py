@@ -13,6 +13,7 @@ from kdecs.process import say
 EPILOG = (
     "Examples:\n\nkdecs plan --teacher llama-7b --gpus 4 --gpu-memory-gib 40\n\n"
     "kdecs plan --teacher llama-13b --gpus 8 --gpu a100-80g --corpus data/dailydialog_train.json\n\n"
+    "kdecs plan --scale --teacher llama-7b --gpus 64 --gpu a100-80g --set pairs=1e8 --set price_per_gpu_hour=2\n\n"
     "kdecs plan --teacher kdecs/configs/teacher/t5-large.yaml --gpu l4 --set zero.dtype=float32 --set mfu=0.3"
 )
 
@@ -50,9 +51,19 @@ def plan(
             metavar="KEY=VALUE",
             help="A key of the teacher's config (zero.dtype=float16, lora.rank=8, optimization.epochs=5, "
             "batches.micro_batch_tokens=4096, model.load_in_4bit=true), or an assumption: pairs, mfu, peak_tflops, "
-            "link_gb_s, reserve_gib, host_memory_gib. Repeatable.",
+            "link_gb_s, reserve_gib, host_memory_gib. With --scale also price_per_gpu_hour, mtbf_hours, start_s, "
+            "storage_gb_s, storage_calls_s, checkpoint_s, num_shards, lease_s, node_memory_gib, gpus_per_node, "
+            "trial_minutes. Repeatable.",
         ),
     ] = None,
+    scale: Annotated[
+        bool,
+        typer.Option(
+            "--scale",
+            help="Simulate the training and the export with failing GPUs: time, work lost, storage, network, price, "
+            "and which part of kdecs breaks first.",
+        ),
+    ] = False,
     every_budget: Annotated[bool, typer.Option("--all", help="Show a row for every token budget.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -75,16 +86,24 @@ def plan(
         gc.freeze()
         gc.enable()
 
-    made = make_plan(
-        PlanRequest(
-            teacher=teacher,
-            gpus=gpus,
-            gpu=gpu,
-            gpu_memory_gib=gpu_memory_gib,
-            corpus=corpus,
-            settings=[*(["lora=null"] if full else []), *(settings or [])],
-        )
+    request = PlanRequest(
+        teacher=teacher,
+        gpus=gpus,
+        gpu=gpu,
+        gpu_memory_gib=gpu_memory_gib,
+        corpus=corpus,
+        settings=[*(["lora=null"] if full else []), *(settings or [])],
     )
+    if scale:
+        from kdecs.teacher.plan.scale import plan_at_scale
+
+        at_scale = plan_at_scale(request)
+        if as_json:
+            print(json.dumps(at_scale.as_record(), indent=2))
+        else:
+            at_scale.show()
+        return
+    made = make_plan(request)
     if as_json:
         print(json.dumps(made.as_record(), indent=2))
     else:

@@ -67,6 +67,31 @@ def test_the_configs_stage_excludes_no_setting(
     assert stages == ({0, 1, 2} if stage == 3 else {1, 2, 3})
 
 
+def test_a_plan_at_scale_is_printed_as_tables_or_json(
+    few_dialogues: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--scale", "--teacher", "smollm2-135m", "--gpu", "a100-40g", "--gpus", "16")
+    arguments += (
+        "--corpus",
+        str(few_dialogues),
+        "--set",
+        "batches.micro_batch_tokens=4096",
+        "--set",
+        "pairs=1e8",
+    )
+    assert run_plan(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "100,000,000 pairs, 16 × a100-40g" in shown
+    assert "checkpoint_every_steps" in shown and "num_shards" in shown and "mtbf_hours 50000" in shown
+    assert "price" not in shown  # a price comes from the user alone
+    assert run_plan(*arguments, "--json") == 0
+    record: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert record["training"][0]["price"] is None
+    assert record["what_breaks_first"] in shown
+    loads = [demand["load"] for demand in record["demands"]]
+    assert loads == sorted(loads, reverse=True)
+
+
 def test_the_example_fits_and_the_best_is_the_fastest(llama_7b: dict[str, Any]) -> None:
     assert llama_7b["parameters"]["frozen"] == 6_738_415_616
     fitting = [c for c in llama_7b["candidates"] if c["fits"]]
@@ -134,6 +159,18 @@ def test_what_would_fit_fits(few_dialogues: Path, capsys: pytest.CaptureFixture[
         (["--teacher", "/nowhere/model", "--gpu", "l4"], 1, "found no config.json"),
         (["--teacher", "/nowhere/teacher.yaml", "--gpu", "l4"], 1, "expected a YAML config file"),
         (["--teacher", "llama-7b", "--gpu", "l4", "--corpus", "/nowhere.json"], 1, "/nowhere.json"),
+        (
+            ["--scale", "--teacher", "llama-7b", "--gpu", "l4", "--set", "mtbf_hours=0"],
+            1,
+            "mtbf_hours: found 0",
+        ),
+        (
+            ["--scale", "--teacher", "llama-7b", "--gpu", "l4", "--set", "mtbf_hour=9"],
+            1,
+            "mtbf_hour: unknown",
+        ),
+        # Without --scale nothing would read it.
+        (["--teacher", "llama-7b", "--gpu", "l4", "--set", "mtbf_hours=9"], 1, "mtbf_hours: unknown"),
     ],
 )
 def test_refusals_are_one_line(

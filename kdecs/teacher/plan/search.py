@@ -3,6 +3,7 @@
 A layout is a ZeRO stage with what it offloads, activation checkpointing or not, and a token budget for a micro-batch.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,8 @@ Batching = Literal["tree", "pairs"]
 
 MICRO_BATCH_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 """Token budgets that are tried unless one is given."""
+EXPORT_MICRO_BATCH_TOKENS = 4096
+"""As in the export's config, by default; this package may not import it."""
 LAUNCH_S = 6e-6
 """Seconds that a GPU operator takes at least, however small it is: the reason why small micro-batches are not free."""
 # Memory is traced at this and at three times this many tokens; every other size lies on the line between them.
@@ -186,6 +189,15 @@ class Planner:
         memory = self._memory(choice, activations, in_4bit=training.config.model.load_in_4bit)
         return Layout(choice, checkpointing, training.batching, micro_batch_tokens, memory, time, work)
 
+    def labelling_s(self) -> float:
+        """Seconds that one GPU takes to label the pairs of an epoch: the forwards alone, in full micro-batches."""
+        work = self.workload(EXPORT_MICRO_BATCH_TOKENS)
+        flops = self._flops[False].of(tokens=work.tokens, attended_pairs=work.ancestors, answers=work.pairs)
+        # A forward runs about a third of the operators of a forward and a backward.
+        launches = self._full_micro_batch(EXPORT_MICRO_BATCH_TOKENS, False).launches / 3
+        forwards = work.tokens / EXPORT_MICRO_BATCH_TOKENS
+        return max(flops.forward / self.training.speed.flops_per_s, forwards * launches * LAUNCH_S)
+
     def fits(self, limits: Limits, micro_batch_tokens: int, *, ranks: int, in_4bit: bool) -> bool:
         """Whether any layout with this budget would fit on another number of ranks, or with a base in 4 bits."""
         return any(
@@ -200,19 +212,27 @@ class Planner:
 
     def workload(self, micro_batch_tokens: int) -> Workload:
         """An epoch under a token budget."""
-        training = self.training
         if micro_batch_tokens not in self._workloads:
-            self._workloads[micro_batch_tokens] = measure_workload(
-                training.counted.pairs,
-                training.counted.prompts,
-                use_tree=training.batching == "tree",
-                ranks=training.gpus,
-                micro_batch_tokens=micro_batch_tokens,
-                global_batch_pairs=training.config.batches.global_batch_pairs,
-                seed=training.config.optimization.seed,
-                epochs=training.epochs,
-            ).scaled(training.scale)
+            self._workloads[micro_batch_tokens] = self._measure(micro_batch_tokens)
         return self._workloads[micro_batch_tokens]
+
+    def _measure(self, micro_batch_tokens: int) -> Workload:
+        training = self.training
+        counted, batch = len(training.counted.pairs), training.config.batches.global_batch_pairs
+        # A sample that is smaller than a global batch stands for a part of one, on as small a part of the ranks.
+        parts = math.ceil(min(batch, counted * training.scale) / counted) if training.scale > 1 else 1
+        ranks = max(1, round(training.gpus / parts))
+        work = measure_workload(
+            training.counted.pairs,
+            training.counted.prompts,
+            use_tree=training.batching == "tree",
+            ranks=ranks,
+            micro_batch_tokens=micro_batch_tokens,
+            global_batch_pairs=math.ceil(batch / parts),
+            seed=training.config.optimization.seed,
+            epochs=training.epochs,
+        ).scaled(training.scale)
+        return work if parts == 1 else work.of_whole_batches(parts, ranks / training.gpus)
 
     def activations(self, shape: Shape, *, checkpointing: bool) -> Activations:
         """Memory of a micro-batch of this shape.

@@ -34,16 +34,21 @@ from kdecs.teacher.tree.prefix_tree import pack
 _PIECES = re.compile(r"[^\W\d_]{1,7}|\d|[^\w\s]|\n")
 
 
+_OF_RANKS = ("rank_tokens", "rank_attended", "rank_ancestors", "rank_answers")
+
+
 @dataclass(frozen=True)
 class Workload:
     """An epoch of optimizer steps on some number of ranks.
 
+    `units` are the trees (or single prompts) that a step deals out: a step occupies no more ranks than it has units.
     `tokens` includes padding. `rank_*` are sums over steps of the busiest rank's. `attended` counts the (query, key)
     pairs that a dense mask computes, `ancestors` those that the prompts need. `micro_steps` counts the forwards of a
     rank, empty ones included. `largest_*` describe the micro-batch that needs the most memory.
     """
 
     pairs: float
+    units: float
     steps: float
     tokens: float
     ancestors: float
@@ -59,9 +64,13 @@ class Workload:
 
     def scaled(self, factor: float) -> "Workload":
         """The same for `factor` times as many dialogues: the sums grow, the largest micro-batch stays."""
-        sums = ("pairs", "steps", "tokens", "ancestors", "micro_steps")
-        ranks = ("rank_tokens", "rank_attended", "rank_ancestors", "rank_answers")
-        return replace(self, **{name: getattr(self, name) * factor for name in (*sums, *ranks)})
+        sums = ("pairs", "units", "steps", "tokens", "ancestors", "micro_steps")
+        return replace(self, **{name: getattr(self, name) * factor for name in (*sums, *_OF_RANKS)})
+
+    def of_whole_batches(self, parts: int, share: float) -> "Workload":
+        """The same if each step was a part of one that has `parts` of them, on a `share` of its ranks."""
+        busiest = {name: getattr(self, name) * share for name in ("micro_steps", *_OF_RANKS)}
+        return replace(self, steps=self.steps / parts, **busiest)
 
 
 def estimated_prompts(
@@ -140,6 +149,7 @@ def measure_workload(
     busiest /= epochs
     return Workload(
         pairs=len(pairs),
+        units=len(units),
         steps=len(steps) / epochs,
         tokens=float(total[0]),
         ancestors=float(total[2]),
