@@ -103,7 +103,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one part of kdecs would take at this size, and how much there is of it.
+    """What one part of kdecs would take at this size, and how much there is of it (`limit_is` says of what).
 
     The load grows with the pairs or with the GPUs, to the given power; the other of the two does not change it.
     """
@@ -112,6 +112,7 @@ class Demand:
     need: float
     limit: float
     unit: str
+    limit_is: str
     grows_with: Literal["pairs", "GPUs"]
     power: int
     remedy: str
@@ -192,7 +193,7 @@ class ScalePlan:
     def what_breaks_first(self) -> str:
         """One sentence: the part that needs the largest share of what there is."""
         first = self.demands[0]
-        figures = f"{_figure(first.need)} of {_figure(first.limit)} {first.unit}"
+        figures = f"{_figure(first.need)} of the {_figure(first.limit)} {first.unit} {first.limit_is}"
         if first.load <= 1:
             return f"Nothing breaks at this size; the nearest limit is {first.part}: {figures}."
         return f"First to break: {first.part}: {figures}. {first.remedy}"
@@ -323,7 +324,8 @@ def _demands(
             "the global batch",
             ranks,
             trees,
-            f"GPUs that a step's {config.batches.global_batch_pairs} pairs can occupy",
+            "GPUs",
+            f"that a step's {config.batches.global_batch_pairs} pairs can occupy",
             "GPUs",
             1,
             f"Set batches.global_batch_pairs to {config.batches.global_batch_pairs * math.ceil(ranks / trees):,}, "
@@ -333,7 +335,8 @@ def _demands(
             "the prompts of a training in memory",
             per_node * PREPARE_BYTES * pairs / gib,
             memory,
-            "GiB of a node, since every rank holds all",
+            "GiB",
+            "of a node, on which every rank holds all",
             "pairs",
             1,
             "Train on a part of the corpus (corpus.train_share).",
@@ -342,7 +345,8 @@ def _demands(
             "encoding the prompts before the first step",
             PREPARE_SECONDS * pairs / report.HOUR_S,
             training_h,
-            f"hours, {TOLERABLE_SHARE:.0%} of the training",
+            "h",
+            f"that are {TOLERABLE_SHARE:.0%} of the training",
             "GPUs",
             1,
             "Train on a part of the corpus (corpus.train_share).",
@@ -351,7 +355,8 @@ def _demands(
             "planning the shards in memory, by one worker",
             PLAN_BYTES * pairs / gib,
             memory,
-            "GiB of a node",
+            "GiB",
+            "of a node",
             "pairs",
             1,
             "Export the corpus in parts, each with its own output.",
@@ -360,7 +365,8 @@ def _demands(
             "planning the shards, while all others wait",
             PLAN_SECONDS * pairs / report.HOUR_S,
             labelling_h,
-            f"hours, {TOLERABLE_SHARE:.0%} of the labelling",
+            "h",
+            f"that are {TOLERABLE_SHARE:.0%} of the labelling",
             "GPUs",
             1,
             "Export the corpus in parts, each with its own output.",
@@ -369,7 +375,8 @@ def _demands(
             "claims of shards",
             ranks * shards * CLAIM_CALLS / scale.storage_calls_s / report.HOUR_S,
             labelling_h,
-            f"hours of the file system, {TOLERABLE_SHARE:.0%} of the labelling",
+            "h",
+            f"that are {TOLERABLE_SHARE:.0%} of the labelling",
             "GPUs",
             2,
             "Choose fewer shards (num_shards), or export the corpus in parts.",
@@ -378,7 +385,8 @@ def _demands(
             "published shards that every worker reads back",
             ranks * LABEL_BYTES * pairs / (scale.storage_gb_s * 1e9) / report.HOUR_S,
             labelling_h,
-            f"hours of the storage, {TOLERABLE_SHARE:.0%} of the labelling",
+            "h",
+            f"that are {TOLERABLE_SHARE:.0%} of the labelling",
             "GPUs",
             2,
             "Export the corpus in parts, each with fewer workers.",
@@ -387,7 +395,8 @@ def _demands(
             "the join of the labels in memory",
             JOIN_BYTES * pairs / gib,
             memory,
-            "GiB of a node",
+            "GiB",
+            "of a node",
             "pairs",
             1,
             "Export the corpus in parts and train students on one of them.",
@@ -396,7 +405,8 @@ def _demands(
             "one MLflow on SQLite",
             ranks * 60 / scale.trial_minutes * TRIAL_SECONDS,
             3600.0,
-            "seconds of the driver per hour of a sweep on all GPUs",
+            "s",
+            "of each hour of a sweep on all GPUs",
             "GPUs",
             1,
             "Run a server on PostgreSQL (cluster/mlflow/serve.sh), or split the sweep.",
@@ -429,8 +439,10 @@ def _demand_table(demands: list[Demand], *, pairs: float, gpus: int) -> Table:
     )
     for demand in demands:
         above = f"{_figure(demand.breaks_above(pairs=pairs, gpus=gpus))} {demand.grows_with}"
-        figures = (_figure(demand.need), _figure(demand.limit), _figure(demand.load))
-        table.add_row(demand.part, *figures, above, style="bold" if demand.load > 1 else "")
+        figures = (f"{_figure(demand.need)} {demand.unit}", f"{_figure(demand.limit)} {demand.unit}")
+        table.add_row(
+            demand.part, *figures, _figure(demand.load), above, style="bold" if demand.load > 1 else ""
+        )
     return table
 
 
