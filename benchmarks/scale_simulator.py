@@ -343,7 +343,7 @@ def compare(
         "lost_s": {"real": real.outcome.lost_s, "simulated": simulated.lost_s},
         "failures": {"real": real.outcome.failures, "simulated": simulated.failures},
         "wall_off_by": simulated.wall_s / real.outcome.wall_s - 1,
-        "lost_off_by": simulated.lost_s / real.outcome.lost_s - 1,
+        "lost_off_by": simulated.lost_s / real.outcome.lost_s - 1 if real.outcome.lost_s else None,
         "measured": asdict(run),
         **more,
     }
