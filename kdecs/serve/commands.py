@@ -39,7 +39,7 @@ def serve(
 ) -> None:
     """Answer requests for predictions over HTTP, and show a page to try the student on.
 
-    POST /v1/predict takes one dialogue or a list, GET /health tells whether the server lives, GET /openapi.json
+    POST /v1/predict takes one dialogue or a list, GET /health tells whether the server lives, GET /docs
     describes both. SIGTERM and Ctrl-C end the server once the running requests are answered.
 
     Examples:

@@ -3,7 +3,7 @@
     POST /v1/predict   one dialogue or a list; the answer has the predictions of `kdecs predict --offsets`
     GET  /health       {"status": "ok"} while the server lives
     GET  /             a page for people (kdecs.student.predict.page)
-    GET  /openapi.json the schema of all this
+    GET  /docs         the schema of all this, for people; /openapi.json for programs
 
 Every refusal is {"error": one line}. `kdecs.serve.guard` stands before the application.
 
@@ -13,6 +13,7 @@ dialogue of more than a thousand pairs have another thread.
 """
 
 import asyncio
+import copy
 import json
 import logging
 import threading
@@ -41,6 +42,7 @@ from kdecs.corpus.checking import (
 )
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import CorpusError, KdecsError, printable
+from kdecs.serve.reference import reference_page
 from kdecs.student.predict.page import content_security_policy, live_page
 from kdecs.student.predict.predictor import Student
 from kdecs.student.predict.requests import MAX_DIALOGUES, bounded_dialogues, request_ended
@@ -339,7 +341,7 @@ def make_app(batchers: Batchers, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Fas
         title="kdecs",
         summary="Who feels what in a dialogue, and why",
         version=__version__,
-        docs_url=None,  # FastAPI's own pages load scripts from the network
+        docs_url=None,  # FastAPI's own pages load scripts from the network; `kdecs.serve.reference` does not
         redoc_url=None,
     )
     app.router.route_class = _StrictRoute
@@ -348,9 +350,9 @@ def make_app(batchers: Batchers, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Fas
     async def refuse(request: Request, error: HTTPException) -> Response:
         line = str(error.detail)
         if error.status_code == 404:
-            line = f"there is no {shorten(request.url.path)}; see GET /openapi.json"
+            line = f"there is no {shorten(request.url.path)}; see GET /docs"
         elif error.status_code == 405:
-            line = f"{shorten(request.url.path)} does not take {request.method}; see GET /openapi.json"
+            line = f"{shorten(request.url.path)} does not take {request.method}; see GET /docs"
         return JSONResponse({"error": line}, error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -381,6 +383,12 @@ def make_app(batchers: Batchers, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Fas
     async def page() -> Response:
         policy = content_security_policy("frame-ancestors 'none'", asks=True)
         return HTMLResponse(live_page(), headers={"Content-Security-Policy": policy})
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def reference(request: Request) -> Response:
+        # A copy, because FastAPI keeps the schema for /openapi.json.
+        text, policy = reference_page(copy.deepcopy(app.openapi()), str(request.base_url))
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
     @app.get("/health", summary="Whether the server lives")
     async def health() -> dict[str, str]:

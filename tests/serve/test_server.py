@@ -216,7 +216,7 @@ def module_port(serving):
         ("GET", "/v1/predict", JSON, 405, "does not take GET"),
         ("POST", "/health", JSON, 405, "does not take POST"),
         ("POST", "/v2/predict", JSON, 404, "there is no '/v2/predict'"),
-        ("GET", "/docs", JSON, 404, "there is no '/docs'"),
+        ("GET", "/redoc", JSON, 404, "there is no '/redoc'; see GET /docs"),
         ("GET", "/../../etc/passwd", JSON, 404, "there is no"),
     ],
 )
@@ -238,6 +238,25 @@ def test_the_schema_describes_all_of_it(module_port, ask):
     assert {"200", "400", "401", "403", "413", "415", "422", "503", "504"} <= set(predict["responses"])
     assert schema["components"]["schemas"]["DialogueIn"]["properties"]["utterances"]["maxItems"] == 2_000
     assert b"http" not in answer.body  # nothing that a browser would load from elsewhere
+
+
+def test_the_schema_is_a_page_too_that_loads_nothing(module_port, ask):
+    answer = ask(module_port, "GET", "/docs")
+    page = answer.body.decode()
+    for expected in (
+        "POST /v1/predict",
+        "max_distance",
+        "UtteranceIn",
+        "list of",
+        "at most 2,000 items",
+        "503",
+    ):
+        assert expected in page
+    assert set(re.findall(r'href="#(\w+)"', page)) <= set(re.findall(r'<h2 id="(\w+)"', page))
+    assert set(re.findall(r"https?://[^/ ]+", page)) == {f"http://127.0.0.1:{module_port}"}
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    # What the page adds to the schema stays out of the schema.
+    assert "description" not in ask(module_port, "GET", "/openapi.json").json["paths"]["/health"]["get"]
 
 
 def test_a_body_of_20_mb_is_refused_and_the_server_goes_on(module_port, ask):

@@ -65,7 +65,9 @@ def content_security_policy(*more: str, asks: bool = False) -> str:
     """What the page may do: run its own script and style, and, if it `asks`, send requests to its own server."""
     # By hashes, because a file has no server that could give each answer a nonce.
     text = _template()
-    script, style = (_hash(re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", text)) for tag in ("script", "style"))
+    script, style = (
+        content_hash(re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", text)) for tag in ("script", "style")
+    )
     parts = ["default-src 'none';", *(["connect-src 'self';"] if asks else [])]
     parts += ["img-src data:;", f"script-src '{script}';", f"style-src '{style}';"]
     return " ".join([*parts, "base-uri 'none'; form-action 'none'", *(f"; {part}" for part in more)])
@@ -78,7 +80,8 @@ def _template() -> str:
     return text
 
 
-def _hash(found: list[str]) -> str:
+def content_hash(found: list[str]) -> str:
+    """How a Content-Security-Policy names the one script or style that was found."""
     [content] = found
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
