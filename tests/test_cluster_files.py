@@ -322,7 +322,10 @@ def test_rays_own_check_accepts_the_on_premises_file() -> None:
     autoscaler = pytest.importorskip("ray.autoscaler._private.util")
     config = yaml.safe_load((CLUSTER / "ray" / "on_premises.yaml").read_text())
     autoscaler.validate_config(autoscaler.prepare_config(config))
-    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+    head, worker = (" ".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker"))
+    assert "--dashboard-host=127.0.0.1" in head
+    for command in (head, worker):
+        assert "RAY_AUTH_MODE=token" in command and "RAY_USAGE_STATS_ENABLED=0" in command
 
 
 KUBERAY = ["kuberay_cluster.yaml", "kuberay_job.yaml"]

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 from support import ROOT, wait_until
 
 NETWORK = "10.77.0"
@@ -59,7 +60,7 @@ PasswordAuthentication no
 UsePAM no
 StrictModes no
 PidFile /run/sshd.pid
-SetEnv KDECS_DEVICE=cpu DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+SetEnv KDECS_DEVICE=cpu DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH={root}
 """
 _SSH = """
 Host *
@@ -126,7 +127,8 @@ class Hosts:
             subprocess.run(command, check=True)
         host_key = " ".join((self.place / "host_key.pub").read_text().split()[:2])
         (self.place / "known_hosts").write_text("".join(f"{n.replace(' ', ',')} {host_key}\n" for n in names))
-        (self.place / "sshd_config").write_text(_SSHD.format(place=self.place))
+        (self.place / "sshd_config").write_text(_SSHD.format(place=self.place, root=ROOT))
+        self._skip_where_there_are_no_namespaces()
         try:
             self._switch = self._unshare(self.place / "switch.log", "--net", "sleep", "infinity")
             wait_until(
@@ -250,6 +252,14 @@ class Hosts:
                 preexec_fn=_die_with_parent,
             )
         return Running(self, number, process, pid, log)
+
+    @staticmethod
+    def _skip_where_there_are_no_namespaces() -> None:
+        try_out = "mount -t tmpfs tmpfs /mnt && ip link add type bridge && ip link add type veth"
+        command = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "bash", "-c", try_out]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"needs namespaces with a network, which this machine refuses: {done.stderr.strip()}")
 
     @staticmethod
     def _unshare(log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
