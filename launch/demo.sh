@@ -39,6 +39,7 @@ trap stop INT TERM; mkdir -p "$run/logs"
 exec 9>"$run/.lock" 8>"$run/.stages.lock" # the first is held by this script alone, the second by its stages, too
 flock -n 9 || fail 1 "$run: another demo runs here; wait for it, or choose another RUN=dir"
 flock -n 8 || { echo "waiting for the stages of a killed demo to save their state …"; flock 8; }
+tracked=(--set "tracking.uri=sqlite:///$run/mlflow.db" --set tracking.experiment=kdecs-demo)
 labelled=(--set "corpus.train=$train" --set "corpus.valid=$valid")
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 launcher() { [[ -f $1/manifest.json ]] && echo python -m || echo "${@:2}"; } # a complete stage needs no ranks
@@ -54,17 +55,17 @@ for model in llama roberta; do
   start "teacher-$model-tiny" $(launcher "$run/teachers/$model-tiny" \
     deepspeed --num_accelerators 2 --master_port "$(free_port)" --module) kdecs.launch.train_teacher \
     --config "demo/teacher_$model" --set "output=$run/teachers/$model-tiny" --set "model.base=$run/base/$model" \
-    "${labelled[@]}" $(share corpus.train_share 0.2)
+    "${labelled[@]}" "${tracked[@]}" $(share corpus.train_share 0.2)
 done; finish
 echo; echo "3/6 soft labels: sharded export on two ranks"
 for model in llama roberta; do # exports share nothing but their directory; torchrun starts sooner than deepspeed
   start "soft-labels-$model-tiny" $(launcher "$run/labels/$model-tiny" torchrun --standalone --nproc_per_node 2 -m) \
     kdecs.launch.export_soft_labels --config demo/export \
     --set "output=$run/labels/$model-tiny" --set "teacher=$run/teachers/$model-tiny" \
-    "${labelled[@]}" --set "corpus.test=$test" $(share corpus.train_share 0.1)
+    "${labelled[@]}" "${tracked[@]}" --set "corpus.test=$test" $(share corpus.train_share 0.1)
 done; finish
 echo; echo "4/6 sweep: students over seeds, α, τ and teacher, two at a time"
-stage sweep python -m kdecs.launch.sweep demo --set "output=$run/sweep" --set "tracking.uri=sqlite:///$run/mlflow.db" \
+stage sweep python -m kdecs.launch.sweep demo --set "output=$run/sweep" "${tracked[@]}" \
   --set "teachers.llama-tiny=$run/labels/llama-tiny" --set "teachers.roberta-tiny=$run/labels/roberta-tiny" \
   --set "student.model.base=$run/base/roberta" --set "student.cache=$run/cache" \
   --set "student.corpus.train=$train" --set "student.corpus.valid=$valid" --set "student.corpus.test=$test" \

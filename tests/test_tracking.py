@@ -11,15 +11,20 @@ import pytest
 from mlflow import MlflowClient
 from support import empty_mlflow
 
-from kdecs.config import parse_config
+from kdecs.artifact import content_checksum, file_lock, write_manifest
+from kdecs.config import config_hash, parse_config, write_config
 from kdecs.corpus.reading import bundled_sample
-from kdecs.errors import ConfigError, KdecsError, ModelError
+from kdecs.corpus.splits import CorpusConfig
+from kdecs.errors import ConfigError, KdecsError, ModelError, Stopped
 from kdecs.launch import train_teacher
+from kdecs.student.config import StudentConfig
 from kdecs.tracking import serving
+from kdecs.tracking.datasets import corpus_datasets, label_dataset
 from kdecs.tracking.machine import load, read_samples, sampled_load
-from kdecs.tracking.mlflow import Tracker, tracking_uri
+from kdecs.tracking.mlflow import Tracker, default_database, tracking_uri
 from kdecs.tracking.record import RunRecord, TrackingConfig, read_points, without_password
 from kdecs.tracking.registry import mlflow_at
+from kdecs.tracking.stage import stage_record, stage_upload
 
 
 @pytest.fixture
@@ -301,6 +306,34 @@ def test_points_are_read_up_to_a_half_written_line(tmp_path):
     assert read_points(tmp_path / "none.jsonl") == []
 
 
+def test_all_stages_of_a_checkout_share_a_database_unless_there_is_an_older_one(tmp_path):
+    runs = tmp_path / "work" / "runs"
+    shared = [
+        runs / "teachers" / "llama-7b",
+        runs / "sweeps" / "main",
+        runs / "mrc",
+        runs / "demo" / "labels" / "a",
+    ]
+    assert {default_database(output) for output in shared} == {runs / "mlflow.db"}
+    (runs / "sweeps").mkdir(parents=True)
+    (runs / "sweeps" / "mlflow.db").touch()
+    (tmp_path / "work" / "mlflow.db").touch()  # MLflow's own default, which is not ours
+    found = [default_database(output).relative_to(runs).as_posix() for output in shared]
+    assert found == ["mlflow.db", "sweeps/mlflow.db", "mlflow.db", "mlflow.db"]
+    assert default_database(tmp_path / "elsewhere" / "sweep") == tmp_path / "elsewhere" / "mlflow.db"
+
+
+def test_one_process_at_a_time_makes_a_database(config, tmp_path):
+    tracker = Tracker(config, tmp_path / "sweep")
+    with file_lock(tmp_path / ".mlflow.db.lock"):
+        other = threading.Thread(target=tracker.sync, args=([record(1)],))
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and runs(config)[1] == []
+    other.join()
+    assert len(runs(config)[1]) == 1
+
+
 def test_uri_defaults_beside_the_output(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(TrackingConfig(), tmp_path / "sweep") == f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -384,3 +417,137 @@ def test_load_is_sampled_to_the_end_and_cut_lines_are_left_out(tmp_path):
     with (tmp_path / "system.jsonl").open("a") as file:
         file.write(json.dumps({"time": 1.0})[:-3])
     assert read_samples(tmp_path / "system.jsonl") == samples
+
+
+@pytest.fixture
+def stage(config, tmp_path):
+    """The config of a student that is trained alone, and a function that writes its files up to an epoch."""
+    values = {
+        "name": "alone",
+        "output": str(tmp_path / "student"),
+        "cache": str(tmp_path / "cache"),
+        "corpus": {split: str(bundled_sample(split)) for split in ("train", "valid")},
+        "model": {"base": "roberta-tiny"},
+        "distillation": {"mode": "joint"},
+        "tracking": {"uri": config.uri},
+    }
+    made = parse_config(StudentConfig, values, source="test")
+
+    def write(num_epochs, *, is_complete=False):
+        write_config(made, made.output)
+        points = record(num_epochs).points
+        (made.output / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+        if is_complete:
+            details = {"valid": {"epoch": num_epochs}}
+            write_manifest(
+                made.output,
+                "student",
+                config_hash="0" * 64,
+                inputs={},
+                files=["metrics.jsonl"],
+                details=details,
+            )
+
+    return made, write
+
+
+def upload_of(made):
+    datasets = corpus_datasets(made.corpus, universe="fold1+neutral")
+
+    def read():
+        return stage_record(
+            made,
+            "student",
+            output=made.output,
+            name=made.name,
+            config_hash=config_hash(made),
+            datasets=datasets,
+        )
+
+    return stage_upload(made.tracking, made.output, read, is_main=True)
+
+
+def test_a_stage_is_a_run_from_its_first_epoch_and_has_a_model_at_its_end(stage, config):
+    made, write = stage
+    with pytest.raises(ConfigError), upload_of(made):
+        raise ConfigError("refused before it began")
+    assert runs(config)[1] == [] and not made.output.exists()
+
+    def end_with(error):
+        with upload_of(made) as upload:
+            write(1)
+            upload.sync()
+            raise error
+
+    for error, status in ((Stopped("by a signal"), "KILLED"), (KeyError("fault"), "FAILED")):
+        with pytest.raises(type(error)):
+            end_with(error)
+        assert [run.info.status for run in runs(config)[1]] == [status]
+    with upload_of(made) as upload:
+        write(3, is_complete=True)
+        upload.sync()
+    client, [run] = runs(config)
+    assert run.info.status == "FINISHED" and steps_of(client, run.info.run_id) == [1, 2, 3]
+    assert run.data.tags["kdecs.kind"] == "student" and run.data.params["optimization.seed"] == "0"
+    assert run.data.tags["mlflow.source.name"] == "kdecs.launch.train_student"
+    valid = corpus_datasets(made.corpus, universe="fold1")[1]
+    on_valid = [{"dataset_name": valid.name, "dataset_digest": valid.digest}]
+    [model] = client.search_logged_models(
+        [run.info.experiment_id], "metrics.macro_f1 >= 30", datasets=on_valid
+    )
+    assert model.source_run_id == run.info.run_id and model.tags["kdecs.directory"] == str(made.output)
+    assert model.model_type == "student" and model.params["distillation.mode"] == "joint"
+
+
+def test_a_model_that_was_made_before_a_kill_is_found_and_one_that_is_gone_is_replaced(
+    stage, config, monkeypatch
+):
+    made, write = stage
+    write(2, is_complete=True)
+    with monkeypatch.context() as killed:
+
+        def fault(*arguments):
+            raise KeyboardInterrupt
+
+        killed.setattr(MlflowClient, "log_outputs", fault)
+        with pytest.raises(KeyboardInterrupt), upload_of(made):
+            pass
+    for num_epochs in (2, 2, 3):  # at last the training went on: another product
+        write(num_epochs, is_complete=True)
+        with upload_of(made):
+            pass
+        client, [run] = runs(config)
+        [model] = client.search_logged_models([run.info.experiment_id])
+        assert model.tags["kdecs.checksum"] == content_checksum(made.output)[:16]
+        assert {metric.value for metric in model.metrics if metric.key == "macro_f1"} == {10.0 * num_epochs}
+        assert model.model_id in [output.model_id for output in run.outputs.model_outputs]
+
+
+def test_a_dataset_is_known_by_its_pairs_wherever_it_lies(tmp_path):
+    def datasets(folder, universe="fold1", **changes):
+        paths = {split: shutil.copy(bundled_sample(split), folder) for split in ("train", "valid", "test")}
+        corpus = parse_config(CorpusConfig, {**paths, **changes}, source="test")
+        return corpus_datasets(corpus, universe=universe, has_test=True)
+
+    for name in ("one", "two"):
+        (tmp_path / name / "sample").mkdir(parents=True)
+    here, there = tmp_path / "one" / "sample", tmp_path / "two" / "sample"
+    first = datasets(here)
+    names = ["sample-train", "sample-valid", "sample-test"]
+    assert [(made.name, made.split) for made in first] == list(
+        zip(names, ("train", "valid", "test"), strict=True)
+    )
+    assert [made.digest for made in datasets(there)] == [made.digest for made in first]
+    # What a change leaves as it is: the validation split is scored on the same pairs, whatever one trains on.
+    changes = [
+        ({"universe": "fold1+neutral"}, [1]),
+        ({"train_share": 0.5}, [1, 2]),
+        ({"drop_cross_split": True}, [1, 2]),
+    ]
+    for change, same in [*changes, ({"emotions": "coarse"}, [])]:
+        changed = datasets(here, **change)
+        assert [n for n in range(3) if changed[n].digest == first[n].digest] == same, change
+    labels = tmp_path / "llama-7b"
+    labels.mkdir()
+    write_manifest(labels, "soft-labels", config_hash="0" * 64, inputs={}, files=[], details={})
+    assert label_dataset(labels).name == "llama-7b" and label_dataset(labels).split == "soft labels"

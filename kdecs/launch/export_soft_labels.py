@@ -5,17 +5,23 @@ output directory. The workers divide the shards among themselves. The same comma
 a finished directory by labelling damaged shards again.
 """
 
+import functools
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from kdecs.artifact import read_manifest
 from kdecs.config import config_hash
+from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.process import StopSignal, is_main_rank, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.claims import check_export_output, check_teacher_corpus, remove_temporaries
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
+from kdecs.tracking.datasets import corpus_datasets
+from kdecs.tracking.record import RunRecord, has_identity
+from kdecs.tracking.stage import stage_identity, stage_record, stage_upload
 
 if TYPE_CHECKING:
     from kdecs.runtime import Runtime
@@ -43,6 +49,27 @@ class ExportBar:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def export_record(config: ExportConfig) -> RunRecord:
+    """What MLflow shows of a finished export, below the training of its teacher if that is in MLflow, too."""
+    details = read_manifest(config.output, "soft-labels").details
+    record = stage_record(
+        config,
+        "export",
+        output=config.output,
+        name=f"labels of {config.output.name}",
+        config_hash=config_hash(config),
+        datasets=corpus_datasets(config.corpus, universe=EXPORT_UNIVERSE, has_test=True),
+        points=[],
+    )
+    if has_identity(config.teacher):
+        record.parent = stage_identity("teacher", config.teacher)
+    # How well the exported labels agree with gold is what a teacher, a student and a baseline score at utterance level.
+    agreement = details["agreement"]["valid"]
+    record.scores = {f"utterance_{key}": value for key, value in agreement.items()}
+    record.scores |= {f"{split}_pairs": float(number) for split, number in details["num_pairs"].items()}
+    return record
 
 
 def summary(config: ExportConfig, result: ExportResult) -> str:
@@ -75,15 +102,14 @@ def main() -> None:
     stop.install()
     runtime = start_runtime(threads=config.threads_per_worker)
     warn_of_emulation(runtime, config.dtype, "dtype")
-    bar = ExportBar(runtime.is_main)
-    try:
+    record = functools.partial(export_record, config)
+    upload = stage_upload(config.tracking, config.output, record, is_main=runtime.is_main)
+    with upload, closing(ExportBar(runtime.is_main)) as bar:
         if config.engine == "zero3":
             with process_group(runtime, single=True, lost_rank_s=config.lost_rank_s):
                 result = export_partitioned(config, runtime, stop, bar)
         else:
             result = export_replica(config, runtime, stop, bar)
-    finally:
-        bar.close()
     if runtime.is_main:
         print(summary(config, result), flush=True)
 

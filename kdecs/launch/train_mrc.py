@@ -1,5 +1,7 @@
 """Train the MRC baseline of RECCON, an encoder that answers questions. The same command resumes after any stop."""
 
+import functools
+
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
 from kdecs.mrc.config import MrcConfig
@@ -18,13 +20,17 @@ def main() -> None:
         say_skipped(f"MRC baseline {config.name}: complete at {config.output}, skipped")
         return
     # torch takes seconds to import, so it waits until there is work.
-    from kdecs.mrc.training import train_mrc
+    from kdecs.mrc.training import mrc_record, train_mrc
     from kdecs.process import StopSignal
     from kdecs.runtime import start_runtime
+    from kdecs.tracking.stage import stage_upload
 
     stop = StopSignal()
     stop.install()
-    train_mrc(config, start_runtime(threads=config.threads), stop=stop)
+    record = functools.partial(mrc_record, config)
+    with stage_upload(config.tracking, config.output, record, is_main=True) as upload:
+        runtime = start_runtime(threads=config.threads)
+        train_mrc(config, runtime, on_epoch=upload.sync, stop=stop)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Run one process, or one per GPU with torchrun or the deepspeed launcher. The same command resumes after any stop.
 """
 
+import functools
+
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
 from kdecs.process import run_entry, say_skipped, stage_config
@@ -24,14 +26,17 @@ def main() -> None:
     # torch takes seconds to import, so it waits until there is work.
     from kdecs.process import StopSignal
     from kdecs.runtime import process_group, start_runtime
-    from kdecs.student.training import train_student
+    from kdecs.student.training import student_record, train_student
+    from kdecs.tracking.stage import stage_upload
 
     stop = StopSignal()
     runtime = start_runtime(threads=config.threads)
     with process_group(runtime, lost_rank_s=config.lost_rank_s):
         # Not before: a rank that waits for the others has nothing to save, and SIGTERM should end it at once.
         stop.install()
-        train_student(config, runtime, stop=stop)
+        record = functools.partial(student_record, config)
+        with stage_upload(config.tracking, config.output, record, is_main=runtime.is_main) as upload:
+            train_student(config, runtime, on_epoch=upload.sync, stop=stop)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The config of the MRC baseline's training (`kdecs.launch.train_mrc`)."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Threads
+from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Threads, Unhashed
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.student.config import StudentBatches
+from kdecs.tracking.record import TrackingConfig
 
 QUESTION_VERSION = 1
 """Version of the question's wording and the context's layout: part of the config hash and of a product."""
@@ -43,5 +44,8 @@ class MrcConfig(Config):
     precision: Literal["float32", "bfloat16"] = "float32"
     patience_epochs: int | None = Field(
         default=None, ge=1, description="stop after this many epochs without improvement"
+    )
+    tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
+        default=None, description="MLflow; null: write only metrics.jsonl"
     )
     threads: Threads = 0

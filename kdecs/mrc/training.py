@@ -1,6 +1,7 @@
 """Training the MRC baseline on one device, with exact resume (kdecs.training.loop)."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,23 @@ from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, autocast, seed_everything, warn_of_emulation
 from kdecs.student.decision import choose_threshold, pair_gains
 from kdecs.student.model import longest_prompt
+from kdecs.tracking.datasets import corpus_datasets
+from kdecs.tracking.record import RunRecord
+from kdecs.tracking.stage import stage_record
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
 from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
 
 
-def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = None) -> Path:
+def train_mrc(
+    config: MrcConfig,
+    runtime: Runtime,
+    *,
+    on_epoch: Callable[[Metrics], None] | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
     """Train the baseline of a config and return its directory; resumes by itself, skips what is complete.
 
+    `on_epoch` gets each epoch's line of metrics.jsonl.
     Raises Stopped after a requested stop was saved, TrainingError if a loss or gradient is not finite,
     ArtifactError if the output holds other work, ConfigError under several ranks, and what loading raises.
     """
@@ -61,7 +72,7 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
         optimization=config.optimization,
         patience_epochs=config.patience_epochs,
     )
-    loop = EpochLoop(task, settings, runtime, stop or StopSignal())
+    loop = EpochLoop(task, settings, runtime, stop or StopSignal(), on_epoch)
     # Only now: the loop has refused a checkpoint of another config, whose config.json must stay as it is.
     write_config(config, config.output)
     warn_of_shared_texts(config.corpus)
@@ -82,6 +93,15 @@ def train_mrc(config: MrcConfig, runtime: Runtime, *, stop: StopSignal | None = 
     remove_checkpoint(config.output)
     print(f"{config.output}: MRC baseline of {task.line(best)}", flush=True)
     return config.output
+
+
+def mrc_record(config: MrcConfig) -> RunRecord:
+    """What MLflow shows of a training, as its files are now."""
+    datasets = corpus_datasets(config.corpus, universe="fold1")
+    digest = config_hash(config)
+    return stage_record(
+        config, "mrc", output=config.output, name=config.name, config_hash=digest, datasets=datasets
+    )
 
 
 class MrcTask:

@@ -7,6 +7,7 @@ from pydantic import Field
 from kdecs.config import Config, InputPath, LostRankSeconds, ModelReference, OutputPath, Unhashed
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CorpusConfig
+from kdecs.tracking.record import TrackingConfig
 
 MAX_TOP_K = 1000
 
@@ -48,6 +49,9 @@ class ExportConfig(Config):
         description="seconds without a sign of life after which another host's shard is taken over",
     )
     lost_rank_s: LostRankSeconds = 120.0
+    tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
+        default=None, description="MLflow; null: none"
+    )
     allow_other_corpus: bool = Field(
         default=False, description="label a corpus the teacher was not trained on"
     )

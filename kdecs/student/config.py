@@ -24,6 +24,7 @@ from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.errors import ArtifactError
+from kdecs.tracking.record import TrackingConfig
 
 Mode = Literal["kd", "joint", "cls", "span_only"]
 SpanHeadName = Literal["position", "pointer"]
@@ -212,6 +213,9 @@ class StudentConfig(Config):
         default="span",
         description="the macro F1 on the validation split that the threshold of causes maximises (task ecpe: always "
         "utterance); both: the mean of the two. The best epoch is chosen by macro F1 of spans in any case",
+    )
+    tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
+        default=None, description="MLflow; null: write only metrics.jsonl. A sweep has its own"
     )
     threads: Threads = 0
     lost_rank_s: LostRankSeconds = 120.0

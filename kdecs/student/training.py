@@ -58,7 +58,9 @@ from kdecs.student.model import (
     student_answer_ids,
 )
 from kdecs.student.priors import begin_at_counts
-from kdecs.tracking.record import METRICS_NAME
+from kdecs.tracking.datasets import TRAIN_UNIVERSE, corpus_datasets, label_dataset
+from kdecs.tracking.record import METRICS_NAME, RunRecord
+from kdecs.tracking.stage import stage_record
 from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
 from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
 from kdecs.trees import check_trees
@@ -163,6 +165,16 @@ def prepare(
     if runtime.world_size > 1:
         task.share_gradients()
     return task, loop
+
+
+def student_record(config: StudentConfig) -> RunRecord:
+    """What MLflow shows of a training that is no trial of a sweep, as its files are now."""
+    datasets = corpus_datasets(config.corpus, universe=TRAIN_UNIVERSE)
+    datasets += [label_dataset(teacher.labels) for teacher in config.distillation.used_teachers]
+    digest = config_hash(config)
+    return stage_record(
+        config, "student", output=config.output, name=config.name, config_hash=digest, datasets=datasets
+    )
 
 
 class StudentTask:

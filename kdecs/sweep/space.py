@@ -195,6 +195,11 @@ class Space:
             if self._is_refused({**values, **words}):
                 return None
             raise
+        if student.tracking is not None:
+            raise ConfigError(
+                f"student.tracking of sweep {config.name}: trials write their metrics to files, and the sweep uploads "
+                "them; set the sweep's own tracking instead"
+            )
         # The config gives every student a temperature; a constraint must see that this one does not use it.
         resolved = student.model_dump(mode="json")
         if student.distillation.mode != "kd":

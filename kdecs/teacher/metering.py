@@ -19,7 +19,7 @@ it. Tests hold both counts equal.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ import torch.distributed as dist
 from torch import nn
 
 from kdecs.artifact import write_text
-from kdecs.config import CONFIG_NAME
 from kdecs.hardware import gpu_of_device
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import PromptSet, Unit
 from kdecs.teacher.tree.prefix_tree import pack
-from kdecs.tracking.mlflow import Tracker, Uploader, is_mlflow_installed
-from kdecs.tracking.record import METRICS_NAME, RunRecord, directory_identity, read_points
+from kdecs.tracking.datasets import corpus_datasets
+from kdecs.tracking.record import METRICS_NAME, RunRecord, read_points
+from kdecs.tracking.stage import stage_record
 
 NUM_DECODER_TOKENS = 2
 """Decoder input of a seq2seq teacher: the start token and `<extra_id_0>`."""
@@ -249,50 +249,32 @@ class MetricsFile:
             file.write(json.dumps(point, allow_nan=False) + "\n")
 
 
-class MetricsUpload:
-    """Uploads a training's `metrics.jsonl` to MLflow from rank 0, if the config asks for tracking."""
+def teacher_record(config: TeacherConfig, work: str) -> RunRecord:
+    """What MLflow shows of a training, as its files are now. `work` is the config's hash.
 
-    def __init__(self, config: TeacherConfig, work: str) -> None:
-        self._uploader: Uploader | None = None
-        self._path = config.output / METRICS_NAME
-        if config.tracking is None:
-            return
-        if not is_mlflow_installed():
-            print(
-                "kdecs: warning: the config sets tracking but MLflow is not installed; the metrics stay in files",
-                flush=True,
-            )
-            return
-        self._uploader = Uploader(Tracker(config.tracking, config.output))
-        self._record = RunRecord(
-            identity={"kdecs.teacher": directory_identity(config.output)},
-            name=config.name,
-            tags={"kdecs.kind": "teacher", "kdecs.config_hash": work},
-            params=_flat(config.model_dump(mode="json", exclude={"output", "tracking", "name"})),
-            artifacts=[config.output / CONFIG_NAME],
-        )
-
-    def sync(self) -> None:
-        """Upload in the background what MLflow lacks, unless an earlier upload is still running."""
-        if self._uploader and self._uploader.is_due:
-            self._uploader.start([replace(self._record, points=self._points())])
-
-    def close(self, status: str, finished: float) -> None:
-        """Upload the rest and end the run."""
-        if self._uploader:
-            self._uploader.finish(
-                [replace(self._record, points=self._points(), status=status, finished=finished)]
-            )
-
-    def _points(self) -> list[dict[str, Any]]:
-        """MLflow counts epochs; a teacher's lines are counted by step, so the step takes the epoch's place."""
-        return [
-            {**point, "epoch": point["step"], "epochs": point["epoch"]} for point in read_points(self._path)
-        ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    MLflow counts epochs; a teacher's lines are counted by step, so the step takes the epoch's place. Validation scores
+    also have the names that students and baselines give them, so that all of them are found and compared by one name.
+    """
+    points = [
+        {
+            **point,
+            **{
+                f"utterance_{key.removeprefix('valid_')}": value
+                for key, value in point.items()
+                if key.startswith("valid_") and key.endswith("_f1")
+            },
+            "epoch": point["step"],
+            "epochs": point["epoch"],
+        }
+        for point in read_points(config.output / METRICS_NAME)
+    ]
+    datasets = corpus_datasets(config.corpus, universe=config.train_pairs)
+    return stage_record(
+        config,
+        "teacher",
+        output=config.output,
+        name=config.name,
+        config_hash=work,
+        datasets=datasets,
+        points=points,
+    )

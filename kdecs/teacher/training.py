@@ -9,6 +9,7 @@ of the mean over all pairs. A step takes as many micro-batches as its own batch 
 """
 
 import contextlib
+import functools
 import gc
 import math
 import time
@@ -41,7 +42,7 @@ from kdecs.teacher.data import (
 )
 from kdecs.teacher.engine import check_device, start_engine
 from kdecs.teacher.families import Family, make_family
-from kdecs.teacher.metering import Meter, MetricsFile, MetricsUpload
+from kdecs.teacher.metering import Meter, MetricsFile, teacher_record
 from kdecs.teacher.network import (
     check_config,
     check_head,
@@ -52,6 +53,7 @@ from kdecs.teacher.network import (
 )
 from kdecs.teacher.product import install_product
 from kdecs.tracking.record import METRICS_NAME
+from kdecs.tracking.stage import StageUpload, stage_upload
 from kdecs.training.loop import learning_rate_at
 
 
@@ -154,7 +156,7 @@ class TeacherTraining:
         self.config, self.data, self.engine, self.work, self.runtime = config, data, engine, work, runtime
         self.state = resume(engine, config, work, runtime, prime=self.prime)
 
-    def run(self, metrics: MetricsFile, upload: MetricsUpload | None, stop: StopSignal) -> None:
+    def run(self, metrics: MetricsFile, upload: StageUpload, stop: StopSignal) -> None:
         """Take all remaining steps, with validations, metrics and checkpoints between them. Collective.
 
         Raises Stopped after a stop signal, once the state is saved.
@@ -205,7 +207,7 @@ class TeacherTraining:
                         )
                         point |= scores
                         state.keep_if_best(scores)
-                    if upload:  # rank 0
+                    if runtime.is_main:
                         metrics.add(point)
                         upload.sync()
                         if validates:
@@ -399,7 +401,9 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
                 tqdm.write(
                     f"teacher {config.name}: resumed at step {training.state.step} of {len(data.steps)}"
                 )
-        with _upload(config, work, runtime) as upload:
+        record = functools.partial(teacher_record, config, work)
+        with stage_upload(config.tracking, config.output, record, is_main=runtime.is_main) as upload:
+            upload.sync()
             training.run(metrics, upload, stop)
             if runtime.is_main:
                 training.finish(family)
@@ -424,23 +428,3 @@ def lock_output(output: Path, runtime: Runtime) -> Iterator[None]:
                 f"{output}: another training is at work in this directory; wait until it ends, or stop it"
             )
         yield
-
-
-@contextlib.contextmanager
-def _upload(config: TeacherConfig, work: str, runtime: Runtime) -> Iterator[MetricsUpload | None]:
-    """Rank 0's upload to MLflow, closed with how the training ended; None on the other ranks."""
-    if not runtime.is_main:
-        yield None
-        return
-    upload = MetricsUpload(config, work)
-    # Any other exception than Stopped leaves this status.
-    status = "FAILED"
-    try:
-        upload.sync()
-        yield upload
-        status = "FINISHED"
-    except Stopped:
-        status = "KILLED"
-        raise
-    finally:
-        upload.close(status, time.time())

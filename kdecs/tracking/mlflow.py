@@ -12,6 +12,7 @@ driver, or a teacher's rank 0) calls `Tracker.sync` with records that it has rea
 Environment: MLFLOW_TRACKING_URI if the config has no `uri`, MLFLOW_ALLOW_FILE_STORE, and what MLflow itself reads.
 """
 
+import contextlib
 import importlib.util
 import logging
 import math
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from kdecs.artifact import file_lock
 from kdecs.errors import ConfigError, DependencyError, KdecsError
 from kdecs.tracking.record import (
     RunRecord,
@@ -56,22 +58,35 @@ class _RefusedError(Exception):
 
 
 def tracking_uri(config: TrackingConfig, output: Path) -> str:
-    """The URI that is in force for an output directory: the config's, the environment's, or a database beside it.
+    """The URI that is in force for an output directory: the config's, the environment's, or its default database.
 
     Raises ConfigError for MLflow's retired file store: no later upload could succeed, so entries call this before any
     work.
     """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.parent / 'mlflow.db'}"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{default_database(output)}"
     # `databricks` and `uc` have no scheme either, but are MLflow's names of servers.
     is_directory = urlsplit(uri).scheme in ("file", "") and not re.match(r"databricks|uc$", uri)
     if is_directory and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
         given = "tracking.uri" if config.uri else "MLFLOW_TRACKING_URI"
         raise ConfigError(
             f"{given} {without_password(uri)}: this is MLflow's file store, which MLflow has retired; expected a "
-            f"database, such as sqlite:///{output.parent / 'mlflow.db'}, or the address of a server "
+            f"database, such as sqlite:///{default_database(output)}, or the address of a server "
             "(`mlflow migrate-filestore` moves old runs; MLFLOW_ALLOW_FILE_STORE=true keeps the file store in use)"
         )
     return uri
+
+
+def default_database(output: Path) -> Path:
+    """The SQLite file that all outputs below one folder `runs` share: `mlflow.db` there, beside an output elsewhere.
+
+    Outputs keep the file that there is: an `mlflow.db` between them and `runs`, where older versions wrote it.
+    """
+    folders = [output.parent]
+    names = [folder.name for folder in output.parents]
+    if "runs" in names:
+        folders = list(output.parents)[: names.index("runs") + 1]
+    found = (folder / "mlflow.db" for folder in folders if (folder / "mlflow.db").is_file())
+    return next(found, folders[-1] / "mlflow.db")
 
 
 class Uploader:
@@ -119,7 +134,6 @@ class Tracker:
         self.uri = tracking_uri(config, output)
         self.client: Any = None
         self._entities: Any = None  # the module mlflow.entities
-        self._artifacts = output.parent / "mlartifacts"
         self._experiment = ""
         self._runs: dict[Identity, MlflowRun] = {}
         self._is_away = False
@@ -306,26 +320,40 @@ class Tracker:
         if self.client is not None:
             return
         mlflow = import_mlflow()
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        _probe_database(self.uri)
-        # With its own registry named, or MLFLOW_REGISTRY_URI would send the versions elsewhere than their runs.
-        client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
-        experiment = client.get_experiment_by_name(self.config.experiment)
-        if experiment is None:
-            # For a database MLflow would put artifacts into the current directory.
-            location = self._artifacts.as_uri() if self.uri.startswith("sqlite:") else None
-            self._experiment = client.create_experiment(self.config.experiment, artifact_location=location)
-        elif experiment.lifecycle_stage == "deleted":
-            raise _UnusableError(
-                f"experiment {self.config.experiment!r} was deleted there; restore it with `mlflow experiments restore "
-                f"--experiment-id {experiment.experiment_id}`, or choose another tracking.experiment"
-            )
-        else:
-            self._experiment = experiment.experiment_id
+        with contextlib.ExitStack() as stack:
+            if self.uri.startswith("sqlite:///"):
+                database = Path(self.uri.removeprefix("sqlite:///"))
+                # Stages that start together would make the schema at the same time, and all but one would fail.
+                stack.enter_context(file_lock(database.with_name(f".{database.name}.lock")))
+            _probe_database(self.uri)
+            # With its own registry named, or MLFLOW_REGISTRY_URI would send the versions elsewhere than their runs.
+            client = mlflow.MlflowClient(self.uri, registry_uri=self.uri)
+            experiment = client.get_experiment_by_name(self.config.experiment)
+            if experiment is None:
+                self._experiment = self._create_experiment(client)
+            elif experiment.lifecycle_stage == "deleted":
+                raise _UnusableError(
+                    f"experiment {self.config.experiment!r} was deleted there; restore it with `mlflow experiments "
+                    f"restore --experiment-id {experiment.experiment_id}`, or choose another tracking.experiment"
+                )
+            else:
+                self._experiment = experiment.experiment_id
         self._entities = mlflow.entities
         # Last, since a client stands for a connection that is ready: a failure above is tried again as a whole.
         self.client = client
+
+    def _create_experiment(self, client: Any) -> str:
+        # For a database MLflow would put artifacts into the current directory.
+        database = Path(self.uri.removeprefix("sqlite:///"))
+        is_sqlite = self.uri.startswith("sqlite:///")
+        location = (database.absolute().parent / "mlartifacts").as_uri() if is_sqlite else None
+        try:
+            return str(client.create_experiment(self.config.experiment, artifact_location=location))
+        except Exception:
+            # Of two stages that start together on one server, the second finds the experiment of the first.
+            if (made := client.get_experiment_by_name(self.config.experiment)) is None:
+                raise
+            return str(made.experiment_id)
 
 
 def _key(identity: Mapping[str, str]) -> Identity:

@@ -37,10 +37,11 @@ _SECRET_OPTION = re.compile(
 
 
 class TrackingConfig(Config):
-    """Where runs are tracked: an MLflow URI (by default SQLite beside the sweep) and an experiment."""
+    """Where runs are tracked: an MLflow URI (by default one SQLite file for all stages) and an experiment."""
 
     uri: str | None = Field(
-        default=None, description="null: MLFLOW_TRACKING_URI, else sqlite:///<output>/../mlflow.db"
+        default=None,
+        description="null: MLFLOW_TRACKING_URI, else mlflow.db in the folder runs above the output",
     )
     experiment: str = "kdecs"
     registered_model: str = "kdecs-student"
@@ -123,6 +124,11 @@ def directory_identity(directory: Path) -> str:
     if not path.is_file():
         write_text(path, uuid.uuid4().hex + "\n")
     return path.read_text(encoding="utf-8").strip()
+
+
+def has_identity(directory: Path) -> bool:
+    """Whether a directory has been given an id, by a stage that was tracked."""
+    return (directory / _IDENTITY_NAME).is_file()
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:

@@ -323,6 +323,15 @@ def test_what_a_constraint_keeps_out_need_not_be_valid(make_config):
         Space(make_config(teachers={}, space=space)).trials()
 
 
+def test_trials_do_not_track_themselves(make_config):
+    config = make_config()
+    student = {**config.student, "tracking": {"experiment": "mine"}}
+    with pytest.raises(
+        ConfigError, match=r"student.tracking of sweep small: .* set the sweep's own tracking"
+    ):
+        Space(make_config(student=student)).trials()
+
+
 def test_labels_tell_variants_and_modes_apart(make_config):
     config = make_config(
         variants={"short": {"optimization.epochs": 2}, "long": {"optimization.epochs": 4}},

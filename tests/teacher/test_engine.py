@@ -25,6 +25,7 @@ from kdecs.teacher.families import Family, language_model
 from kdecs.teacher.metering import Meter, MetricsFile, network_flops, peak_flops
 from kdecs.teacher.network import check_config, meta_network
 from kdecs.teacher.training import train_teacher
+from kdecs.tracking.datasets import corpus_datasets
 
 
 def train(config: TeacherConfig, runtime: Runtime, steps: int | None = None) -> None:
@@ -383,6 +384,15 @@ def test_mlflow_has_one_run_with_every_point_once_also_after_a_resume(
         history = client.get_metric_history(runs[0].info.run_id, key)
         logged = sorted((metric.step, metric.value) for metric in history)
         assert logged == [(line["step"], line[key]) for line in expected if key in line]
+    # A student that is validated on this file has the same dataset and the same name of this score.
+    valid = corpus_datasets(config.corpus, universe="fold1+neutral")[1]
+    on_valid = [{"dataset_name": valid.name, "dataset_digest": valid.digest}]
+    experiment = [runs[0].info.experiment_id]
+    [model] = client.search_logged_models(experiment, "metrics.utterance_macro_f1 >= 0", datasets=on_valid)
+    details = json.loads((config.output / "manifest.json").read_text())["details"]
+    scores = {(metric.key, metric.step): metric.value for metric in model.metrics}
+    assert scores["utterance_macro_f1", details["best_step"]] == details["valid"]["valid_macro_f1"]
+    assert model.tags["kdecs.directory"] == str(config.output)
 
 
 def test_mlflow_away_costs_a_warning(
