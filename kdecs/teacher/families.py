@@ -133,9 +133,16 @@ class Family(ABC):
         output = language_model(network).get_output_embeddings()
         if not _has_plain_rows(output):
             return self.head(network, hidden_PH)[:, self.answer_ids].float()
-        # A vocabulary has 30,000 to 130,000 rows, the answers five.
-        bias_A = None if output.bias is None else output.bias[self.answer_ids]
-        return self._rows_of_head(network, output, output.weight[self.answer_ids], bias_A, hidden_PH)
+        # A vocabulary has 30,000 to 130,000 rows, the answers five. In float32 whatever the dtype: a bfloat16 product
+        # would round logits of 20 to steps of 0.1.
+        bias_A = None if output.bias is None else output.bias[self.answer_ids].float()
+        states_PH = self._before_output(network, output, hidden_PH).float()
+        return nn.functional.linear(states_PH, output.weight[self.answer_ids].float(), bias_A)
+
+    def _before_output(self, network: nn.Module, output: nn.Linear, hidden_PH: Tensor) -> Tensor:
+        """What the output embedding multiplies, from the network's hidden states (P, H)."""
+        del network, output
+        return hidden_PH
 
     def model_logits(self, network: nn.Module, prompt: EncodedPrompt, device: torch.device) -> Tensor:
         """Run a prompt through the whole model: its own logits, and those of its output embedding, (2, V).
@@ -160,17 +167,6 @@ class Family(ABC):
         """Further inputs of the model, besides the prompt."""
         del model, device
         return {}
-
-    @abstractmethod
-    def _rows_of_head(
-        self,
-        network: nn.Module,
-        output: nn.Linear,
-        weight_AH: Tensor,
-        bias_A: Tensor | None,
-        hidden_PH: Tensor,
-    ) -> Tensor:
-        """`answer_logits` from rows of the output embedding."""
 
     def load_network(
         self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
@@ -249,24 +245,11 @@ def _has_plain_rows(output: nn.Module) -> bool:
 
 
 class _LinearHead(Family):
-    """A family whose head is a linear layer: its answer rows are multiplied in float32, whatever the dtype."""
+    """A family whose head is a linear layer."""
 
     def head(self, network: nn.Module, hidden_PH: Tensor) -> Tensor:
         """The language model's head."""
         return language_model(network).lm_head(hidden_PH)
-
-    def _rows_of_head(
-        self,
-        network: nn.Module,
-        output: nn.Linear,
-        weight_AH: Tensor,
-        bias_A: Tensor | None,
-        hidden_PH: Tensor,
-    ) -> Tensor:
-        """Multiply in float32: a bfloat16 product would round logits of 20 to steps of 0.1."""
-        del network, output
-        bias_A = None if bias_A is None else bias_A.float()
-        return nn.functional.linear(hidden_PH.float(), weight_AH.float(), bias_A)
 
 
 class CausalFamily(_LinearHead):
@@ -450,21 +433,19 @@ class MaskedFamily(Family):
         """The masked language model's head (transform, norm and output embedding)."""
         return _masked_head(network)(hidden_PH)
 
-    def _rows_of_head(
-        self,
-        network: nn.Module,
-        output: nn.Linear,
-        weight_AH: Tensor,
-        bias_A: Tensor | None,
-        hidden_PH: Tensor,
-    ) -> Tensor:
-        """The head with its output embedding replaced by the answer words' rows."""
+    def _before_output(self, network: nn.Module, output: nn.Linear, hidden_PH: Tensor) -> Tensor:
+        """The head's transform and norm."""
         head = _masked_head(network)
         place = next(name for name, module in head.named_modules() if module is output)
-        # The transform and the norm before the output embedding have to run, so the whole head is called with fewer
-        # rows.
-        rows = {f"{place}.weight": weight_AH} | ({} if bias_A is None else {f"{place}.bias": bias_A})
-        return torch.func.functional_call(head, rows, (hidden_PH,)).float()
+        found: list[Tensor] = []
+        # Heads differ in what they do before their output embedding, so the whole head is called, with one row of it.
+        row = {f"{place}.{name}": parameter[:1] for name, parameter in output.named_parameters()}
+        hook = output.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+        try:
+            torch.func.functional_call(head, row, (hidden_PH,))
+        finally:
+            hook.remove()
+        return found[0]
 
 
 FAMILIES: dict[str, type[Family]] = {f.name: f for f in (CausalFamily, Seq2SeqFamily, MaskedFamily)}

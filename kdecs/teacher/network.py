@@ -62,7 +62,7 @@ class TeacherNetwork(nn.Module):
         hidden_PH = self._hidden(prompts)
         # The whole head runs first: `TeacherScorer` reads the top logits from this run.
         logits_PV = self.family.head(self.network, hidden_PH).float()
-        # Once more from the answer rows, since the whole head multiplies in the teacher's dtype (`_LinearHead`).
+        # Once more from the answer rows: the whole head multiplies in the teacher's dtype, `answer_logits` in float32.
         answers_PA = self.family.answer_logits(self.network, hidden_PH)
         # Not 1 - p(answers): that loses every digit if the answers take almost all of the mass.
         rest_PV = logits_PV.clone()

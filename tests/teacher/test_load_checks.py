@@ -203,6 +203,25 @@ def test_heads_of_the_families_pass(
     check_head(teacher, teacher, family.encode(some_pairs[0]), str(bases(name)))
 
 
+@pytest.mark.parametrize("name", ["causal", "seq2seq", "masked"])
+def test_answer_rows_are_multiplied_in_float32_whatever_the_dtype(
+    name: str, families: Callable[..., Family], bases: Callable[[str], Path]
+) -> None:
+    family = families(name)
+    network = family.load_network(str(bases(name)), dtype=torch.bfloat16).eval()
+    output = network.get_output_embeddings()
+    given: list[torch.Tensor] = []
+    output.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        hidden_PH = torch.randn(4, network.config.hidden_size, dtype=torch.bfloat16)
+        found = family.answer_logits(network, hidden_PH)
+        whole = family.head(network, hidden_PH)[:, family.answer_ids]
+        bias = 0 if output.bias is None else output.bias.double()[family.answer_ids]
+        exact = given[-1].double() @ output.weight.double()[family.answer_ids].T + bias
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-6 * exact.abs().max()
+    assert (whole - exact).abs().max() > 1e-4 * exact.abs().max(), "the test has something to see"
+
+
 def test_the_head_of_a_masked_teacher_in_trees_passes(
     families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
 ) -> None:
