@@ -204,7 +204,7 @@ class RankWatch:
         self.runtime, self.timeout_s = runtime, timeout_s
         self.period_s = min(5.0, timeout_s / 5)
         self.host = self._hub_host = socket.gethostname()
-        self._is_hub_lost = False
+        self._is_hub_lost, self._is_resumable = False, True
         now = time.monotonic()
         self.peers: dict[int, _Peer] = {}  # those that are still expected to give signs of life
         self.reason: str | None = None  # why this process has to end
@@ -292,18 +292,19 @@ class RankWatch:
         self._selector.register(link, selectors.EVENT_READ, _Peer(-1, "", time.monotonic(), link))
 
     def _read(self, peer: "_Peer") -> None:
+        how = "ended without a word (it was killed, or the memory did not suffice)"
         try:
             lines = peer.receive()
-        except OSError:
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
             lines = None
+        except OSError as error:
+            lines, how = None, f"cannot be reached ({error.strerror})"
         if lines is None:
             self._forget(peer)
             if peer.rank in self.peers:
-                self._lose(
-                    peer,
-                    "ended without a word (it was killed, or the memory did not suffice); run the same command again "
-                    "to resume",
-                )
+                self._lose(peer, f"{how}; run the same command again to resume")
             return
         for line in lines:
             word, _, rest = line.partition(" ")
@@ -319,10 +320,12 @@ class RankWatch:
                 self._forget(peer)
                 self.peers.pop(peer.rank, None)
             if word == "failed":
+                self._is_resumable = False  # the same command may fail again
                 self._lose(
                     peer, "ended with an error, which it has printed; run the same command again to resume"
                 )
-            elif word == "lost":
+            elif word in ("lost", "erred"):
+                self._is_resumable &= word == "lost"
                 self._tell(rest)
 
     def _forget(self, peer: "_Peer") -> None:
@@ -334,15 +337,21 @@ class RankWatch:
         if peer.link is None:
             self.peers.pop(peer.rank, None)
         else:
-            peer.heard = float("inf")  # it is lost once, and may yet read why this rank ends
-        self._is_hub_lost |= peer.rank == 0
+            peer.heard = float(
+                "inf"
+            )  # it is lost once; if it was suspended, it may yet read why the job ends
+        self._is_hub_lost |= (
+            peer.rank == 0 and self.reason is None
+        )  # a rank 0 that gave a reason has printed it
         place = f" on {peer.host}" if peer.host else ""
         reason = f"rank {peer.rank}{place} {how}"
         if self.runtime.is_main:
-            for other in self.peers.values():
-                if other is not peer:
-                    other.send(f"lost {reason}")
+            self._send_reason(reason)
         self._tell(reason, grace_s=grace_s)
+
+    def _send_reason(self, reason: str) -> None:
+        for peer in list(self.peers.values()):
+            peer.send(f"{'lost' if self._is_resumable else 'erred'} {reason}")
 
     def _tell(self, reason: str, *, grace_s: float = _GRACE_S) -> None:
         if self.reason is None:
@@ -352,13 +361,13 @@ class RankWatch:
 
     def _end(self, line: str) -> NoReturn:
         with self._once:  # the process ends inside the block, so the second of two threads waits here
-            for peer in list(self.peers.values()):
-                peer.send("failed")
+            self._send_reason(line)
             if self._speaks():
                 said = threading.Thread(target=_print_error, args=[line], daemon=True)
                 said.start()
                 said.join(self._SAY_S)
-            note_resumable(line)
+            if self._is_resumable:
+                note_resumable(line)
             os._exit(EXIT_REFUSED)
 
     def _speaks(self) -> bool:

@@ -87,6 +87,7 @@ for place, port, options in json.loads(sys.argv[1]):
             os.dup2(os.open(f"{place}/{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ["KDECS_RESUMABLE_FILE"] = f"{place}/{rank}.resumable"
             run_entry(lambda: work(Path(place), options))
         Path(place, f"{rank}.pid").write_text(str(child))
 codes = {}
@@ -110,7 +111,7 @@ LOSSES = {
         [1],
         [(1, KILLED.format("rank 1")), (-9, "")],
     ),
-    "a silent rank": ({}, signal.SIGSTOP, [1], [(1, SILENT), (1, FAILED.format("rank 0"))]),
+    "a silent rank": ({}, signal.SIGSTOP, [1], [(1, SILENT), (1, "")]),
     "a rank that fails alone": (
         {"fails": 1},
         None,
@@ -129,8 +130,11 @@ LOSSES = {
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, str]]]:
-    """How each rank of LOSSES ended, and what it printed. All jobs run side by side."""
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, str, bool]]]:
+    """How each rank of LOSSES ended, what it printed, and whether its job may be queued again.
+
+    All jobs run side by side.
+    """
     root = tmp_path_factory.mktemp("losses")
     places = {name: root / str(number) for number, name in enumerate(LOSSES)}
     for place in places.values():
@@ -162,7 +166,11 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int
                 parent.kill()
     return {
         name: [
-            (codes[(place / f"{rank}.pid").read_text()], (place / f"{rank}.err").read_text())
+            (
+                codes[(place / f"{rank}.pid").read_text()],
+                (place / f"{rank}.err").read_text(),
+                (place / f"{rank}.resumable").exists(),
+            )
             for rank in (0, 1)
         ]
         for name, place in places.items()
@@ -171,7 +179,11 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_lost_rank_ends_the_others_with_one_line(losses, name):
-    for (code, said), (expected, line) in zip(losses[name], LOSSES[name][-1], strict=True):
+    for (code, said, is_resumable), (expected, line) in zip(losses[name], LOSSES[name][-1], strict=True):
         assert code == expected, said
         assert said.count("\n") == bool(line), said
         assert line in said
+        # A job whose rank refuses its input would be queued again and again.
+        assert is_resumable == (
+            code == 1 and name not in ("a rank that fails alone", "a rank that never came")
+        )

@@ -18,11 +18,11 @@ from kdecs.artifact import read_manifest
 from kdecs.corpus.reading import bundled_sample
 
 LAUNCHER = "cluster/deepspeed_two_nodes.sh"
-LOST_RANK_S = 5
+LOST_RANK_S = 10
 NUM_STEPS = 88
 CHECKPOINT_EVERY = 10
 # ssh notices a lost host by this, or by what the script gives it after these: ssh takes the first value of an option.
-QUICK_SSH = "-o ServerAliveInterval=1 -o ServerAliveCountMax=5"
+QUICK_SSH = "-o ServerAliveInterval=3 -o ServerAliveCountMax=5"
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_the_other_host_resumes_alone(ho
         # In a shorter time than this they could not have told a lost host from a slow one.
         wait_until(lambda: not ranks_on(hosts, 1) and not ranks_on(hosts, 2), "ranks end", 4 * LOST_RANK_S)
         noticed = time.monotonic() - began
-        assert job.wait(30) != 0
+        assert job.wait(60) != 0
         ended = time.monotonic() - began
     finally:
         hosts.plug(2)
