@@ -84,7 +84,7 @@ test: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"
 
 test-slow: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster" --ignore tests/cluster
 
 # CLUSTER=quick: only the short scenarios, which CI runs. The tests skip with one line where nothing may be installed.
 test-cluster: $(SETUP)

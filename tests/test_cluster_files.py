@@ -43,6 +43,7 @@ RECORD = """#!/usr/bin/env bash
 printf '%s\\n' "$(basename "$0") $*" >>"$RECORD"
 [[ $(basename "$0") == sbatch ]] && echo 101
 [[ $(basename "$0") == scontrol && $1 == show ]] && echo node-7 && echo node-8
+[[ $(basename "$0") == ray ]] && exit "${RAY_STATUS:-0}"
 [[ $(basename "$0") == squeue ]] && echo "${JOB_STATE:-RUNNING}"
 if [[ $(basename "$0") == srun ]]; then
     for file in ${RANKS_SAY:-}; do echo "${SAYS:-stopped}" >"$KDECS_JOB_DIR/$file"; done
@@ -67,7 +68,7 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
     """An environment of a Slurm job whose commands only note how they were called."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name in ("srun", "sbatch", "scontrol", "squeue", "deepspeed"):
+    for name in ("srun", "sbatch", "scontrol", "squeue", "ray", "deepspeed"):
         (commands / name).write_text(RECORD)
         (commands / name).chmod(0o755)
     root = tmp_path / "repository"
@@ -153,8 +154,7 @@ def test_configs_of_the_commands_parse(path: str, script: str, config: str) -> N
     ],
 )
 def test_what_the_jobs_run(script: str, expected: str, stand_ins: dict[str, str]) -> None:
-    begun = {"RANKS_SAY": "pid-0"}
-    result = run(CLUSTER / "slurm" / f"{script}.sbatch", environment=stand_ins | begun)
+    result = run(CLUSTER / "slurm" / f"{script}.sbatch", environment=stand_ins)
     assert (result.returncode, result.stderr) == (0, "")
     [command] = [line for line in recorded(stand_ins) if line.startswith("srun ")]
     assert command.endswith(f"python {expected}")
@@ -162,7 +162,7 @@ def test_what_the_jobs_run(script: str, expected: str, stand_ins: dict[str, str]
     if script != "sweep":
         load_config(CONFIGS[name], ROOT / config)
     else:
-        assert "ray symmetric-run --address node-7:24711 --min-nodes 2 --num-cpus 32 --num-gpus 4" in command
+        assert "srun --kill-on-bad-exit=1 cluster/slurm/ray_node.sh node-7:24711 python" in command
         assert list((Path(stand_ins["SLURM_SUBMIT_DIR"]) / "runs").iterdir()) == []  # the token is gone
 
 
@@ -220,12 +220,36 @@ def test_a_job_that_gets_no_further_between_its_stops_is_given_up(stand_ins: dic
     assert list((Path(stand_ins["SLURM_SUBMIT_DIR"]) / "runs").iterdir()) == []
 
 
-def test_a_sweep_whose_ray_does_not_start_has_failed(stand_ins: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("task", "ray_starts", "code", "notes"),
+    [(0, True, 0, []), (0, False, 1, ["failed-0"]), (1, True, 0, [])],
+)
+def test_ray_starts_on_a_node_and_the_driver_on_the_first(
+    task: int, ray_starts: bool, code: int, notes: list[str], tmp_path: Path, stand_ins: dict[str, str]
+) -> None:
+    job = tmp_path / "job"
+    job.mkdir()
+    if task:
+        (job / "over").touch()
+    environment = stand_ins | {"KDECS_JOB_DIR": str(job), "SLURM_PROCID": str(task)}
+    environment |= {} if ray_starts else {"RAY_STATUS": "1"}
     result = run(
-        CLUSTER / "slurm" / "sweep.sbatch", environment=stand_ins
-    )  # as `ray symmetric-run` then exits
-    assert result.returncode == 1
-    assert "Ray did not start on all nodes" in result.stderr
+        CLUSTER / "slurm" / "ray_node.sh", "localhost:24711", *("ray", "driver"), environment=environment
+    )
+    assert result.returncode == code
+    started, *others = recorded(stand_ins)
+    shared = "--num-cpus 32 --num-gpus 4 --disable-usage-stats"
+    if task:
+        assert (started, others) == (f"ray start --address localhost:24711 {shared}", ["ray stop"])
+    else:
+        # Loopback is no address for the other nodes.
+        assert re.fullmatch(
+            rf"ray start --head --node-ip-address (?!127)\S+ --port 24711 --include-dashboard=false {shared}",
+            started,
+        )
+        assert others == (["ray driver", "ray stop"] if ray_starts else [])
+    assert sorted(path.name for path in job.glob("failed-*")) == notes
+    assert ("Ray does not start on" in result.stderr) != ray_starts
 
 
 def test_arguments_are_passed_on(stand_ins: dict[str, str]) -> None:

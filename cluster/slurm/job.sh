@@ -24,7 +24,7 @@ job_port() { echo $((20000 + SLURM_JOB_ID % 20000)); }
 run_and_requeue() {
     local status=0 said num_stops
     mkdir -p "$KDECS_JOB_DIR"
-    rm -f "$KDECS_JOB_DIR"/{resumable,failed,pid}-*
+    rm -f "$KDECS_JOB_DIR"/{resumable,failed,pid,ray}-* "$KDECS_JOB_DIR/over"
     "$@" || status=$?
     if ((status == 0)); then
         rm -rf "$KDECS_JOB_DIR"

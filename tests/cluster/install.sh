@@ -10,7 +10,8 @@ if [[ ! -e $policy ]]; then
   printf '#!/bin/sh\nexit 101\n' >"$policy"
   chmod +x "$policy"
 fi
-apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+reach=(-o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 -o Acquire::Retries=1) # CI may have no network
+apt-get "${reach[@]}" update -qq
+DEBIAN_FRONTEND=noninteractive apt-get "${reach[@]}" install -y -qq --no-install-recommends \
   slurm-wlm munge openssh-server openssh-client pdsh rsync iproute2 procps >/dev/null
 type -P slurmctld slurmd munged sshd pdsh
