@@ -36,6 +36,7 @@ app.add_typer(student_commands.app, name="student")
 app.command("predict")(student_commands.predict)
 app.command("serve")(serve_commands.serve)
 app.command("predict-mrc")(mrc_commands.predict_mrc)
+app.add_typer(sweep_commands.app, name="sweep")
 app.command("report")(sweep_commands.report)
 app.command("plan", epilog=teacher_commands.EPILOG)(teacher_commands.plan)
 

@@ -141,12 +141,17 @@ def load_config(model: type[AnyConfig], path: Path | None, overrides: Iterable[s
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override}: expected KEY=VALUE, such as optimization.epochs=2")
-        try:
-            set_dotted(values, key, _value_of(text, _types_at(model, key)), model)
-        except Unreadable as error:
-            raise ConfigError(f"--set {override}: {error}") from None
+        set_dotted(values, key, value_of_text(model, key, text, source=f"--set {override}"), model)
     source = f"{path} with --set" if path and overrides else str(path or "--set")
     return parse_config(model, values, source=source)
+
+
+def value_of_text(model: type[Config], key: str, text: str, *, source: str) -> Any:
+    """The value that a text gives a dotted key on a command line. Raises ConfigError, which begins with `source`."""
+    try:
+        return _value_of(text, _types_at(model, key))
+    except Unreadable as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def find_config(stage: str, reference: str | Path) -> Path:

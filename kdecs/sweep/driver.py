@@ -5,6 +5,7 @@
     SWEEP/trials/ID/       one student directory per trial (kdecs.sweep.trial)
     SWEEP/trials.json      every trial with settings, status, metrics of its best epoch, seconds, error
     SWEEP/search.json      of a search in two stages: its survivors (kdecs.sweep.search)
+    SWEEP/control.json     what people ask of it while it runs (kdecs.sweep.control)
     SWEEP/baselines.json   the trivial rules' scores on validation
     SWEEP/ray.log          what Ray printed
     SWEEP/manifest.json    last, once every trial is complete
@@ -33,6 +34,7 @@ from kdecs.output import refuse_overlaps
 from kdecs.process import StopSignal, last_error, run_child
 from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import BASELINES_NAME, SweepConfig
+from kdecs.sweep.control import CONTROL_NAME, control_lock
 from kdecs.sweep.progress import SweepProgress
 from kdecs.sweep.search import SEARCH_NAME, Search, Stage
 from kdecs.sweep.space import Trial, missing_teachers, trials_directory, with_absolute_paths
@@ -41,7 +43,6 @@ from kdecs.sweep.status import (
     TrialResult,
     is_trained,
     selection_metric,
-    trial_result,
     write_results,
 )
 from kdecs.sweep.teachers import build_teachers, refuse_missing
@@ -49,6 +50,7 @@ from kdecs.sweep.tracking import SweepUpload
 from kdecs.sweep.trial import (
     OUT_OF_MEMORY,
     RAY_LOCK_NAME,
+    STAGE_NAME,
     StageRun,
     Trainer,
     TrialRun,
@@ -61,7 +63,7 @@ from kdecs.tracking.mlflow import tracking_uri
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 RAY_LOG_NAME = "ray.log"
-_STAGE_NAME = ".stage.json"
+_NUM_SHOWN = 5  # of trials that join the queue
 _POLL_S = 1.0  # between two looks at the trials' files
 _RAY_COMMAND = (sys.executable, "-m", "kdecs.sweep.ray")
 _RAY_ENVIRONMENT = {
@@ -128,14 +130,16 @@ def run_sweep(
             sweep.make_up(digest)
             return config.output
         (config.output / MANIFEST_NAME).unlink(missing_ok=True)  # files of a trial were removed since
-        try:
-            sweep.run(trainer, runner or run_with_ray)
-        except BaseException:
-            # What ended the sweep is raised; a failure to record it must not take its place.
-            with contextlib.suppress(KdecsError):
-                sweep.record_end("KILLED" if stop.requested else "FAILED")
-            raise
-        sweep.complete(digest)
+        is_over = False
+        while not is_over:
+            try:
+                sweep.run(trainer, runner or run_with_ray)
+            except BaseException:
+                # What ended the sweep is raised; a failure to record it must not take its place.
+                with contextlib.suppress(KdecsError):
+                    sweep.record_end("KILLED" if stop.requested else "FAILED")
+                raise
+            is_over = sweep.complete()
     return config.output
 
 
@@ -166,12 +170,46 @@ class _Sweep:
         self.upload = SweepUpload(config, search)
         self.began = time.monotonic()
         self._settled: dict[tuple[str, str], TrialResult] = {}
+        self._begun = ""  # the stage whose missing trials have been handed out
+        self._late: set[str] = set()  # trials that were resumed or added since, and not handed out yet
+        self._is_control_read = True
 
     def missing(self, stage: Stage) -> list[Trial]:
-        """The stage's trials that are neither complete nor pruned by their own search."""
+        """The stage's trials that are to be trained: neither complete, nor pruned by their own search, nor kept out."""
         # Survivors are trained to their end with every seed, also those that the search itself had pruned.
-        ended = {"complete", "pruned"} if stage.name == "search" else {"complete"}
-        return [trial for trial in stage.trials if trial_result(trial, is_live=False).status not in ended]
+        ended = {"complete", "held", "dropped"} | ({"pruned"} if stage.name == "search" else set())
+        return [
+            trial
+            for trial in stage.trials
+            if self.search.result(trial, stage.name, is_live=False).status not in ended
+        ]
+
+    def follow_control(self) -> bool:
+        """Read what people ask of the sweep. Returns whether that has changed."""
+        before, known = set(self.search.control.trials), set(self.search.trials())
+        try:
+            is_changed = self.search.refresh()
+        except KdecsError as error:
+            # The trials that train have no part in it; what was asked before still holds.
+            if self._is_control_read:
+                print(f"sweep {self.config.name}: {error}", flush=True)
+            self._is_control_read = False
+            return False
+        self._is_control_read = True
+        if is_changed:
+            self._settled.clear()
+            added = self.search.trials().keys() - known
+            self._late |= added | (before - self.search.control.trials.keys())
+        return is_changed
+
+    def due(self, stage: Stage) -> list[Trial]:
+        """The trials to hand out now: all that miss in a stage, then those that were resumed or added since."""
+        missing = self.missing(stage)
+        if self._begun != stage.name:
+            return missing
+        late = [trial for trial in missing if trial.id in self._late]
+        # What has failed is tried again by the next start.
+        return [t for t in late if self.search.result(t, stage.name, is_live=False).status != "failed"]
 
     def results(self, *, is_live: bool) -> list[TrialResult]:
         """Where every known trial stands. `is_live`: the Ray process may still run."""
@@ -183,7 +221,7 @@ class _Sweep:
                 if not is_live and is_trained(trial):
                     settle(trial.directory)
                 is_stopped = self.stop.requested and not is_live
-                result = trial_result(trial, is_live=is_live, is_stopped=is_stopped, stage=stage)
+                result = self.search.result(trial, stage, is_live=is_live, is_stopped=is_stopped)
                 if result.is_settled:  # it is read no more: there may be thousands
                     self._settled[key] = result
             found.append(result)
@@ -199,14 +237,20 @@ class _Sweep:
         self.upload.begin(self.results(is_live=False))
         # A grid has one stage. A search has two, and the second is known once the first is over.
         while True:
+            self.follow_control()
             stage = self.search.stage()
-            missing = self.missing(stage)
-            if missing or len(stage.trials) < stage.num_suggestions:
-                self._train(stage, missing, trainer, runner)
+            is_first = self._begun != stage.name
+            due = self.due(stage)
+            is_asking = is_first and len(stage.trials) < stage.num_suggestions
+            if (due or is_asking) and (is_first or not self.stop.requested):
+                self._begun = stage.name
+                self._late -= {trial.id for trial in due}
+                self._train(stage, due, trainer, runner)
+                continue  # a trial may have been resumed or added at the last moment
             if stage.name != "search":
                 return
             results = self.results(is_live=False)
-            if self.stop.requested or any(r.status in ("waiting", "stopped") for r in results):
+            if self.stop.requested or any(r.status in ("waiting", "stopped", "held") for r in results):
                 return  # survivors of a part of the search would not be those of the whole
             self.search.choose_survivors(results)
             print(
@@ -218,15 +262,13 @@ class _Sweep:
     def _train(self, stage: Stage, missing: list[Trial], trainer: Trainer, runner: Runner) -> None:
         """Have the missing trials of a stage trained, and show and upload how far they are."""
         config = self.config
-        for trial in missing:
-            # A worker on any node reads this: nothing of a trial's settings crosses Ray.
-            trial.directory.mkdir(parents=True, exist_ok=True)
-            write_config(trial.config, trial.directory)
+        self._hand_out(missing)
         before = self.results(is_live=False)
         number, done = self.search.num_trials(), sum(r.status in ("complete", "pruned") for r in before)
+        kept_out = sum(r.status in ("held", "dropped") for r in before)
         at_a_time = config.max_concurrent_trials
         print(
-            f"sweep {config.name}: {number} trials, {done} complete, {number - done} to train, "
+            f"sweep {config.name}: {number} trials, {done} complete, {number - done - kept_out} to train, "
             f"{at_a_time or 'as many'} at a time{'' if at_a_time else ' as the resources hold'}; "
             f"MLflow at {self.upload.shown_uri}",
             flush=True,
@@ -237,7 +279,11 @@ class _Sweep:
         run = StageRun(
             sweep=config.output,
             trials=tuple(trial.id for trial in missing),
-            settled=tuple(trial.id for trial in stage.trials if trial.id not in waiting),
+            settled=tuple(
+                trial.id
+                for trial in stage.trials
+                if trial.id not in waiting and not self.search.control.wanted(trial.id)
+            ),
             metric=selection_metric((stage.trials[0] if stage.trials else self.search.example).config),
             driver=os.getpid(),
             run=TrialRun(
@@ -252,6 +298,10 @@ class _Sweep:
         with SweepProgress(config, number, before) as progress:
 
             def follow() -> None:
+                nonlocal run
+                if self.follow_control():
+                    run = self._extended(run)
+                    progress.num_trials = self.search.num_trials()
                 results = self.results(is_live=True)
                 progress.update(results)
                 self.upload.update(results)
@@ -261,6 +311,25 @@ class _Sweep:
             finally:  # the Ray process has ended, so nobody reads the file any more
                 stop_file.unlink(missing_ok=True)
             progress.update(self.results(is_live=False))
+
+    def _hand_out(self, trials: list[Trial]) -> None:
+        """Write the trials' configs. A worker on any node reads them: nothing of a trial's settings crosses Ray."""
+        for trial in trials:
+            trial.directory.mkdir(parents=True, exist_ok=True)
+            write_config(trial.config, trial.directory)
+
+    def _extended(self, run: StageRun) -> StageRun:
+        """Hand the Ray process the trials that were resumed or added; it leaves alone what it has already."""
+        due = [trial for trial in self.due(self.search.stage()) if trial.id not in run.trials]
+        if not due:
+            return run
+        labels = ", ".join(trial.label for trial in due[:_NUM_SHOWN])
+        more = f" and {len(due) - _NUM_SHOWN} more" if len(due) > _NUM_SHOWN else ""
+        print(f"sweep {self.config.name}: joining the queue: {labels}{more}", flush=True)
+        self._hand_out(due)
+        run = run.model_copy(update={"trials": (*run.trials, *(trial.id for trial in due))})
+        run.write(run.sweep / STAGE_NAME)
+        return run
 
     def record_end(self, outcome: str) -> list[TrialResult]:
         """Write trials.json and upload how this start ended."""
@@ -276,45 +345,81 @@ class _Sweep:
         else:
             self.upload.upload_leftovers(self.results(is_live=False))
 
-    def complete(self, digest: str) -> None:
-        """Write trials.json, then the manifest. Raises Stopped or TrainingError if the sweep is not finished."""
-        config, output = self.config, self.config.output
-        results, number = self.results(is_live=False), self.search.num_trials()
+    def complete(self) -> bool:
+        """Write trials.json, then the manifest. Returns False, having done nothing, if trials have joined the queue.
+
+        Raises Stopped if a stop was requested, TrainingError if the sweep is not finished for another reason.
+        """
+        output = self.config.output
+        # From here to the manifest nobody can ask anything: a complete sweep is what it says it is.
+        with control_lock(output):
+            self.follow_control()
+            if self.due(self.search.stage()) and not self.stop.requested:
+                return False
+            results = self.results(is_live=False)
+            self._refuse_unfinished(results)
+            for leftover in output.glob(".stop-*"):  # of drivers that were killed
+                leftover.unlink()
+            self._write_manifest(results, self.search.digest())
+        best = max((r for r in results if r.is_compared), key=lambda result: result.score)
+        num_dropped = sum(r.status == "dropped" for r in results)
+        dropped = f" ({num_dropped} more were dropped)" if num_dropped else ""
+        print(
+            f"sweep {self.config.name}: {len(results) - num_dropped} trials complete{dropped} in "
+            f"{duration(time.monotonic() - self.began)}, best on validation {best.label} "
+            f"(macro F1 {best.score:.2f}) -> {output}",
+            flush=True,
+        )
+        if self.config.report:
+            self._report()
+        return True
+
+    def _refuse_unfinished(self, results: list[TrialResult]) -> None:
+        """Record how this start ended. Raises Stopped or TrainingError unless the sweep is finished."""
+        config, output, number = self.config, self.config.output, self.search.num_trials()
         # A failure in the search costs one setting; a failure of a trial that is compared costs the sweep.
         failed_in_search = [r for r in results if r.status == "failed" and r.stage == "search"]
         failed = [r for r in results if r.status == "failed" and r.stage != "search"]
         waiting = [r for r in results if r.status in ("waiting", "stopped")]
-        is_finished = self.search.stage().name != "search" and not failed and not waiting
-        self.record_end("FINISHED" if is_finished else "KILLED" if self.stop.requested else "FAILED")
+        held = [r for r in results if r.status == "held"]
+        is_compared = any(r.is_compared for r in results)
+        is_finished = (
+            self.search.stage().name != "search" and is_compared and not failed and not waiting and not held
+        )
+        is_by_hand = not failed and not waiting and (bool(held) or not is_compared)
+        self.record_end(
+            "FINISHED" if is_finished else "KILLED" if self.stop.requested or is_by_hand else "FAILED"
+        )
         if not is_finished and self.stop.requested:
             done = sum(r.status in ("complete", "pruned") for r in results)
             raise Stopped(
                 f"sweep {config.name} stopped after {sum(r.epoch for r in results)} epochs, with {done} of {number} "
                 "trials complete; run the same command again to resume"
             )
+        kept_out = (
+            f"stopped by hand: {', '.join(r.label for r in held)}; resume or drop them (kdecs sweep resume {output} "
+            "NAME, kdecs sweep drop), then run the same command again"
+        )
+        if is_by_hand and held:
+            raise TrainingError(f"sweep {config.name} is not complete; {kept_out}")
+        if is_by_hand and not failed_in_search:
+            raise TrainingError(
+                f"sweep {config.name}: every trial was dropped, so there is nothing to compare; resume some of them "
+                f"(kdecs sweep resume {output} NAME), then run the same command again"
+            )
         if not is_finished:
             failed = failed or failed_in_search
             parts = [f"{r.label}: {r.error} (log: {output / r.log})" for r in failed]
             if waiting:
                 parts.append(f"{len(waiting)} were never trained (log: {output / RAY_LOG_NAME})")
+            if held:
+                parts.append(kept_out)
             raise TrainingError(
                 f"{len(failed) + len(waiting)} of {number} trials failed; run the same command to try them again. "
                 + "; ".join(parts)
             )
         for result in failed_in_search:
             print(f"in the search {result.label} failed: {result.error} (log: {output / result.log})")
-        for leftover in output.glob(".stop-*"):  # of drivers that were killed
-            leftover.unlink()
-        self._write_manifest(results, digest)
-        best = max((r for r in results if r.is_compared), key=lambda result: result.score)
-        print(
-            f"sweep {config.name}: {len(results)} trials complete in "
-            f"{duration(time.monotonic() - self.began)}, best on validation {best.label} "
-            f"(macro F1 {best.score:.2f}) -> {output}",
-            flush=True,
-        )
-        if config.report:
-            self._report()
 
     def _write_manifest(self, results: list[TrialResult], digest: str) -> None:
         output = self.config.output
@@ -325,8 +430,8 @@ class _Sweep:
         manifests = [
             f"{result.directory}/{MANIFEST_NAME}" for result in results if result.status == "complete"
         ]
-        optional = [SEARCH_NAME] if (output / SEARCH_NAME).is_file() else []
-        labels = {f"labels.{name}": self.config.teachers[name].labels for name in self.search.space.teachers}
+        optional = [name for name in (SEARCH_NAME, CONTROL_NAME) if (output / name).is_file()]
+        labels = {f"labels.{name}": self.config.teachers[name].labels for name in self.search.teachers}
         write_manifest(
             output,
             "sweep",
@@ -350,7 +455,7 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
     long as any of them gets further. Raises TrainingError if Ray fails otherwise.
     """
     log = stage.sweep / RAY_LOG_NAME
-    stage.write(stage.sweep / _STAGE_NAME)
+    stage.write(stage.sweep / STAGE_NAME)
     joins = load_config(SweepConfig, stage.sweep / CONFIG_NAME).ray_address
     # The Ray process waits by itself, but its messages go to the log, and the user should see why nothing happens.
     with file_lock(stage.sweep / RAY_LOCK_NAME, blocking=False) as is_free:
@@ -360,7 +465,7 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
         epochs = _epochs_trained(stage.sweep)
         # A stop reaches the trials by the stop file: SIGTERM to the group would end Ray's servers under them.
         code = run_child(
-            [*_RAY_COMMAND, str(stage.sweep / _STAGE_NAME)],
+            [*_RAY_COMMAND, str(stage.sweep / STAGE_NAME)],
             stop,
             environment=_RAY_ENVIRONMENT | ({} if joins else _LOCAL_RAY_ENVIRONMENT),
             log=log,

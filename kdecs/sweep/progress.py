@@ -29,7 +29,7 @@ from kdecs.errors import ConfigError, KdecsError
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial, missing_teachers
-from kdecs.sweep.status import TrialResult, is_trained, read_note, trial_result
+from kdecs.sweep.status import TrialResult, is_trained, read_note
 from kdecs.sweep.teachers import build_commands
 from kdecs.sweep.trial import find_student
 from kdecs.tables import duration, terminal
@@ -37,6 +37,7 @@ from kdecs.tracking.record import METRICS_NAME, read_points
 
 _MOVING = ("running", "stopped")
 _ENDED = ("complete", "pruned", "failed")
+_KEPT_OUT = {"held": "stopped by hand", "dropped": "dropped by hand"}
 _BAR_WIDTH = 12
 _NUM_BEST = 5
 _CHARACTERS_PER_TOKEN = 4.0  # of English text in a subword vocabulary
@@ -51,6 +52,8 @@ _USUAL_PARAMETERS = 0.125e9
 class SweepProgress:
     """Shows the trials that run, the best so far and the time left. Use it as a context manager.
 
+    `num_trials` may be set again when settings are added.
+
     `before` are the results before this start. What had ended then is not printed, and its epochs do not count for the
     rate. A failed trial is tried, and printed, again.
     """
@@ -64,10 +67,11 @@ class SweepProgress:
         console: Console | None = None,
     ) -> None:
         self._name = config.name
-        self._num_trials = num_trials
+        self.num_trials = num_trials
         self._began = time.monotonic()
         self._epochs_before = _epochs_done(before)
         self._printed = {result.id for result in before if result.status in ("complete", "pruned")}
+        self._kept_out = {result.id: result.status for result in before if result.status in _KEPT_OUT}
         self._console = console or terminal(file=sys.stdout, highlight=False)
         # Without a thread of Rich's: the driver calls `update` once a second anyway.
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -84,8 +88,9 @@ class SweepProgress:
             self._live.stop()
 
     def update(self, results: list[TrialResult]) -> None:
-        """Show the state. A trial that ended is printed once."""
+        """Show the state. A trial that ended, and what a person asked of one, is printed once."""
         for result in results:
+            self._print_kept_out(result)
             if result.status in _ENDED and result.id not in self._printed:
                 self._printed.add(result.id)
                 self._console.print(self._ended_line(result), soft_wrap=True)
@@ -119,13 +124,17 @@ class SweepProgress:
     def summary(self, results: list[TrialResult]) -> str:
         """Such as `3/8 trials done, 2 running, best macro F1 61.20 (llama-7b α0.6 τ2 s3), 1m40s, about 3m left`."""
         counts = Counter(result.status for result in results)
-        parts = [f"{counts['complete'] + counts['pruned']}/{self._num_trials} trials done"]
+        number = self.num_trials - counts["dropped"]
+        parts = [f"{counts['complete'] + counts['pruned']}/{number} trials done"]
         if counts["pruned"]:
             parts.append(f"{counts['pruned']} of them stopped by the search")
         if moving := sum(counts[status] for status in _MOVING):
             parts.append(f"{moving} running")
         if counts["failed"]:
             parts.append(f"{counts['failed']} failed")
+        for status, words in _KEPT_OUT.items():
+            if counts[status]:
+                parts.append(f"{counts[status]} {words}")
         scored = [r for r in results if r.status == "complete" and r.has_score]
         if scored:
             best = max(scored, key=lambda result: result.score)
@@ -140,16 +149,29 @@ class SweepProgress:
         # In epochs rather than trials: a trial that has just begun counts by what is left of it, and the first estimate
         # comes after one epoch.
         done = _epochs_done(results) - self._epochs_before
-        known = [result for result in results if result.status not in _ENDED]
-        unknown = max(0, self._num_trials - len(results))  # trials of a search that are not chosen yet
+        known = [result for result in results if result.status not in (*_ENDED, *_KEPT_OUT)]
+        unknown = max(0, self.num_trials - len(results))  # trials of a search that are not chosen yet
         mean_epochs = sum(result.epochs for result in results) / max(1, len(results))
         left = sum(result.epochs - result.epoch for result in known) + unknown * mean_epochs
         if done <= 0 or left <= 0:
             return None
         return (time.monotonic() - self._began) / done * left
 
+    def _print_kept_out(self, result: TrialResult) -> None:
+        before, now = self._kept_out.get(result.id), result.status if result.status in _KEPT_OUT else None
+        if now == before:
+            return
+        if now is None:
+            del self._kept_out[result.id]
+            self._printed.discard(result.id)  # it may end once more
+            line = f"{result.label}: resumed"
+        else:
+            self._kept_out[result.id] = now
+            line = f"{result.label}: {_KEPT_OUT[now]} after {result.epoch} of {result.epochs} epochs"
+        self._console.print(line, soft_wrap=True)
+
     def _ended_line(self, result: TrialResult) -> str:
-        line = f"trial {len(self._printed)}/{self._num_trials} {result.label}: "
+        line = f"trial {len(self._printed)}/{self.num_trials} {result.label}: "
         if result.status == "failed":
             return f"{line}failed ({result.error}); log: {result.log}"
         shown = f"validation macro F1 {_score(result)}" if _score(result) else "no validation score"
@@ -183,15 +205,21 @@ def print_dry_run(config: SweepConfig) -> None:
     if not missing:
         search.refuse_other_search()
     table = Table("trial", "id", "state", "epochs", "macro F1", "time", title=f"sweep {config.name}")
-    known, left, num_stored = search.trials(), [], 0
+    known, left, num_stored, num_kept_out = search.trials(), [], 0, 0
     for trial, stage in known.values():
-        result = trial_result(trial, is_live=True, stage=stage)  # a driver may run at the same time
+        result = search.result(trial, stage, is_live=True)  # a driver may run at the same time
         state = result.status
         if not trial.config_hash:
             state = "no labels"
             left.append(trial)
-        elif state != "complete" and config.reuse_students and _is_taken_from_store(config, trial):
+        elif (
+            state not in ("complete", *_KEPT_OUT)
+            and config.reuse_students
+            and _is_taken_from_store(config, trial)
+        ):
             state, num_stored = "in the store", num_stored + 1
+        elif state in _KEPT_OUT:
+            num_kept_out, state = num_kept_out + 1, _KEPT_OUT[state]
         elif state != "complete" and not (stage == "search" and state == "pruned"):
             left.append(trial)
         table.add_row(
@@ -205,9 +233,11 @@ def print_dry_run(config: SweepConfig) -> None:
     console = terminal(highlight=False)
     console.print(table)
     number = search.num_trials()
-    num_done = len(known) - len(left) - num_stored
-    line = f"{number} trials, {num_done} complete, {number - num_done - num_stored} to train"
-    console.print(line + (f", {num_stored} in the store" if num_stored else ""), soft_wrap=True)
+    num_done = len(known) - len(left) - num_stored - num_kept_out
+    num_to_train = number - num_done - num_stored - num_kept_out
+    line = f"{number} trials, {num_done} complete, {num_to_train} to train"
+    line += f", {num_stored} in the store" if num_stored else ""
+    console.print(line + (f", {num_kept_out} kept out by hand" if num_kept_out else ""), soft_wrap=True)
     if number > len(known):
         console.print(
             f"{number - len(known)} of them become known during the search ({config.search.method})",

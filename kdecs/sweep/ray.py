@@ -7,7 +7,7 @@ trials, Ray's messages go to a file, and Ray's signal handlers do not replace th
     train_stage     hold the sweep's lock, start Ray, fit, clean up
     _fit            the trials as a Tune experiment; each runs `run_trial` in a worker
     _StopCallback   ends the experiment once the stop file exists or the driver has died
-    _TpeSearcher    Optuna's suggestions (kdecs.sweep.search) as a searcher of Tune
+    _Queue          the trials in their order, or as Optuna suggests them (kdecs.sweep.search), as a searcher of Tune
 
 A stop has one path. The driver, a signal to this process, and the callback that finds its driver dead all touch the
 stop file. The trials see it on any node, save their state and end; then the callback leaves `Tuner.fit`.
@@ -28,7 +28,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,14 +43,17 @@ from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import DeviceError
 from kdecs.process import run_entry
 from kdecs.sweep.config import GridSearch, SweepConfig, TpeSearch, flat_keys
+from kdecs.sweep.control import wanted_of
 from kdecs.sweep.search import Search, TpeSuggester
 from kdecs.sweep.space import student_value, trials_directory
-from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, StageRun, TrialRun, run_trial
+from kdecs.sweep.status import read_note
+from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, STAGE_NAME, StageRun, TrialRun, run_trial
 
 _LOCK_POLL_S = 1.0
 _STOP_GRACE_S = 300.0  # a stop waits for the next step of each trial; after this time the rest is killed
 _LONGEST_TEMPORARY = 19  # Ray's sockets lie 88 characters below it, and a socket's path may have 107 bytes
 _MAX_DEATHS = 100  # of one trial
+_MAX_PENDING = 200  # trials that wait for resources at the same time
 _CUDA_CONTEXT_BYTES = 600 << 20  # of one process, with PyTorch's kernels
 
 
@@ -222,9 +225,14 @@ def _fit(stage: StageRun, config: SweepConfig) -> None:
         ),
         {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial},
     )
-    searcher, scheduler, known = None, None, list(stage.trials)
+    suggester, scheduler = None, None
+    first: tuple[str, ...] = ()
     if isinstance(search, TpeSearch):
-        searcher = _TpeSearcher(TpeSuggester(Search(config), stage.metric), stage)
+        suggester = TpeSuggester(Search(config), stage.metric)
+    else:
+        # As many as Tune itself takes of a list. With the one that it takes of a searcher, whose next point may depend
+        # on the last one, workers would start one after the other.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(_MAX_PENDING)
     if search is not None and search.grace_epochs is not None:
         scheduler = tune.schedulers.ASHAScheduler(
             time_attr="epoch",
@@ -233,15 +241,15 @@ def _fit(stage: StageRun, config: SweepConfig) -> None:
             reduction_factor=search.reduction_factor,
         )
         # Trials that are over come first: they only report again what they reached, so that the scheduler knows it.
-        known = [*stage.settled, *known]
+        first = stage.settled
     tune.Tuner(
         trainable,
-        param_space={} if searcher else {"trial": tune.grid_search(known)},
+        param_space={},
         tune_config=tune.TuneConfig(
             metric=stage.metric,
             mode="max",
-            num_samples=search.num_trials if isinstance(search, TpeSearch) else 1,
-            search_alg=searcher,
+            num_samples=-1,  # until the queue says that it is over
+            search_alg=_Queue(stage, first, suggester),
             scheduler=scheduler,
             reuse_actors=True,  # a new worker would import torch again, for seconds per trial
             max_concurrent_trials=config.max_concurrent_trials,
@@ -309,29 +317,84 @@ class _StopCallback(tune.Callback):  # type: ignore[misc]
             raise _AllStoppedError
 
 
-class _TpeSearcher(Searcher):  # type: ignore[misc]
-    """The sweep's suggestions for Tune, as `{"trial": id}`."""
+class _Queue(Searcher):  # type: ignore[misc]
+    """Gives Tune the stage's trials as `{"trial": id}`, those of TPE when it suggests them.
 
-    def __init__(self, suggester: TpeSuggester, stage: StageRun) -> None:
+    Trials that a person stops or drops stay in the queue without being given. A trial that ended because of that comes
+    back once it is resumed, and trials that the driver appends to the stage's file join at the end.
+    """
+
+    def __init__(
+        self, stage: StageRun, first: Sequence[str] = (), suggester: TpeSuggester | None = None
+    ) -> None:
         super().__init__(metric=stage.metric, mode="max")
-        self._suggester = suggester
-        self._run = stage.run
+        self._stage, self._suggester = stage, suggester
+        self._is_suggesting = suggester is not None
+        self._waiting = list(first)
+        self._running: dict[str, str] = {}  # trials by Tune's own ids
+        self._file_state: tuple[int, int] | None = None
+        self._known = set(first)
+        self._append(stage.trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial, FINISHED at the end of the search, or None ("not now") while the sweep stops.
+        """The next trial, None for "not now", or FINISHED once nothing runs that could be followed by anything.
 
-        A point that is written down will be trained, so none may be written while the sweep stops.
+        A point that TPE has written down will be trained, so none may be written while the sweep stops.
         """
-        if self._run.is_stopping:
+        if self._stage.run.is_stopping:
             return None
-        trial = self._suggester.suggest(trial_id)
-        return self.FINISHED if trial is None else {"trial": trial.id}
+        self._read_appended()
+        for identity in self._waiting:
+            if self._wanted(identity) is None:
+                self._waiting.remove(identity)
+                return self._given(trial_id, identity)
+        if self._suggester is not None and self._is_suggesting:
+            trial = self._suggester.suggest(trial_id)
+            if trial is not None:
+                return self._given(trial_id, trial.id)
+            self._is_suggesting = False
+        # Tune asks again, so that what is resumed or added meanwhile need not wait for the trials that run.
+        return None if self._running else self.FINISHED
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Pass on that a trial has ended. Its files say what it reached."""
-        self._suggester.complete(trial_id)
+        """Pass on to TPE that a trial has ended, or put it back if a person has stopped it."""
+        identity = self._running.pop(trial_id)
+        if self._suggester is not None:
+            # TPE learns what the trial has reached so far, also of one that goes on later.
+            self._suggester.complete(trial_id)
+        if error or self._stage.run.is_stopping:
+            return
+        note = read_note(trials_directory(self._stage.sweep) / identity)
+        # It may have been resumed since it ended.
+        if self._wanted(identity) or note is None or note.status == "stopped":
+            self._waiting.append(identity)
+
+    def _given(self, trial_id: str, identity: str) -> dict[str, Any]:
+        self._known.add(identity)
+        self._running[trial_id] = identity
+        return {"trial": identity}
+
+    def _read_appended(self) -> None:
+        """Take the trials that the driver has appended to the stage's file."""
+        path = self._stage.sweep / STAGE_NAME
+        if not path.is_file():  # only tests have none
+            return
+        status = path.stat()
+        state = status.st_ino, status.st_mtime_ns
+        if state != self._file_state:
+            self._file_state = state
+            self._append(StageRun.read(path).trials)
+
+    def _append(self, trials: Sequence[str]) -> None:
+        known = self._known | (self._suggester.known if self._suggester is not None else frozenset())
+        new = [identity for identity in trials if identity not in known]
+        self._waiting += new
+        self._known |= {*new}
+
+    def _wanted(self, identity: str) -> str | None:
+        return wanted_of(trials_directory(self._stage.sweep) / identity)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing, because the sweep's files hold all state."""

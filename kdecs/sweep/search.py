@@ -1,7 +1,11 @@
 """How a sweep searches: the complete grid, or a search with one seed whose survivors get all seeds.
 
     SWEEP/suggestions.jsonl   points that TPE asked for, in order: {"point": {dotted key: value}, "points_of": digest}
-    SWEEP/search.json         {"survivors": [settings], "search_of": digest}, once the first stage is over
+    SWEEP/search.json         {"survivors": [settings], "search_of": digest, "num_added": N}, after the first stage
+
+A setting that a person adds (kdecs.sweep.control) joins the grid or the first stage. Once that stage is over, it is
+trained with every seed, like a survivor; `num_added` says how many came before. A trial that is stopped or dropped
+stays among the trials; what is dropped does not survive the first stage.
 
 The digests stand for the space (without the seeds, which may be extended), the student and the teachers, and that of
 search.json for the search too: what was found for other settings is refused.
@@ -22,10 +26,11 @@ from typing import Any
 
 from kdecs.artifact import content_checksum, write_json, write_text
 from kdecs.config import write_config
-from kdecs.errors import ArtifactError, ConfigError, DependencyError
+from kdecs.errors import ArtifactError, ConfigError, DependencyError, KdecsError
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TpeSearch
+from kdecs.sweep.control import CONTROL_NAME, Control, read_control
 from kdecs.sweep.space import SEED_KEY, Point, Space, Trial, readable, sweep_hash
-from kdecs.sweep.status import TrialResult, best_point, read_note
+from kdecs.sweep.status import TrialResult, best_point, read_note, trial_result
 from kdecs.tracking.record import METRICS_NAME, read_points
 
 SUGGESTIONS_NAME = "suggestions.jsonl"
@@ -38,7 +43,7 @@ _MAX_REPEATS = 30  # points that TPE may repeat before the space counts as exhau
 class Stage:
     """Trials that run together: all of a grid, the search's first seed, or the survivors' seeds.
 
-    `num_suggestions` says how many trials TPE asks for in all; it is 0 if the trials are known.
+    `num_suggestions` says how many trials there will be once TPE has asked for all; it is 0 if the trials are known.
     """
 
     name: str
@@ -47,15 +52,46 @@ class Stage:
 
 
 class Search:
-    """The stages of a sweep and how far it is. Its files are the truth, and its trials are made once."""
+    """The stages of a sweep and how far it is. Its files are the truth, and its trials are made once.
 
-    def __init__(self, config: SweepConfig, *, planned: bool = False) -> None:
+    `control` stands in for what the sweep's file says that people ask of it.
+    """
+
+    def __init__(self, config: SweepConfig, *, planned: bool = False, control: Control | None = None) -> None:
         self.config = config
         self.space = Space(config, planned=planned)
+        self.control = read_control(config.output) if control is None else control
         self._seeds = () if isinstance(config.search, GridSearch) else self.space.seeds()
         # Trials by their points: the driver asks every second, and hashing their configs takes longer than that.
         self._made: dict[str, list[Trial]] = {}
-        self._grid = self.space.trials() if isinstance(config.search, GridSearch) else None
+        self._grid = self._grid_trials() if isinstance(config.search, GridSearch) else None
+
+    def refresh(self) -> bool:
+        """Read again what people ask of the sweep. Returns whether that has changed.
+
+        Raises ArtifactError or ConfigError, and changes nothing, if it cannot be read or an added setting does not fit.
+        """
+        before, self.control = self.control, read_control(self.config.output)
+        try:
+            if self.control.added != before.added:
+                if self._grid is not None:
+                    self._grid = self._grid_trials()
+                self.trials()
+        except KdecsError:
+            self.control = before
+            raise
+        return self.control != before
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers that the sweep's trials need, once each."""
+        added = [name for point in self.control.added for name in self.space.teachers_at(point)]
+        return tuple(dict.fromkeys([*self.space.teachers, *added]))
+
+    def result(self, trial: Trial, stage: str, *, is_live: bool, is_stopped: bool = False) -> TrialResult:
+        """Where a trial of this sweep stands, as `trial_result` says, with what a person asks of it."""
+        wanted = self.control.wanted(trial.id)
+        return trial_result(trial, is_live=is_live, is_stopped=is_stopped, stage=stage, wanted=wanted)
 
     def stage(self) -> Stage:
         """The stage that the sweep is in."""
@@ -68,6 +104,7 @@ class Search:
         points = [
             {key: value for key, value in settings.items() if value is not None} for settings in survivors
         ]
+        points += self._added()[self._num_added_before :]
         return Stage(
             "seeds", self._trials_at([{**point, SEED_KEY: seed} for point in points for seed in self._seeds])
         )
@@ -110,13 +147,14 @@ class Search:
         Raises ConfigError if no trial has a score.
         """
         assert not isinstance(self.config.search, GridSearch)
-        scored = [result for result in results if result.has_score]
+        scored = [result for result in results if result.has_score and result.status != "dropped"]
         if not scored:
             raise ConfigError(f"{self.config.output}: no trial of the search has a score; see their logs")
         # A pruned trial had fewer epochs to score in, so it comes after every complete one.
         scored.sort(key=lambda result: (result.status != "complete", -result.score, result.label))
         kept = [result.settings for result in scored[: self.config.search.survivors]]
-        write_json(self.config.output / SEARCH_NAME, {"survivors": kept, "search_of": self.search_digest})
+        state = {"survivors": kept, "search_of": self.search_digest, "num_added": len(self.control.added)}
+        write_json(self.config.output / SEARCH_NAME, state)
 
     def refuse_other_search(self) -> None:
         """Raise ArtifactError if the directory holds suggestions or survivors of other settings.
@@ -137,10 +175,16 @@ class Search:
             raise ArtifactError(f"{output / SEARCH_NAME}: holds survivors {other}")
 
     def digest(self) -> str:
-        """Hex sha256 of the sweep's work, known before anything is trained."""
+        """Hex sha256 of the sweep's work, known before anything is trained.
+
+        What is compared is the work: a trial that was dropped is no part of it, and an added one is.
+        """
+        dropped = sorted(trial for trial, wanted in self.control.trials.items() if wanted == "drop")
         if self._grid is not None:
-            return sweep_hash(self._grid)
+            return sweep_hash([trial for trial in self._grid if trial.id not in dropped])
         seeds = {"seeds": list(self._seeds), "search": self.search_digest}
+        if dropped or self.control.added:
+            seeds |= {"dropped": dropped, "added": self.control.added}
         return hashlib.sha256(json.dumps(seeds, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -183,13 +227,37 @@ class Search:
 
     def _first_stage(self) -> Stage:
         config = self.config
+        # Settings that were added after the first stage never took part in it.
+        joined = [{**point, SEED_KEY: self.search_seed} for point in self._added()[: self._num_added_before]]
         if isinstance(config.search, TpeSearch):
-            suggested = read_suggestions(config.output)
-            return Stage("search", self._trials_at(suggested) if suggested else [], config.search.num_trials)
+            points = [*read_suggestions(config.output), *joined]
+            number = config.search.num_trials + len(joined)
+            return Stage("search", self._trials_at(points) if points else [], number)
         one_seed = {**config.space, SEED_KEY: Dimension(grid=(self.search_seed,))}
         # `self.space` has refused missing labels already, unless this is a plan, which may lack them.
         searched = Space(config.model_copy(update={"space": one_seed}), planned=True)
-        return Stage("search", self._trials_at(searched.points()))
+        return Stage("search", self._trials_at([*searched.points(), *joined]))
+
+    def _grid_trials(self) -> list[Trial]:
+        seeds = self.space.seeds() if self.control.added else ()
+        added = [{**point, SEED_KEY: seed} for point in self._added() for seed in seeds]
+        return self.space.trials_at([*self.space.points(), *added])
+
+    def _added(self) -> list[Point]:
+        """The settings that people have added. Raises ConfigError for one that this config cannot train."""
+        for point in self.control.added:
+            try:
+                self.space.check_names(point)
+            except ConfigError as error:
+                path = self.config.output / CONTROL_NAME
+                raise ConfigError(f"{path}: an added setting does not fit the config: {error}") from None
+        return list(self.control.added)
+
+    @property
+    def _num_added_before(self) -> int | None:
+        """How many settings were added before the first stage was over; None, which is all, while it is not."""
+        state = self._state()
+        return None if state is None else int(state.get("num_added", 0))
 
     def _trials_at(self, points: Sequence[Point]) -> list[Trial]:
         key = json.dumps(points)
@@ -238,6 +306,7 @@ class TpeSuggester:
         }
         self._asked: dict[str, tuple[Any, Trial]] = {}
         self._known: set[str] = set()
+        self._kept_out: set[str] = set()
         self._unfinished: list[Trial] = []
         self._points = read_suggestions(config.output)
         for point in self._points:
@@ -275,9 +344,18 @@ class TpeSuggester:
             return trial
         return None
 
+    @property
+    def known(self) -> frozenset[str]:
+        """The ids of all suggested trials, except those that a person kept out when this start began."""
+        return frozenset(self._known - self._kept_out)
+
     def complete(self, key: str) -> None:
-        """Tell Optuna what the files of the trial that was suggested for `key` say it has reached."""
-        self._tell(*self._asked.pop(key))
+        """Tell Optuna what the files of the trial that was suggested for `key` say it has reached.
+
+        A trial that it did not suggest, an added one, tells it nothing.
+        """
+        if key in self._asked:
+            self._tell(*self._asked.pop(key))
 
     def _replay(self, point: Point) -> None:
         """Give Optuna a point of an earlier start: with its value, or as the next one if it has none yet."""
@@ -298,6 +376,8 @@ class TpeSuggester:
                     params=params, distributions=self._distributions, value=best[self._metric]
                 )
             )
+        elif self._search.control.wanted(trial.id):  # it waits for the person who has stopped or dropped it
+            self._kept_out.add(trial.id)
         # A point whose training failed is not tried again; any other one goes on where it stopped.
         elif not note or note.status != "failed":
             self._study.enqueue_trial(params)

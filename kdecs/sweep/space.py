@@ -78,11 +78,9 @@ class Space:
     def __init__(self, config: SweepConfig, *, planned: bool = False) -> None:
         self.config = config
         self.teachers = _tried_teachers(config)
-        for key, known in ((TEACHER_KEY, config.teachers), (VARIANT_KEY, config.variants)):
+        for key in (TEACHER_KEY, VARIANT_KEY):
             for name in config.space[key].values if key in config.space else ():
-                if not all(part in known for part in _members(name, known)):
-                    names = ", ".join(known) or "none"
-                    raise ConfigError(f"space.{key}: found {name!r}, expected a key of {key}s ({names})")
+                self.check_names({key: name}, "space.")
         if TEACHER_KEY not in config.space and len(config.teachers) > 1:
             names = ", ".join(config.teachers)
             raise ConfigError(
@@ -93,6 +91,17 @@ class Space:
         for name in self.teachers:
             if name not in missing:
                 read_manifest(config.teachers[name].labels, "soft-labels")
+
+    def check_names(self, point: Point, prefix: str = "") -> None:
+        """Raise ConfigError if a point names a teacher or variant that the config does not have."""
+        for key, known in ((TEACHER_KEY, self.config.teachers), (VARIANT_KEY, self.config.variants)):
+            if key in point and not all(part in known for part in _members(point[key], known)):
+                names = ", ".join(known) or "none"
+                raise ConfigError(f"{prefix}{key}: found {point[key]!r}, expected a key of {key}s ({names})")
+
+    def teachers_at(self, point: Point) -> list[str]:
+        """Names of the teachers that a point names itself."""
+        return _members(point[TEACHER_KEY], self.config.teachers) if TEACHER_KEY in point else []
 
     def trials(self) -> list[Trial]:
         """Every trial of the grids and draws, in the grid's order, equal settings once."""

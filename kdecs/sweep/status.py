@@ -4,8 +4,8 @@ all ask here, so that they agree.
     SWEEP/trials/ID/trial.json   the last note of the process that trains the trial (TrialNote)
     SWEEP/trials.json            every trial of the sweep as the driver last saw it (TrialResult)
 
-Three facts decide a trial's status: the last note, whether the student's files are complete, and whether a process may
-still be training. `trial_status` holds the one table.
+Four facts decide a trial's status: the last note, whether the student's files are complete, whether a process may
+still be training, and what a person asks of the trial (kdecs.sweep.control). `trial_status` holds the one table.
 """
 
 import json
@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
 from kdecs.errors import ArtifactError, printable
 from kdecs.student.config import StudentConfig
+from kdecs.sweep.control import Wanted
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY, Trial, settings_key, trials_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
 
@@ -42,16 +43,23 @@ _STATUS_BY_NOTE = {
 # fmt: on
 
 
-def trial_status(note: str | None, *, is_complete: bool, is_live: bool) -> str:
-    """A trial's status: waiting, running, complete, failed, stopped, or pruned by the search for its metrics.
+def trial_status(note: str | None, *, is_complete: bool, is_live: bool, wanted: Wanted | None = None) -> str:
+    """A trial's status: waiting, running, complete, failed, stopped (with its sweep), pruned (by the search for its
+    metrics), held (by a person, until it is resumed) or dropped (by a person).
 
     `note` is the status that its process wrote last, None before the first; `is_complete` says whether all files of the
-    student are there; `is_live` says whether a process may still be training it.
+    student are there; `is_live` says whether a process may still be training it; `wanted` is what a person asks of it.
 
     A complete student whose process is live and has noted no end yet still counts as running, because what the process
-    writes last belongs to the trial. A note `complete` without the files means that they were removed since.
+    writes last belongs to the trial. A note `complete` without the files means that they were removed since. A trial
+    that is to stop or to be dropped still runs until its process has noted the end. What is complete cannot be held.
     """
-    return _STATUS_BY_NOTE[note][2 * (not is_complete) + (not is_live)]
+    status = _STATUS_BY_NOTE[note][2 * (not is_complete) + (not is_live)]
+    if wanted is None or status == "running":
+        return status
+    if wanted == "drop":
+        return "dropped"
+    return status if status == "complete" else "held"
 
 
 @dataclass
@@ -174,16 +182,24 @@ def is_trained(trial: Trial) -> bool:
 
 
 def trial_result(
-    trial: Trial, *, is_live: bool, is_stopped: bool = False, stage: str = "grid"
+    trial: Trial,
+    *,
+    is_live: bool,
+    is_stopped: bool = False,
+    stage: str = "grid",
+    wanted: Wanted | None = None,
 ) -> TrialResult:
     """Read a trial's files. `is_live`: a process may be training it, so that a note `running` is believed.
 
     `is_stopped`: the sweep was stopped, so that a trial whose process is gone has not failed, but goes on later.
+    `wanted` is what a person asks of it.
     """
     note = read_note(trial.directory)
     is_complete = is_trained(trial)
-    status = trial_status(note.status if note else None, is_complete=is_complete, is_live=is_live)
-    error = note.error if note and status != "complete" else None
+    status = trial_status(
+        note.status if note else None, is_complete=is_complete, is_live=is_live, wanted=wanted
+    )
+    error = note.error if note and status not in ("complete", "held", "dropped") else None
     if note and note.status == "running" and status == "failed":
         # After the loss of a node a trial may wait for room on those that are left, with nobody to note its stop.
         status, error = ("stopped", error) if is_stopped else ("failed", DIED)

@@ -34,7 +34,14 @@ _SETTING_ID_TAG = "kdecs.setting_id"  # finds the run: a digest holds no quotes,
 _ENTRY = "kdecs.launch.sweep"
 _UNDELIVERED_NAME = ".undelivered"
 _EVERY_S = 3.0  # between the beginnings of two uploads
-_STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+_STATUS = {
+    "complete": "FINISHED",
+    "pruned": "FINISHED",
+    "failed": "FAILED",
+    "stopped": "KILLED",
+    "held": "KILLED",
+    "dropped": "KILLED",
+}
 
 
 def sweep_record(config: SweepConfig, num_trials: int, results: list[TrialResult], status: str) -> RunRecord:
@@ -235,7 +242,7 @@ class SweepUpload:
         sweep = sweep_record(self._config, self._search.num_trials(), results, status)
         known, records = [], []
         for result in results:
-            if result.status == "waiting" and not result.started:
+            if result.status in ("waiting", "held", "dropped") and not result.started:
                 continue
             trial = trials[result.id][0]
             known.append((trial, result))

@@ -41,10 +41,12 @@ from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
 from kdecs.runtime import start_runtime
 from kdecs.student.config import StudentConfig
+from kdecs.sweep.control import wanted_of
 from kdecs.sweep.status import DIED, LOG_NAME, SELECTION_METRIC, TrialNote, read_note, trial_status
 from kdecs.tracking.machine import sampled_load, write_environment
 from kdecs.tracking.record import METRICS_NAME, read_points
 
+STAGE_NAME = ".stage.json"  # what the driver asks of the Ray process (StageRun)
 RAY_LOCK_NAME = ".ray-lock"  # held by the Ray process of a sweep
 OUT_OF_MEMORY = 75  # exit code of the Ray process: Ray killed a worker because memory ran out
 _LOCK_POLL_S = 1.0
@@ -89,7 +91,8 @@ class StageRun(BaseModel):
     """What the driver asks of one Ray process: SWEEP/.stage.json. All else is in the configs of sweep and trials.
 
     `settled` are trials of a search that are over. `metric` is what trials are ranked by. `driver` is the id of the
-    driver's process: once it is not the Ray process' parent any more, nothing new begins.
+    driver's process: once it is not the Ray process' parent any more, nothing new begins. While the Ray process runs,
+    the driver replaces the file to append to `trials`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -114,9 +117,10 @@ class StageRun(BaseModel):
 def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialNote:
     """Train what `config.json` in the directory says, from its last checkpoint. Returns the trial's note.
 
-    A complete trial is skipped. A student that another sweep has finished is taken from the store. `report` is called
-    with each epoch, first with those of earlier attempts, so that a scheduler knows them. A refusal (KdecsError) or a
-    stop ends as a note; any other error is noted and raised as long as another attempt is allowed.
+    A trial that is complete, or that a person has stopped or dropped (kdecs.sweep.control), is skipped. A student that
+    another sweep has finished is taken from the store. `report` is called with each epoch, first with those of earlier
+    attempts, so that a scheduler knows them. A refusal (KdecsError) or a stop ends as a note; any other error is noted
+    and raised as long as another attempt is allowed.
     """
     # The lock comes first: nothing may be written into the log of a trial that another process trains.
     with file_lock(directory / ".lock"), _output_to(directory / LOG_NAME):
@@ -124,11 +128,12 @@ def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialNote:
         try:
             config = load_config(StudentConfig, directory / CONFIG_NAME)
             digest = config_hash(config)
-            with training_lock(run.store, digest, lambda: run.is_stopping) as is_held:
-                if is_held and not run.is_stopping:
+            # A trial that was stopped or dropped while it waited for its turn does not begin.
+            with training_lock(run.store, digest, attempt.should_stop) as is_held:
+                if is_held and not attempt.should_stop():
                     _train_or_skip(attempt, config, digest, report)
         except Stopped:
-            attempt.end("stopped")
+            attempt.stop()
         except KdecsError as refusal:
             print(f"kdecs: error: {refusal}", file=sys.stderr)
             attempt.begin()
@@ -188,7 +193,7 @@ def _train(attempt: "_Attempt", config: StudentConfig, report: OnEpoch) -> None:
             report(metrics)
 
     stop = StopSignal()
-    with _stopping_with(attempt.run.stop_file, stop), sampled_load(attempt.directory):
+    with _stopping_if(attempt.should_stop, stop), sampled_load(attempt.directory):
         attempt.run.trainer(config, on_epoch, stop)
     attempt.end("complete")
 
@@ -203,6 +208,10 @@ class _Attempt:
         self._seconds_before = self.note.seconds
         if self.note.run != run.stop_file.name:
             self.note.stalled = 0  # each start of the driver tries again
+
+    def should_stop(self) -> bool:
+        """Whether the driver stops all trials, or a person this one."""
+        return self.run.is_stopping or wanted_of(self.directory) is not None
 
     def begin(self) -> None:
         """Count this attempt, once, and note that it runs."""
@@ -242,6 +251,12 @@ class _Attempt:
         note.status, note.finished = status, time.time()
         note.error = " ".join(error.split()) if error else None
         note.write(self.directory)
+
+    def stop(self) -> None:
+        """Note that the attempt was stopped. It did not fail, so it does not count as one without an epoch."""
+        if self._began is not None:
+            self.note.stalled = max(0, self.note.stalled - 1)
+        self.end("stopped")
 
     def take_from_store(self, digest: str) -> bool:
         """Take the student from the store if it is there. Returns whether it was."""
@@ -342,13 +357,13 @@ def training_lock(store: Path, digest: str, should_stop: Callable[[], bool]) -> 
 
 
 @contextlib.contextmanager
-def _stopping_with(stop_file: Path, stop: StopSignal) -> Iterator[None]:
-    """Request the stop once the file exists. A file reaches trials on every node, a signal does not."""
+def _stopping_if(should_stop: Callable[[], bool], stop: StopSignal) -> Iterator[None]:
+    """Request the stop once files ask for it. A file reaches trials on every node, a signal does not."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(_STOP_POLL_S):
-            if stop_file.exists():
+            if should_stop():
                 stop.requested = True
                 return
 

@@ -15,7 +15,9 @@ from kdecs.artifact import file_lock
 from kdecs.config import write_config
 from kdecs.errors import DeviceError
 from kdecs.sweep import ray as sweep_ray
+from kdecs.sweep.control import Control
 from kdecs.sweep.ray import (
+    _Queue,
     limit_gpu_memory,
     most_epochs,
     private_directory,
@@ -24,7 +26,8 @@ from kdecs.sweep.ray import (
     worker_environment,
     write_token,
 )
-from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, StageRun, TrialRun
+from kdecs.sweep.status import TrialNote
+from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, STAGE_NAME, StageRun, TrialRun
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, "1"), (1, "1"), (3.5, "3")])
@@ -215,12 +218,60 @@ def test_only_a_worker_killed_for_its_memory_ends_with_its_exit_code(stage, star
 
 def test_nothing_is_suggested_while_a_sweep_stops(make_config, stage):
     pytest.importorskip("optuna")
-    from kdecs.sweep.ray import _TpeSearcher
     from kdecs.sweep.search import Search, TpeSuggester, read_suggestions
 
     config = make_config(search={"method": "tpe", "num_trials": 2})
-    searcher = _TpeSearcher(TpeSuggester(Search(config), "macro_f1"), stage)
+    queue = _Queue(stage, suggester=TpeSuggester(Search(config), "macro_f1"))
     stage.run.stop_file.touch()
-    assert searcher.suggest("a") is None and read_suggestions(config.output) == []
+    assert queue.suggest("a") is None and read_suggestions(config.output) == []
     stage.run.stop_file.unlink()
-    assert searcher.suggest("a")["trial"] and len(read_suggestions(config.output)) == 1
+    assert queue.suggest("a")["trial"] and len(read_suggestions(config.output)) == 1
+
+
+def test_the_queue_keeps_back_what_was_stopped_and_takes_what_is_appended(stage):
+    stage = stage.model_copy(update={"trials": ("a", "b"), "settled": ("s",)})
+    queue = _Queue(stage, first=stage.settled)
+    for name in "sabc":
+        (stage.sweep / "trials" / name).mkdir(parents=True)
+
+    def ends(key, status, **end):
+        TrialNote(status=status).write(stage.sweep / "trials" / given.pop(key))
+        queue.on_trial_complete(key, **end)
+
+    given = {key: queue.suggest(key)["trial"] for key in "12"}
+    assert [*given.values()] == ["s", "a"], "a search first learns again what it knew"
+    Control(trials={"a": "stop", "b": "drop"}).write(stage.sweep)
+    assert queue.suggest("3") is None, "the rest is kept out, and what runs may yet be followed by something"
+    ends("1", "complete")
+    ends("2", "stopped")
+    assert queue.suggest("3") == "FINISHED", "nothing runs, and all else is kept out"
+    Control(trials={"b": "drop"}).write(stage.sweep)
+    given = {"4": queue.suggest("4")["trial"]}
+    assert given == {"4": "a"}, "it was resumed"
+    stage.model_copy(update={"trials": ("a", "b", "c")}).write(stage.sweep / STAGE_NAME)
+    given["5"] = queue.suggest("5")["trial"]
+    assert given["5"] == "c"
+    ends("4", "running", error=True)  # its process died for good
+    ends("5", "pruned")
+    assert queue.suggest("6") == "FINISHED", "neither comes back"
+
+
+def test_a_point_of_tpe_that_was_stopped_waits_for_its_person(make_config, stage):
+    pytest.importorskip("optuna")
+    from kdecs.sweep.search import Search, TpeSuggester, read_suggestions
+
+    config = make_config(search={"method": "tpe", "num_trials": 2, "startup_trials": 1})
+    stopped = _Queue(stage, suggester=TpeSuggester(Search(config), "macro_f1")).suggest("a")["trial"]
+    Control(trials={stopped: "stop"}).write(stage.sweep)
+    queue = _Queue(stage, suggester=TpeSuggester(Search(config), "macro_f1"))
+    other = queue.suggest("b")["trial"]
+    assert other != stopped and len(read_suggestions(config.output)) == 2
+    assert queue.suggest("c") is None
+    Control().write(stage.sweep)
+    stage.model_copy(update={"trials": (stopped, other)}).write(stage.sweep / STAGE_NAME)
+    assert queue.suggest("d") == {"trial": stopped}
+    TrialNote(status="complete").write(stage.sweep / "trials" / other)
+    TrialNote(status="complete").write(stage.sweep / "trials" / stopped)
+    queue.on_trial_complete("b")
+    queue.on_trial_complete("d")
+    assert queue.suggest("e") == "FINISHED"

@@ -12,9 +12,10 @@ import psutil
 import pytest
 from support import wait_until
 
+from kdecs.sweep import commands
 from kdecs.sweep.search import read_suggestions
 from kdecs.sweep.space import Space
-from kdecs.sweep.status import read_results
+from kdecs.sweep.status import read_note, read_results
 from kdecs.tracking.record import read_points
 
 pytestmark = pytest.mark.slow
@@ -195,3 +196,49 @@ def test_tpe_goes_on_after_its_driver_was_killed(make_config, uri, runs_of, tmp_
     }
     _, parents, children = runs_of(uri)
     assert len(parents) == 1 and len(children) == 7
+
+
+def test_a_person_stops_resumes_drops_and_adds_while_it_trains(make_config, uri, runs_of, tmp_path):
+    """Through the command's own functions, in another process than the driver and its Ray."""
+    config = make_config(
+        space={
+            "distillation.alpha": {"grid": [0.3, 0.6]},
+            "optimization.seed": {"grid": [0, 1]},
+            "teacher": {"grid": ["t5-tiny"]},
+        }
+    )
+    first, second, third, fourth = Space(config).trials()
+    process = drive(config, tmp_path, epoch_s=3.0)
+    wait_until(lambda: epochs_written(config) >= 2, "two trials have an epoch", 400, poll_s=0.1)
+    commands.stop(config.output, [first.label])
+    commands.drop(config.output, [third.label])
+    commands.add(config.output, ["distillation.alpha=0.9"])
+
+    def is_held():
+        run = runs_of(uri)[2].get(first.id)
+        return run is not None and run.data.tags["kdecs.state"] == "held"
+
+    wait_until(is_held, "MLflow says that the first trial is held", 60, poll_s=0.5)
+    assert read_note(first.directory).status == "stopped"
+    commands.resume(config.output, [first.id])
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, (out, err)
+    found = {result.label: (result.status, result.attempts) for result in read_results(config.output)}
+    assert found == {
+        first.label: ("complete", 2),
+        second.label: ("complete", 1),
+        third.label: ("dropped", 0),
+        fourth.label: ("complete", 1),
+        "t5-tiny α0.9 τ2 s0": ("complete", 1),
+        "t5-tiny α0.9 τ2 s1": ("complete", 1),
+    }
+    assert "from epoch 1" in (first.directory / "log.txt").read_text()
+    log = (config.output / "ray.log").read_text()
+    assert log.count("Traceback") == 0, log
+    assert f"{first.label}: stopped by hand" in out and f"{first.label}: resumed" in out
+    assert "joining the queue: t5-tiny α0.9 τ2 s0, t5-tiny α0.9 τ2 s1" in out
+    _, [parent], children = runs_of(uri)
+    assert parent.info.status == "FINISHED" and third.id not in children, (
+        "a trial that never began has no run"
+    )
+    assert {run.data.tags["kdecs.state"] for run in children.values()} == {"complete"}

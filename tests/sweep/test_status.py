@@ -14,11 +14,18 @@ from kdecs.sweep.status import DIED, read_note, trial_result, trial_status
 NOTES = (None, "running", "complete", "failed", "stopped", "pruned")
 
 
-def expected(note, is_complete, is_live):
+WANTED = (None, "stop", "drop")
+
+
+def expected(note, is_complete, is_live, wanted=None):
     """The rules, one a line, first match wins."""
     rules = [
         # A process that may live, and has noted no end, may still write to its trial, even if the student is complete.
         (note == "running" and is_live, "running"),
+        # What a person drops is left out, whatever it is.
+        (wanted == "drop", "dropped"),
+        # What a person stops stays out, but what is complete has nothing left to stop.
+        (wanted == "stop" and not is_complete, "held"),
         # The files are the truth: a complete student is complete, whatever was noted of an attempt before.
         (is_complete, "complete"),
         # Nothing was ever noted, so it never began.
@@ -55,14 +62,15 @@ def complete_files(trial, in_process):
 
 @pytest.mark.parametrize(("is_complete", "is_live"), itertools.product((True, False), repeat=2))
 @pytest.mark.parametrize("note", NOTES)
-def test_every_combination(note, is_complete, is_live):
-    assert trial_status(note, is_complete=is_complete, is_live=is_live) == expected(
-        note, is_complete, is_live
+@pytest.mark.parametrize("wanted", WANTED)
+def test_every_combination(note, is_complete, is_live, wanted):
+    assert trial_status(note, is_complete=is_complete, is_live=is_live, wanted=wanted) == expected(
+        note, is_complete, is_live, wanted
     )
 
 
 def test_results_read_the_table_from_files(trial, complete_files):
-    for note, is_complete, is_live in itertools.product(NOTES, (True, False), (True, False)):
+    for note, is_complete, is_live, wanted in itertools.product(NOTES, (True, False), (True, False), WANTED):
         for name, content in complete_files.items():
             (trial.directory / name).write_bytes(content)
         if not is_complete:
@@ -71,8 +79,8 @@ def test_results_read_the_table_from_files(trial, complete_files):
         if note:
             values = {"status": note, "error": "what it said" if note == "failed" else None}
             (trial.directory / "trial.json").write_text(json.dumps(values))
-        result = trial_result(trial, is_live=is_live)
-        assert result.status == expected(note, is_complete, is_live)
+        result = trial_result(trial, is_live=is_live, wanted=wanted)
+        assert result.status == expected(note, is_complete, is_live, wanted)
         if result.status == "failed":
             assert result.error == ("what it said" if note == "failed" else DIED)
         else:
