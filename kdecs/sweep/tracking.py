@@ -32,6 +32,7 @@ TRIAL_TAG = "kdecs.trial"
 SETTING_TAG = "kdecs.setting"  # of a setting's run: `settings_key`
 _SETTING_ID_TAG = "kdecs.setting_id"  # finds the run: a digest holds no quotes, which a filter cannot express
 _ENTRY = "kdecs.launch.sweep"
+_SPLITS = ("train", "valid", "soft labels")  # what a trial reads
 _UNDELIVERED_NAME = ".undelivered"
 _EVERY_S = 3.0  # between the beginnings of two uploads
 _STATUS = {
@@ -149,7 +150,8 @@ def sweep_records(
 ) -> list[RunRecord]:
     """The sweep's record, those of the settings that are compared, and those of the trials: each after its parent."""
     read = {(dataset.name, dataset.digest): dataset for record in records for dataset in record.datasets}
-    sweep.datasets = [read[key] for key in sorted(read)]
+    # The corpora first, as a trial has them: MLflow's list shows one or two of them.
+    sweep.datasets = sorted(read.values(), key=lambda d: (_SPLITS.index(d.split), d.name, d.digest))
     groups: dict[str, list[tuple[Trial, TrialResult]]] = {}
     for trial, result in trials:
         if result.stage != "search":
