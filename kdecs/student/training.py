@@ -140,16 +140,15 @@ def prepare(
     """The task of a config and the loop over it, resumed from a checkpoint if there is one. Collective."""
     task = StudentTask(config, runtime)
     train = task.data.train
-    groups = group_tokens = None
+    groups = None
     if (targets := cache_targets(train)) is not None:
-        groups, group_tokens = groups_of(task.data.rows, train.num_tokens, targets)
+        groups, _ = groups_of(task.data.rows, train.num_tokens, targets)
     settings = LoopSettings(
         output=config.output,
         config_hash=digest,
         rows=task.data.rows,
         num_tokens=train.num_tokens,
         groups=groups,
-        group_tokens=group_tokens,
         batch_size=config.batches.global_batch_pairs,
         bucket_batches=config.batches.bucket_batches,
         optimization=config.optimization,

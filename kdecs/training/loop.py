@@ -99,8 +99,6 @@ class LoopSettings:
     unit: str = "pair"
     groups: Sequence[Ints] | None = None
     """The rows to train on in groups that stay together in a batch and on a rank; None: each row by itself."""
-    group_tokens: Ints | None = None
-    """Length of each group."""
 
     @property
     def epoch_steps(self) -> int:
@@ -111,7 +109,7 @@ class LoopSettings:
     def epoch_batches(self, epoch: int) -> list[list[Ints]]:
         """The groups of each batch of an epoch (of single rows: one group, the whole batch)."""
         seed = self.optimization.seed
-        if self.groups is None or self.group_tokens is None:
+        if self.groups is None:
             batches = epoch_batches(
                 self.num_tokens,
                 self.rows,
@@ -122,14 +120,7 @@ class LoopSettings:
             )
             return [[rows] for rows in batches]
         sizes = np.array([len(group) for group in self.groups])
-        chosen = grouped_batches(
-            self.group_tokens,
-            sizes,
-            num_batches=self.epoch_steps,
-            bucket_batches=self.bucket_batches,
-            seed=seed,
-            epoch=epoch,
-        )
+        chosen = grouped_batches(sizes, num_batches=self.epoch_steps, seed=seed, epoch=epoch)
         return [[self.groups[index] for index in batch] for batch in chosen]
 
 
@@ -356,20 +347,14 @@ def epoch_batches(
     return [batches[index] for index in order]
 
 
-def grouped_batches(
-    num_tokens_G: Ints, sizes_G: Ints, *, num_batches: int, bucket_batches: int, seed: int, epoch: int
-) -> list[Ints]:
-    """Every group once, in `num_batches` batches of about equally many rows and of groups of similar length.
+def grouped_batches(sizes_G: Ints, *, num_batches: int, seed: int, epoch: int) -> list[Ints]:
+    """Every group once, in random order, in `num_batches` batches of about equally many rows.
 
-    As `epoch_batches`, but a batch holds whole groups: groups are shuffled and cut into buckets of about
-    `bucket_batches` batches, each bucket is sorted by length, and the whole order is cut where a batch's share of the
-    rows is reached, so that every epoch has the same number of steps.
+    The order is cut where a batch's share of the rows is reached, so that every epoch has the same number of steps.
     """
-    generator = np.random.default_rng([seed, epoch])
-    shuffled = generator.permutation(len(sizes_G))
-    rows_before = np.cumsum(sizes_G[shuffled]) - sizes_G[shuffled]
-    bucket_rows = int(sizes_G.sum()) / num_batches * bucket_batches
-    order = shuffled[np.lexsort((num_tokens_G[shuffled], (rows_before / bucket_rows).astype(np.int64)))]
+    # Not by length, as `epoch_batches`: groups are not padded, and their length says much about their labels. Of a
+    # neutral target a single pair is trained on, so that batches of short trees would be neutral through and through.
+    order = np.random.default_rng([seed, epoch]).permutation(len(sizes_G))
     # The end of each batch lies where the cumulative rows are nearest to its share; each batch has at least one group.
     ends = np.cumsum(sizes_G[order])
     wanted = ends[-1] * np.arange(1, num_batches) / num_batches
@@ -379,8 +364,7 @@ def grouped_batches(
     spare = np.arange(1, num_batches)
     cuts = np.maximum.accumulate(np.maximum(cuts, 1) - spare) + spare
     cuts = np.minimum(cuts, len(order) - num_batches + spare)
-    batches = np.split(order, cuts)
-    return [batches[index] for index in generator.permutation(num_batches)]
+    return np.split(order, cuts)
 
 
 def group_share(groups: Sequence[Ints], rank: int, world_size: int) -> tuple[Ints, Floats]:
