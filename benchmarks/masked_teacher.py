@@ -20,7 +20,7 @@ from torch import nn
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.teacher.config import LoraConfig, MaskedModel
-from kdecs.teacher.data import fixed_batches, global_batches, share_among_ranks, single_units
+from kdecs.teacher.data import fixed_batches, global_batches, is_padded, share_among_ranks, single_units
 from kdecs.teacher.families import make_family
 from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
 
@@ -36,15 +36,18 @@ def side(base: Path, layout: str, dialogues: list, *, trains: bool) -> tuple[Cal
     teacher = TeacherNetwork(family, network, use_tree=False, device=torch.device("cpu"))
     pairs = [pair for dialogue in dialogues for pair in pairs_of(dialogue, "fold1")]
     prompts = [family.encode(pair) for pair in pairs]
+    padded = is_padded(prompts)
     units = single_units(prompts, max_tokens=MICRO_BATCH_TOKENS, max_pairs=STEP_PAIRS // 2)
 
     def train() -> float:
         teacher.train()
         parameters = trainable_parameters(teacher)
         optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        for step in global_batches(units, batch_pairs=STEP_PAIRS, bucket_batches=50, seed=0, epoch=0):
+        for step in global_batches(
+            units, batch_pairs=STEP_PAIRS, bucket_batches=50 if padded else 1, seed=0, epoch=0
+        ):
             (micro_batches,) = share_among_ranks(
-                step, world_size=1, micro_batch_tokens=MICRO_BATCH_TOKENS, padded=True
+                step, world_size=1, micro_batch_tokens=MICRO_BATCH_TOKENS, padded=padded
             )
             for micro in micro_batches:
                 is_cause_P = torch.tensor([pairs[n].is_cause for n in micro.pairs])
@@ -58,7 +61,7 @@ def side(base: Path, layout: str, dialogues: list, *, trains: bool) -> tuple[Cal
     @torch.inference_mode()
     def score() -> float:
         teacher.eval()
-        for micro in fixed_batches(units, micro_batch_tokens=MICRO_BATCH_TOKENS, padded=True):
+        for micro in fixed_batches(units, micro_batch_tokens=MICRO_BATCH_TOKENS, padded=padded):
             teacher.answers_and_rest([prompts[n] for n in micro.pairs])
         return float(len(pairs))
 

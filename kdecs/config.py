@@ -106,6 +106,11 @@ class Config(BaseModel):
     method_versions: ClassVar[dict[str, int]] = {}
     """Versions of what a result depends on besides the config, such as prompt templates: part of the hash."""
 
+    @property
+    def versions(self) -> dict[str, int]:
+        """`method_versions`, and what only configs with some value depend on."""
+        return dict(self.method_versions)
+
     @model_validator(mode="before")
     @classmethod
     def _keep_defaults_of_groups(cls, values: Any) -> Any:
@@ -239,7 +244,7 @@ def config_hash(config: Config) -> str:
     Raises ConfigError if an input path does not exist.
     """
     # With the class' name, since configs of two stages with equal values are different work.
-    view = json.dumps({"config": _hash_view(config), "method": config.method_versions}, sort_keys=True)
+    view = json.dumps({"config": _hash_view(config), "method": config.versions}, sort_keys=True)
     return hashlib.sha256(f"{type(config).__name__}\n{view}".encode()).hexdigest()
 
 

@@ -31,6 +31,7 @@ SpanHeadName = Literal["position", "pointer"]
 CauseBy = Literal["connective", "cls", "none"]
 CONNECTIVE_MODES = ("kd", "joint")
 """The modes whose prompt has mask_cau."""
+TREE_BATCHES_VERSION = 2
 CARD_NAME = "student.json"
 VALIDATION_NAME = "valid-predictions.jsonl"
 """What the product of a training has beside its weights: the card, and predictions for the validation pairs."""
@@ -237,6 +238,13 @@ class StudentConfig(Config):
         if self.model.given_emotions != "none" and self.neutral_decision != "argmax":
             raise ValueError("neutral_decision needs predicted emotions, but model.given_emotions gives them")
         return self
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """In the layout tree also how batches are dealt."""
+        return super().versions | (
+            {"tree_batches": TREE_BATCHES_VERSION} if self.model.layout == "tree" else {}
+        )
 
     @property
     def emotion_table(self) -> dict[str, str] | None:

@@ -20,6 +20,7 @@ from kdecs.corpus.splits import CorpusConfig
 from kdecs.tracking.record import TrackingConfig
 
 BATCHES_VERSION = 2
+TREE_BATCHES_VERSION = 2
 """Version of how pairs are dealt to optimizer steps: part of the config hash, so that no other steps resume."""
 
 
@@ -148,6 +149,12 @@ class TeacherConfig(Config):
     )
     threads_per_rank: Threads = 0
     lost_rank_s: LostRankSeconds = 120.0
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of target trees also how batches are dealt."""
+        is_tree = getattr(self.model, "layout", "pair") == "tree"
+        return super().versions | ({"tree_batches": TREE_BATCHES_VERSION} if is_tree else {})
 
     @model_validator(mode="after")
     def _four_bits_are_frozen(self) -> "TeacherConfig":

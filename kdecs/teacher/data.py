@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 import torch
@@ -84,9 +85,14 @@ def target_units(prompts: Sequence[EncodedPrompt], *, max_tokens: int, max_pairs
 
 def single_units(prompts: Sequence[EncodedPrompt], *, max_tokens: int, max_pairs: int) -> list[Unit]:
     """Units of a teacher without prefix trees: a target's tree if the prompts have trunks, otherwise single prompts."""
-    if prompts and prompts[0].num_trunk:
+    if not is_padded(prompts):
         return target_units(prompts, max_tokens=max_tokens, max_pairs=max_pairs)
     return pair_units(prompts)
+
+
+def is_padded(prompts: Sequence[EncodedPrompt]) -> bool:
+    """True unless the prompts are branches of target trees, which stand one after the other."""
+    return not (prompts and prompts[0].num_trunk)
 
 
 def make_units(
@@ -242,7 +248,8 @@ class PromptSet:
 class TeacherData:
     """Training and validation prompts, and the global batch of every optimizer step.
 
-    `accumulation_steps` is the most micro-batches that any step takes on this number of ranks.
+    `accumulation_steps` is the most micro-batches that any step takes on this number of ranks. `batching` is tree for
+    prefix trees, else pairs; only single prompts are `padded`.
     """
 
     train: PromptSet
@@ -250,6 +257,7 @@ class TeacherData:
     steps: list[list[Unit]]
     steps_per_epoch: int
     accumulation_steps: int
+    batching: Literal["tree", "pairs"]
     padded: bool
 
 
@@ -275,13 +283,14 @@ def prepare_data(
     valid = _prompt_set(
         config, family, valid_pairs, use_tree, max_pairs=len(valid_pairs), show_progress=False
     )
-    padded = not (use_tree and family.can_share_prefixes)
+    has_prefix_trees = use_tree and family.can_share_prefixes
+    padded = not has_prefix_trees and is_padded(train.prompts)
     epochs = [
         global_batches(
             train.units,
             batch_pairs=config.batches.global_batch_pairs,
             # Random batches of 16 RECCON prompts are half padding (53%), those of such buckets hardly (2.3%). Trees
-            # have none.
+            # have none, and their length says much about their labels: small ones are neutral or first turns.
             bucket_batches=50 if padded else 1,
             seed=config.optimization.seed,
             epoch=epoch,
@@ -300,7 +309,8 @@ def prepare_data(
             padded=padded,
         )
     )
-    return TeacherData(train, valid, steps, len(epochs[0]), accumulation, padded)
+    batching: Literal["tree", "pairs"] = "tree" if has_prefix_trees else "pairs"
+    return TeacherData(train, valid, steps, len(epochs[0]), accumulation, batching, padded)
 
 
 def _prompt_set(

@@ -30,7 +30,7 @@ from kdecs.corpus.pairs import Pair
 from kdecs.errors import ArtifactError, ConfigError, ModelError, Stopped, TrainingError
 from kdecs.process import StopSignal, refusing
 from kdecs.runtime import Runtime, import_deepspeed
-from kdecs.teacher.data import fixed_batches, make_units
+from kdecs.teacher.data import fixed_batches, is_padded, make_units
 from kdecs.teacher.families import EncodedPrompt, language_model
 from kdecs.teacher.network import TeacherNetwork, are_close
 from kdecs.teacher.product import lineage_of, load_trained, read_teacher_config
@@ -132,9 +132,8 @@ class TeacherScorer:
         top_ids = np.zeros((len(pairs), top_k), dtype=np.int32)
         top_logits = np.zeros((len(pairs), top_k), dtype=np.float32)
         with self._top_of_head(top_k) as captured:
-            for batch in fixed_batches(
-                units, micro_batch_tokens=self.micro_batch_tokens, padded=not use_tree
-            ):
+            padded = not use_tree and is_padded(prompts)
+            for batch in fixed_batches(units, micro_batch_tokens=self.micro_batch_tokens, padded=padded):
                 captured.clear()
                 indices = list(batch.pairs)
                 answers_PA, rest_P = forward([prompts[n] for n in indices])

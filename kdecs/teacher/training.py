@@ -332,7 +332,7 @@ class TeacherTraining:
                 "majority_macro_f1": majority_f1,
                 "train_pairs": len(data.train.pairs),
                 "prompts_cut": data.train.num_cut,
-                "batching": "pairs" if data.padded else "tree",
+                "batching": data.batching,
                 "zero_stage": config.zero.stage,
                 "world_size": self.runtime.world_size,
             },

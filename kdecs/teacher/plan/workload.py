@@ -21,6 +21,7 @@ from kdecs.teacher.data import (
     MicroBatch,
     Unit,
     global_batches,
+    is_padded,
     max_pairs_per_tree,
     share_among_ranks,
     single_units,
@@ -112,6 +113,7 @@ def measure_workload(
         units = tree_units(pairs, prompts, max_tokens=micro_batch_tokens, max_pairs=tree_pairs)
     else:
         units = single_units(prompts, max_tokens=micro_batch_tokens, max_pairs=tree_pairs)
+    padded = not use_tree and is_padded(prompts)
     costs = _Costs(units, prompts, use_tree=use_tree)
     steps = [
         step
@@ -120,7 +122,7 @@ def measure_workload(
             units,
             batch_pairs=global_batch_pairs,
             # As `prepare_data` deals them, or the plan would count other steps than the training takes.
-            bucket_batches=1 if use_tree else 50,
+            bucket_batches=50 if padded else 1,
             seed=seed,
             epoch=epoch,
         )
@@ -131,7 +133,7 @@ def measure_workload(
     largest = _Cost(0, 0, 0, 0, 0)
     for step in steps:
         shares = share_among_ranks(
-            step, world_size=ranks, micro_batch_tokens=micro_batch_tokens, padded=not use_tree
+            step, world_size=ranks, micro_batch_tokens=micro_batch_tokens, padded=padded
         )
         sums = np.zeros((ranks, 4))
         for rank, micro_batches in enumerate(shares):
