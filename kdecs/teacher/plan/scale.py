@@ -181,7 +181,7 @@ class ScalePlan:
             console.print(_table(title, first, each, rows, priced=priced))
         console.print(
             f"Young and Daly's interval for checkpoints: {self.young_daly_steps:,} steps. A failure comes every "
-            f"{report.duration(self.scale.mtbf_hours * report.HOUR_S / ranks)} on {ranks:,} GPUs."
+            f"{_time(self.scale.mtbf_hours * report.HOUR_S / ranks)} on {ranks:,} GPUs."
         )
         for title, amounts in (("Storage", self.storage_bytes), ("Network", self.traffic_bytes)):
             console.print(f"{title}: " + "; ".join(f"{name} {_size(n)}" for name, n in amounts.items()))
@@ -193,7 +193,8 @@ class ScalePlan:
     def what_breaks_first(self) -> str:
         """One sentence: the part that needs the largest share of what there is."""
         first = self.demands[0]
-        figures = f"{_figure(first.need)} of the {_figure(first.limit)} {first.unit} {first.limit_is}"
+        needed, limit = (_amount(value, first.unit) for value in (first.need, first.limit))
+        figures = f"{needed} of the {limit} {first.limit_is}"
         if first.load <= 1:
             return f"Nothing breaks at this size; the nearest limit is {first.part}: {figures}."
         return f"First to break: {first.part}: {figures}. {first.remedy}"
@@ -332,7 +333,7 @@ def _demands(
             "which is another training.",
         ),
         Demand(
-            "the prompts of a training in memory",
+            "a training's prompts in memory",
             per_node * PREPARE_BYTES * pairs / gib,
             memory,
             "GiB",
@@ -342,7 +343,7 @@ def _demands(
             "Train on a part of the corpus (corpus.train_share).",
         ),
         Demand(
-            "encoding the prompts before the first step",
+            "encoding before the first step",
             PREPARE_SECONDS * pairs / report.HOUR_S,
             training_h,
             "h",
@@ -352,7 +353,7 @@ def _demands(
             "Train on a part of the corpus (corpus.train_share).",
         ),
         Demand(
-            "planning the shards in memory, by one worker",
+            "a plan of shards in memory",
             PLAN_BYTES * pairs / gib,
             memory,
             "GiB",
@@ -362,7 +363,7 @@ def _demands(
             "Export the corpus in parts, each with its own output.",
         ),
         Demand(
-            "planning the shards, while all others wait",
+            "planning while all workers wait",
             PLAN_SECONDS * pairs / report.HOUR_S,
             labelling_h,
             "h",
@@ -382,7 +383,7 @@ def _demands(
             "Choose fewer shards (num_shards), or export the corpus in parts.",
         ),
         Demand(
-            "published shards that every worker reads back",
+            "shards read back by all workers",
             ranks * LABEL_BYTES * pairs / (scale.storage_gb_s * 1e9) / report.HOUR_S,
             labelling_h,
             "h",
@@ -392,7 +393,7 @@ def _demands(
             "Export the corpus in parts, each with fewer workers.",
         ),
         Demand(
-            "the join of the labels in memory",
+            "joining labels in memory",
             JOIN_BYTES * pairs / gib,
             memory,
             "GiB",
@@ -416,34 +417,36 @@ def _demands(
 
 
 def _table(title: str, first: str, each: str, rows: list[Row], *, priced: bool) -> Table:
-    table = figures_table(
-        title, first, each, "time", "failures", "lost GPU hours", "GPU hours", *(["price"] if priced else [])
-    )
+    columns = [each, "time", "failures", "lost GPU h", "GPU h", *(["price"] if priced else [])]
+    table = figures_table(title, first, *columns, tight=True)
     for row in rows:
-        price = [] if row.price is None else [_figure(row.price)]
-        table.add_row(
-            f"{row.setting:,}",
-            _time(row.seconds_each),
-            _time(row.wall_s),
-            _figure(row.failures),
-            _figure(row.lost_gpu_hours),
-            _figure(row.gpu_hours),
-            *price,
-        )
+        amounts = [
+            row.failures,
+            row.lost_gpu_hours,
+            row.gpu_hours,
+            *([] if row.price is None else [row.price]),
+        ]
+        times = (_time(row.seconds_each), _time(row.wall_s))
+        table.add_row(f"{row.setting:,}", *times, *map(_figure, amounts))
     return table
 
 
 def _demand_table(demands: list[Demand], *, pairs: float, gpus: int) -> Table:
-    table = figures_table(
-        "What kdecs itself needs at this size", "part", "needs", "of", "load", "breaks above"
-    )
+    title = "What kdecs itself needs at this size"
+    table = figures_table(title, "part", "needs", "of", "load", "breaks above", tight=True)
     for demand in demands:
         above = f"{_figure(demand.breaks_above(pairs=pairs, gpus=gpus))} {demand.grows_with}"
-        figures = (f"{_figure(demand.need)} {demand.unit}", f"{_figure(demand.limit)} {demand.unit}")
+        figures = (_amount(demand.need, demand.unit), _amount(demand.limit, demand.unit))
         table.add_row(
             demand.part, *figures, _figure(demand.load), above, style="bold" if demand.load > 1 else ""
         )
     return table
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "h":
+        return _time(value * report.HOUR_S)
+    return f"{_figure(value)} {unit}"
 
 
 def _time(seconds: float) -> str:
@@ -454,11 +457,15 @@ def _time(seconds: float) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three digits: 0.0123, 1.23, 123, 12,300."""
+    """Three digits: < 0.001, 0.0123, 1.23, 123, 12,300, 1.23e+09."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{digits}f}" if abs(value) < 1000 else f"{float(f'{value:.3g}'):,.0f}"
+    if value < 1e-3:
+        return "< 0.001"
+    if value >= 1e7:
+        return f"{value:.3g}"
+    digits = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{digits}f}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _size(num_bytes: float) -> str:
