@@ -19,7 +19,7 @@ help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
 	@echo "make test                the default tests, in two processes"
 	@echo "make test-slow           the long tests: several ranks, kills, Ray"
-	@echo "make test-cluster        the tests that install Slurm, sshd and PostgreSQL (apt, as root); CLUSTER=quick: a few minutes"
+	@echo "make test-cluster        the tests that install Slurm, sshd, PostgreSQL and buildah (apt, as root); CLUSTER=quick: a few minutes"
 	@echo "make test-browser        the tests of the served page in Chromium (apt, as root)"
 	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
 	@echo "make bench [BENCH=name]  side-by-side measurements; make bench-gpu: those that need CUDA"
@@ -89,7 +89,7 @@ test-slow: $(SETUP)
 # CLUSTER=quick: only the short scenarios, which CI runs. The tests skip with one line where nothing may be installed.
 test-cluster: $(SETUP)
 	-bash tests/cluster/install.sh
-	$(if $(filter quick,$(CLUSTER)),,bash tests/install_postgres.sh)
+	$(if $(filter quick,$(CLUSTER)),,bash tests/install_postgres.sh && bash tests/install_buildah.sh)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs \
 	  $(if $(filter quick,$(CLUSTER)),tests/cluster -m "slow and not cluster",-m cluster)
 
