@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from export_scaling import make_teacher
-from record import write_record
+from record import RESULTS, write_record
 
 from kdecs.corpus.reading import bundled_sample
 from kdecs.teacher.plan.simulation import (
@@ -353,7 +353,9 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("training", "export"), help="write no record, compare one stage")
+    parser.add_argument(
+        "--only", choices=("training", "export"), help="measure one stage; the other's cases stay"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of the training")
     arguments = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "KDECS_DEVICE": "cpu"}
@@ -383,8 +385,9 @@ def main() -> None:
             found |= {f"training_{n}": training_case(folder, training, n) for n in (1, 2)}
         if arguments.only != "training":
             found |= {f"export_{n}": export_case(folder, export, n) for n in (1, 2)}
-    if arguments.only:
-        return
+    record = RESULTS / "scale_simulator.json"
+    if arguments.only and record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))["details"]["cases"] | found
     worst = max(found.values(), key=lambda case: abs(case["wall_off_by"]))
     write_record(
         "scale_simulator",

@@ -1,6 +1,7 @@
 """A plan at scale: its figures follow from its parts, and the measured ones are those of the records."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from kdecs.errors import ConfigError
 from kdecs.soft_labels import export
 from kdecs.soft_labels.config import ExportConfig
-from kdecs.teacher.plan import scale, search
+from kdecs.teacher.plan import scale, search, simulation
 from kdecs.teacher.plan.activations import Activations, ActivationTracer
 from kdecs.teacher.plan.planning import PlanRequest
 from kdecs.teacher.plan.scale import ScalePlan, plan_at_scale
@@ -124,6 +125,16 @@ def test_measured_figures_are_those_of_the_records(root: Path) -> None:
     }
     for name, value in measured.items():
         assert getattr(scale, name) == pytest.approx(value, rel=0.03), name
+
+
+def test_a_work_that_never_ends_is_said_to_be_so(
+    few_dialogues: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "MAX_FAILURES", 100)
+    plan = make(few_dialogues, "pairs=1000000", "mtbf_hours=0.001", "start_s=600")
+    assert all(row.wall_s == math.inf for row in plan.training)
+    record = json.loads(json.dumps(plan.as_record(), allow_nan=False))
+    assert [row["wall_s"] for row in record["training"]] == [None] * len(plan.training)
 
 
 def test_nothing_fits(few_dialogues: Path) -> None:

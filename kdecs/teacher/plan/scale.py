@@ -207,8 +207,8 @@ class ScalePlan:
             "gpus": self.best.choice.ranks,
             "scale_assumptions": self.scale.model_dump(),
             "young_daly_steps": self.young_daly_steps,
-            "training": [asdict(row) for row in self.training],
-            "export": [asdict(row) for row in self.export],
+            "training": [_finite(asdict(row)) for row in self.training],
+            "export": [_finite(asdict(row)) for row in self.export],
             "storage_bytes": self.storage_bytes,
             "traffic_bytes": self.traffic_bytes,
             "demands": [
@@ -232,11 +232,7 @@ def plan_at_scale(request: PlanRequest) -> ScalePlan:
     ours = [s for s in request.settings if s.partition("=")[0] in names]
     scale = load_config(ScaleAssumptions, None, ours)
     others = [s for s in request.settings if s not in ours]
-    layouts = make_plan(
-        PlanRequest(
-            request.teacher, request.gpus, request.gpu, request.gpu_memory_gib, request.corpus, others
-        )
-    )
+    layouts = make_plan(replace(request, settings=others))
     best = layouts.best
     if best is None:
         raise ConfigError(layouts.what_would_fit())
@@ -441,6 +437,11 @@ def _demand_table(demands: list[Demand], *, pairs: float, gpus: int) -> Table:
             demand.part, *figures, _figure(demand.load), above, style="bold" if demand.load > 1 else ""
         )
     return table
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: null stands for the time of a work that never ends."""
+    return {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
 
 
 def _amount(value: float, unit: str) -> str:
