@@ -91,7 +91,7 @@ test-cluster: $(SETUP)
 	-bash tests/cluster/install.sh
 	$(if $(filter quick,$(CLUSTER)),,bash tests/install_postgres.sh && bash tests/install_buildah.sh)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs \
-	  $(if $(filter quick,$(CLUSTER)),tests/cluster -m "slow and not cluster",-m cluster)
+	  $(if $(filter quick,$(CLUSTER)),tests/cluster -m "slow and not cluster",tests/cluster tests/sweep/test_postgres.py)
 
 # Chromium for the tests of the page of `kdecs serve`, which are skipped without it.
 test-browser: $(SETUP)

@@ -6,6 +6,7 @@ Each daemon is a child of the test's process or of a host, and ends with it.
 import contextlib
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -48,6 +49,17 @@ MinJobAge=3600
 NodeName=node-[1-{num_nodes}] Sockets=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=100000 {node}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+_CGROUPS = Path("/sys/fs/cgroup/freezer")
+
+
+def _remove_cgroups() -> bool:
+    """Kill what is left of the jobs and remove their cgroups. Returns whether that is done."""
+    for group in sorted(_CGROUPS.glob("slurm_node-*/**"), reverse=True):
+        with contextlib.suppress(OSError):  # a process that still ends, or has just ended
+            for pid in (group / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+            group.rmdir()
+    return not any(_CGROUPS.glob("slurm_node-*"))
 
 
 class Slurm:
@@ -61,12 +73,13 @@ class Slurm:
         self._daemons: dict[str, Running] = {}
         place.mkdir(parents=True)
         (place / "state").mkdir()
-        # Ray's servers leave their process group, so only cgroups end them with their job.
-        has_cgroups = os.access("/sys/fs/cgroup/freezer", os.W_OK)
+        # Ray's servers leave their process group, so only cgroups end them with their job. Another Slurm of this
+        # machine that has such nodes keeps its own.
+        self._has_cgroups = os.access(_CGROUPS, os.W_OK) and not any(_CGROUPS.glob("slurm_node-*"))
         (place / "slurm.conf").write_text(
             _CONFIG.format(
                 place=place,
-                proctrack="cgroup" if has_cgroups else "linuxproc",
+                proctrack="cgroup" if self._has_cgroups else "linuxproc",
                 timeout_s=_SECONDS_TO_NOTICE,
                 num_nodes=len(hosts.numbers),
                 cpus=cpus,
@@ -74,7 +87,7 @@ class Slurm:
                 gres="GresTypes=gpu" if gpus else "",
             )
         )
-        if has_cgroups:
+        if self._has_cgroups:
             (place / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         if gpus:
             for number in range(gpus):  # Slurm asks for character devices
@@ -114,6 +127,8 @@ class Slurm:
         if self._munged is not None:
             self._munged.kill()
             self._munged.wait()
+        if self._has_cgroups:
+            wait_until(_remove_cgroups, "no process of a job is left", 60, poll_s=0.2)
 
     def boot(self, number: int) -> None:
         """Start the slurmd of a host that is up, and wait until Slurm uses the node."""
