@@ -6,20 +6,28 @@ set -euo pipefail
 address=$1
 over=$KDECS_JOB_DIR/over # on the file system that all nodes share
 options=(--num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats)
+log=$KDECS_JOB_DIR/ray-$SLURM_PROCID
 
-if [[ $SLURM_PROCID -ne 0 ]]; then
-    for _ in {1..20}; do # the first node may still be starting
-        if ray start --address "$address" "${options[@]}" >"$KDECS_JOB_DIR/ray-$SLURM_PROCID" 2>&1; then
-            while [[ ! -e $over ]]; do sleep 1; done
-            ray stop >/dev/null 2>&1 || true
-            exit 0
-        fi
-        [[ ! -e $over ]] || exit 0
+# Start Ray in so many tries, since it gives its servers half a minute, which are few on a busy node or file system.
+start_ray() { # TRIES OPTION…
+    local try
+    for ((try = 1; try <= $1; try++)); do
+        if ray start "${@:2}" "${options[@]}" >"$log" 2>&1; then return 0; fi
+        ray stop >/dev/null 2>&1 || true # what the try has left
+        [[ ! -e $over ]] || return 1
         sleep 5
     done
-    cat "$KDECS_JOB_DIR/ray-$SLURM_PROCID"
-    echo "Ray does not start on $HOSTNAME (its message is above); the sweep goes on without this node" >&2
-    exit 0
+    cat "$log"
+    echo "Ray does not start on $HOSTNAME; its message is above" >&2
+    return 1
+}
+
+if [[ $SLURM_PROCID -ne 0 ]]; then
+    if start_ray 20 --address "$address"; then # the first node may still be starting
+        while [[ ! -e $over ]]; do sleep 1; done
+        ray stop >/dev/null 2>&1 || true
+    fi
+    exit 0 # the sweep goes on without a node on which Ray does not start
 fi
 
 # The address under which the other nodes know this one. A node's own name may be a loopback address in its /etc/hosts.
@@ -28,10 +36,7 @@ ip=$(getent ahostsv4 "$host" | awk '$1 !~ /^127/ { print $1; exit }')
 ip=${ip:-$(hostname -I | awk '{ print $1 }')}
 export RAY_ADDRESS=$ip:${address##*:}
 # A dashboard would be one more port through which code can be run.
-if ! ray start --head --node-ip-address "$ip" --port "${address##*:}" --include-dashboard=false "${options[@]}" \
-    >"$KDECS_JOB_DIR/ray-0" 2>&1; then
-    cat "$KDECS_JOB_DIR/ray-0"
-    echo "Ray does not start on $HOSTNAME; its message is above" >&2
+if ! start_ray 3 --head --node-ip-address "$ip" --port "${address##*:}" --include-dashboard=false; then
     echo 1 >"$KDECS_JOB_DIR/failed-0"
     exit 1
 fi
