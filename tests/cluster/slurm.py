@@ -153,7 +153,16 @@ class Slurm:
 
     def job(self, job: str) -> dict[str, str]:
         """What Slurm says of a job."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job)))
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return dict(
+                    re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job))
+                )
+            except subprocess.CalledProcessError:  # a busy slurmctld does not answer in time
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
 
     def wait(
         self, job: str, states: Iterable[str] = ("COMPLETED",), timeout_s: float = 240
