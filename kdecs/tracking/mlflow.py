@@ -40,8 +40,6 @@ from kdecs.tracking.run import MlflowRun, epoch_of, tags_of
 
 _RETRY_S = 20.0  # an attempt at a server that is away can take as long itself
 _MAX_REASON = 200
-# Without it MLflow's pages take an experiment for one with language models, and hide its list of models.
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 Identity = tuple[tuple[str, str], ...]
 Result = TypeVar("Result")
@@ -350,7 +348,7 @@ class Tracker:
         is_sqlite = self.uri.startswith("sqlite:///")
         location = (database.absolute().parent / "mlartifacts").as_uri() if is_sqlite else None
         try:
-            return str(client.create_experiment(self.config.experiment, location, _EXPERIMENT_TAGS))
+            return str(client.create_experiment(self.config.experiment, artifact_location=location))
         except Exception:
             # Of two stages that start together on one server, the second finds the experiment of the first.
             if (made := client.get_experiment_by_name(self.config.experiment)) is None:
