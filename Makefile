@@ -46,7 +46,7 @@ $(SETUP): pyproject.toml constraints.txt requirements.lock torch.lock $(wildcard
 lock: $(SETUP)
 	@set -euo pipefail; trap 'rm -f requirements.lock.new' EXIT; \
 	echo "# Made by \`make lock\` from pyproject.toml and constraints.txt: what \`make setup\` installs beside PyTorch." > requirements.lock.new; \
-	PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --extra all --extra dev --extra postgres \
+	PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --extra all --extra dev --extra mlflow-server \
 	  --constraint constraints.txt --quiet --generate-hashes --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
 	  | awk '/^[^ ]/ { keep = !/^(torch|triton|nvidia-|cuda-)/; sub(/ ; .*/, " \\") } keep' >> requirements.lock.new; \
 	mv requirements.lock.new requirements.lock

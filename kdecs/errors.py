@@ -62,6 +62,10 @@ class TrainingError(KdecsError):
     """Training that cannot continue, for example after a loss that is not finite."""
 
 
+class TrackingError(KdecsError):
+    """MLflow does not answer somebody who waits for it."""
+
+
 class DependencyError(KdecsError):
     """A command needs an optional package that is not installed."""
 

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import ROOT
 
-LOCKED_EXTRAS = ("onnx", "onnx-export", "teacher", "sweep", "serve", "dev", "postgres")
+LOCKED_EXTRAS = ("onnx", "onnx-export", "teacher", "sweep", "serve", "dev", "mlflow-server")
 
 
 def pins(name: str) -> dict[str, str]:

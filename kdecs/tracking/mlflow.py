@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kdecs.artifact import file_lock
-from kdecs.errors import ConfigError, DependencyError, KdecsError
+from kdecs.errors import ConfigError, DependencyError, KdecsError, TrackingError
 from kdecs.tracking.record import (
     RunRecord,
     TrackingConfig,
@@ -186,6 +186,24 @@ class Tracker:
             self._is_away = False
             _warn(f"MLflow at {self.shown_uri} answers again")
         return result
+
+    def ask(self, question: Callable[[], Result]) -> Result:
+        """MLflow's answer to a person, who waits for it. Raises TrackingError if there is none."""
+        database = self.uri.removeprefix("sqlite:///")
+        if database != self.uri and not Path(database).is_file():  # MLflow would make an empty one
+            raise TrackingError(
+                f"{database}: no such database of MLflow; check tracking.uri and MLFLOW_TRACKING_URI"
+            )
+        try:
+            self._connect()
+            return question()
+        except KdecsError:
+            raise
+        except Exception as error:  # as in `attempt`
+            raise TrackingError(
+                f"MLflow at {self.shown_uri} does not answer ({self._reason(error)}); check its address and your "
+                "password, then run the same command again"
+            ) from None
 
     def ensure(self, record: RunRecord) -> str:
         """Send a record and return its run's id. Call it inside `attempt`."""

@@ -31,12 +31,14 @@ def register_student(
     corpus_checksum: str,
     metric: str,
     card: str,
+    lineage: Mapping[str, str] | None = None,
 ) -> str | None:
     """Log a student to its run as a pyfunc model, register it and give it its alias. Returns version and alias.
 
     The alias is `champion` if there is no champion yet or the student beats it on the same validation corpus, otherwise
     `challenger`. Returns None if MLflow does not answer. A student is registered once. `card` (Markdown) becomes the
-    version's description; the record's `scores` and `results` go to its run.
+    version's description, and `lineage`, which says where the student comes from, its tags; the record's `scores` and
+    `results` go to its run.
     """
 
     def register() -> str:
@@ -49,15 +51,51 @@ def register_student(
         tracker.log_final(record)
         # Before the alias: whoever becomes champion is compared with the next student by these tags.
         # `repr` keeps every digit of the score, which is read back for the comparison.
-        tags = {"kdecs.valid": corpus_checksum, "kdecs.metric": metric, "kdecs.score": repr(score)}
-        for key, value in tags.items():
+        comparable = {"kdecs.valid": corpus_checksum, "kdecs.metric": metric}
+        for key, value in {**(lineage or {}), **comparable, "kdecs.score": repr(score)}.items():
             client.set_model_version_tag(name, version, key, value)
         client.update_model_version(name, version, description=card)
-        alias = "champion" if _beats_champion(tracker, version, tags, score) else "challenger"
+        alias = "champion" if _beats_champion(tracker, version, comparable, score) else "challenger"
         client.set_registered_model_alias(name, alias, version)
+        aliases = client.get_registered_model(name).aliases
+        if alias == "champion" and str(aliases.get("challenger")) == str(version):
+            # It challenged a champion that is gone.
+            client.delete_registered_model_alias(name, "challenger")
         return f"{name} version {version}, alias {alias}"
 
     return tracker.attempt(register)
+
+
+def run_tags(tracker: Tracker, run_id: str) -> dict[str, str] | None:
+    """The tags of a run, None if there is no such run. Raises TrackingError if MLflow cannot be asked."""
+    from mlflow.exceptions import MlflowException
+
+    def read() -> dict[str, str] | None:
+        try:
+            return dict(tracker.client.get_run(run_id).data.tags)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    return tracker.ask(read)
+
+
+def find_runs(tracker: Tracker, tags: Mapping[str, str]) -> list[dict[str, str]]:
+    """The tags of all runs that have these tags, newest first. Raises TrackingError if MLflow cannot be asked."""
+
+    def search() -> list[dict[str, str]]:
+        experiments = [found.experiment_id for found in tracker.client.search_experiments()]
+        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found: list[dict[str, str]] = []
+        page: str | None = ""
+        while page is not None:
+            runs = tracker.client.search_runs(experiments, condition, page_token=page or None)
+            found += [dict(run.data.tags) for run in runs]
+            page = runs.token or None
+        return found
+
+    return tracker.ask(search)
 
 
 def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Path) -> str:
@@ -103,12 +141,12 @@ def mlflow_at(uri: str) -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-def _beats_champion(tracker: Tracker, version: str, tags: Mapping[str, str], score: float) -> bool:
+def _beats_champion(tracker: Tracker, version: str, comparable: Mapping[str, str], score: float) -> bool:
     """Whether a version becomes the champion. A champion of another corpus or metric is not comparable, so it stays."""
     name = tracker.config.registered_model
     current = tracker.client.get_registered_model(name).aliases.get("champion")
     if current is None or str(current) == str(version):
         return True
     champion = tracker.client.get_model_version(name, current).tags
-    comparable = all(champion.get(key) == tags[key] for key in ("kdecs.valid", "kdecs.metric"))
-    return comparable and score > float(champion["kdecs.score"])
+    is_comparable = all(champion.get(key) == value for key, value in comparable.items())
+    return is_comparable and score > float(champion["kdecs.score"])

@@ -1,8 +1,10 @@
-"""A sweep against `mlflow server` on a real PostgreSQL with a password, twelve trials at once.
+"""`cluster/mlflow/serve.sh` on a real PostgreSQL with a password: users, hosts, backups, twelve trials at once.
 
-Needs PostgreSQL's programs (tests/install_postgres.sh) and psycopg2; skipped without.
+Needs PostgreSQL's programs (tests/install_postgres.sh) and the extra `mlflow-server`; skipped without.
 """
 
+import base64
+import contextlib
 import json
 import os
 import shutil
@@ -21,7 +23,10 @@ from kdecs.sweep.status import read_results
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 PASSWORD = "f81d4fae7dec"
-ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(__file__).parents[2] / "cluster" / "mlflow"
+PATH = os.pathsep.join(
+    [str(Path(sys.executable).parent), *(str(p.parent) for p in PROGRAMS[-1:]), os.environ["PATH"]]
+)
 
 
 @pytest.fixture
@@ -30,6 +35,7 @@ def postgres(tmp_path_factory):
     if not PROGRAMS:
         pytest.skip("no PostgreSQL: tests/install_postgres.sh installs it")
     pytest.importorskip("psycopg2")
+    pytest.importorskip("flask_wtf")
     folder, port = Path("/tmp") / f"kdecs-pg-{os.getpid()}", free_port()
     folder.mkdir(mode=0o755)
     as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
@@ -58,22 +64,22 @@ def postgres(tmp_path_factory):
         shutil.rmtree(folder)
 
 
-@pytest.fixture
-def server(postgres, tmp_path):
-    """The URI of `cluster/mlflow/serve.sh` on that database."""
-    uri, environment = postgres
+@contextlib.contextmanager
+def serving(uri, environment, folder):
+    """`cluster/mlflow/serve.sh` on a database: its address, its log and the admin's password."""
     port = free_port()
     environment = {
         **environment,
         "MLFLOW_BACKEND_STORE_URI": uri,
-        "MLFLOW_ARTIFACTS": str(tmp_path / "artifacts"),
+        "MLFLOW_ARTIFACTS": str(folder / "artifacts"),
+        "MLFLOW_HOME": str(folder / "home"),
         "MLFLOW_PORT": str(port),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": PATH,
     }
-    log = tmp_path / "server.log"
+    log = folder / "server.log"
     with log.open("ab") as file:
         process = subprocess.Popen(
-            ["bash", str(ROOT / "cluster" / "mlflow" / "serve.sh")],
+            ["bash", str(SCRIPTS / "serve.sh")],
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -88,11 +94,91 @@ def server(postgres, tmp_path):
             return False
 
     try:
-        wait_until(answers, "MLflow's server answers", 180, poll_s=0.2)
-        yield f"http://127.0.0.1:{port}", log
+        wait_until(answers, "MLflow's server answers", 400, poll_s=0.2)
+        yield f"http://127.0.0.1:{port}", log, (folder / "home" / "admin-password").read_text().strip()
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture
+def server(postgres, tmp_path, monkeypatch):
+    """The URI of a server whose admin this process is, and its log."""
+    with serving(*postgres, tmp_path) as (uri, log, password):
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        yield uri, log
+
+
+def status_of(address, *, user=None, host=None):
+    """The status that the list of experiments is answered with."""
+    request = urllib.request.Request(f"{address}/api/2.0/mlflow/experiments/search?max_results=5")
+    if user:
+        request.add_header("Authorization", "Basic " + base64.b64encode(":".join(user).encode()).decode())
+    if host:
+        request.add_header("Host", host)
+    try:
+        return urllib.request.urlopen(request, timeout=60).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_only_users_are_answered_and_a_restored_backup_has_all(postgres, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.server import get_app_client
+
+    uri, environment = postgres
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    with serving(uri, environment, first) as (address, _, password):
+        admin = ("admin", password)
+        assert [status_of(address), status_of(address, user=("admin", "admin"))] == [401, 401]
+        assert status_of(address, user=admin) == 200
+        assert status_of(address, user=admin, host="evil.example") == 403
+        assert status_of(address, user=admin, host="localhost:7000") == 200, "the end of a tunnel"
+        assert {path.name: path.stat().st_mode & 0o777 for path in (first / "home").iterdir()} == {
+            "admin-password": 0o600,
+            "form-key": 0o600,
+            "auth.ini": 0o600,
+        }
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        get_app_client("basic-auth", tracking_uri=address).create_user("anna", "a-long-password")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "anna")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
+        client = MlflowClient(address)
+        run = client.create_run(client.create_experiment("kdecs")).info.run_id
+        client.log_metric(run, "macro_f1", 61.5, timestamp=5, step=2)
+        (tmp_path / "note.txt").write_text("an artifact")
+        client.log_artifact(run, str(tmp_path / "note.txt"))
+        values = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_ARTIFACTS": str(first / "artifacts"), "PATH": PATH}
+        script(SCRIPTS / "backup.sh", tmp_path / "backup", environment=environment | values)
+    empty = uri.rsplit("/", 1)[0] + "/restored"
+    create = ["createdb", f"--maintenance-db={uri.replace('+psycopg2', '')}", "restored"]
+    subprocess.run(create, env=environment, check=True, capture_output=True)
+    values = {"MLFLOW_BACKEND_STORE_URI": empty, "MLFLOW_ARTIFACTS": str(second / "artifacts"), "PATH": PATH}
+    restore = [SCRIPTS / "restore.sh", tmp_path / "backup"]
+    script(*restore, environment=environment | values)
+    assert "is not empty" in script(*restore, environment=environment | values, code=1)
+    (tmp_path / "backup" / "artifacts.tar").write_bytes(b"cut")
+    assert "incomplete or damaged" in script(*restore, environment=environment | values, code=1)
+    with serving(empty, environment, second) as (address, _, password):
+        assert status_of(address, user=("admin", password)) == 401, "the users are those of the backup"
+        assert status_of(address, user=admin) == 200
+        client = MlflowClient(address)
+        [metric] = client.get_metric_history(run, "macro_f1")
+        assert (metric.value, metric.timestamp, metric.step) == (61.5, 5, 2)
+        note = client.download_artifacts(run, "note.txt", str(tmp_path / "second"))
+        assert Path(note).read_text() == "an artifact"
+
+
+def script(path, argument, *, environment, code=0):
+    """What a script of `cluster/mlflow` prints."""
+    done = subprocess.run(
+        ["bash", str(path), str(argument)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
 
 
 def test_twelve_trials_at_once(server, make_config, runs_of, runs, tmp_path):

@@ -1,12 +1,14 @@
+import dataclasses
 import json
 
 import pytest
-from support import flip_bit, rewrite_manifest
+from support import change_json, flip_bit, free_port, rewrite_manifest
 
+from kdecs.artifact import content_checksum
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.splits import read_split
-from kdecs.errors import ArtifactError, ConfigError
+from kdecs.errors import ArtifactError, ConfigError, TrackingError
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import evaluate
 from kdecs.student.config import StudentConfig
@@ -15,6 +17,7 @@ from kdecs.sweep import status
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection.choose import COMPARED, print_selection, scores_of_student, select_student
 from kdecs.sweep.selection.model_card import model_card
+from kdecs.sweep.selection.pick import Pick, pick_from_mlflow, picked_student
 from kdecs.sweep.selection.record import SelectionRecord, rank_settings, read_selection
 from kdecs.sweep.status import read_results, trial_directory
 
@@ -249,3 +252,118 @@ def test_a_winner_of_no_trial_is_refused(finished):
     (finished / "selection.json").write_text(json.dumps(record))
     with pytest.raises(ArtifactError, match=r"winner .* is no trial of this sweep"):
         select_student(finished)
+
+
+PICKED = "t5-tiny α0.3 τ2"
+
+
+@pytest.fixture
+def tracked(finish, uri):
+    """A finished sweep of two settings with two seeds, its MLflow, and the id of each run by what it is."""
+    from mlflow import MlflowClient
+
+    space = {"distillation.alpha": {"grid": [0.3, 0.6]}, "teacher": {"grid": ["t5-tiny"]}}
+    sweep = finish(space={**space, "optimization.seed": {"grid": [0, 1]}})
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("kdecs").experiment_id
+    found = {}
+    for run in client.search_runs([experiment]):
+        tags = run.data.tags
+        found["sweep" if tags["kdecs.kind"] == "sweep" else tags["mlflow.runName"]] = run.info.run_id
+    return sweep, client, found
+
+
+def test_a_pick_leads_to_one_student_or_is_refused_in_one_line(
+    tracked, finished, asked, uri, tmp_path, monkeypatch, capsys
+):
+    """First what leads nowhere, then each way to one student, which is scored on test once."""
+    sweep, client, found = tracked
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(TrackingError, match=r"runs/mlflow\.db: no such database"):
+        pick_from_mlflow(PICKED, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    plain = client.create_run("0").info.run_id
+    cases = [
+        ("0" * 32, None, "has no such run"),
+        ("α9", None, "no sweep has such a setting in MLflow at"),
+        ("α9", sweep, "this sweep compares no such setting; it has t5-tiny α0.6 τ2;"),
+        (found["sweep"], None, "this is the run of a sweep; expected"),
+        (plain, sweep, "this is no run of a sweep"),
+        (found[PICKED], finished, "belongs to another sweep"),
+    ]
+    for name, place, message in cases:
+        with pytest.raises(ArtifactError, match=message) as caught:
+            select_student(*pick_from_mlflow(name, place))
+        assert "\n" not in str(caught.value)
+    client.set_tag(found["sweep"], "kdecs.directory", str(tmp_path / "gone"))
+    with pytest.raises(
+        ArtifactError, match=r"its sweep is at .*gone, which is not on this machine; give --sweep"
+    ):
+        pick_from_mlflow(PICKED, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'absent.db'}")
+    with pytest.raises(TrackingError, match=r"absent\.db: no such database"):
+        pick_from_mlflow(PICKED, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(TrackingError, match="does not answer") as caught:
+        pick_from_mlflow(PICKED, None)
+    assert "\n" not in str(caught.value) and not (sweep / "selection.json").exists()
+
+    client.set_tag(found["sweep"], "kdecs.directory", str(sweep))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    best, results = f"{PICKED} s1", read_results(sweep)
+    names = [PICKED, found[PICKED], found[best]]
+    for name in names:
+        pick = pick_from_mlflow(name, sweep)[1]
+        assert picked_student(results, rank_settings(results), pick).label == best
+    assert [pick_from_mlflow(name, None)[0] for name in names] == 3 * [sweep]
+    record = select_student(*pick_from_mlflow(found[best], None))
+    assert record.winner.label == best and record.picked == f"run {found[best]}"
+    assert [setting.label for setting in record.settings].index(record.setting.label) == 1
+    assert (record.runner_up.against, record.runner_up.label) == (PICKED, "t5-tiny α0.6 τ2")
+    print_selection(sweep, record)
+    assert f"{best} was picked by a person: run {found[best]}" in capsys.readouterr().out
+    card = (sweep / "model-card.md").read_text()
+    assert "A person picked it among the students of 2 settings. Its setting is number 2" in card
+    assert "| teacher | t5-tiny |" in card
+    assert "Picked by a person" in write_report(sweep).read_text()
+    number = len(asked)
+    assert asked.count("test") == 1
+    assert select_student(sweep) == select_student(sweep, Pick("again", setting=PICKED)) == record
+    with pytest.raises(
+        ArtifactError, match=f"was opened on .* for {best}, so t5-tiny α0.6 τ2 s1 cannot"
+    ) as caught:
+        select_student(sweep, Pick("other", setting="t5-tiny α0.6 τ2"))
+    assert "\n" not in str(caught.value) and len(asked) == number
+
+
+def test_what_was_not_compared_cannot_be_picked(finished):
+    results = read_results(finished)
+    changes = [{"status": "dropped"}, {"status": "complete", "stage": "search"}]
+    for change, words in zip(changes, ("is dropped", "part of the search alone"), strict=True):
+        changed = [dataclasses.replace(results[0], **change), *results[1:]]
+        with pytest.raises(ArtifactError, match=words):
+            picked_student(changed, rank_settings(changed), Pick("run a", trial=results[0].id))
+    with pytest.raises(ArtifactError, match="no trial of this sweep"):
+        picked_student(results, rank_settings(results), Pick("run a", trial="gone"))
+
+
+def test_a_registered_student_names_where_it_comes_from(finished, monkeypatch):
+    told = {}
+    monkeypatch.setattr(
+        "kdecs.sweep.selection.choose.register_student", lambda *a, **k: told.update(k) or "version 1"
+    )
+    winner = trial_directory(finished, max(read_results(finished), key=lambda result: result.score))
+    parts = [
+        {"inputs": {"teacher": letter * 64}, "soft_labels_hash": letter * 8, "details": {}, "weight": 0.5}
+        for letter in "ab"
+    ]
+    change_json(winner / "manifest.json", details={"teacher": {**parts[0], "teachers": parts}})
+    rewrite_manifest(finished)
+    select_student(finished)
+    lineage = told["lineage"]
+    assert lineage["kdecs.teacher_sha256"] == f"{'a' * 64} {'b' * 64}"
+    assert lineage["kdecs.soft_labels_hash"] == "aaaaaaaa bbbbbbbb"
+    assert lineage["kdecs.trial"] == winner.name and lineage["kdecs.sweep_name"] == "small"
+    assert lineage["kdecs.student_sha256"] == content_checksum(winner)
+    assert json.loads(lineage["kdecs.setting"])["teacher"] == lineage["kdecs.teacher"] == "llama-tiny"

@@ -39,6 +39,7 @@ from kdecs.evaluation.significance import Comparison, bootstrap_intervals, compa
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.selection.model_card import CARD_NAME, model_card
+from kdecs.sweep.selection.pick import Pick, best_seed, picked_student
 from kdecs.sweep.selection.record import (
     SELECTION_NAME,
     SelectionRecord,
@@ -50,11 +51,12 @@ from kdecs.sweep.selection.record import (
     load_selection,
     rank_settings,
 )
-from kdecs.sweep.space import VARIANT_KEY, Trial
+from kdecs.sweep.space import VARIANT_KEY, Trial, settings_key
 from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
 from kdecs.sweep.tracking import sweep_record, sweep_records, trial_record
 from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
+from kdecs.tracking.record import directory_identity
 from kdecs.tracking.registry import register_student
 
 TEST_PREDICTIONS_NAME = "test-predictions.jsonl"
@@ -63,20 +65,21 @@ _EMOTIONS, _STRICT = "emotion_accuracy", "strict_"
 COMPARED = ("macro_f1", "positive_f1", "negative_f1", "exact_match", _EMOTIONS, "utterance_macro_f1")
 
 
-def select_student(sweep: Path) -> SelectionRecord:
+def select_student(sweep: Path, pick: Pick | None = None) -> SelectionRecord:
     """Choose on validation, score the winner on test once, register it. Returns the record; a second call reads it.
 
-    Raises ArtifactError if the sweep is unfinished, or if the test split was opened for an earlier state of it, and
-    ConfigError if the config names no test split.
+    With `pick`, a person has chosen the student or the setting.
+    Raises ArtifactError if the sweep is unfinished, or if the test split was opened for an earlier state of it or for
+    another student than the picked one, and ConfigError if the config names no test split.
     """
     results = read_results(sweep)
     # Before the test split is opened, since the winner could not be registered.
     tracking_uri(load_config(SweepConfig, sweep / CONFIG_NAME).tracking, sweep)
     with file_lock(sweep / ".selection-lock"):
         record = load_selection(sweep)
+        ranked = rank_settings(results)
+        chosen = picked_student(results, ranked, pick) if pick else best_seed(results, ranked[0])
         if record is None:
-            ranked = rank_settings(results)
-            chosen = choose_winner(results, ranked)
             record = SelectionRecord(
                 sweep=read_manifest(sweep, "sweep").config_hash,
                 metric=chosen.metric,
@@ -90,6 +93,7 @@ def select_student(sweep: Path) -> SelectionRecord:
                     directory=chosen.directory,
                     valid=chosen.metrics,
                 ),
+                picked=pick.origin if pick else None,
                 test_opened_at=None,
                 test=None,
                 registered=None,
@@ -99,6 +103,12 @@ def select_student(sweep: Path) -> SelectionRecord:
                 f"{sweep / SELECTION_NAME}: the test split was opened on {record.test_opened_at} for another state of "
                 "this sweep; remove the file only if you want to look at test a second time"
             )
+        elif pick is not None and chosen.id != record.winner.id:
+            raise ArtifactError(
+                f"{sweep / SELECTION_NAME}: the test split was opened on {record.test_opened_at} for "
+                f"{record.winner.label}, so {chosen.label} cannot be scored on it as well; remove the file only if you "
+                "want to look at test a second time"
+            )
         winner = next((result for result in results if result.id == record.winner.id), None)
         if winner is None:
             raise ArtifactError(
@@ -106,7 +116,7 @@ def select_student(sweep: Path) -> SelectionRecord:
                 "restore the file from a backup"
             )
         if "runner_up" not in record.model_fields_set:
-            record = record.model_copy(update=_comparisons(sweep, results))
+            record = record.model_copy(update=_comparisons(sweep, results, record))
         if record.test is None:
             record = _score_on_test(sweep, winner, record)
             # Written after each step, so that a call after a kill goes on from there and scores test only once.
@@ -118,14 +128,8 @@ def select_student(sweep: Path) -> SelectionRecord:
     return record
 
 
-def choose_winner(results: list[TrialResult], ranked: list[SettingScore]) -> TrialResult:
-    """The best seed, on validation, of the best setting. Among equals it is the lowest seed."""
-    group = [result for result in results if result.id in ranked[0].trials]
-    return min(group, key=lambda result: (-result.score, result.seed))
-
-
-def _comparisons(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
-    """Paired tests on validation: the first setting against the second, and variants against the first variant."""
+def _comparisons(sweep: Path, results: list[TrialResult], record: SelectionRecord) -> dict[str, Any]:
+    """Paired tests on validation: the winner's setting against the best other one, variants against the first one."""
     ranked = rank_settings(results)
     by_id = {result.id: result for result in results}
     groups = {setting.key: [by_id[identity] for identity in setting.trials] for setting in ranked}
@@ -135,7 +139,8 @@ def _comparisons(sweep: Path, results: list[TrialResult]) -> dict[str, Any]:
 
     runner_up = None
     if len(ranked) > 1:
-        first, second = ranked[0], ranked[1]
+        first = next(setting for setting in ranked if record.winner.id in setting.trials)
+        second = next(setting for setting in ranked if setting is not first)
         runner_up = SettingComparison(label=second.label, against=first.label, tests=tests(first, second))
     # Settings come by falling mean, so the first one of a variant is its best.
     best: dict[str, SettingScore] = {}
@@ -299,7 +304,39 @@ def _register(
             corpus_checksum=content_checksum(student.corpus.valid),
             metric=winner.metric,
             card=card,
+            lineage=_lineage(sweep, config, winner, record),
         )
+
+
+def _lineage(
+    sweep: Path, config: SweepConfig, winner: TrialResult, record: SelectionRecord
+) -> dict[str, str]:
+    """Where a student comes from, as tags of its version: its sweep, setting, teachers, soft labels and corpora."""
+    directory = trial_directory(sweep, winner)
+    manifest = read_manifest(directory, "student")
+    inputs = {f"kdecs.{name}_sha256": checksum for name, checksum in manifest.inputs.items()}
+    first = manifest.details.get("teacher") or {}
+    teachers = first.get("teachers") or ([first] if first else [])
+    return {
+        **inputs,
+        "kdecs.sweep": directory_identity(sweep),
+        "kdecs.sweep_name": config.name,
+        "kdecs.trial": winner.id,
+        "kdecs.setting": settings_key(winner.settings),
+        "kdecs.picked": record.picked or "best seed of the best setting on validation",
+        "kdecs.config_hash": winner.config_hash,
+        "kdecs.student_sha256": content_checksum(directory),
+        "kdecs.teacher": winner.teacher or "none",
+        # Of a sum of teachers one after the other, in the order of their names.
+        **_joined("kdecs.teacher_sha256", [teacher["inputs"].get("teacher") for teacher in teachers]),
+        **_joined("kdecs.soft_labels_hash", [teacher["soft_labels_hash"] for teacher in teachers]),
+    }
+
+
+def _joined(tag: str, values: list[str | None]) -> dict[str, str]:
+    """One tag for several values, none where a value is unknown: imported labels may have no teacher."""
+    known = [value for value in values if value]
+    return {tag: " ".join(known)} if known and len(known) == len(values) else {}
 
 
 def _as_trial(sweep: Path, result: TrialResult) -> Trial:
@@ -332,6 +369,8 @@ def print_selection(sweep: Path, record: SelectionRecord) -> None:
             f"{setting.interval[0]:.2f} to {setting.interval[1]:.2f}" if setting.interval else "",
         )
     console.print(table)
+    if record.picked is not None:
+        console.print(f"{record.winner.label} was picked by a person: {record.picked}", soft_wrap=True)
     line = "one setting, so there is no runner-up to test against"
     if record.runner_up:
         test = record.runner_up.tests[record.metric]

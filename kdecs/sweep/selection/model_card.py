@@ -27,9 +27,7 @@ def model_card(sweep: Path, record: SelectionRecord, config: StudentConfig) -> s
     lines = [
         f"# {record.winner.label}",
         "",
-        f"A student for emotion-cause extraction in dialogues, by kdecs {__version__}. Of "
-        f"{len(record.settings)} settings, it is the best seed of the one with the highest mean {record.metric} on "
-        "validation.",
+        f"A student for emotion-cause extraction in dialogues, by kdecs {__version__}. {_choice(record)}",
         "",
         "## Data",
         "",
@@ -74,6 +72,18 @@ def verdict(record: SelectionRecord) -> tuple[float, str]:
     return (record.test or {})[metric] - rules[name], name
 
 
+def _choice(record: SelectionRecord) -> str:
+    number = len(record.settings)
+    if record.picked is None:
+        best = f"the one with the highest mean {record.metric} on validation"
+        return f"Of {number} settings, it is the best seed of {best}."
+    place = record.settings.index(record.setting) + 1
+    return (
+        f"A person picked it among the students of {number} settings. Its setting is number {place} by mean "
+        f"{record.metric} on validation."
+    )
+
+
 def _data_rows(config: StudentConfig) -> list[str]:
     splits = {"train": config.corpus.train, "valid": config.corpus.valid, "test": config.corpus.test}
     return [
@@ -84,7 +94,7 @@ def _data_rows(config: StudentConfig) -> list[str]:
 
 
 def _settings(config: StudentConfig, record: SelectionRecord) -> dict[str, Any]:
-    setting = record.settings[0]
+    setting = record.setting
     return {
         "teacher": setting.teacher or "none",
         "mode": config.distillation.mode,
@@ -113,16 +123,20 @@ def _score_rows(record: SelectionRecord, test: dict[str, Any]) -> list[str]:
 
 
 def _validation_line(record: SelectionRecord) -> str:
-    setting = record.settings[0]
+    setting = record.setting
     spread = f", 95% {setting.interval[0]:.2f} to {setting.interval[1]:.2f}" if setting.interval else ""
     line = f"On validation the setting reaches {setting.mean:.2f} over {setting.num_seeds} seeds{spread}."
     if record.runner_up:
         test = record.runner_up.tests[record.metric]
         line += (
-            f" Against the runner-up, {record.runner_up.label}: {test.difference:+.2f} points "
+            f" Against {_rival(record)}, {record.runner_up.label}: {test.difference:+.2f} points "
             f"(95% {test.low:+.2f} to {test.high:+.2f}, p {test.p:.3f}, paired over dialogues)."
         )
     return line
+
+
+def _rival(record: SelectionRecord) -> str:
+    return "the runner-up" if record.picked is None else "the best other setting"
 
 
 def _limits(record: SelectionRecord, config: StudentConfig) -> list[str]:

@@ -13,6 +13,10 @@ from kdecs.sweep.space import settings_key
 from kdecs.sweep.status import TrialResult, by_settings
 
 SELECTION_NAME = "selection.json"
+_REMEDY = (
+    "the test split may have been opened, so restore the file from a backup, or remove it only if you want to look at "
+    "test a second time"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,9 @@ class VariantComparison(SettingComparison):
 class SelectionRecord(_Record):
     """What `selection.json` holds. Keys that are not decided yet are left out or null.
 
-    `settings` are ranked. `runner_up` compares the first setting with the second, and is null if there is only one.
+    `settings` are ranked. `picked` names the run or setting that a person picked in MLflow; it is null if the winner is
+    the best seed of the first setting. `runner_up` compares the winner's setting with the best other one, and is null
+    if there is only one.
     `test_opened_at` (UTC) is written before the test split is read for the first time. `test` holds the winner's scores
     as `kdecs evaluate` gives them; `test_intervals` their 95% bootstrap intervals over dialogues; `test_baselines` the
     trivial rules' scores. `registered` is the version and alias in MLflow's registry, null until MLflow has answered.
@@ -102,6 +108,7 @@ class SelectionRecord(_Record):
     protocol: str
     settings: list[SettingScore]
     winner: Winner
+    picked: str | None = None
     runner_up: SettingComparison | None = None
     variants: list[VariantComparison] = []
     test_opened_at: str | None
@@ -133,6 +140,16 @@ class SelectionRecord(_Record):
             raise ValueError(f"runner_up.tests: no {self.metric}")
         return self
 
+    @property
+    def setting(self) -> SettingScore:
+        """The winner's setting. Raises ArtifactError if the record names none, since somebody has changed it."""
+        found = next((setting for setting in self.settings if self.winner.id in setting.trials), None)
+        if found is None:
+            raise ArtifactError(
+                f"{SELECTION_NAME}: its winner {self.winner.id!r} is in none of its settings; {_REMEDY}"
+            )
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """Plain values of the keys that are decided."""
         # Left out and null are different: without the key `runner_up` nothing was compared yet, null says that there is
@@ -157,8 +174,4 @@ def load_selection(sweep: Path) -> SelectionRecord | None:
     path = sweep / SELECTION_NAME
     if not path.is_file():
         return None
-    remedy = (
-        "this is no selection; the test split may have been opened, so restore the file from a backup, or remove it "
-        "only if you want to look at test a second time"
-    )
-    return read_record(SelectionRecord, path, remedy)
+    return read_record(SelectionRecord, path, f"this is no selection; {_REMEDY}")
