@@ -82,6 +82,8 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
     if result.reused_from:
         tags["kdecs.reused_from"] = result.reused_from
     datasets = corpus_datasets(config.corpus, universe=TRAIN_UNIVERSE)
+    # A finished sweep is selected from and shown without the labels, which are large and may have been removed.
+    labels = [used.labels for used in config.distillation.used_teachers if used.labels.is_dir()]
     model = None
     if result.is_settled:
         model = ModelRecord(
@@ -106,7 +108,7 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
         points=read_points(trial.directory / METRICS_NAME),
         system=read_samples(trial.directory / SYSTEM_NAME),
         artifacts=[trial.directory / CONFIG_NAME, trial.directory / ENVIRONMENT_NAME],
-        datasets=[*datasets, *(label_dataset(used.labels) for used in config.distillation.used_teachers)],
+        datasets=[*datasets, *(label_dataset(path) for path in labels)],
         model=model,
     )
 
