@@ -591,4 +591,6 @@ def test_the_service_file_is_accepted_by_systemd(tmp_path: Path) -> None:
 def test_no_secrets() -> None:
     for path in FILES:
         assert not re.search(r"://[^/@\s$]*:[^/@\s]+@", path.read_text()), path
-        assert not re.search(r"(?im)^\s*\w*(password|secret)\w*\s*[:=][^\S\n]*\S", path.read_text()), path
+        # What a variable or a command gives is no secret in the file.
+        found = re.search(r"(?im)^\s*\w*(password|secret)\w*\s*[:=][^\S\n]*(?!\s|\"?\$)\S", path.read_text())
+        assert not found, path
