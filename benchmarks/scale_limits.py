@@ -71,7 +71,7 @@ STAGES = {"plan": plan, "label": label, "join": join, "prepare": prepare}
 
 
 def measure(work: Path, stage: str, size: int) -> dict[str, float]:
-    """One stage in a process of its own: pairs, processor seconds, peak memory."""
+    """One stage in a separate process: pairs, processor seconds, peak memory."""
     command = [sys.executable, __file__, "--stage", stage, "--size", str(size), "--work", str(work)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -127,7 +127,7 @@ def train(rank: int, ranks: int, port: int, values: dict[str, Any], log_path: Pa
 
 
 def label(worker: int, workers: int, host: str, values: dict[str, Any], log_path: Path, began: float) -> None:
-    """One worker of an export, on what it takes for a host of its own."""
+    """One worker of an export, which believes that it is alone on its host."""
     import torch
 
     from kdecs.config import parse_config

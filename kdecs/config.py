@@ -271,7 +271,7 @@ def outputs_and_inputs(config: Config) -> tuple[dict[str, Path], list[Path]]:
             for item in value:
                 collect(item, marks, key)
         elif isinstance(value, str | Path) and Path(value).is_absolute():
-            # An output is told from an input by the mark alone: it is the path that the hash leaves out.
+            # The mark alone says that a path is an output: the hash leaves it out.
             validators = [mark.func for mark in marks if isinstance(mark, AfterValidator)]
             if _local_or_hub in validators or (_absolute in validators and not _is_unhashed(marks)):
                 inputs.append(Path(value))

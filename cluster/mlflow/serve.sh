@@ -6,7 +6,7 @@
 #
 # The database's password belongs in ~/.pgpass (or the file that PGPASSFILE names), never in the URI, which process
 # lists show. The server listens on loopback only. From another machine: ssh -N -L 5000:127.0.0.1:5000 THIS_HOST
-# Everybody who calls it needs a user of its own. The first start makes the user `admin`; its password is in
+# Everybody who calls it needs a user name and a password. The first start makes the user `admin`; its password is in
 # MLFLOW_HOME/admin-password (default: ~/.config/kdecs/mlflow), which only you can read. Log in and make the others at
 # http://127.0.0.1:5000/signup.
 # It needs: pip install 'kdecs[mlflow-server]'. Further arguments go to `mlflow server`.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the tests in tests/cluster need, on Debian or Ubuntu, as root: Slurm, munge, an ssh server and pdsh. The tests
-# start daemons of their own, so those that the packages would start are left out.
+# start their daemons themselves, so those that the packages would start are left out.
 set -euo pipefail
 [[ $EUID -eq 0 ]] || { echo "install.sh: expected root, found user $EUID; the cluster tests skip without Slurm" >&2; exit 1; }
 if type -P slurmctld slurmd munged sshd pdsh rsync ip >/dev/null; then exit 0; fi

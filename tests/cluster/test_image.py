@@ -33,7 +33,7 @@ CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
 
 
 class Builder:
-    """buildah with a storage of its own, which goes with its folder."""
+    """buildah with a storage that goes with its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -24,7 +24,7 @@ from label_directories import sample_labels
 pytestmark = pytest.mark.cluster
 
 NUM_TRIALS, NUM_EPOCHS = 6, 8
-CACHE = "/tmp/kdecs-cache"  # each host has a /tmp of its own
+CACHE = "/tmp/kdecs-cache"  # each host has its /tmp
 
 
 @pytest.fixture(scope="module")

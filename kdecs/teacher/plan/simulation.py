@@ -164,14 +164,14 @@ def simulate_export(
 
 
 def mean_training(run: TrainingRun, *, ranks: int, mtbf_s: float, repeats: int, seed: int = 0) -> Outcome:
-    """The mean of several simulated courses, each with failures of its own."""
+    """The mean of several simulated courses, each with other failures."""
     rng = np.random.default_rng(seed)
     # The first failure of any of `ranks` devices comes that much sooner.
     return _mean([simulate_training(run, random_lifetimes(mtbf_s / ranks, rng)) for _ in range(repeats)])
 
 
 def mean_export(run: ExportRun, *, mtbf_s: float, repeats: int, seed: int = 0) -> Outcome:
-    """The mean of several simulated courses, each with failures of its own."""
+    """The mean of several simulated courses, each with other failures."""
     rng = np.random.default_rng(seed)
     return _mean([simulate_export(run, lambda _: random_lifetimes(mtbf_s, rng), rng) for _ in range(repeats)])
 
