@@ -1,8 +1,8 @@
 """What a million more pairs cost each part of kdecs that holds all pairs, or sees them all in one process.
 
 `kdecs plan --scale` names the part that breaks first from these figures: memory and processor time of planning an
-export's shards, of joining its labels, and of preparing a teacher's training, each measured at two sizes in processes
-of their own, so that what the libraries take drops out of the difference; a claim of a shard; an upload of a trial to
+export's shards, of joining its labels, and of preparing a teacher's training, each measured at two sizes in separate
+processes, so that what the libraries take drops out of the difference; a claim of a shard; an upload of a trial to
 MLflow; and the reading back of published shards. Seconds are the processor's, with one thread.
 """
 

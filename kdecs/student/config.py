@@ -32,6 +32,7 @@ CauseBy = Literal["connective", "cls", "none"]
 CONNECTIVE_MODES = ("kd", "joint")
 """The modes whose prompt has mask_cau."""
 TREE_BATCHES_VERSION = 2
+"""Version of how trees are dealt to steps: part of the config hash of the layout tree alone."""
 CARD_NAME = "student.json"
 VALIDATION_NAME = "valid-predictions.jsonl"
 """What the product of a training has beside its weights: the card, and predictions for the validation pairs."""

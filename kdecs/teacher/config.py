@@ -20,8 +20,9 @@ from kdecs.corpus.splits import CorpusConfig
 from kdecs.tracking.record import TrackingConfig
 
 BATCHES_VERSION = 2
-TREE_BATCHES_VERSION = 2
 """Version of how pairs are dealt to optimizer steps: part of the config hash, so that no other steps resume."""
+TREE_BATCHES_VERSION = 2
+"""The same for target trees alone, which are dealt in random order; part of the hash only with the layout tree."""
 
 
 class LoraConfig(Config):
