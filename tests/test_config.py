@@ -304,6 +304,23 @@ def test_written_config_reads_back_equal(values: dict[str, Any], tmp_path: Path)
     assert load_config(TeacherConfig, tmp_path / "config.json") == config
 
 
+@pytest.mark.parametrize(("kind", "name"), [(StudentConfig, "joint"), (TeacherConfig, "roberta-base")])
+def test_how_trees_are_dealt_is_part_of_their_hash_alone(kind, name, tmp_path, monkeypatch):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.json").write_text(split)
+
+    def hash_of(layout: str) -> str:
+        places = [f"corpus.{split}={tmp_path / f'{split}.json'}" for split in ("train", "valid")]
+        folder = "student" if kind is StudentConfig else "teacher"
+        more = ["corpus.test=null"] if kind is StudentConfig else []
+        path = COMMITTED / folder / f"{name}.yaml"
+        return config_hash(load_config(kind, path, [*places, *more, f"model.layout={layout}"]))
+
+    before = {layout: hash_of(layout) for layout in ("pair", "tree")}
+    monkeypatch.setattr(f"{kind.__module__}.TREE_BATCHES_VERSION", 3)
+    assert hash_of("pair") == before["pair"] and hash_of("tree") != before["tree"]
+
+
 def test_hash_follows_content_not_place(values: dict[str, Any], tmp_path: Path) -> None:
     reference = config_hash(parse_config(TeacherConfig, values, source="x"))
     moved = tmp_path / "moved.json"
