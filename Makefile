@@ -12,6 +12,8 @@ SETUP := $(VENV)/.complete
 PORT ?= 5000
 
 export TORCH_INDEX
+# Modules are compiled once, not by each of the processes that tests and demo start: containers often forbid the files.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-browser test-all campaign bench bench-gpu check format ui sweep select study clean
 

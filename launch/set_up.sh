@@ -23,6 +23,9 @@ hand_on UV_FIND_LINKS PIP_FIND_LINKS find-links
 hand_on SSL_CERT_FILE PIP_CERT cert
 # Like pip, take a version from whichever index has it; the hashes make that safe.
 export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
+# Like pip, compile what is installed. Containers often set PYTHONDONTWRITEBYTECODE, and then each start of a process
+# would compile PyTorch anew.
+export UV_COMPILE_BYTECODE=${UV_COMPILE_BYTECODE:-1}
 
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT
