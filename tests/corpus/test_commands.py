@@ -265,9 +265,13 @@ def test_usage_errors_exit_with_2():
 @pytest.mark.parametrize("command", ["", "corpus", "corpus stats", "evaluate", "compare"])
 def test_help_imports_little(command):
     """How long a start takes is how much it imports: a time would be the machine's."""
-    code = "import sys; from kdecs.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = (
+        "import sys; from kdecs.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
     arguments = [*command.split(), "--help"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0
     assert "xample" in done.stdout or " " not in command
     imported = done.stderr.split()

@@ -183,4 +183,6 @@ def test_reading_verifying_and_pairing_all_of_reccon_is_quick():
         for dialogue in read_corpus(path).dialogues:
             pairs_of(dialogue)
             pairs_of(dialogue, "all")
-    assert time.process_time() - parsed < 40 * (parsed - start), "it takes 3 to 7 times as long as parsing the JSON"
+    assert time.process_time() - parsed < 40 * (parsed - start), (
+        "it takes 3 to 7 times as long as parsing the JSON"
+    )
