@@ -4,13 +4,14 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from kdecs import __version__
 from kdecs.tracking.mlflow import Tracker, import_mlflow
 from kdecs.tracking.record import RunRecord
+from kdecs.tracking.run import MODEL_TAG
 
 _URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _EXAMPLE_DIALOGUE: dict[str, Any] = {
@@ -103,7 +104,11 @@ def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Pa
     import pandas
 
     example = pandas.DataFrame({"dialogue": [json.dumps(_EXAMPLE_DIALOGUE)]})
-    with mlflow_at(tracker.uri), mlflow.start_run(run_id=run_id):
+    # The run has the kept checkpoint as a LoggedModel, with its metrics. It gets the files, rather than a second one.
+    tags = tracker.client.get_run(run_id).data.tags
+    model_id = next((tags[key] for key in tags if key.startswith(MODEL_TAG)), None)
+    # The LoggedModel is an output of its run already. With the run active, MLflow would add it again, and fail.
+    with mlflow_at(tracker.uri), nullcontext() if model_id else mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="student",
             loader_module="kdecs.student.pyfunc",
@@ -112,10 +117,12 @@ def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Pa
             input_example=example,
             pip_requirements=[f"kdecs=={__version__}"],  # otherwise MLflow loads the model to guess them
             registered_model_name=tracker.config.registered_model,
+            model_id=model_id,
         )
-    # `start_run` has opened the run again, so it must be ended again.
-    ended = record.finished or time.time()
-    tracker.client.set_terminated(run_id, record.status, end_time=round(1000 * ended))
+    if not model_id:
+        # `start_run` has opened the run again, so it must be ended again.
+        ended = record.finished or time.time()
+        tracker.client.set_terminated(run_id, record.status, end_time=round(1000 * ended))
     return str(logged.registered_model_version)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdecs.config import Config, InputPath, Name, OutputPath, Seed, Unhashed
+from kdecs.config import Config, InputPath, LostRankSeconds, Name, OutputPath, Seed, Unhashed
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.soft_labels.config import ExportConfig
@@ -64,6 +64,7 @@ class FoldExport(Config):
     engine: Literal["replica", "zero3"] = "replica"
     persistence_threshold: Annotated[int | None, Unhashed()] = Field(default=None, ge=0)
     lease_s: Annotated[float, Unhashed()] = Field(default=60.0, ge=1.0)
+    lost_rank_s: LostRankSeconds = 120.0
 
     @model_validator(mode="before")
     @classmethod
