@@ -1,6 +1,7 @@
 """The commands `kdecs evaluate` and `kdecs compare`. Slow imports stand inside the functions."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,14 @@ PredictionFiles = Annotated[
 ]
 Protocols = Annotated[
     Literal["reccon", "reccon-released", "squad"], typer.Option(help="How a predicted span counts.")
+]
+ReleasedRows = Annotated[
+    Path | None,
+    typer.Option(
+        "--released-rows",
+        metavar="FILE",
+        help="Protocol reccon-released: RECCON's own row file of this split, whose order of dialogues decides.",
+    ),
 ]
 Universes = Annotated[
     Literal["fold1", "all"],
@@ -59,6 +68,7 @@ def evaluate(
     corpus: CorpusFile,
     predictions: PredictionFiles,
     protocol: Protocols = "reccon",
+    released_rows: ReleasedRows = None,
     universe: Universes = "fold1",
     details: Details = False,
     intervals: Intervals = False,
@@ -80,14 +90,22 @@ def evaluate(
     from kdecs.evaluation.predictions import read_predictions
     from kdecs.output import STANDARD_STREAM, refuse_inputs
 
-    refuse_inputs(STANDARD_STREAM, [corpus, *predictions, table])
+    refuse_inputs(STANDARD_STREAM, [corpus, *predictions, table, released_rows])
     emotion_table = _emotion_table(coarse, table)
+    order = _released_order(protocol, released_rows)
     # Notes are logged at the end: a fault of the predictions should be the only line then.
     gold = read_corpus(corpus, log=False, table=emotion_table)
     found = []
     for file in predictions:
         given = read_predictions(file, gold, emotion_table)
-        scores = score(gold, given, universe=universe, protocol=protocol, emotion_table=emotion_table)
+        scores = score(
+            gold,
+            given,
+            universe=universe,
+            protocol=protocol,
+            emotion_table=emotion_table,
+            released_order=order,
+        )
         run: dict[str, Any] = scores.as_dict()
         if intervals:
             from kdecs.evaluation.significance import bootstrap_intervals
@@ -100,6 +118,7 @@ def evaluate(
             run["breakdowns"] = breakdowns(scores)
         found.append((scores, run))
     log_notes(gold)
+    _log_guessed_order([(file, scores) for file, (scores, _) in zip(predictions, found, strict=True)])
     if len(found) == 1:
         _show(*found[0], as_json)
     else:
@@ -111,6 +130,7 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Prediction file of system B.")],
     corpus: CorpusFile,
     protocol: Protocols = "reccon",
+    released_rows: ReleasedRows = None,
     universe: Universes = "fold1",
     samples: Samples = 2000,
     seed: Seed = 0,
@@ -129,8 +149,9 @@ def compare(
     from kdecs.evaluation.significance import compare_systems
     from kdecs.output import STANDARD_STREAM, refuse_inputs
 
-    refuse_inputs(STANDARD_STREAM, [a, b, corpus, table])
+    refuse_inputs(STANDARD_STREAM, [a, b, corpus, table, released_rows])
     emotion_table = _emotion_table(coarse, table)
+    order = _released_order(protocol, released_rows)
     gold = read_corpus(corpus, log=False, table=emotion_table)
     scores: list[Scores] = [
         score(
@@ -139,6 +160,7 @@ def compare(
             universe=universe,
             protocol=protocol,
             emotion_table=emotion_table,
+            released_order=order,
         )
         for file in (a, b)
     ]
@@ -151,6 +173,7 @@ def compare(
         seed=seed,
     )
     log_notes(gold)
+    _log_guessed_order(list(zip((a, b), scores, strict=True)))
     if as_json:
         found: dict[str, Any] = dict.fromkeys(SCORE_KEYS)
         found |= {key: asdict(value) for key, value in compared.items()}
@@ -191,6 +214,30 @@ def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]",
         from kdecs.evaluation.display import print_seeds
 
         print_seeds(files, [scores for scores, _ in found], summary)
+
+
+def _released_order(protocol: str, released_rows: Path | None) -> tuple[str, ...] | None:
+    """The order of dialogues that `--released-rows` gives; None without it."""
+    from kdecs.evaluation.released import read_released_order
+
+    if released_rows is None:
+        return None
+    if protocol != "reccon-released":
+        raise typer.BadParameter(
+            f"expected --protocol reccon-released, found {protocol}: no other protocol depends on the order of rows",
+            param_hint="--released-rows",
+        )
+    return read_released_order(released_rows)
+
+
+def _log_guessed_order(scored: "list[tuple[Path, Scores]]") -> None:
+    for file, scores in scored:
+        if scores.scored.is_order_guessed:
+            logging.getLogger(__name__).warning(
+                "%s: Neg F1 depends on which dialogue is the last one of RECCON's rows, which is not known for this "
+                "corpus; its own order was taken. --released-rows FILE gives the order of RECCON's row file",
+                file,
+            )
 
 
 def _emotion_table(coarse: bool, table: Path | None) -> dict[str, str]:

@@ -154,17 +154,19 @@ def evaluate(
     universe: Universe = "fold1",
     protocol: Protocol = "reccon",
     emotion_table: Mapping[str, str] = NO_TABLE,
+    released_order: Sequence[str] | None = None,
 ) -> Scores:
     """Score predictions by pair against a labelled corpus, and the trivial rules with them.
 
     `emotion_table` (such as FINE_TO_COARSE) maps the emotions of both sides before they are compared; labels that it
     does not name stay. It changes no pair: a target is predicted neutral, and thus has no cause, if the system's own
-    label says so. Raises PredictionError if a target has two predicted emotions.
+    label says so. `released_order` (see `score_rows`) serves the protocol reccon-released alone.
+    Raises PredictionError if a target has two predicted emotions, or if that order lacks a dialogue.
     """
     # Only the gold side: predictions are mapped where they are compared, after neutral targets have lost their causes.
     corpus = map_corpus(corpus, emotion_table) if emotion_table else corpus
     rows = rows_of(corpus, universe)
-    scored = score_rows(rows, predictions, protocol, emotion_table)
+    scored = score_rows(rows, predictions, protocol, emotion_table, released_order)
     sums = sums_by_dialogue(corpus, scored, predictions, emotion_table)
     total = sums.sum(axis=0)
     num_utterances = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
@@ -175,7 +177,7 @@ def evaluate(
         universe=universe,
         protocol=protocol,
         num_positive=int(total[COLUMN["positives"]]),
-        num_negative=int(total[COLUMN["negatives"]]),
+        num_negative=sum(row.gold is None for row in rows),
         missing=scored.num_missing,
         num_utterances=num_utterances,
         utterances_without_emotion=num_utterances - num_decided,

@@ -9,7 +9,7 @@ Shapes: R rows, D dialogues, K = len(COLUMNS) contributions. All float64.
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -21,6 +21,7 @@ from kdecs.corpus.pairs import Universe, causes_of, pairs_of
 from kdecs.corpus.schema import NEUTRAL, NO_TABLE, Corpus, Dialogue
 from kdecs.errors import PredictionError
 from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.evaluation.released import NEGATIVE_GOLD, last_similar_is_empty
 
 Match = Literal["correct", "similar", "incorrect"]
 
@@ -63,7 +64,7 @@ COLUMNS = (
     "negatives",
     "exact",  # positive rows whose prediction is the gold span
     "token_f1",  # sum of F over positive rows
-    "right_negatives",  # negative rows predicted ""
+    "right_negatives",  # negative rows predicted "" (reccon-released: or a part of its text for no answer)
     "empty_positives",  # positive rows that count as predicted "" in the precision of Neg F1
     "utterance_tp",
     "utterance_fp",
@@ -107,6 +108,9 @@ class ScoredRows:
     contributions: NDArray[np.float64]
     num_missing: int
     num_neutral: int  # pairs predicted as causes whose target is predicted neutral: they count as negative
+    is_order_guessed: bool = (
+        False  # reccon-released: Neg F1 depends on an order of dialogues that is not known
+    )
 
 
 def rows_of(corpus: Corpus, universe: Universe) -> list[Row]:
@@ -141,11 +145,14 @@ def score_rows(
     predictions: Mapping[PairKey, Prediction],
     protocol: Protocol,
     emotion_table: Mapping[str, str] = NO_TABLE,
+    released_order: Sequence[str] | None = None,
 ) -> ScoredRows:
     """Compare every row with its prediction; a pair without one is predicted "no cause".
 
     Predicted emotions are mapped by `emotion_table` before they are compared with the rows', which are mapped already.
-    A target is predicted neutral, and thus has no cause, if the system's own label says so.
+    A target is predicted neutral, and thus has no cause, if the system's own label says so. `released_order` holds the
+    dialogue ids in the order of RECCON's rows (protocol reccon-released); None stands for what is known of it.
+    Raises PredictionError if it lacks a dialogue with a positive row.
     """
     emotions = decide_emotions(predictions)
     # Lists while they are filled, since single assignments to an array cost ten times as much.
@@ -154,7 +161,10 @@ def score_rows(
     missing: set[PairKey] = set()
     neutral: set[PairKey] = set()
     incorrect: list[int] = []
-    last_similar_is_empty = False
+    last_similar: dict[str, bool] = {}  # by dialogue: whether its last similar row is predicted ""
+    is_released = protocol == "reccon-released"
+    if is_released and released_order is not None:
+        _check_released_order(rows, released_order)
     for number, row in enumerate(rows):
         prediction = predictions.get(row.key)
         emotion = emotions.get((row.dialogue.id, row.target))
@@ -167,12 +177,14 @@ def score_rows(
             is_cause = False
         span = prediction.span.strip() if prediction is not None and is_cause else ""
         if row.gold is None:
-            _add_negative(contributions[number], is_cause, span)
+            # That script compares texts here as well, and counts a text that equals its own as neither.
+            outcome = match(NEGATIVE_GOLD, span) if is_released else "incorrect" if span else "similar"
+            _add_negative(contributions[number], is_cause, outcome)
             continue
         outcome = match(row.gold, span)
         # A missing span is contained in every gold span, so such rows are "similar", too.
         if outcome == "similar":
-            last_similar_is_empty = span == ""
+            last_similar[row.dialogue.id] = span == ""
         elif outcome == "incorrect":
             incorrect.append(number)
         emotion_is_right = emotion is not None and emotion_table.get(emotion, emotion) == row.gold_emotion
@@ -185,11 +197,23 @@ def score_rows(
             emotion_is_right,
         )
     # The released script reads a variable of its previous loop here, so the last "similar" row decides for them all.
-    if protocol == "reccon-released" and last_similar_is_empty:
-        for number in incorrect:
+    is_order_guessed = False
+    if is_released and incorrect:
+        is_empty, is_order_guessed = last_similar_is_empty(last_similar, released_order)
+        for number in incorrect if is_empty else ():
             contributions[number][COLUMN["empty_positives"]] = 1
     table = np.array(contributions, dtype=np.float64).reshape(len(rows), len(COLUMNS))
-    return ScoredRows(rows, table, len(missing), len(neutral))
+    return ScoredRows(rows, table, len(missing), len(neutral), is_order_guessed)
+
+
+def _check_released_order(rows: Sequence[Row], order: Sequence[str]) -> None:
+    known = set(order)
+    for row in rows:
+        if row.gold is not None and row.dialogue.id not in known:
+            raise PredictionError(
+                f"dialogue {row.dialogue.id}: the released rows have none of its rows, expected the row file of the "
+                "split that is scored"
+            )
 
 
 def sums_by_dialogue(
@@ -223,9 +247,9 @@ def token_f1(gold: str, span: str, protocol: Protocol = "reccon") -> float:
     return squad_f1(gold, span) if outcome == "similar" and span else 0.0
 
 
-def _add_negative(row: list[float], is_cause: bool, span: str) -> None:
-    row[COLUMN["negatives"]] = 1
-    row[COLUMN["right_negatives"]] = span == ""
+def _add_negative(row: list[float], is_cause: bool, outcome: Match) -> None:
+    row[COLUMN["negatives"]] = outcome != "correct"
+    row[COLUMN["right_negatives"]] = outcome == "similar"
     row[COLUMN["utterance_fp" if is_cause else "utterance_tn"]] = 1
 
 

@@ -64,6 +64,50 @@ def test_evaluate_names_its_protocol(sample_predictions, protocol):
     assert scores_of(sample_predictions["near"], "--protocol", protocol)["protocol"] == protocol
 
 
+def test_the_released_rows_give_the_order_of_dialogues(sample_predictions, tmp_path, caplog):
+    """From RECCON's CSV or JSON; without them a score that depends on the order says so."""
+    dialogues = [d.id for d in read_corpus(TEST).dialogues]
+    spans = {
+        (d.id, p.target, p.candidate): p.spans[0]
+        for d in read_corpus(TEST).dialogues
+        for p in pairs_of(d)
+        if p.spans
+    }
+    by_dialogue = {name: [key for key in spans if key[0] == name] for name in dialogues}
+    first, second, third = [name for name in dialogues if by_dialogue[name]][:3]
+    lines = [
+        Prediction(*by_dialogue[first][0], None, True, spans[by_dialogue[first][0]][:-1]),
+        Prediction(*by_dialogue[third][0], None, True, "zzz"),
+    ]
+    # One dialogue ends in a similar row with a span, all others in rows that were predicted empty.
+    lines += [
+        Prediction(*key, None, True, spans[key]) for key in by_dialogue[first][1:] if key != lines[0].key
+    ]
+    file = tmp_path / "p.jsonl"
+    write_predictions(file, lines)
+    csv, rows = tmp_path / "rows.csv", tmp_path / "rows.json"
+    row = "dailydialog_{}_utt_1_impossible_cause_utt_1".format
+    csv.write_text(",text,labels,id\n" + "".join(f"0,a,0,{row(name)}\n" for name in dialogues))
+    turned = [second, *(name for name in dialogues if name not in (first, second)), first]
+    rows.write_text(json.dumps([{"qas": [{"id": row(name)}]} for name in turned]))
+    protocol = ("--protocol", "reccon-released")
+    with_csv, with_json = (scores_of(file, *protocol, "--released-rows", str(f)) for f in (csv, rows))
+    assert not caplog.records
+    assert with_csv["negative_f1"] < with_json["negative_f1"]
+    assert scores_of(file, *protocol)["negative_f1"] == with_csv["negative_f1"]
+    assert "--released-rows FILE gives the order" in caplog.text
+    compared = run("compare", file, file, "--corpus", TEST, *protocol, "--released-rows", rows, "--json")
+    assert json.loads(compared.stdout)["negative_f1"]["a"] == with_json["negative_f1"]
+    arguments = ("evaluate", "--corpus", TEST, "--predictions", file, "--released-rows")
+    for path, content in ((tmp_path / "none.csv", None), (tmp_path / "other.csv", "id\n7\n")):
+        if content:
+            path.write_text(content)
+        run(*arguments, path, *protocol, refused=PredictionError)
+    csv.write_text(row(first))
+    run(*arguments, csv, *protocol, refused=PredictionError)
+    assert CliRunner().invoke(app, [str(a) for a in (*arguments, rows)]).exit_code == 2
+
+
 def test_evaluate_details(sample_predictions):
     scores = scores_of(sample_predictions["majority"], "--details", "--intervals", "--samples", "200")
     assert scores["emotion_accuracy"] == scores["emotions"]["accuracy"]

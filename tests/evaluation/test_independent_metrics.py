@@ -5,6 +5,7 @@ import os
 import random
 import string
 from collections import Counter
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 
 from kdecs.corpus.reading import read_corpus
 from kdecs.evaluation.metrics import evaluate
-from kdecs.evaluation.predictions import read_predictions
+from kdecs.evaluation.predictions import Prediction, by_pair, read_predictions
+from kdecs.evaluation.released import KNOWN_ORDER, read_released_order
 
 WORDS = ["We", "we", "won", "the", "The", "game", "a", "an", "!", ".", "big", "bag", "lost", "x", "it's"]
+NO_ANSWER = "Impossible ≠æ≠æ≠ answer"
+RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
 EMOTIONS = ["neutral", "happiness", "anger", "happy", "fear", "gratitude"]
 
 
@@ -88,7 +92,7 @@ def slow_scores(
     total_f = strict_f = exact = strict_exact = 0.0
     right_negatives = empty_positives = num_positive = num_negative = 0
     labels, predicted_labels, strict_hits = [], [], 0
-    incorrect, last_similar = 0, None
+    incorrect, last_similar, counted_negatives = 0, None, 0
     missing = set()
     for d, i, j, gold in slow_rows(document, universe):
         line = by_key.get((d, i, j))
@@ -100,7 +104,12 @@ def slow_scores(
         predicted_labels.append(causal)
         if gold is None:
             num_negative += 1
-            right_negatives += p == ""
+            if protocol == "reccon-released":
+                right_negatives += p != NO_ANSWER and (p in NO_ANSWER or NO_ANSWER in p)
+                counted_negatives += p != NO_ANSWER
+            else:
+                right_negatives += p == ""
+                counted_negatives += 1
             continue
         num_positive += 1
         g = gold.strip()
@@ -121,7 +130,7 @@ def slow_scores(
             strict_f, strict_exact, strict_hits = strict_f + f, strict_exact + em, strict_hits + causal
     if protocol == "reccon-released" and last_similar == "":
         empty_positives += incorrect
-    recall = quotient(right_negatives, num_negative)
+    recall = quotient(right_negatives, counted_negatives)
     negative_f1 = harmonic(quotient(right_negatives, right_negatives + empty_positives), recall)
     scores = {
         "positive_f1": quotient(total_f, num_positive),
@@ -153,6 +162,89 @@ def slow_scores(
     found = {key: 100 * value for key, value in scores.items()} | counts
     absent = () if decided else [key for key in scores if key.startswith(("emotion_", "strict_"))]
     return found | dict.fromkeys(absent)
+
+
+def released_script(
+    rows: list[tuple[str, int, int, str | None]], predicted: dict[tuple[str, int, int], str]
+) -> tuple[float, float, float]:
+    """EM, Pos F1 and Neg F1 by three dictionaries and two loops, as RECCON's script has them."""
+    texts: dict[str, dict[str, tuple[str, str]]] = {"correct": {}, "similar": {}, "incorrect": {}}
+    for number, (d, i, j, gold) in enumerate(rows):
+        name = f"{d}_utt_{i}_" + (
+            f"impossible_cause_utt_{j}" if gold is None else f"true_cause_utt_{j}_span_{number}"
+        )
+        truth, answer = (NO_ANSWER if gold is None else gold).strip(), predicted[d, i, j].strip()
+        if truth == answer:
+            texts["correct"][name] = truth, answer
+        elif truth in answer or answer in truth:
+            texts["similar"][name] = truth, answer
+        else:
+            texts["incorrect"][name] = truth, answer
+    scores: list[float] = []
+    right = wrong = empty = exact = 0
+    z: tuple[str, str] | None = None
+    for kind in texts:
+        for name in texts[kind]:
+            if kind == "correct" and "span" in name:
+                exact += 1
+                scores.append(1)
+            elif kind == "similar" and "impossible" in name:
+                right += 1
+            elif kind == "similar":
+                z = texts[kind][name]
+                empty += z[1] == ""
+                scores.append(slow_f1(*z) if z[1] else 0)
+            elif kind == "incorrect" and "impossible" in name:
+                wrong += 1
+            elif kind == "incorrect":
+                empty += z is not None and z[1] == ""  # z is still that of the last similar row
+                scores.append(0)
+    negative = harmonic(quotient(right, right + empty), quotient(right, right + wrong))
+    return 100 * exact / len(scores), 100 * sum(scores) / len(scores), 100 * negative
+
+
+@pytest.mark.skipif(not RECCON.is_dir(), reason="the RECCON files are not here (KDECS_RECCON)")
+def test_the_released_protocol_is_the_released_script_on_the_validation_split():
+    """In the order of the released rows, with predictions that their text for no answer contains."""
+    document = json.loads((RECCON / "dailydialog_valid.json").read_text(encoding="utf-8"))
+    csv = RECCON / "fold1_valid_ids.csv"
+    order = read_released_order(csv)
+    with csv.open(encoding="utf-8") as file:
+        ids = ["_".join(row["id"].split("_")[1:3]) for row in DictReader(file)]
+    assert list(order) == list(KNOWN_ORDER[:-1]) == list(dict.fromkeys(ids))
+    corpus = read_corpus(RECCON / "dailydialog_valid.json")
+    rows = slow_rows({name: document[name] for name in order}, "fold1")
+    ends, differ = set(), 0
+    for seed in range(6):
+        rng = random.Random(seed)
+        predicted, predictions = {}, []
+        for d, i, j, gold in rows:
+            text = document[d][0][j - 1]["utterance"]
+            choices = ["", "", random_part(text, rng), "I", "a", NO_ANSWER, f"{NO_ANSWER} .", gold or ""]
+            predicted[d, i, j] = rng.choice(choices)
+        for (d, i, j), span in predicted.items():
+            predictions.append(Prediction(d, i, j, None, span != "", span))
+        found = evaluate(corpus, by_pair(predictions), protocol="reccon-released")
+        expected = released_script(rows, predicted)
+        keys = ("exact_match", "positive_f1", "negative_f1")
+        assert [found[key] for key in keys] == pytest.approx(expected), seed
+        assert not found.scored.is_order_guessed
+        assert found.num_negative == 838
+        # A file of the rows says the same; the annotation file's own order can say something else.
+        given = evaluate(corpus, by_pair(predictions), protocol="reccon-released", released_order=order)
+        assert given.values == found.values
+        # By the end of the rows, and by that of the annotation file.
+        ends |= {last_answer(rows, predicted)}
+        differ += last_answer(rows, predicted) != last_answer(slow_rows(document, "fold1"), predicted)
+    assert ends == {True, False} and differ
+
+
+def last_answer(
+    rows: list[tuple[str, int, int, str | None]], predicted: dict[tuple[str, int, int], str]
+) -> bool:
+    """Whether the last similar positive row was predicted ""."""
+    answers = [(gold.strip(), predicted[d, i, j].strip()) for d, i, j, gold in rows if gold is not None]
+    return [p == "" for g, p in answers if g != p and (g in p or p in g)][-1]
 
 
 def random_text(rng: random.Random, most: int = 6) -> str:
@@ -195,6 +287,8 @@ def random_lines(document: dict[str, Any], rng: random.Random) -> list[dict[str,
                 is_cause = rng.random() < 0.5
                 text = nested[0][j - 1]["utterance"]
                 span = rng.choice(["", " ", text, random_part(text, rng), f" {text} ", random_text(rng, 2)])
+                if rng.random() < 0.1:
+                    span = rng.choice(["I", NO_ANSWER, f"{NO_ANSWER} !"])
                 lines.append(
                     {"dialogue_id": dialogue_id, "target": i, "candidate": j, "emotion": emotion}
                     | {"is_cause": is_cause, "span": span if is_cause else rng.choice(["", " "])}

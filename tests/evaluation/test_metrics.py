@@ -168,6 +168,59 @@ def test_released_rows_run_in_evidence_order():
     assert released["negative_f1"] == evaluate(corpus, by_pair(predictions))["negative_f1"]
 
 
+def test_released_rows_end_with_another_dialogue_than_the_annotations():
+    """te_291 ends the released test rows, wherever the corpus has it; a row file may give the whole order."""
+    told = [dialogue_of(("told you", "anger", [(1, "told you")]), id=name) for name in ("te_291", "te_1")]
+    corpus = corpus_of(*told, dialogue_of(("x", "anger", [(1, "x")]), ("y", "anger", []), id="te_2"))
+    incorrect = Prediction("te_2", 1, 1, None, True, "zzz")
+
+    def scores_of(first: str, last: str, *more: Prediction, order=None):
+        given = [
+            Prediction(d, 1, 1, None, bool(p), p) for d, p in (("te_291", first), ("te_1", last)) if p != "?"
+        ]
+        return evaluate(
+            corpus, by_pair([*given, incorrect, *more]), protocol="reccon-released", released_order=order
+        )
+
+    # Two negative rows are right; one or two of the positives count as predicted "".
+    for first, last, empty in (("", "told", 2), ("told", "", 1)):
+        scores = scores_of(first, last)
+        assert scores["negative_f1"] == pytest.approx(100 * 4 / (4 + empty))
+        assert not scores.scored.is_order_guessed
+        turned = scores_of(first, last, order=("te_2", "te_291", "te_1"))
+        assert turned["negative_f1"] == pytest.approx(100 * 4 / (4 + 3 - empty))
+    # Without a similar row in te_291, two others that differ leave it open which one was the last.
+    corpus = corpus_of(*[replace(d, id=f"te_{n}") for n, d in enumerate(told, 5)], corpus.dialogues[2])
+    given = [Prediction("te_5", 1, 1, None, True, "told"), Prediction("te_6", 1, 1, None, False, "")]
+    guess = evaluate(corpus, by_pair([*given, incorrect]), protocol="reccon-released")
+    assert guess.scored.is_order_guessed
+    unanimous = evaluate(corpus, by_pair([*given[1:], incorrect]), protocol="reccon-released")
+    assert not unanimous.scored.is_order_guessed
+    with pytest.raises(PredictionError, match="dialogue te_6: the released rows have none of its rows"):
+        evaluate(corpus, by_pair(given), protocol="reccon-released", released_order=("te_5", "te_2"))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "right", "counted"),
+    [
+        *[(span, 1, 1) for span in ("", "I", "a", "i", "answer", "Impossible ≠æ≠æ≠ answer .")],
+        *[(span, 0, 1) for span in ("you", "told you", "A")],
+        ("Impossible ≠æ≠æ≠ answer", 0, 0),
+    ],
+)
+def test_released_negatives_are_compared_with_their_text(predicted, right, counted):
+    corpus = corpus_of(
+        dialogue_of(("I told you", "neutral", None), ("you", "anger", []), ("well", "anger", []))
+    )
+    predictions = by_pair([Prediction("d", 2, 1, None, bool(predicted), predicted)])
+    # Four other negatives are missing, and thus right.
+    released = evaluate(corpus, predictions, protocol="reccon-released")
+    assert released["negative_f1"] == pytest.approx(100 * 2 * (4 + right) / (4 + right + 4 + counted))
+    assert released.num_negative == 5
+    own = evaluate(corpus, predictions)["negative_f1"]
+    assert own == pytest.approx(100 * 2 * (4 + (predicted == "")) / (4 + (predicted == "") + 5))
+
+
 def test_squad_protocol_scores_overlap_without_containment():
     corpus = corpus_of(dialogue_of(("We won the game !", "happiness", [(1, "We won the game !")])))
     predictions = by_pair([Prediction("d", 1, 1, "happiness", True, "we won the game")])
