@@ -1,10 +1,12 @@
 """The registry: one version per student, one champion per corpus and metric, and where each comes from."""
 
+import runpy
 import shutil
+import sys
 
 import pytest
 from mlflow import MlflowClient
-from support import empty_mlflow
+from support import ROOT, empty_mlflow
 
 from kdecs.tracking import registry
 from kdecs.tracking.mlflow import Tracker
@@ -91,3 +93,49 @@ def test_the_version_is_the_checkpoint_that_the_run_logged(tmp_path, tmp_path_fa
     assert "mlflow.model.isExternal" not in logged.tags, "it has files now"
     run = client.get_run(version.run_id)
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
+
+
+def test_a_laptops_database_moves_to_the_server_under_its_ids(
+    tmp_path, tmp_path_factory, monkeypatch, capsys
+):
+    laptop, server, artifacts = tmp_path / "runs", tmp_path / "server.db", tmp_path / "served"
+    laptop.mkdir()
+    shutil.copy(empty_mlflow(tmp_path_factory), laptop / "mlflow.db")
+    shutil.copy(laptop / "mlflow.db", server)
+    uri = f"sqlite:///{laptop / 'mlflow.db'}"
+    client = MlflowClient(uri, registry_uri=uri)
+    experiment = client.create_experiment("kdecs", f"file://{laptop / 'mlartifacts'}")
+    run = client.create_run(experiment, tags={"mlflow.note.content": "the one"}).info.run_id
+    for step in range(5):
+        client.log_metric(run, "loss", 1 / (step + 1), timestamp=step, step=step)
+    (tmp_path / "note.txt").write_text("an artifact")
+    client.log_artifact(run, str(tmp_path / "note.txt"))
+    model = client.create_logged_model(experiment, name="a", source_run_id=run)
+    client.create_registered_model(NAME)
+    with registry.mlflow_at(uri):
+        client.create_model_version(NAME, f"models:/{model.model_id}", run)
+    client.set_registered_model_alias(NAME, "champion", "1")
+
+    def move(**settings):
+        for name, value in settings.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", ["move", str(laptop / "mlflow.db")])
+        runpy.run_path(str(ROOT / "cluster" / "mlflow" / "move_from_sqlite.py"), run_name="__main__")
+
+    move(MLFLOW_BACKEND_STORE_URI=f"sqlite:///{server}", MLFLOW_ARTIFACTS=artifacts)
+    assert "2 experiments, 1 runs, 5 metrics, 1 models, 1 registered versions" in capsys.readouterr().out
+    moved = MlflowClient(f"sqlite:///{server}", registry_uri=f"sqlite:///{server}")
+    assert moved.get_run(run).data.to_dictionary() == client.get_run(run).data.to_dictionary()
+    history = [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run, "loss")]
+    assert [(m.step, m.timestamp, m.value) for m in moved.get_metric_history(run, "loss")] == history
+    place = moved.get_run(run).info.artifact_uri
+    assert place == f"mlflow-artifacts:/{experiment}/{run}/artifacts"
+    assert (artifacts / experiment / run / "artifacts" / "note.txt").read_text() == "an artifact"
+    logged = moved.get_logged_model(model.model_id)
+    assert logged.artifact_location.startswith(f"mlflow-artifacts:/{experiment}/models/")
+    assert moved.get_model_version_by_alias(NAME, "champion").run_id == run
+    with pytest.raises(SystemExit, match="has runs already"):
+        move()
+    monkeypatch.delenv("MLFLOW_ARTIFACTS")
+    with pytest.raises(SystemExit, match="MLFLOW_ARTIFACTS is not set"):
+        move()

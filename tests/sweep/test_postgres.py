@@ -35,7 +35,6 @@ def postgres(tmp_path_factory):
     if not PROGRAMS:
         pytest.skip("no PostgreSQL: tests/install_postgres.sh installs it")
     pytest.importorskip("psycopg2")
-    pytest.importorskip("flask_wtf")
     folder, port = Path("/tmp") / f"kdecs-pg-{os.getpid()}", free_port()
     folder.mkdir(mode=0o755)
     as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
@@ -67,6 +66,7 @@ def postgres(tmp_path_factory):
 @contextlib.contextmanager
 def serving(uri, environment, folder):
     """`cluster/mlflow/serve.sh` on a database: its address, its log and the admin's password."""
+    pytest.importorskip("flask_wtf")
     port = free_port()
     environment = {
         **environment,
@@ -170,6 +170,32 @@ def test_only_users_are_answered_and_a_restored_backup_has_all(postgres, tmp_pat
         assert (metric.value, metric.timestamp, metric.step) == (61.5, 5, 2)
         note = client.download_artifacts(run, "note.txt", str(tmp_path / "second"))
         assert Path(note).read_text() == "an artifact"
+
+
+def test_a_laptops_experiments_move_to_the_server(postgres, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    uri, environment = postgres
+    monkeypatch.setenv("PGPASSFILE", environment["PGPASSFILE"])
+    laptop = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = laptop.create_experiment("kdecs", f"file://{tmp_path / 'mlartifacts'}")
+    runs = [laptop.create_run(experiment).info.run_id for _ in range(3)]
+    for step, value in enumerate((61.5, float("nan"), float("inf"))):
+        laptop.log_metric(runs[0], "macro_f1", value, timestamp=5, step=step)
+    laptop.create_logged_model(experiment, name="a", source_run_id=runs[0], tags={"kept": "yes"})
+    server = MlflowClient(uri)
+    server.search_experiments()  # makes the tables, as the first start of a server does
+    move = [sys.executable, str(SCRIPTS / "move_from_sqlite.py"), str(tmp_path / "mlflow.db")]
+    settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_ARTIFACTS": str(tmp_path / "served")}
+    done = subprocess.run(move, env=environment | settings, capture_output=True, text=True, check=True)
+    assert "2 experiments, 3 runs, 3 metrics, 1 models" in done.stdout
+    assert {run.info.run_id for run in server.search_runs([experiment])} == set(runs)
+    assert [repr(m.value) for m in server.get_metric_history(runs[0], "macro_f1")] == [
+        repr(m.value) for m in laptop.get_metric_history(runs[0], "macro_f1")
+    ]
+    [model] = server.search_logged_models([experiment])
+    assert model.tags["kept"] == "yes" and model.artifact_location.startswith("mlflow-artifacts:/")
+    assert int(server.create_experiment("new")) > int(experiment), "numbers go on after those that came"
 
 
 def script(path, argument, *, environment, code=0):
