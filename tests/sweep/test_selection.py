@@ -17,6 +17,7 @@ from kdecs.sweep import status
 from kdecs.sweep.report.page import write_report
 from kdecs.sweep.selection.choose import COMPARED, print_selection, scores_of_student, select_student
 from kdecs.sweep.selection.model_card import model_card
+from kdecs.sweep.selection.on_test import print_settings_on_test, score_settings
 from kdecs.sweep.selection.pick import Pick, pick_from_mlflow, picked_student
 from kdecs.sweep.selection.record import SelectionRecord, rank_settings, read_selection
 from kdecs.sweep.status import read_results, trial_directory
@@ -135,6 +136,7 @@ def test_a_kill_while_test_is_read_leaves_it_open(finished, monkeypatch):
 
 def test_a_record_is_read_and_written_byte_for_byte(finished):
     select_student(finished)
+    score_settings(finished)
     text = (finished / "selection.json").read_text()
     record = SelectionRecord.model_validate_json(text)
     assert json.dumps(record.as_json(), indent=2, sort_keys=True) + "\n" == text
@@ -254,6 +256,43 @@ def test_a_winner_of_no_trial_is_refused(finished):
         select_student(finished)
 
 
+def test_a_table_scores_the_chosen_seed_of_each_setting_once(finished, asked, monkeypatch, capsys):
+    with pytest.raises(ArtifactError, match=r"no student is selected yet.*without --table first$"):
+        score_settings(finished)
+    assert asked == [] and not (finished / "selection.json").exists()
+    chosen = select_student(finished)
+    asked.clear()
+
+    def killed(config, path):
+        if asked:  # the second setting after the winner's
+            raise KeyboardInterrupt
+        return read_split(config, path)
+
+    with monkeypatch.context() as kill:
+        kill.setattr("kdecs.sweep.selection.choose.read_split", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score_settings(finished)
+    left = SelectionRecord.model_validate_json((finished / "selection.json").read_bytes())
+    assert [row.scores is not None for row in left.table] == [True, True, False]
+    assert left.table[2].opened_at, "the kill does not hide that test was opened"
+    record = score_settings(finished)
+    assert asked == ["test"] * 3, "three settings beside the winner's, each once"
+    assert [row.label for row in record.table] == [setting.label for setting in record.settings]
+    assert {row.seed for row in record.table} == {1}, "the best seed on validation"
+    assert record.table[0].scores == record.test and record.table[2].opened_at == left.table[2].opened_at
+    assert record.model_copy(update={"table": []}) == chosen.model_copy(update={"table": []})
+    scored = sorted(path.stem for path in (finished / "test-predictions").iterdir())
+    assert scored == sorted(row.id for row in record.table[1:])
+    assert score_settings(finished) == record and select_student(finished) == record
+    assert asked == ["test"] * 3
+    print_settings_on_test(record)
+    out = capsys.readouterr().out
+    assert "t5-tiny α0.3 τ2" in out and "rule: j >= i-1" in out and "Emo Acc" in out
+    change_json(finished / "selection.json", sweep="0" * 64)
+    with pytest.raises(ArtifactError, match="in another state of this sweep"):
+        score_settings(finished)
+
+
 PICKED = "t5-tiny α0.3 τ2"
 
 
@@ -329,6 +368,16 @@ def test_a_pick_leads_to_one_student_or_is_refused_in_one_line(
     assert "Picked by a person" in write_report(sweep).read_text()
     number = len(asked)
     assert asked.count("test") == 1
+    table = score_settings(sweep)
+    assert [(row.label, row.seed) for row in table.table] == [("t5-tiny α0.6 τ2", 1), (PICKED, 1)]
+    runs = {found[f"{row.label} s1"]: row for row in table.table}
+    tagged = {name: client.get_run(name).data for name in runs if runs[name].label != PICKED}
+    for name, data in tagged.items():
+        assert data.metrics["test_macro_f1"] == pytest.approx(runs[name].scores["macro_f1"])
+        assert data.tags["kdecs.test_opened_at"] == runs[name].opened_at
+        assert data.tags["kdecs.test_opened_for"] == "a table"
+    record, number = table, len(asked)
+    assert asked.count("test") == 2
     assert select_student(sweep) == select_student(sweep, Pick("again", setting=PICKED)) == record
     with pytest.raises(
         ArtifactError, match=f"was opened on .* for {best}, so t5-tiny α0.6 τ2 s1 cannot"

@@ -8,7 +8,7 @@ SWEEP/model-card.md            what the registry says about the winner
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,10 @@ from kdecs.sweep.selection.record import (
 )
 from kdecs.sweep.space import VARIANT_KEY, Trial, settings_key
 from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
-from kdecs.sweep.tracking import sweep_record, sweep_records, trial_record
+from kdecs.sweep.tracking import TRIAL_TAG, sweep_record, sweep_records, trial_record
 from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
-from kdecs.tracking.record import directory_identity
+from kdecs.tracking.record import RunRecord, directory_identity
 from kdecs.tracking.registry import register_student
 
 TEST_PREDICTIONS_NAME = "test-predictions.jsonl"
@@ -118,7 +118,7 @@ def select_student(sweep: Path, pick: Pick | None = None) -> SelectionRecord:
         if "runner_up" not in record.model_fields_set:
             record = record.model_copy(update=_comparisons(sweep, results, record))
         if record.test is None:
-            record = _score_on_test(sweep, winner, record)
+            record = _score_winner(sweep, winner, record)
             # Written after each step, so that a call after a kill goes on from there and scores test only once.
             write_json(sweep / SELECTION_NAME, record.as_json())
         if record.registered is None:
@@ -233,33 +233,50 @@ def _kept_predictions(directory: Path, corpus: Corpus) -> dict[PairKey, Predicti
     return read_predictions(directory / VALIDATION_NAME, corpus) if is_same_work else None
 
 
-def _score_on_test(sweep: Path, winner: TrialResult, record: SelectionRecord) -> SelectionRecord:
+def _score_winner(sweep: Path, winner: TrialResult, record: SelectionRecord) -> SelectionRecord:
     """Open the test split, score the winner and the trivial rules on it, and return the record with the scores."""
+    opened = record.test_opened_at or now()
+    record = record.model_copy(update={"test_opened_at": opened})
+    corpus, test, intervals = score_on_test(
+        sweep,
+        winner,
+        sweep / TEST_PREDICTIONS_NAME,
+        lambda: write_json(sweep / SELECTION_NAME, record.as_json()),
+    )
+    scored = {"test": test, "test_intervals": intervals, "test_baselines": rule_scores(corpus)}
+    return record.model_copy(update=scored)
+
+
+def now() -> str:
+    """This moment in UTC, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def score_on_test(
+    sweep: Path, result: TrialResult, target: Path, note_opened: Callable[[], None]
+) -> tuple[Corpus, dict[str, Any], dict[str, tuple[float, float]]]:
+    """Predict the test split by a student into `target`; returns the split, the scores and their 95% intervals.
+
+    `note_opened` writes down that test is open. Raises ConfigError if the student's config names no test split, and
+    ArtifactError for a student that is damaged.
+    """
     from kdecs.runtime import start_runtime
     from kdecs.student.predict.predictor import Student
 
-    directory = trial_directory(sweep, winner)
+    directory = trial_directory(sweep, result)
     config = load_config(StudentConfig, student_file(directory, CONFIG_NAME))
     if config.corpus.test is None:
         raise ConfigError(
             f"{directory / CONFIG_NAME}: corpus.test is missing, and selection scores the winner on it"
         )
     student = Student.from_pretrained(directory, device=start_runtime().device)
-    # The record says that test is open before it is read: a kill in between must not hide that it was.
-    opened = record.test_opened_at or datetime.now(UTC).isoformat(timespec="seconds")
-    record = record.model_copy(update={"test_opened_at": opened})
-    write_json(sweep / SELECTION_NAME, record.as_json())
+    # Before the split is read: a kill in between must not hide that it was opened.
+    note_opened()
     corpus = read_split(config.corpus, config.corpus.test)
     predictions = student.predict_pairs(corpus)
-    write_predictions(sweep / TEST_PREDICTIONS_NAME, predictions.values())
+    write_predictions(target, predictions.values())
     scores = evaluate(corpus, predictions)
-    return record.model_copy(
-        update={
-            "test": scores_of_student(scores.as_dict(), config),
-            "test_intervals": bootstrap_intervals(scores.sums_by_dialogue),
-            "test_baselines": rule_scores(corpus),
-        }
-    )
+    return corpus, scores_of_student(scores.as_dict(), config), bootstrap_intervals(scores.sums_by_dialogue)
 
 
 def scores_of_student(scores: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
@@ -273,22 +290,16 @@ def _register(
     sweep: Path, results: list[TrialResult], winner: TrialResult, record: SelectionRecord
 ) -> str | None:
     """Register the winner in MLflow. Returns None if MLflow does not answer; the next call tries again."""
-    # The sweep may have been moved since it was trained; the default database lies beside it, wherever it is now.
-    config = load_config(SweepConfig, sweep / CONFIG_NAME).model_copy(update={"output": sweep.absolute()})
-    tracker = Tracker(config.tracking, config.output)
-    record_of_sweep = sweep_record(config, len(results), results, "FINISHED")
-    trials = [(_as_trial(sweep, result), result) for result in results if result.started]
-    children = [trial_record(trial, result, record_of_sweep) for trial, result in trials]
-    if not tracker.sync(sweep_records(record_of_sweep, trials, children), now=True):
+    config, tracker, records = finished_records(sweep, results)
+    if not tracker.sync(records, now=True):
         return None
     directory = trial_directory(sweep, winner)
     names = [entry.path for entry in read_verified_manifest(directory, "student").files]
     student = load_config(StudentConfig, directory / CONFIG_NAME)
     card = model_card(sweep, record, student)
     write_text(sweep / CARD_NAME, card)
-    run = next(child for child in children if child.identity["kdecs.trial"] == winner.id)
-    scores = (record.test or {}).items()
-    run.scores = {f"test_{key}": value for key, value in scores if isinstance(value, float)}
+    assert record.test is not None and record.test_opened_at is not None
+    run = with_test_scores(records, winner.id, record.test, record.test_opened_at, opened_for="the choice")
     run.results = [sweep / SELECTION_NAME, sweep / TEST_PREDICTIONS_NAME, sweep / CARD_NAME]
     with scratch_folder("registered") as temporary:
         # Only the files of the manifest are registered, neither checkpoints nor logs.
@@ -306,6 +317,28 @@ def _register(
             card=card,
             lineage=_lineage(sweep, config, winner, record),
         )
+
+
+def finished_records(
+    sweep: Path, results: Sequence[TrialResult]
+) -> tuple[SweepConfig, Tracker, list[RunRecord]]:
+    """The config of a finished sweep, its MLflow, and the records of all its runs, each after its parent."""
+    # The sweep may have been moved since it was trained; the default database lies beside it, wherever it is now.
+    config = load_config(SweepConfig, sweep / CONFIG_NAME).model_copy(update={"output": sweep.absolute()})
+    parent = sweep_record(config, len(results), list(results), "FINISHED")
+    trials = [(_as_trial(sweep, result), result) for result in results if result.started]
+    children = [trial_record(trial, result, parent) for trial, result in trials]
+    return config, Tracker(config.tracking, config.output), sweep_records(parent, trials, children)
+
+
+def with_test_scores(
+    records: Sequence[RunRecord], trial: str, scores: Mapping[str, Any], opened_at: str, *, opened_for: str
+) -> RunRecord:
+    """The record of a trial with its scores on test added, and tags that say when and what for test was opened."""
+    run = next(record for record in records if record.identity.get(TRIAL_TAG) == trial)
+    run.scores = {f"test_{key}": value for key, value in scores.items() if isinstance(value, float)}
+    run.tags |= {"kdecs.test_opened_at": opened_at, "kdecs.test_opened_for": opened_for}
+    return run
 
 
 def _lineage(

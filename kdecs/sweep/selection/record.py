@@ -91,6 +91,21 @@ class VariantComparison(SettingComparison):
     variant: str
 
 
+class SettingOnTest(_Record):
+    """A setting's chosen seed on test, for tables alone: the choice was made before.
+
+    `opened_at` (UTC) is written before the split is read, `scores` (as `kdecs evaluate` gives them) and their 95%
+    bootstrap intervals after that.
+    """
+
+    id: str
+    label: str
+    seed: int
+    opened_at: str
+    scores: dict[str, Any] | None = None
+    intervals: dict[str, tuple[float, float]] = {}
+
+
 class SelectionRecord(_Record):
     """What `selection.json` holds. Keys that are not decided yet are left out or null.
 
@@ -115,6 +130,7 @@ class SelectionRecord(_Record):
     test: dict[str, Any] | None
     test_intervals: dict[str, tuple[float, float]] = {}
     test_baselines: dict[str, dict[str, float]] = {}
+    table: list[SettingOnTest] = []
     registered: str | None
 
     @model_validator(mode="after")
