@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from kdecs import __version__
+from kdecs.baselines import commands as baseline_commands
+from kdecs.baselines.generative import commands as generative_commands
 from kdecs.corpus import commands as corpus_commands
 from kdecs.errors import EXIT_STOPPED
 from kdecs.evaluation import commands as evaluation_commands
@@ -36,6 +38,8 @@ app.add_typer(student_commands.app, name="student")
 app.command("predict")(student_commands.predict)
 app.command("serve")(serve_commands.serve)
 app.command("predict-mrc")(mrc_commands.predict_mrc)
+app.add_typer(baseline_commands.app, name="baseline")
+baseline_commands.app.command("prompt")(generative_commands.prompt)
 app.add_typer(sweep_commands.app, name="sweep")
 app.command("report")(sweep_commands.report)
 app.command("plan", epilog=teacher_commands.EPILOG)(teacher_commands.plan)

@@ -66,6 +66,10 @@ class TrackingError(KdecsError):
     """MLflow does not answer somebody who waits for it."""
 
 
+class EndpointError(KdecsError):
+    """A model behind an endpoint that does not answer, or not as it should."""
+
+
 class DependencyError(KdecsError):
     """A command needs an optional package that is not installed."""
 

@@ -77,6 +77,17 @@ def served_token(path: Path | None) -> str | None:
     return token
 
 
+def endpoint_key(variable: str) -> str | None:
+    """The key of a model's endpoint, from the environment variable of this name; None if it is unset or empty.
+
+    Raises KdecsError for one that no request header can hold.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key.isascii() or not (key + "x").isprintable():
+        raise KdecsError(f"{variable}: holds characters that no key has; set it again")
+    return key or None
+
+
 def is_main_rank() -> bool:
     """True if this process prints for the whole job. It can be asked before torch is imported."""
     return launched_rank()[0] == 0

@@ -1,0 +1,161 @@
+"""`kdecs baseline prompt`. Slow imports stand inside the function."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def prompt(
+    corpus: Annotated[
+        Path, typer.Option(metavar="FILE", help="Dialogues to predict; labels are not needed.")
+    ],
+    train: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Training split, for the emotion labels and the worked example."),
+    ],
+    model: Annotated[str, typer.Option(metavar="NAME", help="Model, as the server names it.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the predictions: JSON lines.")],
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Server, up to the path before /chat/completions, such as https://api.openai.com/v1.",
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Record of the model's answers, which a second start goes on with. By default it stands beside the "
+            "predictions, as OUTPUT.answers.jsonl.",
+        ),
+    ] = None,
+    key_variable: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable that holds the server's key.")
+    ] = "OPENAI_API_KEY",
+    targets: Annotated[
+        Literal["all", "annotated"],
+        typer.Option(
+            help="all: every utterance; annotated: those with annotated causes, which fold1 scores."
+        ),
+    ] = "all",
+    example: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIALOGUE/TURN",
+            help="Target of the training split to show as the worked example. By default it is the first one with a "
+            "cause in its own turn and in an earlier one.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the number of calls, their tokens and price; ask nothing."),
+    ] = False,
+    replay: Annotated[
+        bool,
+        typer.Option("--replay", help="Ask nothing; write the predictions from the recorded answers alone."),
+    ] = False,
+    input_price: Annotated[
+        float | None, typer.Option(min=0, help="Price of a million prompt tokens in dollars, for the cost.")
+    ] = None,
+    output_price: Annotated[
+        float | None, typer.Option(min=0, help="Price of a million answer tokens in dollars, for the cost.")
+    ] = None,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="KEY=JSON",
+            help="Further key of each request, such as seed=1; null leaves one out, such as temperature=null.",
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Calls at a time.")] = 4,
+    per_minute: Annotated[float, typer.Option(min=0, help="Most calls per minute; 0: no limit.")] = 0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the server.")] = 60,
+    attempts: Annotated[int, typer.Option(min=1, max=100, help="Attempts per call before it fails.")] = 6,
+) -> None:
+    """Ask a chat model behind an OpenAI-compatible server about every target, with one worked example.
+
+    Every answer is recorded at once. The same command goes on after any stop and pays for no call twice. A table can be
+    made again from the record alone, with --replay. The server's key is read from an environment variable.
+
+    Examples:
+
+    kdecs baseline prompt --corpus test.json --train train.json --model gpt-3.5-turbo
+    --base-url https://api.openai.com/v1 --output chatgpt.jsonl --dry-run --input-price 0.5 --output-price 1.5
+
+    kdecs baseline prompt --corpus test.json --train train.json --model gpt-3.5-turbo --output chatgpt.jsonl --replay
+    """
+    if base_url is None and not replay:
+        raise typer.BadParameter("--base-url: missing; give the URL of a server, or --replay to ask none")
+    if (input_price is None) != (output_price is None):
+        raise typer.BadParameter("--input-price and --output-price: give both, or none")
+    options = _options(option or [])
+    from kdecs.baselines.generative.endpoint import (
+        Endpoint,
+        ask_all,
+        check_url,
+        cost_of,
+        plan_few_shot,
+        read_answers,
+    )
+    from kdecs.baselines.generative.record import AnswerRecord
+    from kdecs.corpus.reading import read_corpus
+    from kdecs.evaluation.predictions import write_predictions
+    from kdecs.output import refuse_inputs
+    from kdecs.process import StopSignal, endpoint_key, say
+
+    place = answers or output.with_name(f"{output.name.removesuffix('.jsonl')}.answers.jsonl")
+    for written in (output, place):
+        refuse_inputs(written, [corpus, train])
+    refuse_inputs(output, [place])
+    url = None if base_url is None else check_url(base_url)
+    dialogues = read_corpus(corpus, labelled=targets == "annotated").dialogues
+    training = read_corpus(train).dialogues
+    endpoint = Endpoint(
+        base_url=url or "",
+        model=model,
+        key=None if replay or dry_run else endpoint_key(key_variable),
+        max_answer_tokens=max_answer_tokens,
+        options=options,
+        timeout_s=timeout,
+        attempts=attempts,
+        per_minute=per_minute,
+        concurrency=concurrency,
+    )
+    plan = plan_few_shot(
+        endpoint, dialogues, training, only_annotated=targets == "annotated", example=example
+    )
+    record = AnswerRecord(place)
+    if not replay:
+        prices = None if input_price is None or output_price is None else (input_price, output_price)
+        say(
+            f"{url}: {cost_of(endpoint, plan, record.pending(plan.questions, endpoint.base_url), prices=prices)}"
+        )
+        if dry_run:
+            return
+        stop = StopSignal()
+        stop.install()
+        ask_all(endpoint, plan, record, stop)
+    outcome = read_answers(plan.targets, plan.questions, plan.labels, record, url)
+    write_predictions(output, outcome.predictions)
+    say(
+        f"{output}: {outcome}; {outcome.prompt_tokens:,} prompt tokens and {outcome.answer_tokens:,} answer tokens by "
+        "the server's count"
+    )
+
+
+def _options(texts: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key or key in ("model", "messages", "stream", "n"):
+            raise typer.BadParameter(f"--option {text}: expected KEY=JSON, such as seed=1")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            raise typer.BadParameter(f"--option {text}: the value is no JSON; put a text in quotes") from None
+    return options
