@@ -9,9 +9,10 @@ faults like any other.
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kdecs.corpus.schema import EMOTION_VARIANTS, KNOWN_EMOTIONS, Dialogue, Evidence, Fault, Utterance
@@ -145,6 +146,12 @@ def _refuse_constant(name: str) -> None:
 EVIDENCE_KEY = "expanded emotion cause evidence"
 SPAN_KEY = "expanded emotion cause span"
 OUTSIDE = "b"
+# No text, since RECCON's schema refuses an empty span: only a reader can say that its format has none.
+WHOLE_UTTERANCE = object()
+"""In the place of a span: the format names the utterance of a cause and no span in it."""
+
+RawDialogue = tuple[Any, Any]
+"""The id and the utterances of a dialogue in RECCON's schema, before they are checked."""
 # Far above any real dialogue (RECCON's longest has 31 turns and 1,158 characters). The number of pairs grows as n²,
 # so a broken file could otherwise fill the memory.
 MAX_UTTERANCES = 2_000
@@ -152,6 +159,8 @@ MAX_CHARACTERS = 100_000
 MAX_ID_CHARACTERS = 500
 
 
+# A file converted from one in which later causes are data would fill the log.
+_MOST_FUTURE_WARNINGS = 10
 # Keys that look like those of causes: named where a file has no cause.
 _LIKE_CAUSES = re.compile("cause|evidence|span", re.IGNORECASE)
 _MOST_ODD_KEYS = 4
@@ -172,6 +181,13 @@ class Checker:
         own_labels: Collection[str] = (),
     ) -> None:
         self.file = file
+        self.fields: Mapping[str, str] = MappingProxyType({})
+        """How the file's format names RECCON's keys; faults use its names."""
+        self.labels: Mapping[str, str] = MappingProxyType({})
+        """How the file's format names labels of kdecs."""
+        self.has_later_causes = False
+        """Whether causes after their target are data in this format, and no slip."""
+        self.num_later_causes = 0
         self.labelled = labelled
         self.emotions = emotions
         self.own_labels = own_labels
@@ -183,6 +199,10 @@ class Checker:
         self._odd_keys: dict[str, None] = {}
         self._located: set[int] = set()
 
+    def use(self, fields: Mapping[str, str], labels: Mapping[str, str], *, has_later_causes: bool) -> None:
+        """Speak of fields, labels and later causes as the file's format does."""
+        self.fields, self.labels, self.has_later_causes = fields, labels, has_later_causes
+
     def fault(
         self,
         found: str,
@@ -193,7 +213,8 @@ class Checker:
         field: str | None = None,
     ) -> None:
         """Note one fault of the file."""
-        self.faults.append(Fault(self.file, dialogue, turn, field, found, expected))
+        name = field if field is None else self.fields.get(field, field)
+        self.faults.append(Fault(self.file, dialogue, turn, name, found, expected))
 
     @property
     def num_dialogues(self) -> int:
@@ -231,10 +252,23 @@ class Checker:
         """Add a warning if no utterance of a labelled file has a cause, with the keys that may be misspelt."""
         if not self.labelled or self._has_causes or not self._ids:
             return
+        if self.fields:
+            self.warnings.append(f"{self.file}: no utterance has a cause")
+            return
         odd = f" (there are {', '.join(map(shorten, self._odd_keys))})" if self._odd_keys else ""
         self.warnings.append(
             f'{self.file}: no utterance has a cause; causes are under the keys "{EVIDENCE_KEY}" and "{SPAN_KEY}"{odd}'
         )
+
+    def count_later_causes(self) -> None:
+        """Add a warning, once a file has been read, for the later causes that were not named one by one."""
+        named = 0 if self.has_later_causes else _MOST_FUTURE_WARNINGS
+        if self.num_later_causes > named:
+            more = "more " if named else ""
+            self.warnings.append(
+                f"{self.file}: {self.num_later_causes - named} {more}causes lie after their target; their pairs are "
+                "dropped unless candidates.after reaches them"
+            )
 
     def note_repeated(self, value: Any, *, dialogue: str | None, turn: int | None = None) -> None:
         """Note the keys that an object at a known place contains more than once."""
@@ -299,6 +333,8 @@ class Checker:
             isinstance(value, str) and value in self.own_labels
         ):  # before the variants: a table may map them, too
             return value
+        if isinstance(value, str):
+            value = self.labels.get(value, value)
         if isinstance(value, str) and value in EMOTION_VARIANTS:
             self.normalised[value] += 1
             value = EMOTION_VARIANTS[value]
@@ -333,7 +369,8 @@ class Checker:
             if not self._evidence_turn(turn, number, len(texts), dialogue) or position >= len(spans):
                 continue
             if self._span(spans[position], turn, number, texts, dialogue):
-                kept.append(Evidence(None, None) if turn == OUTSIDE else Evidence(turn, spans[position]))
+                span = "" if spans[position] is WHOLE_UTTERANCE else spans[position]
+                kept.append(Evidence(None, None) if turn == OUTSIDE else Evidence(turn, span))
         return tuple(kept) if len(self.faults) == before else None
 
     def _evidence_turn(self, turn: Any, number: int, num_utterances: int, dialogue: str | None) -> bool:
@@ -345,13 +382,17 @@ class Checker:
             return False
         # A warning, not a fault: only this pair is lost.
         if turn > number:
-            self.warnings.append(
-                f"{self.file}, dialogue {dialogue}, turn {number}: "
-                f"the cause in turn {turn} lies in the future; the pair is dropped"
-            )
+            self.num_later_causes += 1
+            if not self.has_later_causes and self.num_later_causes <= _MOST_FUTURE_WARNINGS:
+                self.warnings.append(
+                    f"{self.file}, dialogue {dialogue}, turn {number}: "
+                    f"the cause in turn {turn} lies in the future; the pair is dropped"
+                )
         return True
 
     def _span(self, span: Any, turn: int | str, number: int, texts: list[Any], dialogue: str | None) -> bool:
+        if span is WHOLE_UTTERANCE:
+            return True
         if not isinstance(span, str):
             found, expected = shorten(span), "a string"
         elif (turn == OUTSIDE) != (span == OUTSIDE):

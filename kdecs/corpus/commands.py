@@ -1,4 +1,4 @@
-"""The commands `kdecs corpus verify | stats | pairs | fetch`. Slow imports stand inside the functions."""
+"""The commands `kdecs corpus verify | stats | pairs | convert | fetch`. Slow imports stand inside the functions."""
 
 import json
 import sys
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from kdecs.corpus.statistics import CorpusStatistics
 
 app = typer.Typer(
-    no_args_is_help=True, help="Check, count and pair corpus files (RECCON JSON or JSON lines)."
+    no_args_is_help=True,
+    help="Check, count, pair and convert corpus files of any of the formats that kdecs reads.",
 )
 
 
-Files = Annotated[list[Path], typer.Argument(metavar="FILE…", help="RECCON JSON or JSON lines.")]
+Files = Annotated[
+    list[Path], typer.Argument(metavar="FILE…", help="Corpus files, whose content tells their format.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Labels = Annotated[
     Literal["any", "coarse", "fine"],
@@ -183,7 +186,9 @@ def stats(
     epilog="Examples:\n\nkdecs corpus pairs test.json > pairs.jsonl\n\nkdecs corpus pairs test.json --universe all"
 )
 def pairs(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="RECCON JSON or JSON lines.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A corpus file, whose content tells its format.")
+    ],
     universe: Annotated[
         Literal["fold1", "fold1+neutral", "all"],
         typer.Option(
@@ -216,6 +221,43 @@ def pairs(
             if universe == "fold1":
                 record["row_ids"] = list(pair.row_ids)
             print(json.dumps(record, ensure_ascii=False))
+
+
+@app.command(
+    epilog="Examples:\n\nkdecs corpus convert Subtask_1_train.json --to reccon --output train.json\n\n"
+    "kdecs corpus convert dialogues.csv --to jsonl --output dialogues.jsonl"
+)
+def convert(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A corpus file, whose content tells its format.")
+    ],
+    to: Annotated[
+        Literal["reccon", "jsonl", "semeval"],
+        typer.Option(
+            help="reccon: RECCON's JSON; jsonl: JSON lines; semeval: the JSON of SemEval-2024 Task 3."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the corpus; - writes to standard output.")
+    ],
+) -> None:
+    """Write a corpus in another format; what that format cannot hold is named on standard error.
+
+    Emotions and causes may be missing. Free keys of utterances are kept.
+    """
+    from kdecs.corpus.checking import Checker
+    from kdecs.corpus.formats.writing import DialogueWriter
+    from kdecs.corpus.reading import iter_raw
+    from kdecs.output import open_output, refuse_inputs
+
+    refuse_inputs(output, [file])
+    checker, writer = Checker(str(file), labelled=False), DialogueWriter(to)
+    with open_output(output) as written:
+        for text in writer.text(iter_raw(file, checker)):
+            written.write(text.encode())
+    for loss in writer.losses:
+        print(printable(f"{file}: {loss}"), file=sys.stderr)
+    print(f"{output}: {checker.num_dialogues:,} dialogues", file=sys.stderr)
 
 
 @app.command(epilog="Example: kdecs corpus fetch data/reccon && kdecs corpus verify data/reccon/*.json")
@@ -279,6 +321,10 @@ def _print_statistics(counted: "list[CorpusStatistics]") -> None:
         emotions.add_row(emotion, *(f"{n:,} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)))
     console.print(emotions, "")
     console.print("Rows are those of fold 1: one per gold span, and one per pair that is no cause.")
+    for file in counted:
+        if num_causes := sum(file.causes.values()):
+            places = ", ".join(f"{count:,} {place}" for place, count in file.causes.items())
+            console.print(Text(f"{file.file}: {num_causes:,} causes in the dialogue, by utterance: {places}"))
     for file in counted:
         for warning in file.warnings:
             console.print(Text(f"warning: {warning}"))

@@ -1,4 +1,4 @@
-"""Read corpus files: RECCON JSON or JSON lines (their format is described in `kdecs.corpus.schema`).
+"""Read corpus files of any format (`kdecs.corpus.formats`), which their content tells.
 
 Every stage reads its corpus here, and each function suits one purpose:
 
@@ -6,6 +6,7 @@ Every stage reads its corpus here, and each function suits one purpose:
     open_dialogues   a sequence that reads JSON lines on demand: for labelling and training at any size
     iter_dialogues   one pass over a file that may be unlabelled: for prediction
     scan_file        every fault of a file: for `kdecs corpus verify`
+    iter_raw         one pass with the values of the file beside each dialogue: for `kdecs corpus convert`
     parse_dialogue   one dialogue from a request or from a line of standard input
 """
 
@@ -18,17 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdecs.corpus.checking import (
-    OTHER_ENCODING,
-    Checker,
-    NotJson,
-    RepeatedKeys,
-    decode_json,
-    is_other_encoding,
-    is_unicode,
-    iter_lines,
-    shorten,
-)
+from kdecs.corpus.checking import Checker, NotJson, RepeatedKeys, decode_json, is_unicode, shorten
+from kdecs.corpus.formats.reccon import read_line
+from kdecs.corpus.formats.recognise import format_of, holds_lines
 from kdecs.corpus.schema import (
     FINE_TO_COARSE,
     KNOWN_EMOTIONS,
@@ -46,7 +39,6 @@ logger = logging.getLogger(__name__)
 DAILYDIALOG, IEMOCAP = "dailydialog", "iemocap"
 # RECCON's files put the split before IEMOCAP's own ids, sometimes twice (test.test.Ses05F_impro01).
 _IEMOCAP_ID = re.compile(r"(\w+\.)*Ses\d\d[FM]_")
-_LINES_SUFFIXES = (".jsonl", ".ndjson")
 _CHANGED = "the file changed while it was in use: put it back and run the same command again"
 
 
@@ -90,10 +82,10 @@ def read_corpus(
 
 
 def open_dialogues(path: Path, table: Mapping[str, str] = NO_TABLE) -> Dialogues:
-    """The labelled dialogues of a file: JSON lines are read on demand, RECCON JSON is loaded.
+    """The labelled dialogues of a file: JSON lines are read on demand, other formats are loaded.
 
     The labels of `table` are known, too: the caller maps them with it.
-    Raises CorpusError for RECCON JSON that has a fault; JSON lines are checked when they are iterated.
+    Raises CorpusError for a loaded file that has a fault; JSON lines are checked when they are iterated.
     """
     # A missing file goes to read_corpus, which reports it.
     is_lines = path.is_file() and holds_lines(path)
@@ -135,7 +127,7 @@ class LineDialogues:
             line = file.readline()
         checker, dialogue = Checker(str(self.path), own_labels=self._table), None
         # Checked again as when it was iterated: the file may have been replaced since, and positions mean nothing then.
-        for identifier, utterances in _raw_from_line(line, f"at byte {starts[position]}", checker):
+        for identifier, utterances in read_line(line, f"at byte {starts[position]}", checker):
             part = corpus_part(identifier if isinstance(identifier, str) else "")
             dialogue = checker.dialogue(identifier, utterances, part)
         if checker.faults or dialogue is None:
@@ -163,7 +155,7 @@ def iter_dialogues(
     part: str | None = None,
     table: Mapping[str, str] = NO_TABLE,
 ) -> Iterator[Dialogue]:
-    """Yield the dialogues one by one: JSON lines are streamed, RECCON JSON is loaded as a whole.
+    """Yield the dialogues one by one: JSON lines are streamed, other formats are loaded as a whole.
 
     The labels of `table` are known, too. Raises CorpusError at the first dialogue that has a fault.
     """
@@ -171,6 +163,15 @@ def iter_dialogues(
     checker = Checker(str(path), labelled=labelled, own_labels=table)
     # Also after a dialogue that is not yielded: the first fault ends the pass.
     yield from _dialogues(path, checker, part, on_dialogue=lambda: _refuse(checker))
+    _refuse(checker)
+
+
+def iter_raw(path: Path, checker: Checker) -> Iterator[tuple[Dialogue, Any]]:
+    """Yield each dialogue with its utterances as the file has them, in RECCON's schema with all free keys.
+
+    Raises CorpusError at the first dialogue that has a fault.
+    """
+    yield from _with_raw(path, checker, None, on_dialogue=lambda: _refuse(checker))
     _refuse(checker)
 
 
@@ -289,26 +290,16 @@ def bundled_sample(split: str) -> Path:
     return path
 
 
-def holds_lines(path: Path) -> bool:
-    """Whether a file is JSON lines: by its suffix, or because its first line is a complete dialogue."""
-    if path.suffix.lower() in _LINES_SUFFIXES:
-        return True
-    # Only the first line that is not blank is looked at.
-    for _, line in iter_lines(path):
-        if not line.rstrip().endswith(b"}") or b'"utterances"' not in line:
-            return False
-        try:
-            value = decode_json(line).value
-        except NotJson:
-            return False
-        return isinstance(value, dict) and isinstance(value.get("id"), str) and "utterances" in value
-    return False
-
-
 def _dialogues(
     path: Path, checker: Checker, part: str | None, on_dialogue: Callable[[], None] | None = None
 ) -> Iterator[Dialogue]:
     """Yield the valid dialogues; faults go to the checker. `on_dialogue` is called after each one, valid or not."""
+    return (dialogue for dialogue, _ in _with_raw(path, checker, part, on_dialogue))
+
+
+def _with_raw(
+    path: Path, checker: Checker, part: str | None, on_dialogue: Callable[[], None] | None = None
+) -> Iterator[tuple[Dialogue, Any]]:
     num_seen = 0
     if "\0" in str(path):
         checker.fault("a path with a NUL character", "a corpus file")
@@ -319,71 +310,22 @@ def _dialogues(
         ):  # its format shows only in a first read, which a pipe allows once
             checker.fault("a pipe or a device", "a corpus file, which can be read more than once")
             return
-        for identifier, utterances in _raw_dialogues(path, checker):
+        found = format_of(path)
+        checker.use(found.fields, found.labels, has_later_causes=found.has_later_causes)
+        for identifier, utterances in found.read(path, checker):
             num_seen += 1
             dialogue_part = part or corpus_part(identifier if isinstance(identifier, str) else "")
             dialogue = checker.dialogue(identifier, utterances, dialogue_part)
             if on_dialogue:
                 on_dialogue()
             if dialogue is not None:
-                yield dialogue
+                yield dialogue, utterances
     except OSError as error:
         checker.fault(f"no readable file ({error.strerror or error})", "a corpus file")
     # An empty file is more likely an accident than a corpus.
     if num_seen == 0 and not checker.faults:
         checker.fault("no dialogue", "at least one")
-
-
-def _raw_dialogues(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
-    if holds_lines(path):
-        yield from _raw_from_lines(path, checker)
-        return
-    try:
-        # Whole, since in one JSON object only the parser knows where a dialogue ends.
-        decoded = decode_json(path.read_bytes())
-    except NotJson as error:
-        checker.fault(error.found, error.expected)
-        return
-    if not isinstance(decoded.value, dict):
-        checker.fault(shorten(decoded.value), "an object {dialogue id: [[utterance, …]]}")
-        return
-    # Both dialogues of a repeated id are checked; the checker reports the second one.
-    items = getattr(decoded.value, "pairs", None) or list(decoded.value.items())
-    for identifier, nested in items:
-        if isinstance(nested, list) and len(nested) == 1 and isinstance(nested[0], list):
-            yield identifier, nested[0]
-        else:
-            found = f"a list of {len(nested)}" if isinstance(nested, list) else shorten(nested)
-            if isinstance(nested, list) and len(nested) == 1:
-                found = f"a list of {shorten(nested[0])}"
-            checker.fault(found, "a list of one list of utterances: [[utterance, …]]", dialogue=identifier)
-    # Repeated dialogue ids are reported by the loop above.
-    decoded.repeated = [value for value in decoded.repeated if value is not decoded.value]
-    checker.note_unlocated_repeats(decoded)
-
-
-def _raw_from_lines(path: Path, checker: Checker) -> Iterator[tuple[Any, Any]]:
-    for number, line in iter_lines(path):
-        if number == 1 and is_other_encoding(line):
-            checker.fault(OTHER_ENCODING, "UTF-8; save the file as UTF-8")
-            return  # every other line would be a fault, too
-        yield from _raw_from_line(line, f"line {number}", checker)
-
-
-def _raw_from_line(line: bytes, place: str, checker: Checker) -> Iterator[tuple[Any, Any]]:
-    """The id and the utterances of one line; nothing after a fault. A generator, since repeats are noted after use."""
-    try:
-        decoded = decode_json(line)
-    except NotJson as error:
-        checker.fault(error.found, error.expected, dialogue=place)
-        return
-    value = decoded.value
-    if not isinstance(value, dict) or "id" not in value or "utterances" not in value:
-        checker.fault(shorten(value), 'an object {"id": …, "utterances": […]}', dialogue=place)
-        return
-    checker.note_repeated(value, dialogue=place)
-    yield value["id"], value["utterances"]
-    checker.note_unlocated_repeats(decoded, dialogue=place)
+    checker.count_later_causes()
 
 
 def _refuse(checker: Checker) -> None:

@@ -1,13 +1,6 @@
 """The parts of a corpus: emotion labels, utterances, dialogues, and the faults of a file.
 
-File formats (read by kdecs.corpus.reading):
-
-    RECCON JSON   {dialogue id: [[utterance, …]]}, the outer list always of length 1
-    JSON lines    one dialogue per line: {"id": …, "utterances": [utterance, …]}
-
-    utterance     turn (1..n), speaker, utterance (the text), emotion; an emotional one may also have
-                  "expanded emotion cause evidence" (turns, or "b" for a cause outside the dialogue) and
-                  "expanded emotion cause span" (of the same length, with "b" for each "b"); other keys are free
+The modules of kdecs.corpus.formats describe the file formats; all of them are read into these dataclasses.
 
 Source of the schema: RECCON (Poria et al. 2021). The fine labels are those of Table 3 of Chen et al. 2024.
 """
@@ -105,7 +98,7 @@ def emotions_of(label_set: LabelSet) -> frozenset[str]:
 class Evidence:
     """One annotated cause: its turn and its span in that turn.
 
-    Both are None for a cause outside the dialogue ("b" in the file).
+    Both are None for a cause outside the dialogue ("b" in the file). The span is "" if the format has no spans.
     """
 
     turn: int | None

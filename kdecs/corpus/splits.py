@@ -164,6 +164,18 @@ def require_causes(path: Path, is_cause: Iterable[bool]) -> None:
         )
 
 
+def require_spans(corpus: Corpus) -> None:
+    """Raise CorpusError if a validation file has causes without spans: scores of spans would mean nothing."""
+    for dialogue in corpus.dialogues:
+        for utterance in dialogue.utterances:
+            if any(cause.span == "" for cause in utterance.evidence or ()):
+                raise CorpusError(
+                    f"{corpus.path}, dialogue {dialogue.id}, turn {utterance.turn}: found a cause without a span, "
+                    "expected spans to learn; train a student with task: ecpe, or name "
+                    "files that have spans"
+                )
+
+
 def warn_of_shared_texts(config: CorpusConfig) -> None:
     """Warn if validation dialogues are training dialogues, too, by their texts: scores on them promise too much.
 

@@ -26,7 +26,10 @@ PLOT_NAMES = ("emotions.png", "cause_distance.png", "prompt_lengths.png")
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """The counts of one file: rows are those of fold 1, `pairs_all` the pairs of the universe "all"."""
+    """The counts of one file: rows are those of fold 1, `pairs_all` the pairs of the universe "all".
+
+    `causes` counts the annotated causes by place: own (the target itself), earlier and later.
+    """
 
     file: str
     dialogues: int
@@ -37,6 +40,7 @@ class CorpusStatistics:
     emotions: dict[str, int]
     pairs_of_several_spans: int
     targets_caused_outside_alone: int
+    causes: dict[str, int]
     normalised: dict[str, int]
     warnings: tuple[str, ...]
     faults: int
@@ -65,10 +69,22 @@ def statistics_of(corpus: Corpus, num_faults: int = 0) -> CorpusStatistics:
         targets_caused_outside_alone=sum(
             bool(u.evidence) and all(e.turn is None for e in u.evidence or ()) for u in utterances
         ),
+        causes=_places_of_causes(corpus),
         normalised=dict(sorted(corpus.normalised.items())),
         warnings=corpus.warnings,
         faults=num_faults,
     )
+
+
+def _places_of_causes(corpus: Corpus) -> dict[str, int]:
+    places = Counter(
+        "own" if cause.turn == u.turn else "earlier" if cause.turn < u.turn else "later"
+        for dialogue in corpus.dialogues
+        for u in dialogue.utterances
+        for cause in u.evidence or ()
+        if cause.turn is not None
+    )
+    return {name: places[name] for name in ("own", "earlier", "later")}
 
 
 def cause_distances(corpus: Corpus) -> Counter[int]:

@@ -111,7 +111,7 @@ def evaluate(
             from kdecs.evaluation.significance import bootstrap_intervals
 
             all_intervals = bootstrap_intervals(scores.sums_by_dialogue, num_samples=samples, seed=seed)
-            run["intervals"] = {key: all_intervals[key] for key in scores.values}
+            run["intervals"] = {key: all_intervals[key] for key in scores.known}
         if details:
             if scores.has_emotions:
                 run["emotions"] = scores.emotions.as_dict()
@@ -168,7 +168,7 @@ def compare(
         scores[0].sums_by_dialogue,
         scores[1].sums_by_dialogue,
         # A system without emotions lacks their scores, and a difference to nothing would be made up.
-        keys=[key for key in scores[0].values if key in scores[1].values],
+        keys=[key for key in scores[0].known if key in scores[1].known],
         num_samples=samples,
         seed=seed,
     )
@@ -203,7 +203,7 @@ def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]",
     from kdecs.evaluation.metrics import SCORE_KEYS
     from kdecs.evaluation.significance import summarise_seeds
 
-    runs_of = {key: [scores.values[key] for scores, _ in found if key in scores.values] for key in SCORE_KEYS}
+    runs_of = {key: [scores.known[key] for scores, _ in found if key in scores.known] for key in SCORE_KEYS}
     # A score that a run lacks has no mean over the runs.
     summary = {key: summarise_seeds(runs) for key, runs in runs_of.items() if len(runs) == len(found)}
     if as_json:

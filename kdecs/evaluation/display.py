@@ -36,7 +36,7 @@ def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
 
 
 def _percent(found: Mapping[str, Any], key: str) -> str:
-    """A score, or a dash for one that the system does not have because it predicts no emotions."""
+    """A score, or a dash for one that the system has not: it predicts no emotions, or the corpus has no spans."""
     return "–" if found[key] is None else f"{found[key]:.2f}"
 
 
@@ -137,5 +137,5 @@ def _print_breakdown(console: Console, title: str, groups: Mapping[str, Mapping[
     table = figures_table(f"Scores by {title.replace('_', ' ')}", title.split("_")[-1], *columns)
     for group, values in groups.items():
         counts = (f"{values['num_positive']:,}", f"{values['num_negative']:,}")
-        table.add_row(group, *counts, *(f"{values[key]:.2f}" for key in keys))
+        table.add_row(group, *counts, *(_percent(values, key) for key in keys))
     console.print(table)

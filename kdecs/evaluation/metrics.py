@@ -100,6 +100,10 @@ UTTERANCE_KEYS = ("utterance_positive_f1", "utterance_negative_f1", "utterance_m
 STRICT_KEYS = ("exact_match", "positive_f1", "negative_f1", "macro_f1", *UTTERANCE_KEYS)
 EMOTION_KEYS = ("emotion_accuracy", *(f"strict_{key}" for key in STRICT_KEYS))
 """The scores that a system without emotions does not have: absent in `Scores.values`, null in JSON."""
+SPAN_KEYS = tuple(
+    f"{prefix}{key}" for prefix in ("", "strict_") for key in STRICT_KEYS if key not in UTTERANCE_KEYS
+)
+"""The scores that compare spans: unknown for a corpus whose format has none."""
 SCORE_KEYS = ("emotion_accuracy", *STRICT_KEYS, *(f"strict_{key}" for key in STRICT_KEYS))
 
 
@@ -127,14 +131,21 @@ class Scores:
         return self.values[key]
 
     @property
+    def known(self) -> dict[str, float]:
+        """The values without those of spans if the corpus has causes whose span its format does not say."""
+        has_spans = all(row.gold != "" for row in self.scored.rows)
+        return {key: value for key, value in self.values.items() if has_spans or key not in SPAN_KEYS}
+
+    @property
     def has_emotions(self) -> bool:
         """Whether any utterance of the corpus has a predicted emotion."""
         return self.utterances_without_emotion < self.num_utterances
 
     def as_dict(self) -> dict[str, Any]:
         """The unrounded values of `kdecs evaluate --json`; None for a score that the system does not have."""
+        known = self.known
         return {
-            **{key: self.values.get(key) for key in SCORE_KEYS},
+            **{key: known.get(key) for key in SCORE_KEYS},
             "universe": self.universe,
             "protocol": self.protocol,
             "num_positive": self.num_positive,
@@ -279,6 +290,7 @@ def breakdowns(scores: Scores) -> dict[str, Breakdown]:
 def _by(scores: Scores, group_of: Callable[[Row], str]) -> Breakdown:
     groups = np.array([group_of(row) for row in scores.scored.rows], dtype=str)
     found: Breakdown = {}
+    known = scores.known
     # By number first, so that "11-20 words" comes after "6-10 words".
     for group in sorted(set(groups.tolist()), key=lambda name: (_first_number(name), name)):
         sums = scores.scored.contributions[groups == group].sum(axis=0)
@@ -286,7 +298,7 @@ def _by(scores: Scores, group_of: Callable[[Row], str]) -> Breakdown:
         found[group] = {
             "num_positive": int(sums[COLUMN["positives"]]),
             "num_negative": int(sums[COLUMN["negatives"]]),
-            **{key: float(values[key]) for key in STRICT_KEYS},
+            **{key: float(values[key]) if key in known else None for key in STRICT_KEYS},
         }
     return found
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.pairs import Ints, Pair, pairs_of
 from kdecs.corpus.schema import Corpus
-from kdecs.corpus.splits import read_split, require_causes, training_split
+from kdecs.corpus.splits import read_split, require_causes, require_spans, training_split
 from kdecs.errors import DialogueError, ModelError
 from kdecs.mrc.config import MrcConfig
 
@@ -249,6 +249,7 @@ def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
     """Read and encode both splits. Raises CorpusError for a faulty corpus or one without causes."""
     pairs = training_pairs(config)
     valid_corpus = read_split(config.corpus, config.corpus.valid)
+    require_spans(valid_corpus)
     valid_pairs = [pair for dialogue in valid_corpus.dialogues for pair in pairs_of(dialogue, "fold1")]
     for path, found in ((config.corpus.train, pairs), (config.corpus.valid, valid_pairs)):
         require_causes(path, (pair.is_cause for pair in found))

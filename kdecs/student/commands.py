@@ -12,7 +12,7 @@ Input = Annotated[
     Path,
     typer.Option(
         metavar="FILE",
-        help="Dialogues as RECCON JSON or as JSON lines; - reads JSON lines from standard input.",
+        help="A corpus file of any format, labelled or not; - reads JSON lines from standard input.",
     ),
 ]
 Output = Annotated[

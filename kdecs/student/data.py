@@ -20,7 +20,7 @@ from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.encoding import ENCODERS, EncodedPair
 from kdecs.corpus.pairs import Ints, padded, training_subset
 from kdecs.corpus.schema import NEUTRAL, Corpus
-from kdecs.corpus.splits import emotion_table, read_split, require_causes, training_split
+from kdecs.corpus.splits import emotion_table, read_split, require_causes, require_spans, training_split
 from kdecs.errors import CorpusError
 from kdecs.runtime import on_device
 from kdecs.student.config import StudentConfig
@@ -276,6 +276,8 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
     train = open_cache(config.corpus.train, encoder, config.cache, table)
     valid = open_cache(config.corpus.valid, encoder, config.cache, table)
     valid_corpus = read_split(config.corpus, config.corpus.valid)
+    if config.task == "ecspe":
+        require_spans(valid_corpus)
     rows, is_gold_P = training_rows(config, train)
     require_causes(config.corpus.train, train.column("is_cause")[rows[is_gold_P[rows]]] > 0)
     require_causes(config.corpus.valid, valid.column("is_cause") > 0)

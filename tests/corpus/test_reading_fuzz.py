@@ -194,6 +194,33 @@ def test_a_mutated_file_is_read_or_refused(tmp_path_factory, make_valid_document
     outcome_of(path, labelled)
 
 
+def test_seeded_mutations_of_other_formats(tmp_path):
+    said = [{"utterance_ID": n, "text": f"We won {n} !", "speaker": "A", "emotion": "joy"} for n in (1, 2)]
+    pairs = [["2_joy", "1_We won"], ["1_joy", "2_2 !"], ["2_joy", "2"]]
+    document = [{"conversation_ID": n, "conversation": said, "emotion-cause_pairs": pairs} for n in (1, 2)]
+    texts = [
+        "1 2\n(2,1),(2,2)\n1 | A | joy | We won ! | 0:1\n2 | B | joy | So ? | 0:2\n\n2 1\n\n1 | A | fear | Oh .\n",
+        'dialogue,turn,speaker,text,emotion\n1,1,A,"We, too",joy\n1,2,B,So ?,neutral\n2,1,A,"Oh ""b"" .",fear\n',
+        "A: We won !\nB: So ?\n\nA: Oh: no .\n",
+    ]
+    outcomes: Counter[str] = Counter()
+    path = tmp_path / "mutated"
+    for seed in range(600):
+        rng = random.Random(seed)
+        if seed % 2:
+            changed = copy.deepcopy(document)
+            for _ in range(rng.choice((0, 1, 2))):
+                mutate_value(changed, rng)
+            data = json.dumps(changed).encode()
+        else:
+            data = rng.choice(texts).encode()
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            data = mutate_bytes(data, rng)
+        path.write_bytes(data)
+        outcomes[outcome_of(path, labelled=seed % 4 > 1)] += 1
+    assert min(outcomes["corpus"], outcomes["refusal"]) > 100
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=200), suffix=st.sampled_from([".json", ".jsonl"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, data, suffix):

@@ -13,6 +13,7 @@ from kdecs.corpus.splits import (
     find_duplicates,
     read_split,
     require_causes,
+    require_spans,
     training_split,
     warn_of_shared_texts,
 )
@@ -99,3 +100,11 @@ def test_a_file_without_causes_is_refused(tmp_path: Path) -> None:
     for none in ([], [False, False]):
         with pytest.raises(CorpusError, match="no cause to learn from or to validate on"):
             require_causes(tmp_path, none)
+
+
+def test_a_file_without_spans_is_refused_where_spans_are_learnt(tmp_path: Path) -> None:
+    path = tmp_path / "blocks.txt"
+    path.write_text("1 2\n(2,1)\n1 | A | neutral | We won !\n2 | B | joy | Good !\n")
+    with pytest.raises(CorpusError, match=r"turn 2: found a cause without a span.* task: ecpe"):
+        require_spans(read_corpus(path))
+    require_spans(read_corpus(bundled_sample("test"), log=False))

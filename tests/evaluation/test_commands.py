@@ -231,3 +231,25 @@ def test_refusals_are_one_line(sample_predictions, tmp_path):
     run("evaluate", "--corpus", bundled_sample("train"), "--predictions", near, refused=PredictionError)
     run("compare", near, tmp_path / "no.jsonl", "--corpus", TEST, refused=PredictionError)
     assert CliRunner().invoke(app, ["evaluate", "--corpus", str(TEST)]).exit_code == 2
+
+
+def test_a_corpus_without_spans_has_scores_of_utterances_alone(tmp_path):
+    corpus, predictions = tmp_path / "blocks.txt", tmp_path / "predictions.jsonl"
+    corpus.write_text("1 2\n(2,1)\n1 | A | neutral | We won !\n2 | B | joy | Good !\n")
+    write_predictions(
+        predictions,
+        [Prediction("1", 2, 1, "happiness", True, "We"), Prediction("1", 2, 2, "happiness", False, "")],
+    )
+    arguments = ("--corpus", corpus, "--predictions", predictions, "--details", "--intervals")
+    scores = json.loads(run("evaluate", *arguments, "--json").stdout)
+    assert scores["utterance_macro_f1"] == scores["strict_utterance_macro_f1"] == 100
+    assert {scores[key] for key in ROW - UTTERANCE} == {None}
+    assert set(scores["intervals"]) == {
+        "emotion_accuracy",
+        *UTTERANCE,
+        *(f"strict_{key}" for key in UTTERANCE),
+    }
+    assert scores["breakdowns"]["distance"]["1"]["positive_f1"] is None
+    assert "macro f1 " in run("evaluate", *arguments).stdout
+    compared = json.loads(run("compare", predictions, predictions, "--corpus", corpus, "--json").stdout)
+    assert compared["macro_f1"] is None and compared["utterance_macro_f1"]["difference"] == 0

@@ -12,8 +12,10 @@ from label_directories import WORDS, by_pair, names_of, read_shard, sample_pairs
 
 from kdecs.artifact import content_checksum, read_manifest, write_manifest
 from kdecs.config import ConfigError, config_hash, input_checksums, load_config, write_config
+from kdecs.corpus.checking import Checker
+from kdecs.corpus.formats.writing import DialogueWriter
 from kdecs.corpus.pairs import Pair
-from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.reading import bundled_sample, iter_raw, read_corpus
 from kdecs.corpus.splits import text_digest
 from kdecs.errors import ArtifactError, CorpusError
 from kdecs.launch.cross_fit import is_done
@@ -129,17 +131,20 @@ def test_a_teacher_that_saw_its_fold_is_refused(tmp_path: Path) -> None:
     assert not (config.output / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("as_lines", [False, True])
-def test_folds_cover_the_corpus_and_keep_equal_texts_together(tmp_path: Path, as_lines: bool) -> None:
+@pytest.mark.parametrize("form", ["reccon", "jsonl", "semeval"])
+def test_folds_cover_the_corpus_and_keep_equal_texts_together(tmp_path: Path, form: str) -> None:
     values = json.loads(bundled_sample("train").read_text(encoding="utf-8"))
     twin = next(iter(values))
     values["twin"] = values[twin]
-    train = tmp_path / ("train.jsonl" if as_lines else "train.json")
-    if as_lines:
+    train = tmp_path / ("train.jsonl" if form == "jsonl" else "train.json")
+    if form == "jsonl":
         lines = [json.dumps({"id": name, "utterances": value[0]}) for name, value in values.items()]
         train.write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
     else:
         train.write_text(json.dumps(values), encoding="utf-8")
+    if form == "semeval":
+        text = "".join(DialogueWriter("semeval").text(iter_raw(train, Checker(str(train)))))
+        train.write_text(text, encoding="utf-8")
     corpus = {"train": str(train), "valid": str(bundled_sample("valid"))}
     config = config_of(tmp_path / "labels", corpus=corpus)
     sizes = write_folds(config)

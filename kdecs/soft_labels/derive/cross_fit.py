@@ -23,8 +23,11 @@ from tqdm import tqdm
 
 from kdecs.artifact import Manifest, atomic_path, content_checksum, read_manifest
 from kdecs.config import input_checksums
+from kdecs.corpus.checking import Checker
+from kdecs.corpus.formats.recognise import format_of
+from kdecs.corpus.formats.writing import DialogueWriter
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
-from kdecs.corpus.reading import holds_lines, iter_dialogues
+from kdecs.corpus.reading import iter_dialogues, iter_raw
 from kdecs.corpus.schema import NO_TABLE
 from kdecs.corpus.splits import emotion_table, text_digest, training_split
 from kdecs.errors import ArtifactError, CorpusError
@@ -59,9 +62,10 @@ def write_folds(config: CrossFitConfig) -> dict[int, int]:
     The same files, byte for byte, whenever it runs. Raises CorpusError as `fold_of_dialogues`.
     """
     folds = fold_of_dialogues(config)
-    # Each fold's file keeps the format of the source, and its dialogues the source's bytes or values: nothing that the
-    # schema does not know is lost on the way.
-    write = _write_lines if holds_lines(config.corpus.train) else _write_object
+    # A fold's file of RECCON's schema keeps the format of the source, and its dialogues the source's bytes or values:
+    # nothing that the schema does not know is lost on the way. Other formats become JSON lines, which hold all of them.
+    writers = {"jsonl": _write_lines, "reccon": _write_object}
+    write = writers.get(format_of(config.corpus.train).name, _write_converted)
     for fold in tqdm(range(config.num_folds), desc="folds", unit="fold", disable=None, delay=1):
         for part in ("train", "held-out"):
             kept = {name for name, number in folds.items() if (number == fold) == (part == "held-out")}
@@ -96,6 +100,12 @@ def _write_object(source: Path, kept: set[str], target: Path) -> None:
     values: Mapping[str, Any] = json.loads(source.read_text(encoding="utf-8-sig"))
     part = {name: value for name, value in values.items() if name in kept}
     target.write_text(json.dumps(part, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_converted(source: Path, kept: set[str], target: Path) -> None:
+    chosen = (pair for pair in iter_raw(source, Checker(str(source))) if pair[0].id in kept)
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(DialogueWriter("jsonl").text(chosen))
 
 
 def merge_folds(config: CrossFitConfig) -> Manifest:

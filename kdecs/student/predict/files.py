@@ -1,6 +1,6 @@
 """Predict files of dialogues (`kdecs predict`, `kdecs predict-mrc`) in constant memory.
 
-Input is RECCON JSON or JSON lines (kdecs.corpus.schema), or JSON lines on standard input ("-") or from a pipe. Output
+Input is a corpus file (kdecs.corpus.formats), or JSON lines on standard input ("-") or from a pipe. Output
 is one line per pair (kdecs.evaluation.predictions); on request each line also has span_start and span_end, the span's
 characters [start, end) in the candidate's text (null without a span), and score, in [0, 1].
 """

@@ -276,7 +276,11 @@ def score_on_test(
     predictions = student.predict_pairs(corpus)
     write_predictions(target, predictions.values())
     scores = evaluate(corpus, predictions)
-    return corpus, scores_of_student(scores.as_dict(), config), bootstrap_intervals(scores.sums_by_dialogue)
+    return (
+        corpus,
+        scores_of_student(scores.as_dict() | scores.values, config),
+        bootstrap_intervals(scores.sums_by_dialogue),
+    )
 
 
 def scores_of_student(scores: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
