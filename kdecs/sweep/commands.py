@@ -4,7 +4,7 @@
 draws, and what reads a search space, is imported when it is needed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,12 +45,21 @@ Names = Annotated[
 
 def report(
     sweep_dir: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A finished sweep's directory.")],
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="SWEEP_DIR",
+            help="A further finished sweep whose best student is a row of Table 4, such as one on cause utterances "
+            "(task ecpe), which fills the other half; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Write a sweep's report: a page that opens offline, with tables and figures (HTML + PNG)."""
-    say(f"report: {write_report_of(sweep_dir.absolute())}")
+    page = write_report_of(sweep_dir.absolute(), [other.absolute() for other in beside or []])
+    say(f"report: {page}")
 
 
-def write_report_of(sweep: Path) -> Path:
+def write_report_of(sweep: Path, beside: Sequence[Path] = ()) -> Path:
     """Write a sweep's report and return its page. Raises DependencyError if a package for it is missing."""
     try:
         from kdecs.sweep.report.page import write_report
@@ -58,7 +67,7 @@ def write_report_of(sweep: Path) -> Path:
         raise DependencyError(
             f"a report needs {error.name}, which is not installed; install it with: pip install 'kdecs[sweep]'"
         ) from None
-    return write_report(sweep)
+    return write_report(sweep, beside)
 
 
 def is_report_of(sweep: Path, digest: str) -> bool:

@@ -14,12 +14,14 @@ from support import Killed
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.errors import ArtifactError
 from kdecs.sweep.commands import is_report_of
-from kdecs.sweep.report import figures
+from kdecs.sweep.report import figures, page
 from kdecs.sweep.report.figures import figure_label
 from kdecs.sweep.report.page import write_report
+from kdecs.sweep.report.published import TABLE_5
 from kdecs.sweep.report.study_figures import pooled_sd
 from kdecs.sweep.report.tables import latex_escaped
 from kdecs.sweep.selection.choose import print_selection, select_student
+from kdecs.sweep.selection.on_test import score_settings
 from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.status import read_results
 
@@ -130,7 +132,7 @@ def test_ablation_has_significance(finish, make_labels, runs):
         space={"variant": {"grid": ["KD-ECS", "w/o KD"]}, "optimization.seed": {"grid": [0, 1, 2]}},
     )
     page = write_report(sweep).read_text()
-    assert "What each part is worth" in page and "there once a student is selected" in page
+    assert "What each part is worth (Table 5)" in page and "there once a student is selected" in page
     select_student(sweep)
     page = write_report(sweep).read_text()
     first, second = table_of(sweep / "report" / "ablation.csv")
@@ -157,7 +159,103 @@ def test_shares_make_lines(finish, make_labels, runs):
         (line, share) for line in ("KD", "joint") for share in (0.1, 0.5, 1.0)
     ]
     assert float(rows[2]["mean"]) - float(rows[0]["mean"]) == pytest.approx(3.6)
+    paper = {row["line"]: row["paper_positive_f1"] for row in rows if row["share"] == "1.0"}
+    assert paper == {"KD": "58.62", "joint": "56.27"} and rows[0]["paper_positive_f1"] == ""
+    assert rows[0]["test_positive_f1"] == "" and rows[0]["valid_positive_f1"]
     assert 'src="share.png"' in page and "What each part is worth" not in page
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without figures, for tests of their tables."""
+    monkeypatch.setattr(page, "_figures", lambda *arguments: [])
+
+
+def test_tables_of_the_paper_have_published_figures_rules_and_ours(finish, make_labels, runs, undrawn):
+    sweep = finish(
+        teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
+        variants={
+            "KD-ECS": {},
+            "w/o KD": {"distillation.mode": "joint"},
+            "given fine": {"model.given_emotions": "fine"},
+            "given coarse": {"model.given_emotions": "coarse"},
+        },
+        space={
+            "variant": {"grid": ["KD-ECS", "w/o KD", "given fine", "given coarse"]},
+            "optimization.seed": {"grid": [0, 1]},
+        },
+    )
+    report = sweep / "report"
+    assert (
+        "These are no test scores, because test was not opened for the winner"
+        in write_report(sweep).read_text()
+    )
+    rows = {row["system"]: row for row in table_of(report / "table5.csv")}
+    means = {"KD-ECS": 68.15, "w/o KD": 64.15}
+    for name, mean in means.items():
+        assert float(rows[name]["ours, validation: macro_f1"]) == pytest.approx(mean)
+    assert [float(rows["w/o KD"][f"paper: {key}"]) for key in TABLE_5["w/o KD"]] == [30.49, 56.27, 72.74]
+    assert rows["j >= i-1"]["source"] == "trivial rule" and rows["given fine"]["paper: macro_f1"] == ""
+
+    winner = select_student(sweep)
+    assert (
+        "was not opened for every setting: kdecs.launch.select_student --table"
+        in write_report(sweep).read_text()
+    )
+    assert "ours, validation: macro_f1" in table_of(report / "table5.csv")[0], "never two splits in one table"
+    score_settings(sweep)
+    text = write_report(sweep).read_text()
+    assert verify_artifact(report) == []
+    assert "Every setting on test, for tables" in text and "no test scores" not in text
+    rows = {row["system"]: row for row in table_of(report / "table5.csv")}
+    for name in means:
+        assert float(rows[name]["ours, test: macro_f1"]) == pytest.approx(winner.test["macro_f1"])
+    ours = table_of(report / "table6.csv")[-1]
+    assert (ours["system"], ours["source"]) == ("small (test)", "ours")
+    assert float(ours["coarse emotion given: positive_f1"]) == pytest.approx(winner.test["positive_f1"])
+    settings = table_of(report / "settings.csv")
+    assert {row["chosen_seed"] for row in settings} == {"1"} and all(row["test_macro_f1"] for row in settings)
+    latex = (report / "table6.tex").read_text()
+    assert "KD-ECS & 36.77 & 62.14 & 35.48 & 61.32" in latex
+    assert "universe fold1, protocol reccon, 90 positive and 231 negative rows" in latex
+    assert "one student of 2 seeds per setting, chosen on validation (seed 1, 1)" in latex
+
+
+def test_a_sweep_on_cause_utterances_fills_the_other_half_of_table_4(
+    finished, finish, make_config, runs, undrawn
+):
+    student = {**make_config().student, "task": "ecpe"}
+    ecpe = finish(output=str(runs / "ecpe"), student=student, space={"teacher": {"grid": ["llama-tiny"]}})
+    for sweep in (finished, ecpe):
+        select_student(sweep)
+    write_report(finished, [ecpe])
+    rows = table_of(finished / "report" / "table4.csv")
+    halves = "spans (ECSPE): macro_f1", "cause utterances (ECPE): utterance_macro_f1"
+    by_name = {row["system"]: tuple(row[half] for half in halves) for row in rows}
+    assert by_name["KD-ECS"] == ("74.16", "76.69") and by_name["UECA"] == ("", "73.92")
+    assert by_name["SpanBERT"] == ("69.74", "")
+    spans, utterances = by_name["llama-tiny α0.6 τ2 (test)"]
+    assert by_name["j >= i-1 (test)"] == (spans, utterances), "our students predict by this rule here"
+    assert spans and utterances and spans != utterances
+    assert [row["source"] for row in rows] == ["paper"] * 10 + ["trivial rule"] * 4 + ["ours"]
+    manifest = read_manifest(finished / "report", "report")
+    assert manifest.inputs["beside.small"] == read_manifest(ecpe, "sweep").config_hash
+    damaged = ecpe / "baselines.json"
+    damaged.write_text("{}")
+    with pytest.raises(ArtifactError, match=re.escape(str(damaged))):
+        write_report(finished, [ecpe])
+
+
+def test_figures_of_studies_show_test_beside_validation(finished, monkeypatch):
+    """Pos F1 as in the paper, and how the teachers were trained, as far as their labels lead to it."""
+    monkeypatch.setattr(figures, "_DPI", 40)
+    select_student(finished)
+    score_settings(finished)
+    write_report(finished)
+    first, second = table_of(finished / "report" / "teachers.csv")
+    assert float(first["valid_positive_f1"]) == pytest.approx(68.15 - 15)
+    assert float(first["test_positive_f1"]) == float(second["test_positive_f1"]) > 0
+    assert "learning_rate" not in first, "made-up labels lead to no teacher"
 
 
 HOSTILE = {

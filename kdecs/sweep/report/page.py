@@ -3,6 +3,8 @@
 SWEEP/report/index.html
 SWEEP/report/manifest.json      of kind report
 SWEEP/report/table.tex          the leaderboard in LaTeX
+SWEEP/report/settings.csv       every setting: scores on validation, and on test where it was scored
+SWEEP/report/table4.csv, .tex   the paper's Table 4 with our rows; table5 and table6 if the sweep tried their variants
 SWEEP/report/NAME.png, .csv     leaderboard, curves, time, and by what the sweep tried: spread, alpha-temperature,
                                 teachers, share
 SWEEP/report/ablation.csv       if variants were tried
@@ -10,7 +12,7 @@ SWEEP/report/ablation.csv       if variants were tried
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from pydantic import TypeAdapter
 
 from kdecs import __version__
-from kdecs.artifact import MANIFEST_NAME, read_manifest, write_manifest, write_text
+from kdecs.artifact import MANIFEST_NAME, content_checksum, read_manifest, write_manifest, write_text
 from kdecs.config import CONFIG_NAME, load_config
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, KdecsError
 from kdecs.sweep.config import BASELINES_NAME, REPORT_FOLDER, SweepConfig
 from kdecs.sweep.report.figures import (
     Figure,
@@ -29,8 +31,15 @@ from kdecs.sweep.report.figures import (
     leaderboard_figure,
     shown_width,
 )
+from kdecs.sweep.report.paper_tables import TITLES, ScoredSweep, paper_tables, write_settings_csv, write_table
 from kdecs.sweep.report.study_figures import share_figure, spread_figure, teacher_figure, time_figure
-from kdecs.sweep.report.tables import COLUMNS, ablation_rows, latex_table, setting_means, write_ablation_csv
+from kdecs.sweep.report.tables import (
+    COLUMNS,
+    ablation_rows,
+    latex_table,
+    setting_means,
+    write_ablation_csv,
+)
 from kdecs.sweep.selection.model_card import verdict
 from kdecs.sweep.selection.record import (
     SelectionRecord,
@@ -49,16 +58,16 @@ PAGE_NAME = "index.html"
 TABLE_NAME = "table.tex"
 
 
-def write_report(sweep: Path) -> Path:
+def write_report(sweep: Path, beside: Sequence[Path] = ()) -> Path:
     """Write the report of a finished sweep and return its page. An earlier report is replaced.
 
-    Test scores appear once a student was selected. Raises ArtifactError for an unfinished sweep.
+    The winners of the sweeps `beside` are rows of Table 4, too. Test scores appear once a student was selected, those
+    of every setting once a table was asked for. Raises ArtifactError for an unfinished sweep.
     """
-    results = read_results(sweep)
-    config = load_config(SweepConfig, sweep / CONFIG_NAME)
-    ranked = rank_settings(results)
-    baselines = _baselines(sweep)
-    selection = read_selection(sweep)
+    scored = _scored_sweep(sweep)
+    others = [_scored_sweep(other) for other in beside]
+    results, config, ranked = list(scored.results), scored.config, list(scored.ranked)
+    baselines, selection = scored.baselines, scored.selection
     folder = sweep / REPORT_FOLDER
     if not folder.resolve().is_relative_to(sweep.resolve()):  # the sweep may be somebody else's
         raise ArtifactError(
@@ -67,11 +76,14 @@ def write_report(sweep: Path) -> Path:
     folder.mkdir(exist_ok=True)
     # A manifest of the earlier report must not stand over files of two reports if this is killed.
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    figures = _figures(sweep, config, folder, ranked, results, baselines)
+    figures = _figures(scored, folder)
+    tables = paper_tables(scored, others)
     ablation = ablation_rows(ranked, results, list(config.variants), selection)
     files = [PAGE_NAME, TABLE_NAME, *(name for figure in figures for name in (figure.path, figure.data))]
     if ablation:
         files.append(write_ablation_csv(folder / "ablation.csv", ablation))
+    files += [name for table in tables for name in write_table(folder, table)]
+    files.append(write_settings_csv(folder / "settings.csv", scored))
     write_text(folder / TABLE_NAME, latex_table(config.name, ranked, results, baselines))
     by_id = {result.id: result for result in results}
     trained = [
@@ -89,6 +101,9 @@ def write_report(sweep: Path) -> Path:
             metric=results[0].metric,
             settings=[_setting_row(setting, by_id) for setting in ranked],
             rules=_rule_rows(baselines),
+            tables=tables,
+            titles=TITLES,
+            on_test=_rows_on_test(scored),
             figures=[(figure, shown_width(folder / figure.path)) for figure in figures],
             ablation=ablation,
             trials=sorted((r for r in results if r.status == "complete"), key=lambda result: -result.score),
@@ -113,11 +128,45 @@ def write_report(sweep: Path) -> Path:
         folder,
         "report",
         config_hash=digest.hexdigest(),
-        inputs={"sweep": sweep_digest},
+        inputs={
+            "sweep": sweep_digest,
+            **{
+                f"beside.{other.config.name}": read_manifest(other.directory, "sweep").config_hash
+                for other in others
+            },
+        },
         files=files,
         details={"has_test": selection is not None},
     )
     return folder / PAGE_NAME
+
+
+def _scored_sweep(sweep: Path) -> ScoredSweep:
+    """What the report shows of a finished sweep. Raises ArtifactError for one that is unfinished or damaged."""
+    results = read_results(sweep)
+    return ScoredSweep(
+        directory=sweep,
+        config=load_config(SweepConfig, sweep / CONFIG_NAME),
+        ranked=rank_settings(results),
+        results=results,
+        baselines=_baselines(sweep),
+        selection=read_selection(sweep),
+    )
+
+
+def _rows_on_test(sweep: ScoredSweep) -> list[dict[str, Any]]:
+    """Every setting that was scored on test for a table, in the ranking's order, then the trivial rules."""
+    record = sweep.selection
+    if record is None or not record.table:
+        return []
+    scored = {row.id: row for row in record.table if row.scores is not None}
+    rows = []
+    for setting in sweep.ranked:
+        row = next((scored[identity] for identity in setting.trials if identity in scored), None)
+        if row is not None and row.scores is not None:
+            values = {key: row.scores.get(key) for key, _ in COLUMNS}
+            rows.append({"label": setting.label, "seed": row.seed, "valid": setting.mean, "means": values})
+    return rows
 
 
 def _resource(config: SweepConfig) -> tuple[str, float]:
@@ -149,14 +198,8 @@ def _baselines(sweep: Path) -> dict[str, dict[str, float]]:
         raise ArtifactError(f"{path}: not readable ({reason}); run the sweep again") from None
 
 
-def _figures(
-    sweep: Path,
-    config: SweepConfig,
-    folder: Path,
-    ranked: list[SettingScore],
-    results: list[TrialResult],
-    baselines: Mapping[str, Mapping[str, float]],
-) -> list[Figure]:
+def _figures(scored: ScoredSweep, folder: Path) -> list[Figure]:
+    sweep, config, ranked, results = scored.directory, scored.config, scored.ranked, scored.results
     by_id = {result.id: result for result in results}
     metric = results[0].metric
     scores = {setting.key: [by_id[i].score for i in setting.trials] for setting in ranked}
@@ -168,10 +211,12 @@ def _figures(
     }
     teachers = config.space[TEACHER_KEY].values if TEACHER_KEY in config.space else tuple(config.teachers)
     found = [
-        leaderboard_figure(ranked, scores, baselines, metric, folder / "leaderboard.png"),
+        leaderboard_figure(ranked, scores, scored.baselines, metric, folder / "leaderboard.png"),
         alpha_temperature_figure(ranked, folder / "alpha-temperature.png"),
-        teacher_figure(ranked, scores, teachers, _own_scores(sweep, ranked), folder / "teachers.png"),
-        share_figure(ranked, scores, folder / "share.png"),
+        teacher_figure(
+            scored, scores, teachers, _own_scores(sweep, ranked), _recipes(config), folder / "teachers.png"
+        ),
+        share_figure(scored, scores, folder / "share.png"),
         spread_figure(ranked, scores, folder / "spread.png"),
         curves_figure(ranked, points, metric, folder / "curves.png"),
         time_figure(ranked, by_id, _resource(config), folder / "time.png"),
@@ -179,7 +224,7 @@ def _figures(
     return [figure for figure in found if figure]
 
 
-def _own_scores(sweep: Path, ranked: list[SettingScore]) -> dict[str, float]:
+def _own_scores(sweep: Path, ranked: Sequence[SettingScore]) -> dict[str, float]:
     """Teacher -> its own macro F1 on validation, if the manifests of its students have it."""
     found: dict[str, float] = {}
     for setting in ranked:
@@ -190,6 +235,31 @@ def _own_scores(sweep: Path, ranked: list[SettingScore]) -> dict[str, float]:
                 found_there = found_there.get(key) if isinstance(found_there, dict) else None
             if isinstance(found_there, int | float):
                 found[setting.teacher] = float(found_there)
+    return found
+
+
+def _recipes(config: SweepConfig) -> dict[str, dict[str, Any]]:
+    """Teacher -> how it was trained, as far as its labels lead to it on this machine."""
+    found = {}
+    for name, source in config.teachers.items():
+        try:
+            labels = read_manifest(source.labels, "soft-labels")
+            export = json.loads((source.labels / CONFIG_NAME).read_text(encoding="utf-8"))
+            teacher = Path(str(export["teacher"]))
+            if content_checksum(teacher) != labels.inputs.get("teacher"):
+                continue  # trained again since then, perhaps by another recipe
+            # Plain JSON: the sweep knows a teacher only by its labels and files.
+            values = json.loads((teacher / CONFIG_NAME).read_text(encoding="utf-8"))
+            found[name] = {
+                "tuning": f"LoRA rank {values['lora']['rank']}" if values["lora"] else "all parameters",
+                "learning_rate": values["optimization"]["learning_rate"],
+                "epochs": values["optimization"]["epochs"],
+                "global_batch_pairs": values["batches"]["global_batch_pairs"],
+                "max_prompt_tokens": values["batches"]["max_prompt_tokens"],
+                "train_share": values["corpus"]["train_share"],
+            }
+        except (KdecsError, OSError, ValueError, KeyError, TypeError):
+            continue  # labels may outlive their teacher, or come from elsewhere
     return found
 
 

@@ -21,6 +21,8 @@ from kdecs.sweep.report.figures import (
     save,
     write_csv,
 )
+from kdecs.sweep.report.paper_tables import ScoredSweep
+from kdecs.sweep.report.published import FIGURE_3, FIGURE_4
 from kdecs.sweep.selection.record import SettingScore
 from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
 from kdecs.sweep.status import TrialResult
@@ -32,60 +34,100 @@ _MAX_SPREAD = 30
 
 
 def teacher_figure(
-    settings: Sequence[SettingScore],
+    sweep: ScoredSweep,
     scores: Mapping[str, Sequence[float]],
     order: Sequence[str],
     own_scores: Mapping[str, float],
+    recipes: Mapping[str, Mapping[str, Any]],
     target: Path,
 ) -> Figure | None:
     """The best students of each teacher, in the space's order, or None if only one teacher was tried.
 
-    `own_scores`: teacher -> its own macro F1 on validation at utterance level, if the labels have it.
+    `scores`: key of a setting -> the score of each seed. `own_scores`: teacher -> its own macro F1 on validation at
+    utterance level. `recipes`: teacher -> how it was trained. Both are there as far as the labels lead to them.
     """
     best: dict[str, SettingScore] = {}
-    for setting in settings:
+    for setting in sweep.ranked:
         if setting.teacher:
             best.setdefault(setting.teacher, setting)
     names = [name for name in order if name in best]
     if len(names) < 2:
         return None
+    split, paper_scores = sweep.scores_of([best[name] for name in names])
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(max(5.5, 1.35 * len(names) + 1.5), 4.0))
+        figure, (axes, right) = plt.subplots(1, 2, figsize=(max(9.0, 2.2 * len(names) + 1.5), 4.0))
         means = [best[name].mean for name in names]
         axes.plot(range(len(names)), means, color=ACCENT, lw=1.5, zorder=2)
         for place, name in enumerate(names):
             _point(axes, place, best[name], scores[best[name].key], ACCENT)
+        axes.set_ylabel("student's macro F1 on validation, percent")
+        values = [paper_scores[best[name].key].get(_PAPER_SCORE) for name in names]
+        right.plot(range(len(names)), values, color=ACCENT, lw=1.5, marker="D", ms=6, label="ours")
+        published = [(place, FIGURE_4[name]) for place, name in enumerate(names) if name in FIGURE_4]
+        if published:
+            right.plot(*zip(*published, strict=True), "*", ms=12, color=RULE, label="paper")
+            right.legend(frameon=False)
+        right.set_ylabel(f"student's Pos F1 on {split}, percent")
         ticks = [
             figure_label(name) + (f"\nown {own_scores[name]:.1f}" if name in own_scores else "")
             for name in names
         ]
-        axes.set_xticks(range(len(names)), ticks)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_ylabel("student's macro F1, percent")
-        axes.grid(axis="y", color="#e6e9ef", zorder=0)
+        for panel in (axes, right):
+            panel.set_xticks(range(len(names)), ticks, fontsize=8.5)
+            panel.set_xlim(-0.5, len(names) - 0.5)
+            panel.grid(axis="y", color="#e6e9ef", zorder=0)
         save(figure, target)
+    recipe_keys = list(dict.fromkeys(key for name in names for key in recipes.get(name, {})))
     rows = [
         [
             name,
             own_scores.get(name),
+            *(recipes.get(name, {}).get(key) for key in recipe_keys),
             best[name].label,
             best[name].mean,
             best[name].sd,
+            *_study_cells(sweep, best[name], split, paper_scores),
+            FIGURE_4.get(name),
             *scores[best[name].key],
         ]
         for name in names
     ]
-    caption = "Mean over seeds with its 95% interval; grey: seeds. The best setting of each teacher."
+    caption = (
+        "Left: mean over seeds with its 95% interval; grey: seeds. Right: Pos F1, which the paper's Figure 4 shows. "
+        "The best setting of each teacher. "
+    )
     if own_scores:
-        caption += " own: the teacher's own macro F1 over utterances on validation."
-    header = ["teacher", "own_utterance_macro_f1", "setting", "mean", "sd", "seeds"]
-    return Figure(target.name, write_csv(target, header, rows), "Students by teacher (Figure 4)", caption)
+        caption += "own: the teacher's own macro F1 over utterances on validation. "
+    if published:
+        caption += "Star: the only point of the figure that the paper prints, LLaMA-7B's. "
+    if len({tuple(recipe.items()) for recipe in recipes.values()}) > 1:
+        caption += "The teachers were trained by different recipes (in the CSV), so size alone explains no difference. "
+    header = ["teacher", "own_utterance_macro_f1", *recipe_keys, "setting", "mean", "sd", *_STUDY_HEADS]
+    return Figure(
+        target.name,
+        write_csv(target, [*header, "paper_positive_f1", "seeds"], rows),
+        "Students by teacher (Figure 4)",
+        caption + sweep.about(split, [best[name] for name in names]),
+    )
 
 
-def share_figure(
-    settings: Sequence[SettingScore], scores: Mapping[str, Sequence[float]], target: Path
-) -> Figure | None:
+_PAPER_SCORE = "positive_f1"  # of Figures 3 and 4
+_STUDY_KEYS = ("exact_match", "positive_f1", "macro_f1", "emotion_accuracy")
+_STUDY_HEADS = (*(f"valid_{key}" for key in _STUDY_KEYS), *(f"test_{key}" for key in _STUDY_KEYS))
+
+
+def _study_cells(
+    sweep: ScoredSweep, setting: SettingScore, split: str, scores: Mapping[str, Mapping[str, float | None]]
+) -> list[float | None]:
+    """The scores of the paper's studies on validation, and on test if that is what `scores` has."""
+    valid = sweep.on_validation(setting)
+    test = scores[setting.key] if split == "test" else {}
+    return [*(valid.get(key) for key in _STUDY_KEYS), *(test.get(key) for key in _STUDY_KEYS)]
+
+
+def share_figure(sweep: ScoredSweep, scores: Mapping[str, Sequence[float]], target: Path) -> Figure | None:
     """Scores by share of the gold labels, one line per variant or teacher, or None if only one share was tried."""
+    settings = sweep.ranked
     key = next((key for key in _SHARE_KEYS if len({s.settings.get(key, 1.0) for s in settings}) > 1), None)
     if key is None:
         return None
@@ -93,45 +135,57 @@ def share_figure(
     for setting in settings:  # the best of other settings comes first
         name = str(setting.settings.get(VARIANT_KEY) or setting.teacher or "no teacher")
         lines.setdefault(name, {}).setdefault(float(setting.settings.get(key, 1.0)), setting)
+    shown = [setting for by_share in lines.values() for setting in by_share.values()]
+    split, paper_scores = sweep.scores_of(shown)
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.6, 4.2))
+        figure, (axes, right) = plt.subplots(1, 2, figsize=(10.6, 4.2))
         for place, (name, by_share) in enumerate(sorted(lines.items())):
             shares = sorted(by_share)
             colour = COLOURS[place % len(COLOURS)]
-            means = [by_share[share].mean for share in shares]
-            axes.plot(
-                [100 * s for s in shares],
-                means,
-                color=colour,
-                lw=1.8,
-                marker="o",
-                ms=4,
-                label=figure_label(name),
-            )
+            percent = [100 * share for share in shares]
+            style = {"color": colour, "lw": 1.8, "marker": "o", "ms": 4, "label": figure_label(name)}
+            axes.plot(percent, [by_share[share].mean for share in shares], **style)
             bands = [by_share[s].interval or (by_share[s].mean, by_share[s].mean) for s in shares]
             low, high = zip(*bands, strict=True)
-            axes.fill_between([100 * s for s in shares], low, high, color=colour, alpha=0.14, lw=0)
+            axes.fill_between(percent, low, high, color=colour, alpha=0.14, lw=0)
+            right.plot(percent, [paper_scores[by_share[s].key].get(_PAPER_SCORE) for s in shares], **style)
+            if name in FIGURE_3:
+                share, value = FIGURE_3[name]
+                right.plot(100 * share, value, "*", ms=12, color=colour, label=f"{figure_label(name)}, paper")
         # The frame follows the seeds and not the bands: with two seeds Student's t multiplies the standard error by
         # 12.7, and a frame that held such a band would flatten every line.
         everything = [score for setting in settings for score in scores[setting.key]]
         pad = max(1.0, 0.25 * (max(everything) - min(everything)))
         axes.set_ylim(max(0.0, min(everything) - pad), min(100.0, max(everything) + pad))
-        axes.set_xlabel("share of the training dialogues with gold labels, percent")
         axes.set_ylabel("macro F1 on validation, percent")
-        axes.grid(color="#e6e9ef")
-        axes.legend(frameon=False)
+        right.set_ylabel(f"Pos F1 on {split}, percent")
+        for panel in (axes, right):
+            panel.set_xlabel("share of the training dialogues with gold labels, percent")
+            panel.grid(color="#e6e9ef")
+        right.legend(frameon=False, fontsize=8.5)
         save(figure, target)
     rows = [
-        [name, share, s.label, s.mean, s.sd, *(s.interval or (None, None))]
+        [
+            name,
+            share,
+            s.label,
+            s.mean,
+            s.sd,
+            *(s.interval or (None, None)),
+            *_study_cells(sweep, s, split, paper_scores),
+            dict([FIGURE_3[name]]).get(share) if name in FIGURE_3 else None,
+        ]
         for name, by_share in sorted(lines.items())
         for share, s in sorted(by_share.items())
     ]
-    header = ["line", "share", "setting", "mean", "sd", "low", "high"]
+    header = ["line", "share", "setting", "mean", "sd", "low", "high", *_STUDY_HEADS, "paper_positive_f1"]
     return Figure(
         target.name,
         write_csv(target, header, rows),
         "Share of the gold labels (Figure 3)",
-        "Mean over seeds; band: its 95% interval (Student's t), cut where it leaves the frame.",
+        "Left: mean over seeds; band: its 95% interval (Student's t), cut where it leaves the frame. Right: Pos F1, "
+        "which the paper's Figure 3 shows; stars: the points that the paper prints, with all of the data. "
+        + sweep.about(split, shown),
     )
 
 

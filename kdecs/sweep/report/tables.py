@@ -1,4 +1,4 @@
-"""The report's tables: ablation with significance (Table 5), and the leaderboard in LaTeX."""
+"""The report's own tables: variants with their significance, and the leaderboard in LaTeX."""
 
 import csv
 import io
