@@ -29,6 +29,7 @@ _WRITTEN = (
     MANIFEST_NAME,
     "*.safetensors",
     "adapter_config.json",
+    "baseline.json",
     "baselines.json",
     "best-*/*",
     "checkpoint.pt",

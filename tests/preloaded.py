@@ -4,6 +4,7 @@ from kdecs.runtime import import_deepspeed
 
 import_deepspeed()
 
+import kdecs.baselines.training  # noqa: E402
 import kdecs.mrc.training  # noqa: E402
 import kdecs.student.training  # noqa: E402
 import kdecs.teacher.scoring  # noqa: E402

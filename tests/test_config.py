@@ -9,6 +9,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from kdecs.baselines.config import BaselineConfig
 from kdecs.cli import app
 from kdecs.config import (
     COMMITTED,
@@ -199,6 +200,7 @@ STAGES = {
     "export/llama-7b": ExportConfig,
     "student/kd": StudentConfig,
     "mrc/roberta-base": MrcConfig,
+    "baseline/kec": BaselineConfig,
     "cross_fit/tiny": CrossFitConfig,
     "spaces/main": SweepConfig,
 }
@@ -373,6 +375,7 @@ def _model_of(path: Path) -> type[Config] | None:
         "student": StudentConfig,
         "spaces": SweepConfig,
         "mrc": MrcConfig,
+        "baseline": BaselineConfig,
         "cross_fit": CrossFitConfig,
     }
     return kinds.get(folder)

@@ -22,6 +22,7 @@ from support import save_tiny_encoder
 from typer.core import TyperGroup
 
 from kdecs import cli
+from kdecs.baselines.config import BaselineConfig
 from kdecs.config import (
     COMMITTED,
     Config,
@@ -57,6 +58,7 @@ STAGES: dict[str, tuple[type[Config], str]] = {
     "cross_fit": (CrossFitConfig, "cross_fit"),
     "train_student": (StudentConfig, "student"),
     "train_mrc": (MrcConfig, "mrc"),
+    "train_baseline": (BaselineConfig, "baseline"),
     "pretrain_base": (BaseModelConfig, "demo"),
     "sweep": (SweepConfig, "spaces"),
 }
@@ -355,6 +357,7 @@ GROUPS: dict[str, type[Config]] = {
     "Cross-fitting": CrossFitConfig,
     "Student": StudentConfig,
     "MRC baseline": MrcConfig,
+    "Baselines": BaselineConfig,
     "Sweep": SweepConfig,
 }
 OWN_TABLE = (CorpusConfig, Optimization, TrackingConfig, TeacherConfig)

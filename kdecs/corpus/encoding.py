@@ -192,7 +192,7 @@ class PairEncoder:
         if removed:
             ids = [token for index, token in enumerate(ids) if index not in removed]
         shift = _Shift(removed)
-        start, end = _span_tokens(pair, offsets)
+        start, end = span_tokens(pair, offsets)
         return EncodedPair(
             token_ids=ids,
             emotion_mask=shift(masks[0]),
@@ -339,7 +339,7 @@ class TreeEncoder(PairEncoder):
     def _joined(
         self, pair: Pair, trunk_ids: list[int], emotion_mask: int, branch: _Branch, num_truncated: int
     ) -> EncodedPair:
-        start, end = _span_tokens(pair, branch.offsets)
+        start, end = span_tokens(pair, branch.offsets)
         shift = len(trunk_ids)
         return EncodedPair(
             token_ids=branch.token_ids,
@@ -470,8 +470,8 @@ def _offsets_within(
     return offsets
 
 
-def _span_tokens(pair: Pair, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The longest gold span as 1-based first and last token of u_j's copy."""
+def span_tokens(pair: Pair, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The longest gold span as 1-based first and last token of u_j's copy, whose tokens have these characters."""
     if not pair.is_cause:
         return NO_SPAN, NO_SPAN
     # A student predicts one span per pair, so one of several gold spans has to be its label.

@@ -155,7 +155,7 @@ class StudentModel(nn.Module):
             self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         self.emotion_ids: Tensor
         self.connective_ids: Tensor
-        _check_head(language_model)
+        check_head(language_model)
         self.states = EncoderStates(language_model.base_model)
 
     @property
@@ -356,7 +356,7 @@ def head_states(language_model: Any, states: Tensor) -> Tensor:
 
     Raises ModelError for an architecture whose head is not known.
     """
-    # Transformers has no common name for this part of a head. `_check_head` compares the result with the whole model.
+    # Transformers has no common name for this part of a head. `check_head` compares the result with the whole model.
     if hasattr(getattr(language_model, "lm_head", None), "dense"):  # RoBERTa, MPNet, XLM-R
         head = language_model.lm_head
         return head.layer_norm(functional.gelu(head.dense(states)))
@@ -496,7 +496,7 @@ def load_scorer(
     return scorer, tokenizer, card
 
 
-def _check_head(language_model: Any) -> None:
+def check_head(language_model: Any) -> None:
     """Compare the shortcut through the head with the whole model on one short input. Raises ModelError."""
     ids = torch.arange(8, device=language_model.device).unsqueeze(0) % language_model.config.vocab_size
     # In evaluation mode: dropout would make the two results differ.

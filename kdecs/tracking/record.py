@@ -76,7 +76,7 @@ class DatasetRecord:
 class ModelRecord:
     """The checkpoint that a run has kept: its directory, the point whose metrics it has, and what validated it.
 
-    `checksum` stands for the directory's content. `kind` is student, teacher or mrc.
+    `checksum` stands for the directory's content. `kind` is student, teacher, mrc or baseline.
     """
 
     name: str

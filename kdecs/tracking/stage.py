@@ -27,12 +27,13 @@ from kdecs.tracking.record import (
 )
 
 _EVERY_S = 10.0  # between the beginnings of two uploads
-Kind = Literal["teacher", "export", "student", "mrc"]
+Kind = Literal["teacher", "export", "student", "mrc", "baseline"]
 _ENTRIES: dict[Kind, str] = {
     "teacher": "train_teacher",
     "export": "export_soft_labels",
     "student": "train_student",
     "mrc": "train_mrc",
+    "baseline": "train_baseline",
 }
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: epochs of steps with exact resume, for students and the MRC baseline.
+"""The one training loop: epochs of steps with exact resume, for students and baselines.
 
 A stage hands in a `Task` (how to compute the loss of a batch, how to validate, which files to save) and `LoopSettings`
 (what to train on and for how long). The loop owns the rest: the order of batches, learning rates, the optimizer step,

@@ -39,7 +39,7 @@ def offsets_of(item: PairPrediction) -> dict[str, Any]:
 
 
 class Predictor(Protocol):
-    """Anything that predicts pairs: a student, or the MRC baseline."""
+    """Anything that predicts pairs: a student, or a baseline."""
 
     def detail(
         self,

@@ -1,0 +1,168 @@
+"""The config of the baselines of Table 4 (`kdecs.launch.train_baseline`), and the card of their product. No torch.
+
+Each system has its own settings, told apart by `system.name`. `system: kec` alone takes all defaults of that system.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kdecs.config import Config, InputPath, ModelReference, Name, Optimization, OutputPath, Threads, Unhashed
+from kdecs.corpus.splits import CorpusConfig
+from kdecs.tracking.record import TrackingConfig
+
+BASELINE_VERSION = 1
+"""Version of how the baselines read a dialogue: part of the config hash and of a product's card."""
+CARD_NAME = "baseline.json"
+Task = Literal["ecspe", "ecpe"]
+_Size = Annotated[int, Field(ge=1, le=4096)]
+_Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Ecpe2d(Config):
+    """ECPE-2D (Ding, Xia and Yu 2020), Inter-EC with the two-dimensional transformer."""
+
+    name: Literal["ecpe-2d"] = "ecpe-2d"
+    hidden_size: _Size = Field(default=200, description="of an utterance's emotion and cause vectors")
+    pair_size: _Size = Field(default=30, description="of a cell of the pair matrix")
+    layers: int = Field(default=1, ge=0, le=16, description="cross-road layers over the pair matrix")
+    stop_gradient: bool = Field(
+        default=True,
+        description="the pair matrix passes no gradient to the utterances' vectors, as in the variant with BERT",
+    )
+    l2: float = Field(default=1e-5, ge=0, description="weight of the squared weights of the three heads")
+    dropout: _Dropout = 0.1
+
+
+class Kec(Config):
+    """KEC (Li et al. 2022): a directed acyclic graph of utterances, with commonsense on its edges or without."""
+
+    name: Literal["kec"] = "kec"
+    hidden_size: _Size = 300
+    layers: int = Field(default=5, ge=1, le=16)
+    window: int = Field(default=2, ge=1, le=100, description="an edge joins utterances at most so far apart")
+    knowledge: InputPath | None = Field(
+        default=None, description="JSON lines of commonsense phrases; null: the variant without commonsense"
+    )
+    dropout: _Dropout = 0.1
+
+
+class Mgsag(Config):
+    """MGSAG (Bao et al. 2022): a graph of utterances and keywords, and one of all utterances."""
+
+    name: Literal["mgsag"] = "mgsag"
+    hidden_size: _Size = 200
+    heads: int = Field(default=4, ge=1, le=64, description="attention heads of the coarse graph")
+    keywords: int = Field(default=64, ge=0, le=1000, description="keywords per dialogue; 0: none")
+    dropout: _Dropout = 0.1
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Mgsag":
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of heads {self.heads}")
+        return self
+
+
+class UecaPrompt(Config):
+    """UECA-Prompt (Zheng et al. 2022): three masks per utterance, filled by the masked language model."""
+
+    name: Literal["ueca-prompt"] = "ueca-prompt"
+    max_tokens: int = Field(default=512, ge=32, le=8192, description="of the sequence of a target")
+    max_utterances: int = Field(
+        default=40, ge=1, le=400, description="utterances that are numbered in the sequence of a target"
+    )
+    window: int | None = Field(
+        default=2, ge=0, description="a cause is at most so far before its target; null: any distance"
+    )
+    stand_ins: dict[str, str] = Field(
+        default_factory=dict,
+        description="emotion -> a single-token word to use if the tokenizer splits the emotion's own word",
+    )
+
+
+SystemConfig = Annotated[Ecpe2d | Kec | Mgsag | UecaPrompt, Field(discriminator="name")]
+
+
+class BaselineModelConfig(Config):
+    """The encoder of a baseline."""
+
+    base: ModelReference
+    max_utterance_tokens: int = Field(
+        default=128, ge=4, le=8192, description="an utterance keeps its first tokens"
+    )
+
+
+class DialogueBatches(Config):
+    """Dialogues per step. Batches hold dialogues of similar length, drawn from buckets."""
+
+    global_batch_dialogues: int = Field(default=4, ge=1)
+    bucket_batches: int = Field(default=50, ge=1, description="batches per length bucket")
+    # Unhashed: which dialogues are scored together moves a score by rounding alone.
+    evaluation_batch_tokens: Annotated[int, Unhashed()] = Field(default=8192, ge=32)
+
+
+class BaselineConfig(Config):
+    """Joint training of emotions, emotion-cause pairs and spans with a system of Table 4."""
+
+    method_versions: ClassVar[dict[str, int]] = {"baseline": BASELINE_VERSION}
+    name: Name = "baseline"
+    output: OutputPath
+    corpus: CorpusConfig
+    system: SystemConfig
+    task: Task = Field(
+        default="ecspe",
+        description="ecspe: emotions and cause spans; ecpe: emotions and cause utterances. ueca-prompt has no spans",
+    )
+    model: BaselineModelConfig
+    batches: DialogueBatches = DialogueBatches()
+    optimization: Optimization = Optimization(learning_rate=2e-5, weight_decay=0.01, epochs=15)
+    head_rate_factor: float = Field(
+        default=1.0,
+        gt=0,
+        description="learning rate of what stands on the encoder, as a multiple of the encoder's",
+    )
+    precision: Literal["float32", "bfloat16"] = "float32"
+    patience_epochs: int | None = Field(
+        default=None, ge=1, description="stop after this many epochs without improvement"
+    )
+    neutral_decision: Literal["argmax", "balanced", "macro_f1"] = Field(
+        default="argmax", description="how a target is found neutral: as for a student"
+    )
+    threshold_for: Literal["span", "utterance", "both"] = Field(
+        default="span",
+        description="the macro F1 that the threshold of causes maximises, as for a student (task ecpe: utterance)",
+    )
+    tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
+        default=None, description="MLflow; null: write only metrics.jsonl. A sweep has its own"
+    )
+    threads: Threads = 0
+
+    @field_validator("system", mode="before")
+    @classmethod
+    def _system_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _system_has_spans(self) -> "BaselineConfig":
+        if self.system.name == "ueca-prompt" and self.task != "ecpe":
+            raise ValueError("system ueca-prompt finds utterances, not spans; set task: ecpe")
+        return self
+
+
+class BaselineCard(BaseModel):
+    """`baseline.json`: what a predictor has to know in addition to the weights.
+
+    `system` has no path: `uses_knowledge` says whether KEC was trained with commonsense, which a prediction then needs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    version: int
+    system: SystemConfig
+    task: Task
+    emotions: tuple[str, ...] = Field(min_length=1, max_length=1000)
+    max_utterance_tokens: int = Field(ge=4, le=8192)
+    uses_knowledge: bool = False
+    threshold: float = Field(ge=0, le=1, description="a pair is a cause if its score is at least this")
+    neutral_offset: float = Field(
+        default=0.0, description="added to neutral's log-probability in the decision"
+    )

@@ -1,0 +1,37 @@
+"""Train a system of Table 4 (ECPE-2D, MGSAG, KEC or UECA-Prompt). The same command resumes after any stop."""
+
+import functools
+
+from kdecs.artifact import is_complete
+from kdecs.baselines.config import BaselineConfig
+from kdecs.config import config_hash
+from kdecs.process import run_entry, say_skipped, stage_config
+
+EXAMPLES = """\
+  python -m kdecs.launch.train_baseline --config ecpe-2d
+  python -m kdecs.launch.train_baseline --config kec --set optimization.seed=1
+  python -m kdecs.launch.train_baseline --config minilm --set system=mgsag
+"""
+
+
+def main() -> None:
+    config = stage_config(BaselineConfig, "baseline", str(__doc__), EXAMPLES)
+    if is_complete(config.output, "baseline", config_hash(config)):
+        say_skipped(f"baseline {config.name}: complete at {config.output}, skipped")
+        return
+    # torch takes seconds to import, so it waits until there is work.
+    from kdecs.baselines.training import baseline_record, train_baseline
+    from kdecs.process import StopSignal
+    from kdecs.runtime import start_runtime
+    from kdecs.tracking.stage import stage_upload
+
+    stop = StopSignal()
+    stop.install()
+    record = functools.partial(baseline_record, config)
+    with stage_upload(config.tracking, config.output, record, is_main=True) as upload:
+        runtime = start_runtime(threads=config.threads)
+        train_baseline(config, runtime, on_epoch=upload.sync, stop=stop)
+
+
+if __name__ == "__main__":
+    run_entry(main)
