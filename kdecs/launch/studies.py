@@ -1,7 +1,8 @@
-"""Run the paper's five studies at small scale on the models of a finished demo: a sweep, selection and report each.
+"""Run the paper's studies at small scale on the models of a finished demo: a sweep, selection and report each.
 
 The search spaces are those of the paper; teachers, base, corpus and tracking are the demo's. Fewer seeds, values and
-epochs make it fit on a laptop. Complete trials are skipped, so the same command resumes after a stop.
+epochs make it fit on a laptop. Once a study's student is selected, the chosen seed of every setting is scored on test
+for the tables. Complete trials are skipped, so the same command resumes after a stop.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdecs.config import COMMITTED, load_config, parse_config, read_yaml
-from kdecs.errors import Stopped
+from kdecs.errors import CorpusError, Stopped
 from kdecs.process import StopSignal, run_entry
 from kdecs.sweep.config import SweepConfig
 
@@ -17,7 +18,7 @@ EXAMPLES = """examples:
   python -m kdecs.launch.studies --demo runs/demo --output runs/studies
   python -m kdecs.launch.studies --demo runs/demo --output runs/studies --only ablation --seeds 3
 """
-STUDIES = ("main", "ablation", "data_share", "teacher_scale", "given_emotions")
+STUDIES = ("main", "ecpe", "ablation", "data_share", "teacher_scale", "given_emotions")
 SMALL = {
     "distillation.alpha": [0.3, 0.6],
     "distillation.temperature": [1.0, 2.0],
@@ -44,19 +45,32 @@ def main() -> None:
         "--share", type=float, metavar="S", help="share of the training dialogues (default: the demo's)"
     )
     arguments = parser.parse_args()
-    from kdecs.sweep.driver import run_sweep
+    from kdecs.sweep.driver import refuse_equal_emotions, run_sweep
     from kdecs.sweep.report.page import write_report
+    from kdecs.sweep.search import Search
     from kdecs.sweep.selection.choose import print_selection, select_student
+    from kdecs.sweep.selection.on_test import score_settings
 
     stop = StopSignal()
     stop.install()
     demo = load_config(SweepConfig, arguments.demo.absolute() / "sweep" / "config.json")
+    finished: dict[str, Path] = {}
     for study in arguments.only or STUDIES:
         config = small_config(study, demo, arguments)
-        sweep = run_sweep(config, stop=stop)
+        try:
+            refuse_equal_emotions(Search(config))
+        except CorpusError as refusal:
+            if arguments.only:
+                raise
+            print(f"study {study} is left out: {refusal}", flush=True)
+            continue
+        sweep = finished[study] = run_sweep(config, stop=stop)
         stop.raise_if_requested(f"stopped after study {study}; run the same command again to resume")
         print_selection(sweep, select_student(sweep))
+        score_settings(sweep)
         print(f"study {study}: {write_report(sweep)}", flush=True)
+        if study == "ecpe" and "main" in finished:  # the other half of Table 4
+            print(f"study main: {write_report(finished['main'], [sweep])}", flush=True)
     if stop.requested:
         raise Stopped("studies stopped; run the same command again to resume")
 
@@ -65,6 +79,10 @@ def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -
     """A study's space with the demo's models and fewer values."""
     values = read_yaml(COMMITTED / "spaces" / f"{study}.yaml")  # not a file of that name in this directory
     student: dict[str, Any] = {**demo.student, "distillation": values["student"].get("distillation", {})}
+    if "task" in values["student"]:
+        student["task"] = values["student"]["task"]
+    if "emotions" in values["student"]["corpus"]:
+        student["corpus"] = {**student["corpus"], "emotions": values["student"]["corpus"]["emotions"]}
     student["optimization"] = {**student.get("optimization", {}), "epochs": arguments.epochs}
     # One cache for all studies: they read the same corpus.
     student["cache"] = str(arguments.output.absolute() / "cache")

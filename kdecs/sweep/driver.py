@@ -27,8 +27,10 @@ from pathlib import Path
 from kdecs.artifact import MANIFEST_NAME, check_output, file_lock, is_complete, write_json, write_manifest
 from kdecs.config import CONFIG_NAME, input_checksums, load_config, write_config
 from kdecs.corpus.pairs import pairs_of
-from kdecs.corpus.splits import read_split, require_causes
-from kdecs.errors import ArtifactError, KdecsError, Stopped, TrainingError
+from kdecs.corpus.reading import iter_dialogues
+from kdecs.corpus.schema import FINE_TO_COARSE, NO_TABLE
+from kdecs.corpus.splits import emotion_table, read_split, require_causes
+from kdecs.errors import ArtifactError, CorpusError, KdecsError, Stopped, TrainingError
 from kdecs.evaluation.metrics import rule_scores
 from kdecs.output import refuse_overlaps
 from kdecs.process import StopSignal, last_error, run_child
@@ -112,6 +114,7 @@ def run_sweep(
     corpus = (search.stage().trials or (search.example,))[0].config.corpus
     valid = read_split(corpus, corpus.valid).dialogues
     require_causes(corpus.valid, (pair.is_cause for dialogue in valid for pair in pairs_of(dialogue)))
+    refuse_equal_emotions(search)
     if not missing:
         _refuse_other_sweep(config, search)
     with file_lock(config.output / ".lock", blocking=False) as is_held:
@@ -141,6 +144,29 @@ def run_sweep(
                 raise
             is_over = sweep.complete()
     return config.output
+
+
+def refuse_equal_emotions(search: Search) -> None:
+    """Raise CorpusError if some students are given fine and some coarse emotions, and the corpus has no fine ones.
+
+    The same students would be trained twice (Table 6).
+    """
+    trials = search.stage().trials
+    if not {"fine", "coarse"} <= {trial.config.model.given_emotions for trial in trials}:
+        return
+    corpus = trials[0].config.corpus
+    table = emotion_table(corpus) or NO_TABLE
+    # The validation split first, since it is small.
+    for path in (corpus.valid, corpus.train):
+        for dialogue in iter_dialogues(path, table=table):
+            labels = (table.get(str(u.emotion), str(u.emotion)) for u in dialogue.utterances)
+            if any(FINE_TO_COARSE.get(label, label) != label for label in labels):
+                return
+    raise CorpusError(
+        f"{corpus.train}: no emotion that a coarse one would replace, so the students that are given the fine emotion "
+        "(model.given_emotions: fine) and those that are given the coarse one would be the same; name a corpus with "
+        "fine labels, such as FG-RECCON's, or leave one of the two out of the space"
+    )
 
 
 def _refuse_other_sweep(config: SweepConfig, search: Search) -> str:

@@ -14,11 +14,13 @@ from mlflow import MlflowClient
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
 from kdecs.config import write_config
 from kdecs.corpus.reading import bundled_sample
+from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ArtifactError, ConfigError, CorpusError, Stopped, TrainingError
 from kdecs.process import StopSignal
 from kdecs.sweep import driver
 from kdecs.sweep.config import Dimension
-from kdecs.sweep.driver import run_sweep, run_with_ray
+from kdecs.sweep.driver import refuse_equal_emotions, run_sweep, run_with_ray
+from kdecs.sweep.search import Search
 from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.space import Space, sweep_hash
 from kdecs.sweep.status import read_results
@@ -435,3 +437,31 @@ def test_a_sweep_that_could_only_score_0_is_refused_before_it_begins(make_config
     with pytest.raises(CorpusError, match=r"misspelt\.json: no cause to learn from or to validate on"):
         run_sweep(config, trainer=train, runner=in_process)
     assert not config.output.exists()
+
+
+def test_given_emotions_need_a_corpus_in_which_fine_and_coarse_differ(make_config, runs):
+    """On coarse labels Table 6 would train the same students twice."""
+    coarse = {}
+    for split in ("train", "valid"):
+        dialogues = json.loads(bundled_sample(split).read_text(encoding="utf-8"))
+        for utterances in dialogues.values():
+            for utterance in utterances[0]:
+                utterance["emotion"] = FINE_TO_COARSE[utterance["emotion"]]
+        coarse[split] = runs / f"{split}.json"
+        coarse[split].write_text(json.dumps(dialogues), encoding="utf-8")
+    variants = {name: {"model.given_emotions": name} for name in ("none", "fine", "coarse")}
+    space = {"variant": {"grid": list(variants)}}
+    teachers = {"llama-tiny": str(make_config().teachers["llama-tiny"].labels)}
+    plain = make_config(variants=variants, space=space, teachers=teachers)
+    student = {**plain.student, "corpus": {name: str(path) for name, path in coarse.items()}}
+    refused = make_config(variants=variants, space=space, teachers=teachers, student=student)
+    with pytest.raises(
+        CorpusError, match=r"train\.json: no emotion that a coarse one would replace"
+    ) as caught:
+        run_sweep(refused, trainer=train, runner=run_with_ray)
+    assert "\n" not in str(caught.value) and not refused.output.exists()
+    refuse_equal_emotions(Search(plain))
+    some = {"variant": {"grid": ["none", "coarse"]}}
+    refuse_equal_emotions(
+        Search(make_config(variants=variants, space=some, teachers=teachers, student=student))
+    )
