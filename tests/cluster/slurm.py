@@ -165,7 +165,7 @@ class Slurm:
                 time.sleep(1)
 
     def wait(
-        self, job: str, states: Iterable[str] = ("COMPLETED",), timeout_s: float = 240
+        self, job: str, states: Iterable[str] = ("COMPLETED",), timeout_s: float = 720
     ) -> dict[str, str]:
         """Wait until a job is in one of some states; fails at once if it ends in another one."""
         known = set(states)

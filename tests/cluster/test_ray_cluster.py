@@ -62,7 +62,7 @@ def num_nodes(hosts: Hosts, place: Path) -> int:
     job = on_head(
         hosts, place, f"python -c \"import ray; ray.init(address='auto', log_to_driver=False); {count}\""
     )
-    job.wait(120)
+    job.wait(480)
     return int(job.text().rpartition("alive ")[2].split()[0]) if "alive " in job.text() else 0
 
 
@@ -78,7 +78,7 @@ def cluster(hosts: Hosts, place: Path) -> Path:
     path.write_text(yaml.safe_dump(config))
     began = time.monotonic()
     up = on_head(hosts, place, f"ray up --yes --no-config-cache {path}")
-    assert up.wait(300) == 0, up.text()[-5000:]
+    assert up.wait(900) == 0, up.text()[-5000:]
     wait_until(lambda: num_nodes(hosts, place) == 2, "the worker has joined", 180, poll_s=3)
     print(f"\nray up: both nodes after {time.monotonic() - began:.0f} s")
     return path
@@ -130,7 +130,7 @@ def test_ray_refuses_a_user_without_the_token(hosts, place, cluster):
     job = on_head(
         hosts, place, f"{other} python -c \"import ray; ray.init(address='auto'); print('joined')\""
     )
-    assert job.wait(120) != 0
+    assert job.wait(480) != 0
     assert "joined" not in job.text()
 
 
@@ -147,14 +147,14 @@ def test_a_sweep_goes_on_without_a_host_and_with_it_again(hosts, place, cluster)
     assert caches[0] == caches[1] and caches[0].count("\n") == 1
     hosts.off(2)
     began = time.monotonic()
-    wait_until(lambda: num_nodes(hosts, place) == 1, "Ray has noticed", 300, poll_s=2)
+    wait_until(lambda: num_nodes(hosts, place) == 1, "Ray has noticed", 900, poll_s=2)
     noticed = time.monotonic() - began
     hosts.boot(2)
     began = time.monotonic()
     commands = yaml.safe_load(cluster.read_text())["worker_start_ray_commands"]
     joined = hosts.start(2, "bash", "-c", "\n".join(commands), environment={"RAY_HEAD_IP": "node-1"})
-    assert joined.wait(120) == 0, joined.text()[-3000:]
-    wait_until(lambda: num_nodes(hosts, place) == 2, "the worker is back", 300, poll_s=2)
+    assert joined.wait(480) == 0, joined.text()[-3000:]
+    wait_until(lambda: num_nodes(hosts, place) == 2, "the worker is back", 900, poll_s=2)
     back = time.monotonic() - began
     assert job.wait(900) == 0, job.text()[-5000:]
     trials = list((sweep / "trials").glob("*"))

@@ -55,7 +55,7 @@ def base(place: Path, hosts: Hosts) -> Path:
         "sequence_tokens": 64,
     }
     (place / "base.yaml").write_text(yaml.safe_dump(values))
-    hosts.run(1, "python", "-m", "kdecs.launch.pretrain_base", "--config", place / "base.yaml", timeout_s=300)
+    hosts.run(1, "python", "-m", "kdecs.launch.pretrain_base", "--config", place / "base.yaml", timeout_s=1200)
     return place / "base"
 
 
@@ -101,7 +101,7 @@ def await_step(job: Running, output: Path, step: int) -> int:
     wait_until(
         lambda: job.has_ended or (steps_of(output) or [0])[-1] >= step,
         f"step {step} of {output}",
-        timeout_s=300,
+        timeout_s=1200,
     )
     assert not job.has_ended, job.text()[-3000:]
     return steps_of(output)[-1]
@@ -134,7 +134,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_the_other_host_resumes_alone(ho
         # In a shorter time than this they could not have told a lost host from a slow one.
         wait_until(lambda: not ranks_on(hosts, 1) and not ranks_on(hosts, 2), "ranks end", 4 * LOST_RANK_S)
         noticed = time.monotonic() - began
-        assert job.wait(60) != 0
+        assert job.wait(240) != 0
         ended = time.monotonic() - began
     finally:
         hosts.plug(2)
@@ -142,7 +142,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_the_other_host_resumes_alone(ho
     assert line.startswith(f"rank 1 on node-2 has given no sign of life for {LOST_RANK_S} s (lost_rank_s)")
 
     alone = hosts.start(1, "python", "-m", "kdecs.launch.train_teacher", "--config", config)
-    assert alone.wait(300) == 0, alone.text()[-3000:]
+    assert alone.wait(900) == 0, alone.text()[-3000:]
     assert steps_of(place / "cut") == list(range(1, NUM_STEPS + 1))
     print(
         f"\ncut off: noticed after {noticed:.1f} s, launcher ended after {ended:.1f} s, "
@@ -156,7 +156,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_the_other_host_resumes_alone(ho
 def trained(hosts: Hosts, place: Path, base: Path) -> Path:
     """A teacher that both hosts trained, without a disturbance."""
     job = launch(hosts, write_teacher(place, base, "both"))
-    assert job.wait(300) == 0, job.text()[-3000:]
+    assert job.wait(900) == 0, job.text()[-3000:]
     return place / "both"
 
 
@@ -164,7 +164,7 @@ def trained(hosts: Hosts, place: Path, base: Path) -> Path:
 def test_two_hosts_train_with_the_losses_of_one(hosts, place, base, trained):
     config = write_teacher(place, base, "one")
     alone = hosts.start(1, "python", "-m", "kdecs.launch.train_teacher", "--config", config)
-    assert alone.wait(300) == 0, alone.text()[-3000:]
+    assert alone.wait(900) == 0, alone.text()[-3000:]
     assert read_manifest(trained, "teacher").details["world_size"] == 2
     both, one = losses_of(trained), losses_of(place / "one")
     assert len(both) == len(one) == NUM_STEPS
@@ -180,7 +180,7 @@ def test_kills_ctrl_c_and_power_losses_lose_at_most_the_steps_since_a_checkpoint
     (rank,) = ranks_on(hosts, 2)
     hosts.run(2, "kill", "-KILL", rank)
     began = time.monotonic()
-    assert killed.wait(60) != 0
+    assert killed.wait(240) != 0
     took = time.monotonic() - began
     (line,) = lines_of(killed)
     assert line.startswith("rank 1 on node-2 ended without a word (it was killed")
@@ -191,7 +191,7 @@ def test_kills_ctrl_c_and_power_losses_lose_at_most_the_steps_since_a_checkpoint
     print(f"\nrank killed: launcher ended after {took:.1f} s, {at - resumed_at(stopped)} steps lost")
     stopped.send(signal.SIGINT, to_group=True)
     began = time.monotonic()
-    assert stopped.wait(60) == 143, stopped.text()[-3000:]
+    assert stopped.wait(240) == 143, stopped.text()[-3000:]
     took = time.monotonic() - began
     assert "checkpoint written" in stopped.text()
     assert not ranks_on(hosts, 1) and not ranks_on(hosts, 2)
@@ -207,7 +207,7 @@ def test_kills_ctrl_c_and_power_losses_lose_at_most_the_steps_since_a_checkpoint
     assert resumed_at(plain) == at
     print(f"Ctrl-C: launcher ended after {took:.1f} s, no step lost")
     plain.send(signal.SIGINT, to_group=True)
-    assert plain.wait(60) == 1
+    assert plain.wait(240) == 1
     wait_until(lambda: not ranks_on(hosts, 1) and not ranks_on(hosts, 2), "ranks end")
     at = steps_of(output)[-1]
 
@@ -219,7 +219,7 @@ def test_kills_ctrl_c_and_power_losses_lose_at_most_the_steps_since_a_checkpoint
     try:
         wait_until(lambda: not ranks_on(hosts, 1), "ranks end", 4 * LOST_RANK_S)
         noticed = time.monotonic() - began
-        assert off.wait(60) != 0
+        assert off.wait(240) != 0
         took = time.monotonic() - began
         (line,) = lines_of(off)
         assert line.startswith("rank 1 on node-2 has given no sign of life")
@@ -227,7 +227,7 @@ def test_kills_ctrl_c_and_power_losses_lose_at_most_the_steps_since_a_checkpoint
         hosts.boot(2)
 
     whole = launch(hosts, config)
-    assert whole.wait(300) == 0, whole.text()[-3000:]
+    assert whole.wait(900) == 0, whole.text()[-3000:]
     lost = last - resumed_at(whole)
     print(f"power off: noticed after {noticed:.1f} s, launcher ended after {took:.1f} s, {lost} steps lost")
     assert lost <= 2 * CHECKPOINT_EVERY
@@ -267,7 +267,7 @@ def exported(hosts: Hosts, place: Path, trained: Path) -> Path:
         "--config",
         write_export(place, trained, "labels"),
     )
-    assert job.wait(300) == 0, job.text()[-3000:]
+    assert job.wait(900) == 0, job.text()[-3000:]
     return place / "labels"
 
 
@@ -275,7 +275,7 @@ def exported(hosts: Hosts, place: Path, trained: Path) -> Path:
 def test_two_hosts_export_a_partitioned_teacher(hosts, place, trained, exported):
     config = write_export(place, trained, "partitioned", engine="zero3")
     job = launch(hosts, config, SCRIPT="launch/export_soft_labels.py")
-    assert job.wait(300) == 0, job.text()[-3000:]
+    assert job.wait(900) == 0, job.text()[-3000:]
     assert shards_of(place / "partitioned") == shards_of(exported)
 
 
@@ -285,12 +285,12 @@ def test_a_worker_takes_over_the_shards_of_a_host_without_power(hosts, place, tr
     command = ["python", "-m", "kdecs.launch.export_soft_labels", "--config", config]
     first = hosts.start(2, *command)
     output = place / "shared"
-    wait_until(lambda: first.has_ended or list(output.glob("shard-*.parquet")), "a first shard", 300)
+    wait_until(lambda: first.has_ended or list(output.glob("shard-*.parquet")), "a first shard", 900)
     hosts.off(2)
     began, done = time.monotonic(), len(list(output.glob("shard-*.parquet")))
     try:
         second = hosts.start(1, *command)
-        assert second.wait(300) == 0, second.text()[-3000:]
+        assert second.wait(900) == 0, second.text()[-3000:]
         took = time.monotonic() - began
     finally:
         hosts.boot(2)
