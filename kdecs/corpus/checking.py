@@ -264,10 +264,11 @@ class Checker:
         """Add a warning, once a file has been read, for the later causes that were not named one by one."""
         named = 0 if self.has_later_causes else _MOST_FUTURE_WARNINGS
         if self.num_later_causes > named:
-            more = "more " if named else ""
+            number, more = self.num_later_causes - named, "more " if named else ""
+            lie = "cause lies" if number == 1 else "causes lie"
             self.warnings.append(
-                f"{self.file}: {self.num_later_causes - named} {more}causes lie after their target; their pairs are "
-                "dropped unless candidates.after reaches them"
+                f"{self.file}: {number} {more}{lie} after the target; no pair is made of that unless candidates.after "
+                "reaches it"
             )
 
     def note_repeated(self, value: Any, *, dialogue: str | None, turn: int | None = None) -> None:
@@ -395,7 +396,8 @@ class Checker:
             return True
         if not isinstance(span, str):
             found, expected = shorten(span), "a string"
-        elif (turn == OUTSIDE) != (span == OUTSIDE):
+        # Only RECCON's schema has the sign; elsewhere "b" is a text like any other.
+        elif not self.fields and (turn == OUTSIDE) != (span == OUTSIDE):
             found = f"{shorten(span)} beside the evidence {shorten(turn)}"
             expected = f'"{OUTSIDE}" beside "{OUTSIDE}" and nowhere else'
         elif turn == OUTSIDE:

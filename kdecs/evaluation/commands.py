@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kdecs.corpus.schema import Corpus
     from kdecs.evaluation.metrics import Scores
+    from kdecs.evaluation.predictions import PairKey, Prediction
+    from kdecs.evaluation.semeval import SemevalScores
 
 
 CorpusFile = Annotated[Path, typer.Option("--corpus", metavar="FILE", help="Labelled corpus file.")]
@@ -22,7 +27,10 @@ PredictionFiles = Annotated[
     ),
 ]
 Protocols = Annotated[
-    Literal["reccon", "reccon-released", "squad"], typer.Option(help="How a predicted span counts.")
+    Literal["reccon", "reccon-released", "squad", "semeval"],
+    typer.Option(
+        help="How a predicted span counts; semeval: as in SemEval-2024 Task 3, whose submissions it takes, too."
+    ),
 ]
 ReleasedRows = Annotated[
     Path | None,
@@ -83,11 +91,12 @@ def evaluate(
     Examples: kdecs evaluate --corpus test.json --predictions mine.jsonl --details --intervals
 
     kdecs evaluate --corpus test.json --predictions seed1.jsonl --predictions seed2.jsonl --json
+
+    kdecs evaluate --corpus Subtask_1_gold.json --predictions Subtask_1_pred.json --protocol semeval
     """
     from kdecs.corpus.reading import log_notes, read_corpus
     from kdecs.evaluation.metrics import breakdowns
     from kdecs.evaluation.metrics import evaluate as score
-    from kdecs.evaluation.predictions import read_predictions
     from kdecs.output import STANDARD_STREAM, refuse_inputs
 
     refuse_inputs(STANDARD_STREAM, [corpus, *predictions, table, released_rows])
@@ -95,9 +104,15 @@ def evaluate(
     order = _released_order(protocol, released_rows)
     # Notes are logged at the end: a fault of the predictions should be the only line then.
     gold = read_corpus(corpus, log=False, table=emotion_table)
+    if protocol == "semeval":
+        _refuse_universe(universe)
+        runs = [_semeval_scores(gold, file, emotion_table) for file in predictions]
+        log_notes(gold)
+        _show_semeval(predictions, runs, details, (samples, seed) if intervals else None, as_json)
+        return
     found = []
     for file in predictions:
-        given = read_predictions(file, gold, emotion_table)
+        given = _read_lines(file, gold, emotion_table)
         scores = score(
             gold,
             given,
@@ -145,7 +160,6 @@ def compare(
     from kdecs.corpus.reading import log_notes, read_corpus
     from kdecs.evaluation.metrics import SCORE_KEYS
     from kdecs.evaluation.metrics import evaluate as score
-    from kdecs.evaluation.predictions import read_predictions
     from kdecs.evaluation.significance import compare_systems
     from kdecs.output import STANDARD_STREAM, refuse_inputs
 
@@ -153,10 +167,16 @@ def compare(
     emotion_table = _emotion_table(coarse, table)
     order = _released_order(protocol, released_rows)
     gold = read_corpus(corpus, log=False, table=emotion_table)
+    if protocol == "semeval":
+        _refuse_universe(universe)
+        of_a, of_b = (_semeval_scores(gold, file, emotion_table) for file in (a, b))
+        log_notes(gold)
+        _compare_semeval((a, b), of_a, of_b, samples, seed, as_json)
+        return
     scores: list[Scores] = [
         score(
             gold,
-            read_predictions(file, gold, emotion_table),
+            _read_lines(file, gold, emotion_table),
             universe=universe,
             protocol=protocol,
             emotion_table=emotion_table,
@@ -214,6 +234,99 @@ def _show_seeds(files: list[Path], found: "list[tuple[Scores, dict[str, Any]]]",
         from kdecs.evaluation.display import print_seeds
 
         print_seeds(files, [scores for scores, _ in found], summary)
+
+
+def _read_lines(file: Path, gold: "Corpus", emotion_table: dict[str, str]) -> "Mapping[PairKey, Prediction]":
+    from kdecs.errors import PredictionError
+    from kdecs.evaluation.predictions import read_predictions
+    from kdecs.evaluation.semeval import is_submission
+
+    if is_submission(file):
+        raise PredictionError(
+            f"{file}: found a submission of SemEval-2024 Task 3, expected JSON lines, one per pair; score it with "
+            "--protocol semeval"
+        )
+    return read_predictions(file, gold, emotion_table)
+
+
+def _refuse_universe(universe: str) -> None:
+    if universe != "fold1":
+        raise typer.BadParameter(
+            "the protocol semeval scores all causes, predicted and gold, and has no universe",
+            param_hint="--universe",
+        )
+
+
+def _semeval_scores(gold: "Corpus", file: Path, emotion_table: dict[str, str]) -> "SemevalScores":
+    from kdecs.corpus.schema import map_corpus
+    from kdecs.evaluation.semeval import read_submission, score_submission
+
+    submission = read_submission(file, gold, emotion_table)
+    return score_submission(map_corpus(gold, emotion_table) if emotion_table else gold, submission)
+
+
+def _show_semeval(
+    files: list[Path],
+    runs: "list[SemevalScores]",
+    has_details: bool,
+    sampling: tuple[int, int] | None,
+    as_json: bool,
+) -> None:
+    """Print the scores of one submission, or mean, deviation and interval over several."""
+    from kdecs.evaluation.display import print_seeds_of_submissions, print_submission
+    from kdecs.evaluation.semeval import KEYS, metrics_of
+    from kdecs.evaluation.significance import bootstrap_intervals, summarise_seeds
+
+    found = []
+    for scores in runs:
+        run: dict[str, Any] = scores.as_dict()
+        if sampling is not None:
+            drawn = bootstrap_intervals(
+                scores.sums_by_dialogue, num_samples=sampling[0], seed=sampling[1], metrics=metrics_of
+            )
+            run["intervals"] = {key: drawn[key] for key in scores.known}
+        if has_details:
+            run["by_emotion"] = scores.by_emotion
+        found.append(run)
+    summary = {
+        key: summarise_seeds([scores.known[key] for scores in runs])
+        for key in KEYS
+        if all(key in scores.known for scores in runs)
+    }
+    if as_json and len(runs) == 1:
+        print(json.dumps(found[0], indent=2))
+    elif as_json:
+        seeds = {key: asdict(summary[key]) if key in summary else None for key in KEYS}
+        named = [{"predictions": str(file), **run} for file, run in zip(files, found, strict=True)]
+        print(json.dumps({"over_seeds": seeds, "runs": named}, indent=2))
+    elif len(runs) == 1:
+        print_submission(runs[0], found[0])
+    else:
+        print_seeds_of_submissions(files, runs, summary)
+
+
+def _compare_semeval(
+    files: tuple[Path, Path], a: "SemevalScores", b: "SemevalScores", samples: int, seed: int, as_json: bool
+) -> None:
+    from kdecs.evaluation.display import print_compared_submissions
+    from kdecs.evaluation.semeval import KEYS, metrics_of
+    from kdecs.evaluation.significance import compare_systems
+
+    compared = compare_systems(
+        a.sums_by_dialogue,
+        b.sums_by_dialogue,
+        keys=[key for key in a.known if key in b.known],
+        num_samples=samples,
+        seed=seed,
+        metrics=metrics_of,
+    )
+    if as_json:
+        found: dict[str, Any] = dict.fromkeys(KEYS)
+        found |= {key: asdict(value) for key, value in compared.items()}
+        found |= {"protocol": "semeval", "num_gold": a.num_gold, "baselines": a.baselines}
+        print(json.dumps(found, indent=2))
+    else:
+        print_compared_submissions(files, a, b, compared)
 
 
 def _released_order(protocol: str, released_rows: Path | None) -> tuple[str, ...] | None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kdecs.evaluation.metrics import SCORE_KEYS, STRICT_KEYS, EmotionReport, Scores
+from kdecs.evaluation.semeval import SemevalScores
 from kdecs.evaluation.significance import Comparison, SeedSummary
 from kdecs.tables import figures_table, terminal
 
@@ -139,3 +140,69 @@ def _print_breakdown(console: Console, title: str, groups: Mapping[str, Mapping[
         counts = (f"{values['num_positive']:,}", f"{values['num_negative']:,}")
         table.add_row(group, *counts, *(_percent(values, key) for key in keys))
     console.print(table)
+
+
+def print_submission(scores: SemevalScores, found: Mapping[str, Any]) -> None:
+    """Print the scores of a submission next to the rules, with intervals and emotions if `found` has them."""
+    console = terminal(soft_wrap=True)
+    table = figures_table("SemEval-2024 Task 3, next to trivial rules", "score", "system", *scores.baselines)
+    for key, value in scores.known.items():
+        rules = [f"{rule[key]:.4f}" if key in rule else "" for rule in scores.baselines.values()]
+        table.add_row(key.replace("_", " "), f"{value:.4f}", *rules)
+    console.print(table)
+    if "intervals" in found:
+        table = figures_table("95% intervals, bootstrap over dialogues", "score", "score", "low", "high")
+        for key, (low, high) in found["intervals"].items():
+            table.add_row(key.replace("_", " "), f"{scores.known[key]:.4f}", f"{low:.4f}", f"{high:.4f}")
+        console.print(table)
+    if "by_emotion" in found:
+        kinds = [kind for kind in ("strict", "proportional") if f"{kind}_f1" in scores.known]
+        table = figures_table(
+            "By emotion", "emotion", "gold", "predicted", *(f"{k} F1" for k in kinds), "pair F1"
+        )
+        for emotion, values in scores.by_emotion.items():
+            figures = (f"{values[key]:.4f}" for key in (*(f"{kind}_f1" for kind in kinds), "f1_pair"))
+            table.add_row(emotion, f"{values['num_gold']:,}", f"{values['num_predicted']:,}", *figures)
+        console.print(table)
+    console.print(Text(submission_line(scores)))
+
+
+def submission_line(scores: SemevalScores) -> str:
+    """One line with the protocol and the counts."""
+    line = f"protocol semeval: {scores.num_gold:,} gold and {scores.num_predicted:,} predicted causes"
+    if scores.submission.num_neutral:
+        line += f"; {scores.submission.num_neutral:,} causes of neutral targets are not scored"
+    if scores.submission.num_other:
+        line += f"; {scores.submission.num_other:,} conversations are not in the corpus"
+    return line
+
+
+def print_compared_submissions(
+    files: tuple[Path, Path], a: SemevalScores, b: SemevalScores, compared: Mapping[str, Comparison]
+) -> None:
+    """Print A, B, their difference with its interval, and p for each score of two submissions."""
+    console = terminal(soft_wrap=True)
+    columns = ("A", "B", "A − B", "95% interval", "p")
+    table = figures_table("A minus B, paired by dialogue", "score", *columns, tight=True)
+    for key, found in compared.items():
+        interval = f"{found.low:+.4f} … {found.high:+.4f}"
+        figures = (f"{found.a:.4f}", f"{found.b:.4f}", f"{found.difference:+.4f}", interval, f"{found.p:.4f}")
+        table.add_row(key.replace("_", " "), *figures)
+    console.print(table)
+    for name, path, scores in zip("AB", files, (a, b), strict=True):
+        console.print(Text(f"{name} = {path}: {submission_line(scores)}"))
+
+
+def print_seeds_of_submissions(
+    files: Sequence[Path], runs: Sequence[SemevalScores], summary: Mapping[str, SeedSummary]
+) -> None:
+    """Print mean, standard deviation and 95% interval of each score over submissions."""
+    console = terminal(soft_wrap=True)
+    table = figures_table(f"Over {len(runs)} runs", "score", "mean", "std", "95% interval")
+    for key, found in summary.items():
+        interval = "" if found.low is None else f"{found.low:.4f} … {found.high:.4f}"
+        std = "" if found.std is None else f"{found.std:.4f}"
+        table.add_row(key.replace("_", " "), f"{found.mean:.4f}", std, interval)
+    console.print(table)
+    for file, scores in zip(files, runs, strict=True):
+        console.print(Text(f"{file}: {submission_line(scores)}"))

@@ -18,6 +18,11 @@ from kdecs.evaluation.metrics import SCORE_KEYS, metrics_of
 _BATCH_DIALOGUES = 50_000  # drawn at a time over all samples, which bounds their contributions to 6 MB
 
 
+Statistic = Callable[..., NDArray[np.float64]]
+Metrics = Callable[[NDArray[np.float64]], dict[str, NDArray[np.float64]]]
+"""From contributions summed to (…, K) to every score of a protocol, each of the shape (…)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Score of A minus score of B: the difference, its interval, and the two-sided p."""
@@ -42,14 +47,21 @@ class SeedSummary:
 
 
 def bootstrap_intervals(
-    sums_by_dialogue: NDArray[np.float64], *, num_samples: int = 2000, seed: int = 0, level: float = 0.95
+    sums_by_dialogue: NDArray[np.float64],
+    *,
+    num_samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    metrics: Metrics = metrics_of,
 ) -> dict[str, tuple[float, float]]:
     """(low, high) of each score: percentile bootstrap over the D dialogues of (D, K) sums.
 
-    With fewer than two dialogues there is no spread, and both ends equal the score.
+    With fewer than two dialogues there is no spread, and both ends equal the score. `metrics` are the protocol's.
     """
-    low, high = _bootstrap(_scores_of(sums_by_dialogue), len(sums_by_dialogue), num_samples, seed, level)
-    return {key: (float(low[n]), float(high[n])) for n, key in enumerate(SCORE_KEYS)}
+    low, high = _bootstrap(
+        _scores_of(sums_by_dialogue, metrics), len(sums_by_dialogue), num_samples, seed, level
+    )
+    return {key: (float(low[n]), float(high[n])) for n, key in enumerate(_keys(sums_by_dialogue, metrics))}
 
 
 def compare_systems(
@@ -60,6 +72,7 @@ def compare_systems(
     num_samples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    metrics: Metrics = metrics_of,
 ) -> dict[str, Comparison]:
     """Compare A with B on the same D dialogues: for each score a paired bootstrap interval and permutation p.
 
@@ -70,7 +83,8 @@ def compare_systems(
             f"found sums of the shapes {sums_a.shape} and {sums_b.shape}, expected two systems on the same corpus"
         )
     num_dialogues = len(sums_a)
-    score_a, score_b = _scores_of(sums_a), _scores_of(sums_b)
+    score_a, score_b = _scores_of(sums_a, metrics), _scores_of(sums_b, metrics)
+    all_keys = _keys(sums_a, metrics)
 
     def difference(index: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
         return np.subtract(score_a(index, axis), score_b(index, axis))
@@ -80,8 +94,8 @@ def compare_systems(
     a, b = score_a(everything), score_b(everything)
     found = {}
     for key in keys:
-        n = SCORE_KEYS.index(key)
-        p = _permutation_p(sums_a, sums_b, key, num_samples, seed)
+        n = all_keys.index(key)
+        p = _permutation_p(sums_a, sums_b, key, num_samples, seed, metrics)
         found[key] = Comparison(
             float(a[n]), float(b[n]), float(a[n] - b[n]), float(low[n]), float(high[n]), p
         )
@@ -103,17 +117,17 @@ def summarise_seeds(values: Sequence[float], *, level: float = 0.95) -> SeedSumm
     return SeedSummary(len(values), mean, std, mean - half, mean + half)
 
 
-Statistic = Callable[..., NDArray[np.float64]]
+def _keys(sums: NDArray[np.float64], metrics: Metrics) -> list[str]:
+    return list(metrics(sums[:0].sum(axis=0)))
 
 
-def _scores_of(sums: NDArray[np.float64]) -> Statistic:
+def _scores_of(sums: NDArray[np.float64], metrics: Metrics) -> Statistic:
     """A statistic that maps dialogue indices (…, D) to every score of the drawn dialogues (S, …)."""
 
     def statistic(index: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
         # Sums first, scores after: F1 of the drawn corpus is not the mean of the dialogues' F1.
         drawn = sums[np.moveaxis(index, axis, -1)].sum(axis=-2)
-        values = metrics_of(drawn)
-        return np.stack([values[key] for key in SCORE_KEYS])
+        return np.stack(list(metrics(drawn).values()))
 
     return statistic
 
@@ -146,7 +160,12 @@ def _batch(num_dialogues: int) -> int:
 
 
 def _permutation_p(
-    sums_a: NDArray[np.float64], sums_b: NDArray[np.float64], key: str, num_samples: int, seed: int
+    sums_a: NDArray[np.float64],
+    sums_b: NDArray[np.float64],
+    key: str,
+    num_samples: int,
+    seed: int,
+    metrics: Metrics,
 ) -> float:
     # With a single dialogue there is nothing to swap that would change a difference's size.
     if len(sums_a) < 2:
@@ -159,7 +178,7 @@ def _permutation_p(
 
     def difference(x: NDArray[np.int64], y: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
         x, y = np.moveaxis(x, axis, -1), np.moveaxis(y, axis, -1)
-        return metrics_of(both[x].sum(axis=-2))[key] - metrics_of(both[y].sum(axis=-2))[key]
+        return np.subtract(metrics(both[x].sum(axis=-2))[key], metrics(both[y].sum(axis=-2))[key])
 
     result = stats.permutation_test(
         (np.arange(num_dialogues), np.arange(num_dialogues) + num_dialogues),

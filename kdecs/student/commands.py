@@ -96,6 +96,13 @@ def predict(
     device: Device = "auto",
     batch_tokens: BatchTokens = 8192,
     offsets: Offsets = False,
+    format: Annotated[
+        Literal["lines", "semeval"],
+        typer.Option(
+            help="lines: JSON lines, one per pair; semeval: the files Subtask_1_pred.json and Subtask_2_pred.json of "
+            "SemEval-2024 Task 3, in the directory that --output names."
+        ),
+    ] = "lines",
     html: Annotated[
         Path | None,
         typer.Option(
@@ -116,11 +123,17 @@ def predict(
 
     kdecs predict --student runs/student-tiny --input dialogues.json --html dialogues.html
 
+    kdecs predict --student runs/student-tiny --input Subtask_1_test.json --format semeval --output submission
+
     cat dialogues.jsonl | kdecs predict --student runs/student-tiny --input - --output - --offsets
     """
     if output is None and html is None and not show:
         raise typer.BadParameter(
             "nothing to do: give --output FILE, --html FILE, or --show to print the dialogues"
+        )
+    if format == "semeval" and (output is None or offsets):
+        raise typer.BadParameter(
+            "--format semeval writes files of its own: give --output DIR, and no --offsets"
         )
     # Each is written to a temporary file, so the second one to end would silently replace the first.
     if html is not None and output is not None and html.resolve() == output.resolve():
@@ -130,7 +143,16 @@ def predict(
 
     predict_file(
         FileRequest(
-            input, output, max_distance, batch_tokens, offsets, show, example and not show, student, html
+            input,
+            output,
+            max_distance,
+            batch_tokens,
+            offsets,
+            show,
+            example and not show,
+            student,
+            html,
+            format,
         ),
         lambda device: Student.from_pretrained(student, device=device),
         device=device,

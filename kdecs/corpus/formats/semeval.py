@@ -29,7 +29,7 @@ from kdecs.corpus.checking import (
     decode_json,
     shorten,
 )
-from kdecs.corpus.schema import EMOTION_VARIANTS, FINE_TO_COARSE, NEUTRAL
+from kdecs.corpus.schema import EMOTION_VARIANTS, FINE_TO_COARSE, NEUTRAL, Dialogue
 
 PAIRS_KEY = "emotion-cause_pairs"
 EMOTIONS = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
@@ -58,9 +58,16 @@ FIELDS: Mapping[str, str] = {
 
 _OWN_KEYS = {"utterance_ID": "turn", "text": "utterance"}
 # More digits than any turn needs, and few enough to be parsed at once.
+_MAX_DIGITS = 18
 _EMOTION_SIDE = re.compile(r"([0-9]{1,9})_(.+)", re.DOTALL)
 _CAUSE_SIDE = re.compile(r"([0-9]{1,9})(?:_(.*))?", re.DOTALL)
 _PAIR = '["3_surprise", "1_the span\'s text"], or ["3_surprise", "1"] without spans'
+
+
+def conversation_id(dialogue: Dialogue) -> int | str:
+    """A dialogue's id as the task writes it: a number, which is what most ids are, or else the id itself."""
+    is_number = dialogue.id.isascii() and dialogue.id.isdecimal() and len(dialogue.id) <= _MAX_DIGITS
+    return int(dialogue.id) if is_number and str(int(dialogue.id)) == dialogue.id else dialogue.id
 
 
 def read_conversations(path: Path, checker: Checker) -> Iterator[RawDialogue]:

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from kdecs.corpus.checking import EVIDENCE_KEY, SPAN_KEY, WHOLE_UTTERANCE, is_unicode
-from kdecs.corpus.formats.semeval import LABELS, PAIRS_KEY
+from kdecs.corpus.checking import EVIDENCE_KEY, OUTSIDE, SPAN_KEY, WHOLE_UTTERANCE, is_unicode
+from kdecs.corpus.formats.semeval import LABELS, PAIRS_KEY, conversation_id
 from kdecs.corpus.schema import EMOTION_VARIANTS, NEUTRAL, Dialogue
 from kdecs.errors import CorpusError
 
@@ -58,18 +58,31 @@ class DialogueWriter:
             # A label of the source's own, such as joy, would be refused here; a misspelt one is replaced as before.
             if said.emotion is not None and written["emotion"] not in EMOTION_VARIANTS:
                 written["emotion"] = said.emotion
-            if any(span is WHOLE_UTTERANCE for span in written.get(SPAN_KEY, ())):
-                self._lost["causes without a span, which this format needs, get their whole utterance"] += (
-                    sum(span is WHOLE_UTTERANCE for span in written[SPAN_KEY])
-                )
-                written[SPAN_KEY] = [
-                    dialogue.utterances[turn - 1].text if span is WHOLE_UTTERANCE else span
-                    for turn, span in zip(written[EVIDENCE_KEY], written[SPAN_KEY], strict=True)
-                ]
+            if SPAN_KEY in written:
+                causes = list(self._reccon_causes(dialogue, written[EVIDENCE_KEY], written[SPAN_KEY]))
+                written |= {
+                    EVIDENCE_KEY: [turn for turn, _ in causes],
+                    SPAN_KEY: [span for _, span in causes],
+                }
             utterances.append(written)
         if self._target == "jsonl":
             return _json({"id": dialogue.id, "utterances": utterances}, dialogue)
         return f"{json.dumps(dialogue.id)}: {_json([utterances], dialogue)}"
+
+    def _reccon_causes(
+        self, dialogue: Dialogue, turns: list[Any], spans: list[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        for turn, span in zip(turns, spans, strict=True):
+            text = span
+            if span is WHOLE_UTTERANCE:
+                self._lost["causes without a span, which this format needs, get their whole utterance"] += 1
+                text = dialogue.utterances[turn - 1].text
+            if text == OUTSIDE and turn != OUTSIDE:
+                self._lost[
+                    'causes with the span "b", which here stands for a cause outside the dialogue, are left out'
+                ] += 1
+            else:
+                yield turn, text
 
     def _semeval(self, dialogue: Dialogue, raw: Any) -> str:
         """A conversation, with the key of the pairs if its causes are annotated."""
@@ -99,11 +112,8 @@ class DialogueWriter:
                 self._lost[
                     "emotional utterances whose causes are not annotated appear as utterances without causes"
                 ] += 1
-        # Other tools want a number, and a number is what most ids are.
-        identifier: int | str = dialogue.id
-        if dialogue.id.isascii() and dialogue.id.isdecimal() and str(int(dialogue.id)) == dialogue.id:
-            identifier = int(dialogue.id)
-        else:
+        identifier = conversation_id(dialogue)
+        if isinstance(identifier, str):
             self._lost["ids of dialogues stay texts, where the task has numbers"] += 1
         record: dict[str, Any] = {"conversation_ID": identifier, "conversation": conversation}
         # Neutral utterances alone have no evidence key in RECCON either.

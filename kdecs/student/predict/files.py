@@ -2,7 +2,8 @@
 
 Input is a corpus file (kdecs.corpus.formats), or JSON lines on standard input ("-") or from a pipe. Output
 is one line per pair (kdecs.evaluation.predictions); on request each line also has span_start and span_end, the span's
-characters [start, end) in the candidate's text (null without a span), and score, in [0, 1].
+characters [start, end) in the candidate's text (null without a span), and score, in [0, 1]. The format semeval has the
+submission files of SemEval-2024 Task 3 instead (kdecs.evaluation.semeval).
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from rich.console import Console
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from kdecs.artifact import kind_of
 from kdecs.corpus.reading import iter_dialogues, parse_dialogue
 from kdecs.corpus.schema import Dialogue, Fault
 from kdecs.errors import CorpusError, DialogueError, printable
+from kdecs.evaluation.semeval import SUBMISSION_NAMES, Subtask, conversation_of
 from kdecs.output import STANDARD_STREAM, is_standard_output, open_output, refuse_inputs
 from kdecs.process import is_output_closed, standard_input
 from kdecs.student.predict.page import PageWriter
@@ -42,7 +44,8 @@ _STREAMS = ("a named pipe", "a device", "a socket")
 class FileRequest:
     """What to predict, with which model, and where to write it.
 
-    `output` gets lines and `html` a page for people, where they are given; `shows` prints.
+    `output` gets lines and `html` a page for people, where they are given; `shows` prints. In the format semeval
+    `output` is a directory for both subtasks' files, or one of the files if its name ends with .json.
     """
 
     input: Path
@@ -54,6 +57,16 @@ class FileRequest:
     has_example: bool = True
     model: Path | None = None
     html: Path | None = None
+    format: Literal["lines", "semeval"] = "lines"
+
+    @property
+    def submissions(self) -> dict[Subtask, Path]:
+        """The submission files to write, by subtask."""
+        if self.output is None or self.format == "lines":
+            return {}
+        if self.output == STANDARD_STREAM or self.output.suffix == ".json":
+            return {2 if "subtask_2" in self.output.name.lower() else 1: self.output}
+        return {subtask: self.output / name for subtask, name in SUBMISSION_NAMES.items()}
 
     @property
     def is_stream(self) -> bool:
@@ -70,7 +83,10 @@ def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, devi
     if the output is an input or cannot be written to. Valid dialogues that the model cannot read are named on standard
     error and left out; at the end, DialogueError says how many.
     """
-    for place in (request.output, request.html):
+    lines = request.output if request.format == "lines" else None
+    if request.output is not None and request.output not in (lines, *request.submissions.values()):
+        refuse_inputs(request.output, [], is_directory=True)
+    for place in (lines, request.html, *request.submissions.values()):
         if place is not None:
             refuse_inputs(place, [request.input, request.model])
     # A first pass over the file, before the model is loaded: a fault in the last dialogue is reported at once.
@@ -88,10 +104,15 @@ def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, devi
             print(f"kdecs: warning: {printable(str(fault))}; left out", file=sys.stderr, flush=True)
 
     with (
-        open_output(request.output) if request.output else contextlib.nullcontext() as file,
+        open_output(lines) if lines else contextlib.nullcontext() as file,
         open_output(request.html) if request.html else contextlib.nullcontext() as page_file,
+        contextlib.ExitStack() as submission_files,
         tqdm(total=total, unit="pair", desc="predict", disable=None) as bar,
     ):
+        submissions = [
+            _Submission(subtask, submission_files.enter_context(open_output(path)))
+            for subtask, path in request.submissions.items()
+        ]
         # Only now: a place that cannot be written to is refused before the seconds that a model takes to load.
         predictor = load(device)
         page = PageWriter(page_file.write) if page_file is not None else None
@@ -109,6 +130,8 @@ def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, devi
             num_causes += causes
             if file is not None:
                 file.writelines(_lines(found, has_offsets=request.has_offsets))
+            for submission in submissions:
+                submission.add(dialogue, found)
             if page is not None:
                 page.add(dialogue, found)
             if request.shows:
@@ -123,9 +146,12 @@ def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, devi
             raise DialogueError(
                 f"{request.input}: the model can read no dialogue; the first one: {faults[0]}"
             )
+        for submission in submissions:
+            submission.close()
         if page is not None:
             page.close()
-    written = [path for path in (request.output, request.html) if path not in (None, STANDARD_STREAM)]
+    places = (lines, *request.submissions.values(), request.html)
+    written = [path for path in places if path not in (None, STANDARD_STREAM)]
     names = f"{printable(', '.join(map(str, written)))}: " if written else ""
     line = f"{names}{num_pairs} pairs of {num_dialogues} dialogues, {num_causes} causes"
     print(line, file=console.file, flush=True)
@@ -136,6 +162,23 @@ def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, devi
             f"{request.input}: {len(faults)} of {len(faults) + num_dialogues} dialogues left out, which the model "
             f"cannot read; the predictions of the others are complete; the first one: {faults[0]}"
         )
+
+
+class _Submission:
+    """Writes one subtask's submission file, dialogue by dialogue."""
+
+    def __init__(self, subtask: Subtask, file: IO[bytes]) -> None:
+        self._subtask: Subtask = subtask
+        self._file = file
+        self._between = b"[\n"
+
+    def add(self, dialogue: Dialogue, found: Iterable[PairPrediction]) -> None:
+        conversation = conversation_of(dialogue, (item.prediction for item in found), self._subtask)
+        self._file.write(self._between + json.dumps(conversation, ensure_ascii=False).encode())
+        self._between = b",\n"
+
+    def close(self) -> None:
+        self._file.write((b"[" if self._between.startswith(b"[") else b"") + b"\n]\n")
 
 
 def _checked(request: FileRequest) -> int:

@@ -234,6 +234,43 @@ def test_a_dialogue_that_the_student_cannot_read_costs_that_dialogue(
         student.predict([good[0], unfit])
 
 
+class EchoCauses(Echo):
+    """Predicts that the target itself is a cause, and joy for all."""
+
+    def detail(self, pairs, *, batch_tokens=8192, on_batch=None):
+        return [
+            PairPrediction(
+                Prediction(
+                    p.dialogue.id, p.target, p.candidate, "happiness", p.target == p.candidate, "turn"
+                ),
+                0.9,
+                None,
+            )
+            for p in pairs
+        ]
+
+
+def test_submissions_of_both_subtasks_are_written_and_can_be_scored(tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_text("A: turn 1 .\nB: turn 2 .\n\nA: turn 1 .\n")
+    request = prediction_files.FileRequest(path, tmp_path / "out", format="semeval", has_example=False)
+    prediction_files.predict_file(request, lambda device: EchoCauses())
+    found = [json.loads((tmp_path / "out" / f"Subtask_{n}_pred.json").read_text()) for n in (1, 2)]
+    pairs = [[c["emotion-cause_pairs"] for c in document] for document in found]
+    assert pairs[0] == [[["1_joy", "1_0_1"], ["2_joy", "2_0_1"]], [["1_joy", "1_0_1"]]]
+    assert pairs[1] == [[["1_joy", "1"], ["2_joy", "2"]], [["1_joy", "1"]]]
+    assert [c["conversation_ID"] for c in found[0]] == [1, 2]
+    assert found[0][1]["conversation"] == [
+        {"utterance_ID": 1, "text": "turn 1 .", "speaker": "A", "emotion": "joy"}
+    ]
+    for name, subtask in (("mine.json", 1), ("my_Subtask_2.json", 2)):
+        one = replace(request, output=tmp_path / name)
+        prediction_files.predict_file(one, lambda device: EchoCauses())
+        assert json.loads((tmp_path / name).read_text()) == found[subtask - 1]
+    with pytest.raises(OutputError, match="expected a directory"):
+        prediction_files.predict_file(replace(request, output=path), lambda device: pytest.fail("loaded"))
+
+
 def test_nothing_is_written_if_no_dialogue_can_be_read(tmp_path):
     class Unfit(Echo):
         def detail(self, pairs, **options):
