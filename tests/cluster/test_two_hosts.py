@@ -55,7 +55,9 @@ def base(place: Path, hosts: Hosts) -> Path:
         "sequence_tokens": 64,
     }
     (place / "base.yaml").write_text(yaml.safe_dump(values))
-    hosts.run(1, "python", "-m", "kdecs.launch.pretrain_base", "--config", place / "base.yaml", timeout_s=1200)
+    hosts.run(
+        1, "python", "-m", "kdecs.launch.pretrain_base", "--config", place / "base.yaml", timeout_s=1200
+    )
     return place / "base"
 
 
