@@ -1,11 +1,12 @@
 """Trivial rules whose scores are shown next to every system's: a useful model must beat them."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.schema import Corpus
 from kdecs.evaluation.predictions import PairKey, Prediction
+from kdecs.evaluation.rows import Row
 
 ALL_NEGATIVE, SELF, SELF_AND_PREVIOUS = "all negative", "j = i", "j >= i-1"
 MAJORITY_EMOTION = "majority emotion"
@@ -35,6 +36,19 @@ def trivial_predictions(corpus: Corpus, universe: Universe) -> dict[str, dict[Pa
         for dialogue in corpus.dialogues
         for turn in range(1, len(dialogue.utterances) + 1)
     }
+    return found
+
+
+def rule_predictions(
+    rows: Sequence[Row], name: str, neutral: Collection[tuple[str, int]] = ()
+) -> dict[PairKey, Prediction]:
+    """What a rule predicts for the pairs of rows; targets that are given as neutral have no cause."""
+    rule = RULES[name]
+    found: dict[PairKey, Prediction] = {}
+    for row in rows:
+        is_cause = rule(row.target, row.candidate) and row.key[:2] not in neutral
+        span = row.dialogue.utterances[row.candidate - 1].text if is_cause else ""
+        found[row.key] = Prediction(*row.key, None, is_cause, span)
     return found
 
 

@@ -11,10 +11,14 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kdecs.corpus.schema import Corpus
     from kdecs.evaluation.metrics import Scores
     from kdecs.evaluation.predictions import PairKey, Prediction
     from kdecs.evaluation.semeval import SemevalScores
+    from kdecs.evaluation.significance import Metrics
 
 
 CorpusFile = Annotated[Path, typer.Option("--corpus", metavar="FILE", help="Labelled corpus file.")]
@@ -41,8 +45,11 @@ ReleasedRows = Annotated[
     ),
 ]
 Universes = Annotated[
-    Literal["fold1", "all"],
-    typer.Option(help="fold1: targets that have annotated causes; all: every target."),
+    Literal["fold1", "all", "gold-emotions"],
+    typer.Option(
+        help="fold1: targets that have annotated causes; all: every target; gold-emotions: every target, with its gold "
+        "emotion given, so that neutral ones have no cause."
+    ),
 ]
 Samples = Annotated[
     int, typer.Option(min=100, help="Number of samples of the bootstrap and of the permutation test.")
@@ -95,7 +102,7 @@ def evaluate(
     kdecs evaluate --corpus Subtask_1_gold.json --predictions Subtask_1_pred.json --protocol semeval
     """
     from kdecs.corpus.reading import log_notes, read_corpus
-    from kdecs.evaluation.metrics import breakdowns
+    from kdecs.evaluation.metrics import STRICT_KEYS, breakdowns
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.output import STANDARD_STREAM, refuse_inputs
 
@@ -108,7 +115,7 @@ def evaluate(
         _refuse_universe(universe)
         runs = [_semeval_scores(gold, file, emotion_table) for file in predictions]
         log_notes(gold)
-        _show_semeval(predictions, runs, details, (samples, seed) if intervals else None, as_json)
+        _show_semeval(predictions, runs, details, intervals, (samples, seed), as_json)
         return
     found = []
     for file in predictions:
@@ -122,6 +129,13 @@ def evaluate(
             released_order=order,
         )
         run: dict[str, Any] = scores.as_dict()
+        run["above_rule"] = _above_rule(
+            scores.sums_by_dialogue,
+            scores.rule_sums(),
+            [key for key in STRICT_KEYS if key in scores.known],
+            samples,
+            seed,
+        )
         if intervals:
             from kdecs.evaluation.significance import bootstrap_intervals
 
@@ -209,6 +223,24 @@ def compare(
         print_comparison(a, b, scores[0], scores[1], compared)
 
 
+def _above_rule(
+    sums: "NDArray[np.float64]",
+    rule_sums: "NDArray[np.float64]",
+    keys: list[str],
+    samples: int,
+    seed: int,
+    metrics: "Metrics | None" = None,
+) -> dict[str, dict[str, float]]:
+    """How far each score is above the rule j >= i-1, as JSON has it."""
+    from kdecs.evaluation.metrics import metrics_of
+    from kdecs.evaluation.significance import distance_from_rule
+
+    found = distance_from_rule(
+        sums, rule_sums, keys, num_samples=samples, seed=seed, metrics=metrics or metrics_of
+    )
+    return {key: asdict(distance) for key, distance in found.items()}
+
+
 def _show(scores: "Scores", run: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(run, indent=2))
@@ -269,7 +301,8 @@ def _show_semeval(
     files: list[Path],
     runs: "list[SemevalScores]",
     has_details: bool,
-    sampling: tuple[int, int] | None,
+    has_intervals: bool,
+    sampling: tuple[int, int],
     as_json: bool,
 ) -> None:
     """Print the scores of one submission, or mean, deviation and interval over several."""
@@ -280,7 +313,10 @@ def _show_semeval(
     found = []
     for scores in runs:
         run: dict[str, Any] = scores.as_dict()
-        if sampling is not None:
+        run["above_rule"] = _above_rule(
+            scores.sums_by_dialogue, scores.rule_sums, list(scores.known), *sampling, metrics_of
+        )
+        if has_intervals:
             drawn = bootstrap_intervals(
                 scores.sums_by_dialogue, num_samples=sampling[0], seed=sampling[1], metrics=metrics_of
             )

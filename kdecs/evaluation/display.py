@@ -26,6 +26,7 @@ def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
         strict = _percent(found, f"strict_{key}") if key in STRICT_KEYS else ""
         table.add_row(key.replace("_", " "), _percent(found, key), strict, *rules)
     console.print(table)
+    _print_above_rule(console, found, "score (%)", 2)
     if "intervals" in found:
         _print_intervals(console, found)
     console.print(Text(counts_line(scores)))
@@ -88,15 +89,27 @@ def _best_rule(scores: Scores, key: str) -> str:
 
 def counts_line(scores: Scores) -> str:
     """One line with the universe, the protocol and the counts."""
+    is_given = scores.universe == "gold-emotions"
+    unit = "pairs" if is_given else "rows"
     line = (
         f"universe {scores.universe}, protocol {scores.protocol}: {scores.num_positive:,} positive and "
-        f"{scores.num_negative:,} negative rows; {scores.missing:,} pairs without a prediction (taken as no "
-        f"cause); {scores.utterances_without_emotion:,} of {scores.num_utterances:,} utterances without a "
-        "predicted emotion"
+        f"{scores.num_negative:,} negative {unit}; {scores.missing:,} pairs without a prediction (taken as no cause); "
     )
+    without = f"{scores.utterances_without_emotion:,} of {scores.num_utterances:,} utterances"
+    line += "gold emotions given" if is_given else f"{without} without a predicted emotion"
     if scores.scored.num_neutral:
-        line += f"; {scores.scored.num_neutral:,} causes dropped because their target is predicted neutral"
+        said = "is" if is_given else "is predicted"
+        line += f"; {scores.scored.num_neutral:,} causes dropped because their target {said} neutral"
     return line
+
+
+def _print_above_rule(console: Console, found: Mapping[str, Any], unit: str, num_digits: int) -> None:
+    title = "Above the rule j >= i-1, with a 95% interval paired by dialogue"
+    table = figures_table(title, unit, "difference", "low", "high")
+    for key, distance in found["above_rule"].items():
+        figures = (f"{distance[name]:+.{num_digits}f}" for name in ("difference", "low", "high"))
+        table.add_row(key.replace("_", " "), *figures)
+    console.print(table)
 
 
 def _print_intervals(console: Console, found: Mapping[str, Any]) -> None:
@@ -150,6 +163,7 @@ def print_submission(scores: SemevalScores, found: Mapping[str, Any]) -> None:
         rules = [f"{rule[key]:.4f}" if key in rule else "" for rule in scores.baselines.values()]
         table.add_row(key.replace("_", " "), f"{value:.4f}", *rules)
     console.print(table)
+    _print_above_rule(console, found, "score", 4)
     if "intervals" in found:
         table = figures_table("95% intervals, bootstrap over dialogues", "score", "score", "low", "high")
         for key, (low, high) in found["intervals"].items():

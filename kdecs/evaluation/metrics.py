@@ -6,19 +6,21 @@ are in percent. Rows and protocols are those of RECCON (Poria et al. 2021), utte
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdecs.corpus.pairs import Universe
-from kdecs.corpus.schema import NO_TABLE, Corpus, map_corpus
+from kdecs.corpus.schema import NEUTRAL, NO_TABLE, Corpus, map_corpus
 from kdecs.evaluation.baselines import (
     ALL_NEGATIVE,
     MAJORITY_EMOTION,
     RULES,
+    SELF_AND_PREVIOUS,
     majority_emotion,
+    rule_predictions,
     trivial_predictions,
 )
 from kdecs.evaluation.counts import f1, ratio
@@ -28,10 +30,12 @@ from kdecs.evaluation.rows import (
     Protocol,
     Row,
     ScoredRows,
+    ScoredUniverse,
     decide_emotions,
     rows_of,
     score_rows,
     sums_by_dialogue,
+    without_repeated_pairs,
 )
 
 
@@ -115,7 +119,7 @@ class Scores:
     """
 
     values: dict[str, float]
-    universe: Universe
+    universe: ScoredUniverse
     protocol: Protocol
     num_positive: int
     num_negative: int
@@ -126,6 +130,8 @@ class Scores:
     emotions: EmotionReport
     sums_by_dialogue: NDArray[np.float64] = field(repr=False)
     scored: ScoredRows = field(repr=False)
+    rule_sums: Callable[[], NDArray[np.float64]] = field(repr=False)
+    """The sums by dialogue of the rule j >= i-1 on the same rows. They take as long as a system's: ask once."""
 
     def __getitem__(self, key: str) -> float:
         return self.values[key]
@@ -162,7 +168,7 @@ def evaluate(
     corpus: Corpus,
     predictions: Mapping[PairKey, Prediction],
     *,
-    universe: Universe = "fold1",
+    universe: ScoredUniverse = "fold1",
     protocol: Protocol = "reccon",
     emotion_table: Mapping[str, str] = NO_TABLE,
     released_order: Sequence[str] | None = None,
@@ -171,44 +177,77 @@ def evaluate(
 
     `emotion_table` (such as FINE_TO_COARSE) maps the emotions of both sides before they are compared; labels that it
     does not name stay. It changes no pair: a target is predicted neutral, and thus has no cause, if the system's own
-    label says so. `released_order` (see `score_rows`) serves the protocol reccon-released alone.
+    label says so. `released_order` (see `score_rows`) serves the protocol reccon-released alone. In the universe
+    gold-emotions the gold emotions take the place of predicted ones, and there are no scores of emotions.
     Raises PredictionError if a target has two predicted emotions, or if that order lacks a dialogue.
     """
+    neutral: frozenset[tuple[str, int]] = frozenset()
+    if universe == "gold-emotions":
+        gold = {(d.id, u.turn): u.emotion for d in corpus.dialogues for u in d.utterances}
+        neutral = frozenset(key for key, emotion in gold.items() if emotion == NEUTRAL)
+        predictions = {
+            key: replace(p, emotion=NEUTRAL if key[:2] in neutral else None) for key, p in predictions.items()
+        }
     # Only the gold side: predictions are mapped where they are compared, after neutral targets have lost their causes.
     corpus = map_corpus(corpus, emotion_table) if emotion_table else corpus
     rows = rows_of(corpus, universe)
     scored = score_rows(rows, predictions, protocol, emotion_table, released_order)
+    if universe == "gold-emotions":
+        scored = without_repeated_pairs(scored)
     sums = sums_by_dialogue(corpus, scored, predictions, emotion_table)
     total = sums.sum(axis=0)
+    # Each pair once in that universe, otherwise a row per gold span.
+    counted = list({row.key: row for row in rows}.values()) if universe == "gold-emotions" else rows
     num_utterances = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
     num_decided = int(total[COLUMN["emotions_decided"]])
-    left_out = () if num_decided else EMOTION_KEYS
+    left_out = () if num_decided and universe != "gold-emotions" else EMOTION_KEYS
+
     return Scores(
         values={key: float(value) for key, value in metrics_of(total).items() if key not in left_out},
         universe=universe,
         protocol=protocol,
-        num_positive=int(total[COLUMN["positives"]]),
+        num_positive=sum(row.gold is not None for row in counted),
         num_negative=sum(row.gold is None for row in rows),
         missing=scored.num_missing,
         num_utterances=num_utterances,
-        utterances_without_emotion=num_utterances - num_decided,
-        baselines=baseline_scores(corpus, rows),
-        emotions=emotion_report(corpus, predictions, emotion_table),
+        utterances_without_emotion=num_utterances - (0 if universe == "gold-emotions" else num_decided),
+        baselines=baseline_scores(corpus, counted, neutral),
+        emotions=emotion_report(corpus, {} if universe == "gold-emotions" else predictions, emotion_table),
         sums_by_dialogue=sums,
         scored=scored,
+        rule_sums=partial(_sums_of_rule, corpus, rows, universe, protocol, neutral, released_order),
     )
 
 
-def baseline_scores(corpus: Corpus, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+def _sums_of_rule(
+    corpus: Corpus,
+    rows: list[Row],
+    universe: ScoredUniverse,
+    protocol: Protocol,
+    neutral: frozenset[tuple[str, int]],
+    released_order: Sequence[str] | None,
+) -> NDArray[np.float64]:
+    rule = rule_predictions(rows, SELF_AND_PREVIOUS, neutral)
+    scored = score_rows(rows, rule, protocol, NO_TABLE, released_order)
+    return sums_by_dialogue(
+        corpus, without_repeated_pairs(scored) if universe == "gold-emotions" else scored, rule
+    )
+
+
+def baseline_scores(
+    corpus: Corpus, rows: Sequence[Row], neutral: frozenset[tuple[str, int]] = frozenset()
+) -> dict[str, dict[str, float]]:
     """Utterance-level scores of each trivial rule on these rows, and the accuracy of the majority emotion.
 
-    They equal those of `evaluate` for `trivial_predictions`, but no span is compared, so that every evaluation can
-    afford them.
+    Targets given as `neutral` have no cause. The scores equal those of `evaluate` for `trivial_predictions`, but
+    no span is compared, so that every evaluation can afford them.
     """
     is_positive = np.array([row.gold is not None for row in rows], dtype=bool)
     found = {}
     for name, rule in RULES.items():
-        is_cause = np.array([rule(row.target, row.candidate) for row in rows], dtype=bool)
+        is_cause = np.array(
+            [rule(row.target, row.candidate) and row.key[:2] not in neutral for row in rows], dtype=bool
+        )
         right = np.array([(is_positive & is_cause).sum(), (~is_positive & ~is_cause).sum()])
         num_gold = np.array([is_positive.sum(), (~is_positive).sum()])
         scores = 100 * f1(right, num_gold, np.array([is_cause.sum(), (~is_cause).sum()]))

@@ -10,7 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
@@ -58,6 +58,10 @@ def squad_f1(gold: str, predicted: str) -> float:
 
 
 Protocol = Literal["reccon", "reccon-released", "squad"]
+ScoredUniverse = Literal["fold1", "all", "gold-emotions"]
+"""Which pairs are scored. gold-emotions: those of "all" with the gold emotions given, so that no pair of a neutral
+target is predicted as a cause. As in the published figures of this universe, utterance-level scores count each pair
+once there, and not once per gold span."""
 
 COLUMNS = (
     "positives",
@@ -113,16 +117,29 @@ class ScoredRows:
     )
 
 
-def rows_of(corpus: Corpus, universe: Universe) -> list[Row]:
+def rows_of(corpus: Corpus, universe: ScoredUniverse) -> list[Row]:
     """Rows in corpus order: by dialogue and target, then positives in evidence order, negatives by candidate."""
+    pairs: Universe = "all" if universe == "gold-emotions" else universe
     rows: list[Row] = []
     for index, dialogue in enumerate(corpus.dialogues):
-        for target, group in groupby(pairs_of(dialogue, universe), key=lambda pair: pair.target):
+        for target, group in groupby(pairs_of(dialogue, pairs), key=lambda pair: pair.target):
             # RECCON's order, on which the protocol reccon-released depends.
             causes = causes_of(dialogue.utterances[target - 1])
             rows += [Row(index, dialogue, target, turn, span) for _, turn, span in causes]
             rows += [Row(index, dialogue, target, p.candidate, None) for p in group if not p.is_cause]
     return rows
+
+
+def without_repeated_pairs(scored: ScoredRows) -> ScoredRows:
+    """The same rows, of which only the first of each pair counts at utterance level, as ECPE counts pairs."""
+    contributions = scored.contributions.copy()
+    seen: set[PairKey] = set()
+    columns = [n for name, n in COLUMN.items() if "utterance" in name]
+    for number, row in enumerate(scored.rows):
+        if row.key in seen:
+            contributions[number, columns] = 0
+        seen.add(row.key)
+    return replace(scored, contributions=contributions)
 
 
 def decide_emotions(predictions: Mapping[PairKey, Prediction]) -> dict[tuple[str, int], str]:

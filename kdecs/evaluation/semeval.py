@@ -95,6 +95,8 @@ class SemevalScores:
     baselines: dict[str, dict[str, float]]
     by_emotion: dict[str, dict[str, float]]
     sums_by_dialogue: NDArray[np.float64] = field(repr=False)
+    rule_sums: NDArray[np.float64] = field(repr=False)
+    """The sums of the rule NEAR_RULE."""
 
     @property
     def known(self) -> dict[str, float]:
@@ -292,6 +294,7 @@ def score_submission(corpus: Corpus, submission: Submission) -> SemevalScores:
     sums = _sums_by_dialogue(corpus, submission, gold)
     total = sums.sum(axis=0)
     scores = metrics_of(total)
+    of_rules = _sums_of_rules(corpus, gold)
     counted = "strict" if has_spans else "pairs"
     table = total.reshape(len(EMOTIONS), len(_COLUMNS))
     num_gold, num_predicted = (
@@ -302,13 +305,21 @@ def score_submission(corpus: Corpus, submission: Submission) -> SemevalScores:
         num_gold=int(num_gold.sum()),
         num_predicted=int(num_predicted.sum()),
         submission=submission,
-        baselines=rule_scores(corpus, gold),
+        baselines={
+            name: {
+                key: float(value)
+                for key, value in metrics_of(found.sum(axis=0)).items()
+                if gold.has_spans or key in PAIR_KEYS
+            }
+            for name, found in of_rules.items()
+        },
         by_emotion={
             emotion: {"num_gold": int(num_gold[n]), "num_predicted": int(num_predicted[n])}
             | _of_emotion(table, n, has_spans)
             for n, emotion in enumerate(EMOTIONS)
         },
         sums_by_dialogue=sums,
+        rule_sums=of_rules[NEAR_RULE],
     )
 
 
@@ -323,14 +334,15 @@ def _of_emotion(table: NDArray[np.float64], number: int, has_spans: bool) -> dic
 
 # Whole utterances, as a system without spans has them. Emotions are the bottleneck of the task, so rules that are given
 # them say how much of a system's score its causes can be.
+NEAR_RULE = "j >= i-1, gold emotions"
 RULES = {
     "j = i, gold emotions": lambda target, candidate: candidate == target,
-    "j >= i-1, gold emotions": lambda target, candidate: target - 1 <= candidate <= target,
+    NEAR_RULE: lambda target, candidate: target - 1 <= candidate <= target,
 }
 
 
-def rule_scores(corpus: Corpus, gold: Submission) -> dict[str, dict[str, float]]:
-    """The scores of each rule: it is given the gold emotions and predicts whole utterances."""
+def _sums_of_rules(corpus: Corpus, gold: Submission) -> dict[str, NDArray[np.float64]]:
+    """The sums by dialogue of each rule."""
     found = {}
     for name, rule in RULES.items():
         places: dict[str, Sequence[Place]] = {}
@@ -343,9 +355,7 @@ def rule_scores(corpus: Corpus, gold: Submission) -> dict[str, dict[str, float]]
                 for j in range(1, target.turn + 1)
                 if rule(target.turn, j)
             ]
-        sums = _sums_by_dialogue(corpus, Submission(places, True), gold).sum(axis=0)
-        known = KEYS if gold.has_spans else PAIR_KEYS
-        found[name] = {key: float(value) for key, value in metrics_of(sums).items() if key in known}
+        found[name] = _sums_by_dialogue(corpus, Submission(places, True), gold)
     return found
 
 

@@ -1,7 +1,9 @@
 import os
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,9 +11,10 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Corpus, Dialogue, Evidence, Utterance
 from kdecs.errors import PredictionError
 from kdecs.evaluation.baselines import trivial_predictions
-from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.metrics import STRICT_KEYS, evaluate
 from kdecs.evaluation.predictions import Prediction, by_pair
 from kdecs.evaluation.rows import match, squad_f1
+from kdecs.evaluation.significance import compare_systems, distance_from_rule
 
 RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
 BIG_GAME = "I am very happy , too . It was a big game and I won ."
@@ -273,3 +276,66 @@ def test_trivial_rules_on_the_test_split():
     assert rules["j >= i-1"] == [64.12, 85.89, 75.0]
     assert rules["j = i"] == [47.04, 85.89, 66.46]
     assert rules["majority emotion"][0] == 54.3
+    given = evaluate(read_corpus(RECCON / "dailydialog_test.json"), {}, universe="gold-emotions")
+    assert (given.num_positive, given.num_negative) == (1767, 14052)
+    assert [round(v, 2) for v in given.baselines["j >= i-1"].values()] == [63.59, 94.92, 79.25]
+
+
+def test_given_emotions_count_each_pair_once_and_bar_the_causes_of_neutral_targets():
+    """Against sets of pairs; the system's own emotions, right or wrong, change nothing."""
+    corpus = read_corpus(bundled_sample("test"))
+    rng = random.Random(0)
+    gold = {p.key for p in trivial_pairs(corpus) if p.is_cause}
+    every = {p.key: p.emotion for p in trivial_pairs(corpus)}
+    for _ in range(5):
+        chosen = {key for key in every if rng.random() < 0.3}
+        found = [Prediction(*key, rng.choice(["anger", "neutral"]), key in chosen, "") for key in every]
+        # One emotion per target.
+        found = [replace(p, emotion=("anger", "neutral")[p.target % 2]) for p in found]
+        scores = evaluate(corpus, by_pair(found), universe="gold-emotions")
+        said = {key for key in chosen if every[key] != "neutral"}
+        right, negatives = len(said & gold), len(every) - len(gold | said)
+        assert scores["utterance_positive_f1"] == pytest.approx(200 * right / (len(said) + len(gold)))
+        assert scores["utterance_negative_f1"] == pytest.approx(
+            200 * negatives / (2 * len(every) - len(said) - len(gold))
+        )
+        assert (scores.num_positive, scores.num_negative) == (len(gold), len(every) - len(gold))
+        assert "emotion_accuracy" not in scores.values and not scores.has_emotions
+    near = [replace(p, emotion="anger") for p in trivial_predictions(corpus, "all")["j >= i-1"].values()]
+    scores = evaluate(corpus, by_pair(near), universe="gold-emotions")
+    rule = scores.baselines["j >= i-1"]
+    assert {key: scores[key] for key in rule} == pytest.approx(rule)
+
+
+def trivial_pairs(corpus: Corpus) -> list[SimpleNamespace]:
+    """Every pair j <= i with its key, gold and target's emotion."""
+    return [
+        SimpleNamespace(
+            key=(d.id, u.turn, j), emotion=u.emotion, is_cause=any(e.turn == j for e in u.evidence or ())
+        )
+        for d in corpus.dialogues
+        for u in d.utterances
+        for j in range(1, u.turn + 1)
+    ]
+
+
+@pytest.mark.parametrize("universe", ["fold1", "all", "gold-emotions"])
+@pytest.mark.parametrize("protocol", ["reccon", "squad"])
+def test_the_distance_from_the_rule_is_that_of_its_predictions(universe, protocol):
+    corpus = read_corpus(bundled_sample("test"))
+    options = {"universe": universe, "protocol": protocol}
+    rules = trivial_predictions(corpus, "all")
+    rule = evaluate(corpus, rules["j >= i-1"], **options)
+    other = evaluate(corpus, rules["j = i"], **options)
+    for scores in (rule, other):
+        found = distance_from_rule(scores.sums_by_dialogue, scores.rule_sums(), STRICT_KEYS)
+        for key, distance in found.items():
+            assert distance.difference == pytest.approx(scores[key] - rule[key])
+            assert distance.low <= distance.difference <= distance.high
+            if scores is rule:
+                assert (distance.low, distance.high) == (0, 0)
+    # The interval is that of a paired comparison, but for the samples that were drawn.
+    key = "utterance_positive_f1"
+    compared = compare_systems(other.sums_by_dialogue, rule.sums_by_dialogue, keys=[key])[key]
+    assert found[key].low == pytest.approx(compared.low, abs=1.0)
+    assert found[key].high == pytest.approx(compared.high, abs=1.0)
