@@ -69,6 +69,22 @@ def read_predictions(
     return predictions
 
 
+def read_emotions(path: Path | str) -> dict[tuple[str, int], str]:
+    """The emotion of each target of a prediction file, by (dialogue id, turn). Raises PredictionError, as above.
+
+    No corpus is needed: the file may be of dialogues without labels.
+    """
+    path = Path(path)
+    emotions: dict[tuple[str, int], str] = {}
+    for place, line in _lines(path):
+        _check_emotion(_parse(line, place, NO_TABLE), emotions, place, NO_TABLE)
+    if not emotions:
+        raise PredictionError(
+            f"{path}: holds no emotion, expected the predictions of a system that predicts emotions"
+        )
+    return emotions
+
+
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> int:
     """Write predictions as JSON lines, all or nothing; returns their number."""
     count = 0

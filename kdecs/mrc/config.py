@@ -9,8 +9,11 @@ from kdecs.corpus.splits import CorpusConfig
 from kdecs.student.config import StudentBatches
 from kdecs.tracking.record import TrackingConfig
 
-QUESTION_VERSION = 1
-"""Version of the question's wording and the context's layout: part of the config hash and of a product."""
+QUESTION_VERSION = 2
+"""Version of the question's wording and the context's layout: part of the config hash and of a product.
+
+2: the wording of RECCON's released questions, whose utterances end without an added full stop.
+"""
 
 
 class MrcModel(Config):

@@ -1,10 +1,11 @@
 """Prediction with the MRC baseline: one question per pair whose target is not neutral.
 
-The question names the target's emotion, which must be given, so the baseline predicts none: `emotion` is null in its
-predictions.
+The question names the target's emotion, which must be given: by the input, and then `emotion` is null in the
+predictions, or by another system's predictions, and then it is theirs (a pipeline).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from kdecs.artifact import read_verified_manifest
 from kdecs.corpus.pairs import Pair, batches_of_tokens, candidate_pairs
 from kdecs.corpus.schema import NEUTRAL, Dialogue
+from kdecs.errors import DialogueError
 from kdecs.evaluation.predictions import Prediction
 from kdecs.mrc.model import MrcCard, answer_logits, answers, load_product, question_batch
 from kdecs.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
@@ -24,11 +26,23 @@ from kdecs.student.predict.streaming import DEFAULT_BATCH_TOKENS, PairPrediction
 
 _PAIRS_AT_ONCE = 2048
 
+Emotions = Mapping[tuple[str, int], str]
+"""(dialogue id, turn) -> emotion."""
+
 
 class MrcBaseline:
     """A trained MRC baseline, ready to predict."""
 
-    def __init__(self, reader: Any, tokenizer: Any, card: MrcCard, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        reader: Any,
+        tokenizer: Any,
+        card: MrcCard,
+        *,
+        device: torch.device,
+        emotions: Emotions | None = None,
+    ) -> None:
+        self.emotions = emotions
         self.reader = reader.to(device).eval()
         self.card = card
         self.device = device
@@ -38,8 +52,12 @@ class MrcBaseline:
         self._pad_id: int = tokenizer.pad_token_id or 0
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> "MrcBaseline":
+    def from_pretrained(
+        cls, directory: str | Path, *, device: torch.device | str = "cpu", emotions: Emotions | None = None
+    ) -> "MrcBaseline":
         """Load a directory of kind mrc (safetensors and JSON only).
+
+        `emotions` are those of another system, which the questions then name instead of the input's.
 
         Raises ArtifactError if the directory is missing, unfinished, damaged or of another kind, ModelError if its
         weights or tokenizer cannot be loaded.
@@ -47,7 +65,7 @@ class MrcBaseline:
         directory = Path(directory).expanduser().absolute()
         read_verified_manifest(directory, "mrc")
         reader, tokenizer, card = load_product(directory)
-        return cls(reader, tokenizer, card, device=torch.device(device))
+        return cls(reader, tokenizer, card, device=torch.device(device), emotions=emotions)
 
     def predict(self, dialogues: Iterable[Dialogue], *, max_distance: int | None = None) -> list[Prediction]:
         """Predictions for every pair j <= i of dialogues whose utterances have emotions, in order."""
@@ -63,8 +81,10 @@ class MrcBaseline:
     ) -> list[PairPrediction]:
         """Predictions with scores and character ranges, in the order of the pairs.
 
-        A neutral target has no cause, so nothing is asked about it. Raises CorpusError if a target has no emotion.
+        A neutral target has no cause, so nothing is asked about it. Raises DialogueError if a target has no emotion.
         """
+        if self.emotions is not None:
+            pairs = self._with_given_emotions(pairs)
         found: list[PairPrediction] = []
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             chunk = pairs[start : start + _PAIRS_AT_ONCE]
@@ -89,7 +109,33 @@ class MrcBaseline:
                 item or PairPrediction(_no_cause(pair), 0.0, None)
                 for item, pair in zip(decided, chunk, strict=True)
             ]
-        return found
+        if self.emotions is None:
+            return found
+        return [
+            replace(item, prediction=replace(item.prediction, emotion=pair.emotion))
+            for item, pair in zip(found, pairs, strict=True)
+        ]
+
+    def _with_given_emotions(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The same pairs of dialogues whose targets have the other system's emotions. Raises DialogueError."""
+        assert self.emotions is not None
+        changed: dict[int, Dialogue] = {}
+        for pair in pairs:
+            if (pair.dialogue.id, pair.target) not in self.emotions:
+                raise DialogueError(
+                    f"dialogue {pair.dialogue.id}, turn {pair.target}: the file of emotions has none for it; predict "
+                    "the emotions of the same dialogues first"
+                )
+            if id(pair.dialogue) not in changed:
+                dialogue = pair.dialogue
+                changed[id(dialogue)] = replace(
+                    dialogue,
+                    utterances=tuple(
+                        replace(u, emotion=self.emotions.get((dialogue.id, u.turn)))
+                        for u in dialogue.utterances
+                    ),
+                )
+        return [replace(pair, dialogue=changed[id(pair.dialogue)]) for pair in pairs]
 
 
 def answer_questions(

@@ -75,11 +75,12 @@ def mrc_text(pair: Pair, *, first_turn: int = 1) -> MrcText:
         )
     question = "The target utterance is "
     question_target = (len(question), len(question) + len(target.text))
-    question += f"{target.text}. The evidence utterance is "
+    # As in RECCON's released questions: no full stop after an utterance, and a space before the question mark.
+    question += f"{target.text} The evidence utterance is "
     question_candidate = (len(question), len(question) + len(candidate.text))
     question += (
-        f"{candidate.text}. What is the causal span from context that is relevant to the target utterance's "
-        f"emotion {target.emotion}?"
+        f"{candidate.text} What is the causal span from context that is relevant to the target utterance's "
+        f"emotion {target.emotion} ?"
     )
     # u_j stays even where the history before the window is dropped: the answer must lie in the context.
     turns = [turn for turn in range(1, pair.target + 1) if turn >= first_turn or turn == pair.candidate]

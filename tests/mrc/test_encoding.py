@@ -27,8 +27,8 @@ def test_the_question_is_reccons_and_the_context_the_conversation():
     dialogue = dialogue_of("We won .", "Great !", "So what ?", evidence=(1, "We won"))
     text = mrc_text(next(p for p in pairs_of(dialogue) if p.candidate == 1))
     assert text.question == (
-        "The target utterance is So what ?. The evidence utterance is We won .. What is the causal span from context "
-        "that is relevant to the target utterance's emotion happiness?"
+        "The target utterance is So what ? The evidence utterance is We won . What is the causal span from context "
+        "that is relevant to the target utterance's emotion happiness ?"
     )
     assert text.context == "We won . Great ! So what ?"
     for sequence, characters, expected in (

@@ -21,9 +21,17 @@ from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import NEUTRAL
-from kdecs.errors import ArtifactError, ConfigError, CorpusError, ModelError, Stopped
+from kdecs.errors import (
+    ArtifactError,
+    ConfigError,
+    CorpusError,
+    DialogueError,
+    ModelError,
+    PredictionError,
+    Stopped,
+)
 from kdecs.evaluation.metrics import evaluate
-from kdecs.evaluation.predictions import read_predictions
+from kdecs.evaluation.predictions import Prediction, read_emotions, read_predictions, write_predictions
 from kdecs.mrc.commands import predict_mrc
 from kdecs.mrc.prediction import MrcBaseline
 from kdecs.mrc.questions import mrc_text, training_pairs
@@ -83,6 +91,39 @@ def test_the_command_writes_a_file_that_evaluate_reads(trained, tmp_path, capsys
     with pytest.raises(CorpusError, match="no emotion, which the question names"):
         predict_mrc(trained, bundled_sample("unlabelled"), tmp_path / "none.jsonl", device="cpu")
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_emotions_of_another_system_make_a_pipeline(trained, tmp_path):
+    test = bundled_sample("test")
+    dialogues = read_corpus(test).dialogues
+    # All are happy but the last turn of each dialogue, of which nothing is asked.
+    lines = [
+        Prediction(d.id, u.turn, u.turn, NEUTRAL if u is d.utterances[-1] else "happiness", False, "")
+        for d in dialogues
+        for u in d.utterances
+    ]
+    write_predictions(tmp_path / "emotions.jsonl", lines)
+    output = tmp_path / "predictions.jsonl"
+    options = {"device": "cpu", "max_distance": 1, "emotions": tmp_path / "emotions.jsonl"}
+    predict_mrc(trained, test, output, **options)
+    found = read_predictions(output, read_corpus(test))
+    given = {(line.dialogue_id, line.target): line.emotion for line in lines}
+    assert found and all(item.emotion == given[item.dialogue_id, item.target] for item in found.values())
+    assert not any(item.is_cause for item in found.values() if item.emotion == NEUTRAL)
+    write_predictions(tmp_path / "few.jsonl", lines[:3])
+    baseline = MrcBaseline.from_pretrained(trained, emotions=read_emotions(tmp_path / "few.jsonl"))
+    with pytest.raises(DialogueError, match="the file of emotions has none for it"):
+        baseline.predict(dialogues[:2])
+    baseline.emotions = dict.fromkeys(given, "sadness")
+    sad = baseline.predict(dialogues[:1])
+    as_sad = replace(
+        dialogues[0], utterances=tuple(replace(u, emotion="sadness") for u in dialogues[0].utterances)
+    )
+    baseline.emotions = None
+    assert [replace(item, emotion=None) for item in sad] == baseline.predict([as_sad])
+    write_predictions(tmp_path / "none.jsonl", [replace(line, emotion=None) for line in lines])
+    with pytest.raises(PredictionError, match="holds no emotion"):
+        read_emotions(tmp_path / "none.jsonl")
 
 
 def test_complete_work_is_skipped_and_other_work_refused(trained, make_config, runtime, capsys):
