@@ -159,6 +159,11 @@ def value_of_text(model: type[Config], key: str, text: str, *, source: str) -> A
         raise ConfigError(f"{source}: {error}") from None
 
 
+def has_key(model: type[Config], key: str) -> bool:
+    """Whether a config has a dotted key."""
+    return bool(_types_at(model, key))
+
+
 def find_config(stage: str, reference: str | Path) -> Path:
     """The file that a reference names: a path, or a committed config as NAME (of this stage) or STAGE/NAME.
 

@@ -6,12 +6,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from kdecs.config import Config, InputPath, KeysOf, Name, OutputPath, Seed, Unhashed, find_config
+from kdecs.baselines.config import BaselineConfig
+from kdecs.config import (
+    Config,
+    HashedUnlessDefault,
+    InputPath,
+    KeysOf,
+    Name,
+    OutputPath,
+    Seed,
+    Unhashed,
+    find_config,
+    load_config,
+    read_yaml,
+)
 from kdecs.student.config import StudentConfig
 from kdecs.tracking.record import TrackingConfig
 
 BASELINES_NAME = "baselines.json"
 REPORT_FOLDER = "report"
+TrialConfig = StudentConfig | BaselineConfig
+"""What a trial trains."""
+TrialKind = Literal["student", "baseline"]
+TRIAL_KINDS: tuple[TrialKind, ...] = ("student", "baseline")
 MAX_POINTS = 100_000
 """Of a search space. Each is a config in memory, so that a few long grids of a stranger's file could fill it."""
 
@@ -142,6 +159,13 @@ class SweepConfig(Config):
     variants: dict[str, Annotated[dict[str, Any], KeysOf(StudentConfig)]] = Field(
         default_factory=dict, description="name -> dotted keys of the student's config set together"
     )
+    baselines: Annotated[
+        dict[str, Annotated[dict[str, Any], KeysOf(BaselineConfig)]], HashedUnlessDefault()
+    ] = Field(
+        default_factory=dict,
+        description="name -> keys of a baseline's config; as a value of the space's `variant` it is trained instead of "
+        "a student, with the student's corpus, base, task and decisions unless it sets its own",
+    )
     space: dict[str, Dimension] = Field(min_length=1)
     constraints: tuple[Annotated[str, StringConstraints(max_length=1000)], ...] = Field(
         default=(),
@@ -197,6 +221,12 @@ class SweepConfig(Config):
         }
 
     @model_validator(mode="after")
+    def _names_are_clear(self) -> "SweepConfig":
+        if both := sorted(self.variants.keys() & self.baselines.keys()):
+            raise ValueError(f"baselines.{both[0]}: variants has this name, too; rename one of them")
+        return self
+
+    @model_validator(mode="after")
     def _method_fits_space(self) -> "SweepConfig":
         # TPE's draws are its trials: it has `num_trials` and no `num_samples`.
         if isinstance(self.search, TpeSearch):
@@ -205,6 +235,19 @@ class SweepConfig(Config):
             # Every draw would give the same points, and equal points are one trial: the number would do nothing.
             raise ValueError("search.num_samples: every key of space is a grid, so there is nothing to draw")
         return self
+
+
+def kind_of_trial(config: TrialConfig) -> TrialKind:
+    """The kind of the artifact that a trial's directory becomes."""
+    return "baseline" if isinstance(config, BaselineConfig) else "student"
+
+
+def load_trial_config(path: Path) -> TrialConfig:
+    """The config of a trial, of a student or of a baseline. Raises ConfigError."""
+    # Only a baseline's has this key, and it must have it.
+    if "system" in read_yaml(path):
+        return load_config(BaselineConfig, path)
+    return load_config(StudentConfig, path)
 
 
 def flat_keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

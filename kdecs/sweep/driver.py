@@ -34,6 +34,7 @@ from kdecs.errors import ArtifactError, CorpusError, KdecsError, Stopped, Traini
 from kdecs.evaluation.metrics import rule_scores
 from kdecs.output import refuse_overlaps
 from kdecs.process import StopSignal, last_error, run_child
+from kdecs.student.config import StudentConfig
 from kdecs.sweep.commands import is_report_of, write_report_of
 from kdecs.sweep.config import BASELINES_NAME, SweepConfig
 from kdecs.sweep.control import CONTROL_NAME, control_lock
@@ -152,7 +153,8 @@ def refuse_equal_emotions(search: Search) -> None:
     The same students would be trained twice (Table 6).
     """
     trials = search.stage().trials
-    if not {"fine", "coarse"} <= {trial.config.model.given_emotions for trial in trials}:
+    students = [trial.config for trial in trials if isinstance(trial.config, StudentConfig)]
+    if not {"fine", "coarse"} <= {student.model.given_emotions for student in students}:
         return
     corpus = trials[0].config.corpus
     table = emotion_table(corpus) or NO_TABLE

@@ -26,6 +26,7 @@ from rich.text import Text
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.splits import CorpusConfig, training_split
 from kdecs.errors import ConfigError, KdecsError
+from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial, missing_teachers
@@ -306,10 +307,15 @@ def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[T
     )
     seconds = 0.0
     for trial in left:
-        model, epochs = trial.config.model, trial.config.optimization.epochs
-        tokens = epochs * _training_tokens(trial.config.corpus, model.max_prompt_tokens)
+        trained = trial.config
+        if isinstance(trained, StudentConfig):
+            tokens = _training_tokens(trained.corpus, trained.model.max_prompt_tokens)
+        else:
+            tokens = _utterance_tokens(trained.corpus, by_target=trained.system.name == "ueca-prompt")
         # Per parameter and token: two operations forward, four backward.
-        seconds += 6 * _parameters(model.base) * tokens / (tflops * 1e12)
+        seconds += (
+            6 * _parameters(trained.model.base) * tokens * trained.optimization.epochs / (tflops * 1e12)
+        )
     return Estimate(seconds, f"arithmetic: {tflops:g} TFLOP/s per trial (set effective_tflops), all epochs")
 
 
@@ -334,6 +340,17 @@ def _training_tokens(corpus: CorpusConfig, longest: int) -> float:
         for pair in pairs_of(dialogue, "fold1+neutral"):
             characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + _TEMPLATE_CHARACTERS
             total += min(characters / _CHARACTERS_PER_TOKEN, longest)
+    return total
+
+
+@cache
+def _utterance_tokens(corpus: CorpusConfig, *, by_target: bool) -> float:
+    """Tokens of an epoch of a baseline: every utterance once, or once more for each target that comes after it."""
+    total = 0.0
+    for dialogue in training_split(corpus):
+        for place, utterance in enumerate(dialogue.utterances):
+            reads = len(dialogue.utterances) - place if by_target else 1
+            total += reads * (len(utterance.text) / _CHARACTERS_PER_TOKEN)
     return total
 
 

@@ -193,6 +193,8 @@ class Search:
         teachers = self.config.teachers
         space = self.config.model_dump(mode="json", include={"space", "constraints", "variants"})
         space["space"].pop(SEED_KEY, None)
+        if self.config.baselines:  # digests of sweeps without any stay what they were
+            space["baselines"] = self.config.model_dump(mode="json")["baselines"]
         parts = {
             **space,
             "base": self.example.config_hash,

@@ -1,4 +1,4 @@
-"""From a search space to its trials: one student config each, named by its hash and by what people read.
+"""From a search space to its trials: configs of students and baselines, named by their hash and by what people read.
 
 A trial's id is the first 12 hex digits of its student's config hash, so the same settings are the same trial in every
 sweep, on every machine, and are trained once.
@@ -23,10 +23,19 @@ from typing import Any
 import numpy as np
 
 from kdecs.artifact import MANIFEST_NAME, read_manifest
-from kdecs.config import config_hash, parse_config, set_dotted
+from kdecs.baselines.config import BaselineConfig
+from kdecs.config import config_hash, has_key, parse_config, set_dotted
 from kdecs.errors import ConfigError, printable
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import MAX_POINTS, Dimension, GridSearch, SweepConfig, TwoStageSearch, flat_keys
+from kdecs.sweep.config import (
+    MAX_POINTS,
+    Dimension,
+    GridSearch,
+    SweepConfig,
+    TrialConfig,
+    TwoStageSearch,
+    flat_keys,
+)
 
 TEACHER_KEY = "teacher"
 VARIANT_KEY = "variant"
@@ -39,20 +48,25 @@ _LABELS_KEY, _TEACHERS_KEY = "distillation.labels", "distillation.teachers"
 _TRIAL_ID_DIGITS = 12
 _DIGITS = 4  # of drawn numbers: enough to search, short enough to read
 
+# What a baseline takes from the students' config, so that both are compared on the same terms.
+_SHARED_KEYS = ("corpus", "model.base", "task", "neutral_decision", "threshold_for", "precision", "threads")
+
 Point = dict[str, Any]
 """A value for each key of the space: dotted keys of the student's config, and the words teacher and variant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One student of a sweep. `settings` are its values in the space without the seed: they are what is compared.
+    """One student of a sweep, or a baseline beside it.
+
+    `settings` are its values in the space without the seed: they are what is compared.
 
     `config_hash` is empty if labels are missing, so that nothing can be trained yet.
     """
 
     id: str
     label: str
-    config: StudentConfig
+    config: TrialConfig
     config_hash: str
     teacher: str | None
     settings: dict[str, Any]
@@ -94,7 +108,8 @@ class Space:
 
     def check_names(self, point: Point, prefix: str = "") -> None:
         """Raise ConfigError if a point names a teacher or variant that the config does not have."""
-        for key, known in ((TEACHER_KEY, self.config.teachers), (VARIANT_KEY, self.config.variants)):
+        variants = {**self.config.variants, **self.config.baselines}
+        for key, known in ((TEACHER_KEY, self.config.teachers), (VARIANT_KEY, variants)):
             if key in point and not all(part in known for part in _members(point[key], known)):
                 names = ", ".join(known) or "none"
                 raise ConfigError(f"{prefix}{key}: found {point[key]!r}, expected a key of {key}s ({names})")
@@ -169,6 +184,8 @@ class Space:
         What a variant sets is not varied for it. A student that is not distilled has neither teacher nor temperature.
         """
         config = self.config
+        if point.get(VARIANT_KEY) in config.baselines:
+            return self._baseline_at(point)
         values = copy.deepcopy(config.student)  # `set_dotted` changes nested groups in place
         variant = config.variants.get(str(point.get(VARIANT_KEY)), {})
         set_by_variant = {name for name, _ in flat_keys(variant)}
@@ -220,6 +237,59 @@ class Space:
         # them, and the seed never is: trials that differ in the seed alone belong to one setting.
         settings.pop(SEED_KEY, None)
         return self._named_trial(student, teacher, {TEACHER_KEY: teacher, **settings})
+
+    def _baseline_at(self, point: Point) -> Trial | None:
+        """The trial of a baseline, None if a constraint refuses it.
+
+        Keys of the space that its config does not have, such as the teacher and α, do not vary it.
+        """
+        config, name = self.config, str(point[VARIANT_KEY])
+        own = config.baselines[name]
+        set_by_baseline = {key for key, _ in flat_keys(own)}
+        settings = {
+            key: value
+            for key, value in point.items()
+            if key not in set_by_baseline and has_key(BaselineConfig, key)
+        }
+        values: dict[str, Any] = {}
+        for key in _SHARED_KEYS:
+            if (shared := _lookup(key, config.student)) is not None:
+                set_dotted(values, key, copy.deepcopy(shared), BaselineConfig)
+        for key, value in {**settings, **own}.items():
+            set_dotted(values, key, copy.deepcopy(value), BaselineConfig)
+        values.setdefault("threads", max(1, math.floor(config.cpus_per_trial)))
+        values["output"] = str(trials_directory(config.output) / "unnamed")
+        words = {TEACHER_KEY: None, VARIANT_KEY: name}
+        baseline = parse_config(BaselineConfig, values, source=f"baselines.{name} of sweep {config.name}")
+        task = config.student.get("task", StudentConfig.model_fields["task"].default)
+        if baseline.task != task:
+            # One is ranked by spans and the other by utterances: their scores say nothing about each other.
+            raise ConfigError(
+                f"baselines.{name} of sweep {config.name}: its task is {baseline.task} and that of the students is "
+                f"{task}; compare them in a sweep of one task (student.task={baseline.task})"
+            )
+        if baseline.tracking is not None:
+            raise ConfigError(
+                f"baselines.{name}.tracking of sweep {config.name}: trials write their metrics to files, and the sweep "
+                "uploads them; set the sweep's own tracking instead"
+            )
+        if not all(holds(text, {**baseline.model_dump(mode="json"), **words}) for text in config.constraints):
+            return None
+        shown = {key: value for key, value in settings.items() if key != SEED_KEY}
+        parts = [name, *(f"{key.rpartition('.')[2]}={_shown(value)}" for key, value in shown.items())]
+        label = printable(" ".join([*parts, f"s{baseline.optimization.seed}"]))
+        digest = config_hash(baseline)
+        identity = digest[:_TRIAL_ID_DIGITS]
+        update = {"output": trials_directory(config.output) / identity, "name": _ascii_name(label)}
+        return Trial(
+            id=identity,
+            label=label,
+            config=baseline.model_copy(update=update),
+            config_hash=digest,
+            teacher=None,
+            settings={TEACHER_KEY: None, VARIANT_KEY: name, **shown},
+            seed=baseline.optimization.seed,
+        )
 
     def _is_refused(self, values: Mapping[str, Any]) -> bool:
         """Whether a constraint refuses plain values. A constraint that they do not fit refuses nothing."""
@@ -323,9 +393,23 @@ def sweep_hash(trials: list[Trial]) -> str:
 
 
 def with_absolute_paths(config: SweepConfig, trials: list[Trial]) -> SweepConfig:
-    """The config with the student's paths as its trials resolved them, so that it can be read from any directory."""
-    resolved = trials[0].config.model_dump(mode="json")
-    return config.model_copy(update={"student": _resolved(config.student, resolved)})
+    """The config with the paths of students and baselines as their trials resolved them.
+
+    It can then be read from any directory.
+    """
+    by_variant = {str(trial.settings.get(VARIANT_KEY)): trial.config for trial in reversed(trials)}
+    first = next((trial for trial in trials if isinstance(trial.config, StudentConfig)), trials[0])
+    baselines = {
+        name: {
+            key: _resolved({key: value}, {key: _lookup(key, by_variant[name].model_dump(mode="json"))})[key]
+            for key, value in flat_keys(own)
+        }
+        if name in by_variant
+        else own
+        for name, own in config.baselines.items()
+    }
+    student = _resolved(config.student, first.config.model_dump(mode="json"))
+    return config.model_copy(update={"student": student, "baselines": baselines})
 
 
 def _resolved(values: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
@@ -358,10 +442,13 @@ def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]
         parts.append(f"τ{distillation.temperature:g}")
     for key, value in settings.items():
         if key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(f"{key.rpartition('.')[2]}={shown}")
+            parts.append(f"{key.rpartition('.')[2]}={_shown(value)}")
     # Names and values come from a config, and this text goes to terminals, figures and MLflow.
     return printable(" ".join([*parts, f"s{student.optimization.seed}"]))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _ascii_name(label: str) -> str:

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
 from kdecs.errors import ArtifactError, printable
-from kdecs.student.config import StudentConfig
+from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, kind_of_trial
 from kdecs.sweep.control import Wanted
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY, Trial, settings_key, trials_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
@@ -164,8 +164,8 @@ _RESULTS = TypeAdapter(list[TrialResult])
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def selection_metric(config: StudentConfig) -> str:
-    """What students are chosen by on validation: macro F1 with spans, or of utterances if the task has no spans."""
+def selection_metric(config: TrialConfig) -> str:
+    """What trials are chosen by on validation: macro F1 with spans, or of utterances if the task has no spans."""
     return "utterance_macro_f1" if config.task == "ecpe" else SELECTION_METRIC
 
 
@@ -177,8 +177,8 @@ def best_point(points: list[dict[str, Any]], metric: str = SELECTION_METRIC) -> 
 
 
 def is_trained(trial: Trial) -> bool:
-    """Whether the trial's student is complete."""
-    return is_complete(trial.directory, "student", trial.config_hash)
+    """Whether the trial's student or baseline is complete."""
+    return is_complete(trial.directory, kind_of_trial(trial.config), trial.config_hash)
 
 
 def trial_result(
@@ -288,10 +288,10 @@ def by_settings(results: list[TrialResult]) -> dict[str, list[TrialResult]]:
 
 
 def student_file(directory: Path, name: str) -> Path:
-    """A file of a trial's finished student. Raises ArtifactError unless it is as the student's manifest says."""
+    """A file of a trial's finished student or baseline. Raises ArtifactError unless it is as the manifest says."""
     return listed_file(
         directory,
-        read_manifest(directory, "student"),
+        read_manifest(directory, *TRIAL_KINDS),
         name,
         remedy=f"restore the file, or remove {directory} and run the sweep again",
     )

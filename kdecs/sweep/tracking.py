@@ -18,7 +18,8 @@ import numpy as np
 
 from kdecs.artifact import content_checksum
 from kdecs.config import CONFIG_NAME
-from kdecs.sweep.config import SweepConfig
+from kdecs.student.config import StudentConfig
+from kdecs.sweep.config import SweepConfig, kind_of_trial
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import SEED_KEY, Trial, settings_key
 from kdecs.sweep.status import TrialResult
@@ -83,12 +84,14 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
         tags["kdecs.reused_from"] = result.reused_from
     datasets = corpus_datasets(config.corpus, universe=TRAIN_UNIVERSE)
     # A finished sweep is selected from and shown without the labels, which are large and may have been removed.
-    labels = [used.labels for used in config.distillation.used_teachers if used.labels.is_dir()]
+    labels = []
+    if isinstance(config, StudentConfig):
+        labels = [used.labels for used in config.distillation.used_teachers if used.labels.is_dir()]
     model = None
     if result.is_settled:
         model = ModelRecord(
             name=trial.label,
-            kind="student",
+            kind=kind_of_trial(config),
             directory=trial.directory,
             checksum=content_checksum(trial.directory)[:16],
             epoch=result.best_epoch or 0,
@@ -172,15 +175,23 @@ def _setting_identity(settings: dict[str, Any], sweep: RunRecord) -> dict[str, s
 def _params(trial: Trial) -> dict[str, Any]:
     """What the trials of a setting have in common. Names and no paths: a trial has the same ones on every machine."""
     config = trial.config
-    params = {
-        "alpha": config.distillation.alpha,
-        "temperature": config.distillation.temperature,
-        "mode": config.distillation.mode,
+    params: dict[str, Any] = {
         "base": Path(config.model.base).name,
         "learning_rate": config.optimization.learning_rate,
         "epochs": config.optimization.epochs,
-        "global_batch_pairs": config.batches.global_batch_pairs,
     }
+    if isinstance(config, StudentConfig):
+        params |= {
+            "alpha": config.distillation.alpha,
+            "temperature": config.distillation.temperature,
+            "mode": config.distillation.mode,
+            "global_batch_pairs": config.batches.global_batch_pairs,
+        }
+    else:
+        params |= {
+            "system": config.system.name,
+            "global_batch_dialogues": config.batches.global_batch_dialogues,
+        }
     extra = {
         key: value
         for key, value in trial.settings.items()

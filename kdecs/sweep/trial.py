@@ -1,6 +1,6 @@
-"""One trial: train a student in its own directory so that it can be killed at any moment and resume.
+"""One trial: train a student or baseline in its own directory so that it can be killed at any moment and resume.
 
-A trial's directory is a student artifact (its manifest makes it complete) that also holds
+A trial's directory is an artifact of that kind (its manifest makes it complete) that also holds
 
     trial.json         the last note of the process that trains here (kdecs.sweep.status)
     log.txt            what the training printed, over all attempts
@@ -36,11 +36,12 @@ from kdecs.artifact import (
     temporary_path,
     write_text,
 )
-from kdecs.config import CONFIG_NAME, config_hash, load_config
+from kdecs.baselines.config import BaselineConfig
+from kdecs.config import CONFIG_NAME, config_hash
 from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
 from kdecs.runtime import start_runtime
-from kdecs.student.config import StudentConfig
+from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, kind_of_trial, load_trial_config
 from kdecs.sweep.control import wanted_of
 from kdecs.sweep.status import DIED, LOG_NAME, SELECTION_METRIC, TrialNote, read_note, trial_status
 from kdecs.tracking.machine import sampled_load, write_environment
@@ -53,14 +54,18 @@ _LOCK_POLL_S = 1.0
 _STOP_POLL_S = 0.5
 
 OnEpoch = Callable[[dict[str, float]], None]
-Trainer = Callable[[StudentConfig, OnEpoch, StopSignal], Path]
+Trainer = Callable[[TrialConfig, OnEpoch, StopSignal], Path]
 
 
-def train_student_trial(config: StudentConfig, on_epoch: OnEpoch, stop: StopSignal) -> Path:
-    """The trainer of a real sweep: `train_student` on the device and threads that the trial was given."""
+def train_student_trial(config: TrialConfig, on_epoch: OnEpoch, stop: StopSignal) -> Path:
+    """The trainer of a real sweep: a student, or a baseline, on the device and threads that the trial was given."""
     from kdecs.student.training import train_student
 
     runtime = start_runtime(threads=config.threads)
+    if isinstance(config, BaselineConfig):
+        from kdecs.baselines.training import train_baseline
+
+        return train_baseline(config, runtime, on_epoch=on_epoch, stop=stop)
     return train_student(config, runtime, on_epoch=on_epoch, stop=stop)
 
 
@@ -126,7 +131,7 @@ def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialNote:
     with file_lock(directory / ".lock"), _output_to(directory / LOG_NAME):
         attempt = _Attempt(directory, run)
         try:
-            config = load_config(StudentConfig, directory / CONFIG_NAME)
+            config = load_trial_config(directory / CONFIG_NAME)
             digest = config_hash(config)
             # A trial that was stopped or dropped while it waited for its turn does not begin.
             with training_lock(run.store, digest, attempt.should_stop) as is_held:
@@ -149,14 +154,14 @@ def run_trial(directory: Path, run: TrialRun, report: OnEpoch) -> TrialNote:
         return attempt.note
 
 
-def _train_or_skip(attempt: "_Attempt", config: StudentConfig, digest: str, report: OnEpoch) -> None:
+def _train_or_skip(attempt: "_Attempt", config: TrialConfig, digest: str, report: OnEpoch) -> None:
     """Bring the trial to its end, under the locks of its directory and of its student."""
     from kdecs.training.checkpoint import restore_metrics  # torch takes seconds to import
 
     directory, run = attempt.directory, attempt.run
     restore_metrics(directory, digest)
     points = read_points(directory / METRICS_NAME)
-    is_trained = is_complete(directory, "student", digest)
+    is_trained = is_complete(directory, kind_of_trial(config), digest)
     # Epochs that this trial trained may be in MLflow already, and those of another training differ from them.
     has_own_epochs = bool(points) and not attempt.note.reused_from
     if run.reuse_students and not is_trained and not has_own_epochs and attempt.take_from_store(digest):
@@ -179,7 +184,7 @@ def _train_or_skip(attempt: "_Attempt", config: StudentConfig, digest: str, repo
         add_student(run.store, digest, directory)
 
 
-def _train(attempt: "_Attempt", config: StudentConfig, report: OnEpoch) -> None:
+def _train(attempt: "_Attempt", config: TrialConfig, report: OnEpoch) -> None:
     if attempt.note.stalled > attempt.run.max_failures:
         attempt.end("failed", attempt.note.error or DIED)
         return
@@ -264,7 +269,7 @@ class _Attempt:
         if source is None or source == self.directory.resolve():
             return False
         try:
-            read_verified_manifest(source, "student")
+            read_verified_manifest(source, *TRIAL_KINDS)
         except ArtifactError as fault:  # as if it were not there
             print(f"not taken from {source}: {fault}", flush=True)
             return False
@@ -304,8 +309,11 @@ def find_student(store: Path, digest: str) -> Path | None:
     """The directory of a finished student with this config hash, or None."""
     target = (store / digest).resolve()  # the store holds links to the trials' directories
     with contextlib.suppress(ArtifactError):  # damaged since then, so it is trained again
-        if is_complete(target, "student", digest):
-            return target
+        if (target / MANIFEST_NAME).is_file():
+            manifest = read_manifest(target, *TRIAL_KINDS)
+            kind = next(kind for kind in TRIAL_KINDS if kind == manifest.kind)
+            if is_complete(target, kind, digest):
+                return target
     return None
 
 
@@ -325,7 +333,7 @@ def take_student(source: Path, target: Path) -> None:
     """Make `target` a finished student from the files of `source`, without a second copy on disk where possible."""
     target.mkdir(parents=True, exist_ok=True)
     # The manifest comes last: until then a kill leaves an unfinished student.
-    for name in [*(entry.path for entry in read_manifest(source, "student").files), MANIFEST_NAME]:
+    for name in [*(entry.path for entry in read_manifest(source, *TRIAL_KINDS).files), MANIFEST_NAME]:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(place)

@@ -146,7 +146,12 @@ def make_bench(base: Path) -> Callable[..., Bench]:
     """A system by its name, over the tiny base or a livelier one of the same tokenizer, without dropout."""
 
     def make(
-        name: str, *, task: str = "ecspe", knowledge: Knowledge | None = None, **settings: object
+        name: str,
+        *,
+        task: str = "ecspe",
+        knowledge: Knowledge | None = None,
+        place: Path = base,
+        **settings: object,
     ) -> Bench:
         given = {**SYSTEMS[name], **({} if name == "ueca-prompt" else {"dropout": 0.0}), **settings}
         card = BaselineCard.model_validate(
@@ -159,14 +164,12 @@ def make_bench(base: Path) -> Callable[..., Bench]:
                 "threshold": 0.5,
             }
         )
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(place)
         torch.manual_seed(0)
-        language_model = load_language_model(base)
+        language_model = load_language_model(place, logs=False)
         for module in language_model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        for layer in language_model.base_model.encoder.layer:
-            layer.attention.self.dropout.p = 0.0
         with torch.no_grad():  # with Transformers' small random weights all utterances look alike
             for parameter in language_model.parameters():
                 if parameter.ndim == 2:

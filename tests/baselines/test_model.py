@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import ANSWER_WORDS, made_once, save_tiny_encoder
 
 from kdecs.baselines.dialogues import UNKNOWN
 from kdecs.baselines.model import SPAN_SIZE, SpanHead, mean_cross_entropy, pair_loss
 from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue
+from kdecs.runtime import autocast
 
+WORDS = [*ANSWER_WORDS, *map(str, range(1, 13)), "yes", "no", "none"]
 NAMES = ("ecpe-2d", "kec", "mgsag", "ueca-prompt")
 
 
@@ -67,6 +70,23 @@ def test_dialogues_of_a_batch_do_not_mix(make_bench, dialogues, name):
             )
             assert (together.start_QS[start : start + count, width:] == -torch.inf).all()
         start += count
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_other_encoders_and_bfloat16_serve_too(make_bench, dialogues, tmp_path_factory, kind):
+    place = made_once(tmp_path_factory, f"baseline-{kind}", lambda path: save_tiny_encoder(path, kind, WORDS))
+    for name in NAMES:
+        bench = make_bench(name, place=place)
+        inputs, pairs_P3, spanned_P, labels = bench.batch(dialogues[:2])
+        losses = {}
+        for precision in ("float32", "bfloat16"):
+            with autocast(torch.device("cpu"), precision):
+                output = bench.model(inputs, pairs_P3, spanned_P)
+            losses[precision] = torch.stack(bench.model.losses(output, labels, spanned_P)).sum()
+        losses["bfloat16"].backward()
+        gradients = [p.grad for p in bench.model.parameters() if p.grad is not None]
+        assert all(torch.isfinite(gradient).all() for gradient in gradients) and len(gradients) > 20
+        torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.1, atol=0.1)
 
 
 def test_span_logits_against_a_slow_loop():

@@ -12,7 +12,7 @@ from scipy import stats
 from support import Killed
 
 from kdecs.artifact import read_manifest, verify_artifact
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, ConfigError
 from kdecs.sweep.commands import is_report_of
 from kdecs.sweep.report import figures, page
 from kdecs.sweep.report.figures import figure_label
@@ -22,6 +22,7 @@ from kdecs.sweep.report.study_figures import pooled_sd
 from kdecs.sweep.report.tables import latex_escaped
 from kdecs.sweep.selection.choose import print_selection, select_student
 from kdecs.sweep.selection.on_test import score_settings
+from kdecs.sweep.selection.pick import Pick
 from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.status import read_results
 
@@ -327,3 +328,28 @@ def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels
     cards = re.findall(r'class="card"><b>([^<]*)</b><span>([^<]*)<', page)
     assert "Emo Acc" not in [title for _, title in cards] and len(cards) == 5
     assert all(score != "–" for score, _ in cards)
+
+
+def test_baselines_are_rows_beside_the_chosen_student(finish, runs):
+    sweep = finish(
+        variants={"KD": {}},
+        baselines={"KEC": {"system": "kec", "optimization.epochs": 2}},
+        space={"variant": {"grid": ["KD", "KEC"]}, "teacher": {"grid": ["llama-tiny"]}},
+    )
+    assert {entry.name for entry in sweep.parent.glob("students/*")} >= {
+        result.config_hash for result in read_results(sweep)
+    }
+    record = select_student(sweep)
+    assert record.settings[0].label == "KEC", "by its score it comes first"
+    assert record.winner.label.startswith("KD") and record.runner_up.label == "KEC"
+    write_report(sweep)
+    rows = {
+        row["system"]: row for row in table_of(sweep / "report" / "table4.csv") if row["source"] == "ours"
+    }
+    assert {"KEC (validation)", f"{record.setting.label} (test)"} == set(rows)
+    assert float(rows["KEC (validation)"]["spans (ECSPE): macro_f1"]) == pytest.approx(74.0)
+    assert [row["variant"] for row in table_of(sweep / "report" / "ablation.csv")] == ["KD", "KEC"]
+    shutil.copytree(sweep, runs / "again")
+    (runs / "again" / "selection.json").unlink()
+    with pytest.raises(ConfigError, match="is a baseline, and selection chooses and registers a student"):
+        select_student(runs / "again", Pick("by hand", setting="KEC"))

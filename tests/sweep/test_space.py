@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fake_trainer import train
 
+from kdecs.baselines.config import BaselineConfig
 from kdecs.config import load_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
@@ -125,6 +126,8 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, r
         "given_emotions": 3 * 5,
         "search": 3 * 4 * 3 * 2,
         "minilm": 4 * 3,
+        "table4": 4 * 5,
+        "table4_ecpe": 5 * 5,
     }
     assert len(trials) == expected[path.stem]
     assert len({trial.label for trial in trials}) == len(trials), "labels tell trials apart"
@@ -440,3 +443,60 @@ def test_plan_names_missing_teachers_and_how_to_get_them(make_config, make_label
     assert f"--set output={runs / 'labels-7b'}" in printed
     with pytest.raises(ArtifactError, match="soft labels of 2 teachers are missing: bare"):
         run_sweep(config, trainer=train)
+
+
+BASELINES = {"KEC": {"system": "kec", "optimization.epochs": 4}, "MGSAG": {"system": {"name": "mgsag"}}}
+
+
+def test_a_baseline_is_a_variant_beside_the_students(make_config):
+    config = make_config(
+        variants={"KD": {}},
+        baselines=BASELINES,
+        space={
+            "variant": {"grid": ["KD", "KEC", "MGSAG"]},
+            "teacher": {"grid": ["llama-tiny", "t5-tiny"]},
+            "distillation.alpha": {"grid": [0.3, 0.6]},
+            "optimization.seed": {"grid": [0, 1]},
+        },
+    )
+    trials = Space(config).trials()
+    labels = [trial.label for trial in trials if trial.settings["variant"] != "KD"]
+    assert labels == ["KEC s0", "KEC s1", "MGSAG s0", "MGSAG s1"], (
+        "neither teacher nor alpha varies a baseline"
+    )
+    assert len(trials) == 8 + 4
+    kec = next(trial for trial in trials if trial.label == "KEC s1")
+    assert kec.config.system.layers == 5 and kec.config.optimization.epochs == 4 and kec.seed == 1
+    assert (
+        kec.config.optimization.learning_rate
+        == BaselineConfig.model_fields["optimization"].default.learning_rate
+    )
+    assert kec.config.corpus.train == trials[0].config.corpus.train
+    assert kec.config.model.base == trials[0].config.model.base
+    assert kec.teacher is None and kec.settings == {"teacher": None, "variant": "KEC"}
+    assert kec.directory.name == kec.id == kec.config_hash[:12]
+    assert make_config(variants={"KD": {}}).model_dump()["baselines"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"baselines": {"U": {"system": "ueca-prompt", "task": "ecpe"}}},
+            "its task is ecpe and that of the students",
+        ),
+        ({"baselines": {"U": {"system": "kecs"}}}, "baselines.U of sweep small: system"),
+        ({"baselines": {"U": {"system": "kec", "tracking": {}}}}, "baselines.U.tracking"),
+        ({"baselines": {}}, "variant: found 'U', expected a key of variants"),
+    ],
+)
+def test_a_wrong_baseline_is_refused_in_one_line(make_config, changes, message):
+    space = {"variant": {"grid": ["U"]}, "optimization.seed": {"grid": [0]}, "teacher": {"grid": ["t5-tiny"]}}
+    with pytest.raises(ConfigError, match=message) as caught:
+        Space(make_config(space=space, **changes)).trials()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_baseline_and_a_variant_may_not_share_a_name(make_config):
+    with pytest.raises(ConfigError, match=r"baselines\.KD: variants has this name"):
+        make_config(variants={"KD": {}}, baselines={"KD": {"system": "kec"}})

@@ -23,7 +23,7 @@ from kdecs import __version__
 from kdecs.artifact import MANIFEST_NAME, content_checksum, read_manifest, write_manifest, write_text
 from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import ArtifactError, KdecsError
-from kdecs.sweep.config import BASELINES_NAME, REPORT_FOLDER, SweepConfig
+from kdecs.sweep.config import BASELINES_NAME, REPORT_FOLDER, TRIAL_KINDS, SweepConfig
 from kdecs.sweep.report.figures import (
     Figure,
     alpha_temperature_figure,
@@ -78,7 +78,7 @@ def write_report(sweep: Path, beside: Sequence[Path] = ()) -> Path:
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     figures = _figures(scored, folder)
     tables = paper_tables(scored, others)
-    ablation = ablation_rows(ranked, results, list(config.variants), selection)
+    ablation = ablation_rows(ranked, results, [*config.variants, *config.baselines], selection)
     files = [PAGE_NAME, TABLE_NAME, *(name for figure in figures for name in (figure.path, figure.data))]
     if ablation:
         files.append(write_ablation_csv(folder / "ablation.csv", ablation))
@@ -229,7 +229,7 @@ def _own_scores(sweep: Path, ranked: Sequence[SettingScore]) -> dict[str, float]
     found: dict[str, float] = {}
     for setting in ranked:
         if setting.teacher and setting.teacher not in found:
-            found_there: Any = read_manifest(sweep / "trials" / setting.trials[0], "student").details
+            found_there: Any = read_manifest(sweep / "trials" / setting.trials[0], *TRIAL_KINDS).details
             # Step by step: the labels' details are free facts, which other tools may have left out or shaped otherwise.
             for key in ("teacher", "details", "agreement", "valid", "macro_f1"):
                 found_there = found_there.get(key) if isinstance(found_there, dict) else None

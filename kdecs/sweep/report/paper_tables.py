@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from kdecs.artifact import write_text
-from kdecs.config import CONFIG_NAME, load_config
+from kdecs.config import CONFIG_NAME
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.config import SweepConfig, TrialConfig, load_trial_config
 from kdecs.sweep.report import published
 from kdecs.sweep.report.tables import COLUMNS, latex_escaped
 from kdecs.sweep.selection.pick import best_seed
@@ -80,6 +80,22 @@ class ScoredSweep:
     selection: SelectionRecord | None
 
     @property
+    def baselines_tried(self) -> list[SettingScore]:
+        """The best setting of each baseline, in the config's order."""
+        best: dict[str, SettingScore] = {}
+        for setting in self.ranked:  # by falling mean
+            best.setdefault(str(setting.settings.get(VARIANT_KEY)), setting)
+        return [best[name] for name in self.config.baselines if name in best]
+
+    @property
+    def best_student(self) -> SettingScore:
+        """The setting that was chosen, or the best one that is no baseline; of baselines alone, the best of them."""
+        if self.selection:
+            return self.selection.setting
+        students = (s for s in self.ranked if s.settings.get(VARIANT_KEY) not in self.config.baselines)
+        return next(students, self.ranked[0])
+
+    @property
     def is_ecpe(self) -> bool:
         """Whether its students find cause utterances without spans."""
         return self.results[0].metric == "utterance_macro_f1"
@@ -131,7 +147,7 @@ class ScoredSweep:
     def about(self, split: str, settings: Sequence[SettingScore]) -> str:
         """What a caption says of our rows: universe, split, numbers of rows, seeds."""
         record = self.selection
-        config = _student_config(self, settings[0])
+        config = _trial_config(self, settings[0])
         numbers = sorted({setting.num_seeds for setting in settings})
         seeds = f"{' or '.join(map(str, numbers))} seed{'s' if numbers != [1] else ''}"
         if split == "test" and record and record.test and config.corpus.test:
@@ -178,12 +194,15 @@ def _table_4(sweeps: Sequence[ScoredSweep]) -> PaperTable:
     about = []
     for sweep in sweeps:
         half = utterances if sweep.is_ecpe else spans
-        best = sweep.selection.setting if sweep.selection else sweep.ranked[0]
+        best = sweep.best_student
         split, scores = sweep.scores_of([best])
-        label = f"{best.label} ({split})"
-        if half in ours.get(label, {}):
-            label = f"{sweep.config.name}: {label}"
-        ours.setdefault(label, {})[half] = scores[best.key]
+        shown = [(best, split, scores)]
+        shown += [(each, *sweep.scores_of([each])) for each in sweep.baselines_tried if each is not best]
+        for setting, its_split, its_scores in shown:
+            label = f"{setting.label} ({its_split})"
+            if half in ours.get(label, {}):
+                label = f"{sweep.config.name}: {label}"
+            ours.setdefault(label, {})[half] = its_scores[setting.key]
         for name, values in sweep.rules(split).items():
             rules.setdefault(f"{name} ({split})", {}).setdefault(half, values)
         about.append(sweep.about(split, [best]))
@@ -226,7 +245,9 @@ def _table_5(sweep: ScoredSweep) -> PaperTable | None:
 def _table_6(sweep: ScoredSweep) -> PaperTable | None:
     given: dict[str, SettingScore] = {}
     for setting in sweep.ranked:  # the best of a kind comes first
-        given.setdefault(_student_config(sweep, setting).model.given_emotions, setting)
+        config = _trial_config(sweep, setting)
+        if isinstance(config, StudentConfig):
+            given.setdefault(config.model.given_emotions, setting)
     if not {"fine", "coarse"} <= given.keys():
         return None
     shown = [given["fine"], given["coarse"]]
@@ -261,9 +282,9 @@ def best_of_variants(sweep: ScoredSweep) -> dict[str, SettingScore]:
     return {name: best[name] for name in sweep.config.variants if name in best}
 
 
-def _student_config(sweep: ScoredSweep, setting: SettingScore) -> StudentConfig:
+def _trial_config(sweep: ScoredSweep, setting: SettingScore) -> TrialConfig:
     result = next(result for result in sweep.results if result.id in setting.trials)
-    return load_config(StudentConfig, student_file(trial_directory(sweep.directory, result), CONFIG_NAME))
+    return load_trial_config(student_file(trial_directory(sweep.directory, result), CONFIG_NAME))
 
 
 def write_table(folder: Path, table: PaperTable) -> list[str]:

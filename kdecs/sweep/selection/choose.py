@@ -37,7 +37,7 @@ from kdecs.evaluation.metrics import evaluate, rule_scores
 from kdecs.evaluation.predictions import PairKey, Prediction, read_predictions, write_predictions
 from kdecs.evaluation.significance import Comparison, bootstrap_intervals, compare_systems
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.config import TRIAL_KINDS, SweepConfig, TrialConfig, load_trial_config
 from kdecs.sweep.selection.model_card import CARD_NAME, model_card
 from kdecs.sweep.selection.pick import Pick, best_seed, picked_student
 from kdecs.sweep.selection.record import (
@@ -78,7 +78,16 @@ def select_student(sweep: Path, pick: Pick | None = None) -> SelectionRecord:
     with file_lock(sweep / ".selection-lock"):
         record = load_selection(sweep)
         ranked = rank_settings(results)
-        chosen = picked_student(results, ranked, pick) if pick else best_seed(results, ranked[0])
+        chosen = (
+            picked_student(results, ranked, pick)
+            if pick
+            else best_seed(results, _best_student(sweep, ranked))
+        )
+        if chosen.settings.get(VARIANT_KEY) in load_config(SweepConfig, sweep / CONFIG_NAME).baselines:
+            raise ConfigError(
+                f"{chosen.label}: is a baseline, and selection chooses and registers a student; pick a student (kdecs "
+                f"report {sweep} shows the baselines' scores)"
+            )
         if record is None:
             record = SelectionRecord(
                 sweep=read_manifest(sweep, "sweep").config_hash,
@@ -147,7 +156,8 @@ def _comparisons(sweep: Path, results: list[TrialResult], record: SelectionRecor
     for setting in ranked:
         if VARIANT_KEY in setting.settings:
             best.setdefault(str(setting.settings[VARIANT_KEY]), setting)
-    names = [name for name in load_config(SweepConfig, sweep / CONFIG_NAME).variants if name in best]
+    config = load_config(SweepConfig, sweep / CONFIG_NAME)
+    names = [name for name in (*config.variants, *config.baselines) if name in best]
     variants = [
         VariantComparison(
             variant=name,
@@ -170,11 +180,11 @@ def compare_settings(
     # Sums over different numbers of students could not be compared.
     seeds = {result.seed for result in first} & {result.seed for result in second}
     configs = [
-        load_config(StudentConfig, student_file(trial_directory(sweep, group[0]), CONFIG_NAME))
+        load_trial_config(student_file(trial_directory(sweep, group[0]), CONFIG_NAME))
         for group in (first, second)
     ]
     corpus = read_split(configs[0].corpus, configs[0].corpus.valid)
-    are_given = any(config.model.given_emotions != "none" for config in configs)
+    are_given = any(_is_given_emotions(config) for config in configs)
     keys = [key for key in COMPARED if not (are_given and key == _EMOTIONS)]
 
     def sums(group: Sequence[TrialResult]) -> NDArray[np.float64]:
@@ -196,16 +206,13 @@ def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> 
 
     Raises ArtifactError for a student that is damaged.
     """
-    from kdecs.runtime import start_runtime
-    from kdecs.student.predict.predictor import Student
-
     directory = trial_directory(sweep, result)
     # The student's checksum in the name: what was predicted before a trial was trained anew is never found again.
     folder, stem = sweep / VALID_PREDICTIONS_FOLDER, f"{result.id}-{content_checksum(directory)[:8]}"
     if not (path := next(folder.glob(f"{stem}-*.jsonl"), None)):
         if (kept := _kept_predictions(directory, corpus)) is not None:
             return kept
-        student = Student.from_pretrained(directory, device=start_runtime().device)
+        student = _predictor(directory)
         folder.mkdir(exist_ok=True)
         # No manifest covers these files, so each carries the checksum of its content in its name.
         with temporary_folder(folder / stem) as temporary:
@@ -221,13 +228,11 @@ def _kept_predictions(directory: Path, corpus: Corpus) -> dict[PairKey, Predicti
     """What the training kept beside the weights, or None if it kept nothing or an input has changed since."""
     from kdecs.student.config import VALIDATION_NAME
 
-    manifest = read_verified_manifest(directory, "student")
+    manifest = read_verified_manifest(directory, *TRIAL_KINDS)
     if VALIDATION_NAME not in {entry.path for entry in manifest.files}:
         return None
     try:
-        is_same_work = (
-            config_hash(load_config(StudentConfig, directory / CONFIG_NAME)) == manifest.config_hash
-        )
+        is_same_work = config_hash(load_trial_config(directory / CONFIG_NAME)) == manifest.config_hash
     except ConfigError:  # an input is gone, but predicting may do without it
         return None
     return read_predictions(directory / VALIDATION_NAME, corpus) if is_same_work else None
@@ -260,16 +265,13 @@ def score_on_test(
     `note_opened` writes down that test is open. Raises ConfigError if the student's config names no test split, and
     ArtifactError for a student that is damaged.
     """
-    from kdecs.runtime import start_runtime
-    from kdecs.student.predict.predictor import Student
-
     directory = trial_directory(sweep, result)
-    config = load_config(StudentConfig, student_file(directory, CONFIG_NAME))
+    config = load_trial_config(student_file(directory, CONFIG_NAME))
     if config.corpus.test is None:
         raise ConfigError(
             f"{directory / CONFIG_NAME}: corpus.test is missing, and selection scores the winner on it"
         )
-    student = Student.from_pretrained(directory, device=start_runtime().device)
+    student = _predictor(directory)
     # Before the split is read: a kill in between must not hide that it was opened.
     note_opened()
     corpus = read_split(config.corpus, config.corpus.test)
@@ -283,9 +285,40 @@ def score_on_test(
     )
 
 
-def scores_of_student(scores: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
+def _predictor(directory: Path) -> Any:
+    """The student or baseline of a trial's directory, which predicts the pairs of a corpus (`predict_pairs`)."""
+    from kdecs.baselines.config import Kec
+    from kdecs.baselines.prediction import Baseline
+    from kdecs.runtime import start_runtime
+    from kdecs.student.predict.predictor import Student
+
+    config, device = load_trial_config(student_file(directory, CONFIG_NAME)), start_runtime().device
+    if isinstance(config, StudentConfig):
+        return Student.from_pretrained(directory, device=device)
+    # The phrases of training and validation are one file, which may hold those of test as well.
+    knowledge = config.system.knowledge if isinstance(config.system, Kec) else None
+    return Baseline.from_pretrained(directory, device=device, knowledge=knowledge)
+
+
+def _best_student(sweep: Path, ranked: Sequence[SettingScore]) -> SettingScore:
+    """The best setting that is no baseline, which are there to be compared with. Raises ConfigError without one."""
+    baselines = load_config(SweepConfig, sweep / CONFIG_NAME).baselines
+    found = next((each for each in ranked if each.settings.get(VARIANT_KEY) not in baselines), None)
+    if found is None:
+        raise ConfigError(
+            f"{sweep}: trained baselines alone, and selection chooses a student; add a variant of the student to "
+            f"space.variant, or see the scores with kdecs report {sweep}"
+        )
+    return found
+
+
+def _is_given_emotions(config: TrialConfig) -> bool:
+    return isinstance(config, StudentConfig) and config.model.given_emotions != "none"
+
+
+def scores_of_student(scores: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
     """The scores, without those of emotions if the student was given them, which would be those of the gold."""
-    if config.model.given_emotions == "none":
+    if not _is_given_emotions(config):
         return scores
     return {key: value for key, value in scores.items() if key != _EMOTIONS and not key.startswith(_STRICT)}
 
@@ -380,7 +413,7 @@ def _as_trial(sweep: Path, result: TrialResult) -> Trial:
     directory = trial_directory(sweep, result)
     # A trial that the search has pruned has no manifest.
     path = student_file(directory, CONFIG_NAME) if result.status == "complete" else directory / CONFIG_NAME
-    config = load_config(StudentConfig, path)
+    config = load_trial_config(path)
     return Trial(
         id=result.id,
         label=result.label,
