@@ -3,7 +3,7 @@
 Format of `manifest.json` (version 1), one JSON object:
 
     kind            corpus-cache | base-model | teacher | soft-labels | student | student-onnx | mrc | baseline |
-                    sweep | report
+                    generative | sweep | report
     format_version  1
     kdecs_version   version of the writer
     config_hash     hash of the resolved config (kdecs.config.config_hash)
@@ -53,13 +53,14 @@ Kind = Literal[
     "student-onnx",
     "mrc",
     "baseline",
+    "generative",
     "sweep",
     "report",
 ]
 _BLOCK_BYTES = 1 << 20  # hashlib releases the interpreter's lock for each, so threads hash at the same time
 _MAX_MANIFEST_BYTES = 256 << 20  # over a million files; a damaged file must not fill the memory first
 _MAX_THREADS = 16  # more would wait for the disk
-_MODEL_KINDS = ("base-model", "teacher", "student", "student-onnx", "mrc", "baseline")
+_MODEL_KINDS = ("base-model", "teacher", "student", "student-onnx", "mrc", "baseline", "generative")
 _MODEL_FOLDER = "model"
 # What Transformers, PEFT, torch and the loaders of kdecs look for in a directory without being asked to.
 _LOADED_NAMES = re.compile(

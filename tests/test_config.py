@@ -10,6 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kdecs.baselines.config import BaselineConfig
+from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.cli import app
 from kdecs.config import (
     COMMITTED,
@@ -201,6 +202,7 @@ STAGES = {
     "student/kd": StudentConfig,
     "mrc/roberta-base": MrcConfig,
     "baseline/kec": BaselineConfig,
+    "generative/llama-7b": GenerativeConfig,
     "cross_fit/tiny": CrossFitConfig,
     "spaces/main": SweepConfig,
 }
@@ -376,6 +378,7 @@ def _model_of(path: Path) -> type[Config] | None:
         "spaces": SweepConfig,
         "mrc": MrcConfig,
         "baseline": BaselineConfig,
+        "generative": GenerativeConfig,
         "cross_fit": CrossFitConfig,
     }
     return kinds.get(folder)

@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from kdecs import cli
 from kdecs.baselines.config import BaselineConfig
+from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.config import (
     COMMITTED,
     Config,
@@ -59,6 +60,7 @@ STAGES: dict[str, tuple[type[Config], str]] = {
     "train_student": (StudentConfig, "student"),
     "train_mrc": (MrcConfig, "mrc"),
     "train_baseline": (BaselineConfig, "baseline"),
+    "train_generative": (GenerativeConfig, "generative"),
     "pretrain_base": (BaseModelConfig, "demo"),
     "sweep": (SweepConfig, "spaces"),
 }
@@ -358,6 +360,7 @@ GROUPS: dict[str, type[Config]] = {
     "Student": StudentConfig,
     "MRC baseline": MrcConfig,
     "Baselines": BaselineConfig,
+    "Generative baseline": GenerativeConfig,
     "Sweep": SweepConfig,
 }
 OWN_TABLE = (CorpusConfig, Optimization, TrackingConfig, TeacherConfig)

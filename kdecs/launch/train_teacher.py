@@ -3,11 +3,25 @@
 The same command resumes after any stop.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash, find_config, load_config
 from kdecs.output import refuse_overlaps
-from kdecs.process import is_main_rank, launched_rank, run_entry, say_skipped, stage_parser
-from kdecs.teacher.config import TeacherConfig
+from kdecs.process import (
+    StopSignal,
+    is_main_rank,
+    launched_rank,
+    run_entry,
+    say_skipped,
+    stage_parser,
+)
+from kdecs.teacher.config import TeacherConfig, TuningConfig
+
+if TYPE_CHECKING:
+    from kdecs.runtime import Runtime
 
 EXAMPLES = """\
   deepspeed --module kdecs.launch.train_teacher --config llama-7b
@@ -32,8 +46,27 @@ def main() -> None:
         if is_main_rank():
             dry_run(config, world_size=launched_rank()[2])
         return
-    if is_complete(config.output, "teacher", config_hash(config)):
-        say_skipped(f"teacher {config.name}: complete at {config.output}, skipped")
+
+    def trainer() -> Trainer:
+        from kdecs.teacher.training import train_teacher
+
+        return train_teacher
+
+    train_under_deepspeed(config, "teacher", trainer)
+
+
+Trainer = Callable[[Any, "Runtime", StopSignal], Path]
+
+
+def train_under_deepspeed(
+    config: TuningConfig, kind: Literal["teacher", "generative"], trainer: Callable[[], Trainer]
+) -> None:
+    """Start the ranks of a fine-tuning and run it, unless its output is complete.
+
+    `trainer` imports what trains, once the device is set.
+    """
+    if is_complete(config.output, kind, config_hash(config)):
+        say_skipped(f"{kind} {config.name}: complete at {config.output}, skipped")
         return
     if config.tracking is not None:
         from kdecs.tracking.mlflow import tracking_uri
@@ -41,20 +74,19 @@ def main() -> None:
         tracking_uri(
             config.tracking, config.output
         )  # a store that MLflow has retired is refused before hours of work
-    from kdecs.process import StopSignal
     from kdecs.runtime import import_deepspeed, process_group, start_runtime
 
     # This sets DS_ACCELERATOR on CPUs, which DeepSpeed reads once, when it is imported.
     runtime = start_runtime(threads=config.threads_per_rank)
     import_deepspeed()
-    from kdecs.teacher.training import train_teacher
+    train = trainer()
 
     stop = StopSignal()
     # DeepSpeed's engine needs a group even for one rank.
     with process_group(runtime, single=True, lost_rank_s=config.lost_rank_s):
         # Not before: a rank that waits for the others has nothing to save, and SIGTERM should end it at once.
         stop.install()
-        train_teacher(config, runtime, stop)
+        train(config, runtime, stop)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from kdecs.artifact import FileEntry, file_entries, file_faults, read_record, write_json
 from kdecs.errors import ArtifactError, KdecsError, TrainingError, explain_library_error, first_line
 from kdecs.runtime import Runtime, any_rank, on_main, plain_torch_loads
-from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.config import TuningConfig
 from kdecs.teacher.network import trainable_parameters
 from kdecs.teacher.product import ADAPTER_CONFIG, ADAPTER_FILE, MODEL_FOLDER, save_product
 
@@ -67,10 +67,13 @@ class TeacherState:
     best: dict[str, float] = field(default_factory=dict)
 
     def keep_if_best(self, scores: dict[str, float]) -> None:
-        """Record a validation after `step` if its macro F1 is the highest so far; a lower loss breaks ties."""
+        """Record a validation after `step` if its macro F1 is the highest so far; a lower loss breaks ties.
+
+        What decides nothing while it trains has no macro F1, so that its loss alone counts.
+        """
 
         def rank(each: dict[str, float]) -> tuple[float, float]:
-            return each["valid_macro_f1"], -each["valid_loss"]
+            return each.get("valid_macro_f1", 0.0), -each["valid_loss"]
 
         if not self.best or rank(scores) > rank(self.best):
             self.best_step, self.best = self.step, scores
@@ -93,7 +96,7 @@ class _Record(BaseModel):
         return [entry for entry in self.files if entry.path.startswith(f"{PRODUCT}/")]
 
 
-def best_product(config: TeacherConfig, step: int) -> tuple[Path, list[str]]:
+def best_product(config: TuningConfig, step: int) -> tuple[Path, list[str]]:
     """Where the product of a step is kept that was the best on validation, and its files' relative paths.
 
     Raises ArtifactError if a file is not the one that the training wrote.
@@ -111,7 +114,7 @@ def best_product(config: TeacherConfig, step: int) -> tuple[Path, list[str]]:
 
 
 def save_checkpoint(
-    engine: Any, config: TeacherConfig, state: TeacherState, work: str, runtime: Runtime
+    engine: Any, config: TuningConfig, state: TeacherState, work: str, runtime: Runtime
 ) -> None:
     """Write the state after `state.step`, with the product if that step is the best. Collective.
 
@@ -159,7 +162,7 @@ def save_checkpoint(
 
 
 def resume(
-    engine: Any, config: TeacherConfig, work: str, runtime: Runtime, *, prime: Callable[[], None]
+    engine: Any, config: TuningConfig, work: str, runtime: Runtime, *, prime: Callable[[], None]
 ) -> TeacherState:
     """Load the newest finished checkpoint into the engine, or return a new state if there is none. Collective.
 
@@ -184,7 +187,7 @@ def resume(
     return record.progress
 
 
-def _newest(config: TeacherConfig, work: str) -> _Record | None:
+def _newest(config: TuningConfig, work: str) -> _Record | None:
     """The record of the newest finished checkpoint, after every file that a resume or the end will read is checked."""
     root = config.output / CHECKPOINTS
     if root.is_dir():
@@ -293,7 +296,7 @@ def _are_finite(module: nn.Module, rank: int) -> bool:
     return True
 
 
-def _folder(config: TeacherConfig, step: int) -> Path:
+def _folder(config: TuningConfig, step: int) -> Path:
     return config.output / CHECKPOINTS / f"step-{step}"
 
 
@@ -328,7 +331,7 @@ def _prune(root: Path, keep_last: int) -> None:
 # only the order differs in which the gradients of the ranks are summed.
 
 
-def save_layout(config: TeacherConfig, runtime: Runtime) -> dict[str, int | bool]:
+def save_layout(config: TuningConfig, runtime: Runtime) -> dict[str, int | bool]:
     """The settings under which DeepSpeed can load a checkpoint directly: they must equal those of the save."""
     return {
         "world_size": runtime.world_size,

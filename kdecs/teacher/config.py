@@ -113,10 +113,9 @@ class TeacherBatches(Config):
     )
 
 
-class TeacherConfig(Config):
-    """Fine-tuning of a teacher on connectives (Eq. 1-4), with LoRA or whole."""
+class TuningConfig(Config):
+    """Fine-tuning of a language model under DeepSpeed, with LoRA or whole, whatever it learns."""
 
-    method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION, "batches": BATCHES_VERSION}
     name: Name
     output: OutputPath
     corpus: CorpusConfig
@@ -127,13 +126,6 @@ class TeacherConfig(Config):
     zero: ZeroConfig = ZeroConfig()
     batches: TeacherBatches = TeacherBatches()
     optimization: Optimization = Optimization()
-    train_pairs: Literal["fold1", "fold1+neutral"] = Field(
-        default="fold1+neutral",
-        description="fold1+neutral adds the pairs (i, i) of neutral targets, since the export labels them, too",
-    )
-    emotions_shown: Literal["coarse", "fine"] = Field(
-        default="coarse", description="coarse: the prompt shows RECCON's labels in place of fine ones"
-    )
     validate_per_epoch: int = Field(default=1, ge=1, le=1_000, description="validations per epoch")
     checkpoint_every_steps: Annotated[int, Unhashed()] = Field(default=200, ge=1)
     keep_last: Annotated[int, Unhashed()] = Field(
@@ -151,14 +143,8 @@ class TeacherConfig(Config):
     threads_per_rank: Threads = 0
     lost_rank_s: LostRankSeconds = 120.0
 
-    @property
-    def versions(self) -> dict[str, int]:
-        """Of target trees also how batches are dealt."""
-        is_tree = getattr(self.model, "layout", "pair") == "tree"
-        return super().versions | ({"tree_batches": TREE_BATCHES_VERSION} if is_tree else {})
-
     @model_validator(mode="after")
-    def _four_bits_are_frozen(self) -> "TeacherConfig":
+    def _four_bits_are_frozen(self) -> "TuningConfig":
         if self.model.load_in_4bit and self.lora is None:
             raise ValueError(
                 "model.load_in_4bit freezes the base, so it needs lora, whereas full tuning trains it"
@@ -168,3 +154,22 @@ class TeacherConfig(Config):
                 "model.load_in_4bit: a 4-bit base cannot be partitioned; set zero.stage to 0, 1 or 2, found 3"
             )
         return self
+
+
+class TeacherConfig(TuningConfig):
+    """Fine-tuning of a teacher on connectives (Eq. 1-4)."""
+
+    method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION, "batches": BATCHES_VERSION}
+    train_pairs: Literal["fold1", "fold1+neutral"] = Field(
+        default="fold1+neutral",
+        description="fold1+neutral adds the pairs (i, i) of neutral targets, since the export labels them, too",
+    )
+    emotions_shown: Literal["coarse", "fine"] = Field(
+        default="coarse", description="coarse: the prompt shows RECCON's labels in place of fine ones"
+    )
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of target trees also how batches are dealt."""
+        is_tree = getattr(self.model, "layout", "pair") == "tree"
+        return super().versions | ({"tree_batches": TREE_BATCHES_VERSION} if is_tree else {})

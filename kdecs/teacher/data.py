@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.splits import read_split, require_causes, training_split
 from kdecs.runtime import Runtime
-from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.config import TeacherConfig, TuningConfig
 from kdecs.teacher.families import EncodedPrompt, Family
 from kdecs.teacher.tree.prefix_tree import tree_size
 
@@ -261,10 +261,8 @@ class TeacherData:
     padded: bool
 
 
-def prepare_data(
-    config: TeacherConfig, family: Family, *, use_tree: bool, world_size: int, show_progress: bool
-) -> TeacherData:
-    """Read the corpus, encode the prompts, and deal the pairs to every step of every epoch."""
+def connective_pairs(config: TeacherConfig) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that a teacher trains and validates on."""
     corpus = config.corpus
     train_pairs = [
         pair for dialogue in training_split(corpus) for pair in pairs_of(dialogue, config.train_pairs)
@@ -273,8 +271,31 @@ def prepare_data(
     valid_pairs = [
         p for dialogue in read_split(corpus, corpus.valid).dialogues for p in pairs_of(dialogue, "fold1")
     ]
-    for path, pairs in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
-        require_causes(path, (pair.is_cause for pair in pairs))
+    return train_pairs, valid_pairs
+
+
+def prepare_data(
+    config: TeacherConfig, family: Family, *, use_tree: bool, world_size: int, show_progress: bool
+) -> TeacherData:
+    """Read a teacher's corpus, and prepare what it trains on (`deal`)."""
+    pairs = connective_pairs(config)
+    return deal(config, family, pairs, use_tree=use_tree, world_size=world_size, show_progress=show_progress)
+
+
+def deal(
+    config: TuningConfig,
+    family: Family,
+    pairs: tuple[list[Pair], list[Pair]],
+    *,
+    use_tree: bool,
+    world_size: int,
+    show_progress: bool,
+) -> TeacherData:
+    """Encode the prompts of the training and validation pairs, and deal the pairs to every step of every epoch."""
+    corpus = config.corpus
+    train_pairs, valid_pairs = pairs
+    for path, of_split in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
+        require_causes(path, (pair.is_cause for pair in of_split))
     tree_pairs = max_pairs_per_tree(config.batches.global_batch_pairs)
     train = _prompt_set(
         config, family, train_pairs, use_tree, max_pairs=tree_pairs, show_progress=show_progress
@@ -314,7 +335,7 @@ def prepare_data(
 
 
 def _prompt_set(
-    config: TeacherConfig,
+    config: TuningConfig,
     family: Family,
     pairs: list[Pair],
     use_tree: bool,

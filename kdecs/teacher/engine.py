@@ -12,12 +12,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from kdecs.errors import DependencyError, DeviceError
 from kdecs.runtime import Runtime
-from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.config import TuningConfig
 from kdecs.teacher.families import Family
 from kdecs.teacher.network import DTYPES, TeacherNetwork, add_lora, load_base, trainable_parameters
 
 
-def deepspeed_config(config: TeacherConfig, *, world_size: int, accumulation_steps: int) -> dict[str, Any]:
+def deepspeed_config(config: TuningConfig, *, world_size: int, accumulation_steps: int) -> dict[str, Any]:
     """DeepSpeed's settings. A micro-batch counts as one sample, since our own loss scaling counts the pairs.
 
     `accumulation_steps` is the most that any step needs: DeepSpeed sizes its buffers by it, and each step then takes
@@ -46,7 +46,7 @@ def deepspeed_config(config: TeacherConfig, *, world_size: int, accumulation_ste
     }
 
 
-def check_device(config: TeacherConfig, device: torch.device) -> None:
+def check_device(config: TuningConfig, device: torch.device) -> None:
     """Raise DeviceError or DependencyError if this device cannot train at the config's precision."""
     if device.type != "cuda" and config.zero.dtype == "float16":
         raise DeviceError(
@@ -73,7 +73,13 @@ def join_deepspeed(runtime: Runtime) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if runtime.device.type == "cuda" else "gloo")
 
 
-def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumulation_steps: int) -> Any:
+def start_engine(
+    config: TuningConfig,
+    family: Family,
+    runtime: Runtime,
+    accumulation_steps: int,
+    network_class: type[TeacherNetwork] = TeacherNetwork,
+) -> Any:
     """Load the base, add LoRA, and wrap both in a DeepSpeed engine, which computes single prompts at first. Collective.
 
     Under ZeRO-3 the base is loaded partitioned: no rank ever holds all of it.
@@ -98,7 +104,7 @@ def start_engine(config: TeacherConfig, family: Family, runtime: Runtime, accumu
         # A recomputed layer needs an input with a gradient, and the embeddings of a frozen base give none.
         base.enable_input_require_grads()
     tuned = base if config.lora is None else add_lora(base, config.lora, family.lora_task)
-    network = TeacherNetwork(family, tuned, use_tree=False, device=runtime.device)
+    network = network_class(family, tuned, use_tree=False, device=runtime.device)
     optimizer = torch.optim.AdamW(
         trainable_parameters(network),
         lr=config.optimization.learning_rate,

@@ -28,7 +28,7 @@ from kdecs.errors import ModelError
 from kdecs.models import load_pretrained, load_tokenizer
 from kdecs.teacher.config import MaskedModel, ModelConfig, TreeAttention
 from kdecs.teacher.tree.attention import FLEX_BLOCK, mask_arguments, resolve, use_tree_attention
-from kdecs.teacher.tree.prefix_tree import pack
+from kdecs.teacher.tree.prefix_tree import PackedTree, pack
 from kdecs.trees import check_trees, plant, tree_inputs
 
 logger = logging.getLogger(__name__)
@@ -276,10 +276,17 @@ class CausalFamily(_LinearHead):
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
         """Run one forward over the padded prompts."""
+        hidden_PTH, answers_P = self._padded_forward(network, prompts, device)
+        return hidden_PTH[torch.arange(len(prompts), device=hidden_PTH.device), answers_P]
+
+    def _padded_forward(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (P, T, H) of the padded prompts, and the index of each answer (P,)."""
         ids_PT, mask_PT, answers_P = self._padded(prompts, device)
         # Without the head, whose logits for every token of every prompt would be the largest tensor of the forward.
         output = _decoder(network)(input_ids=ids_PT, attention_mask=mask_PT, use_cache=False)
-        return output.last_hidden_state[torch.arange(len(prompts), device=ids_PT.device), answers_P]
+        return output.last_hidden_state, answers_P
 
     def load_network(
         self, reference: str, *, dtype: torch.dtype, new_head: bool = False, **options: Any
@@ -293,6 +300,13 @@ class CausalFamily(_LinearHead):
         self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
     ) -> Tensor:
         """Run one forward over the prompts' tree: the same hidden states (P, H) for a fraction of the tokens."""
+        hidden_NH, tree = self._tree_forward(network, prompts, device)
+        return hidden_NH[torch.from_numpy(tree.leaves_P).to(device)]
+
+    def _tree_forward(
+        self, network: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device
+    ) -> tuple[Tensor, PackedTree]:
+        """Hidden states (N, H) along the walk of the prompts' tree, and the walk."""
         tree = pack([prompt.tokens for prompt in prompts])
         decoder = _decoder(network)
         kind = resolve(self.tree_attention, decoder, device)
@@ -304,7 +318,7 @@ class CausalFamily(_LinearHead):
             use_cache=False,
             **mask_arguments(tree, kind, device),
         )
-        return output.last_hidden_state[0, torch.from_numpy(tree.leaves_P).to(device)]
+        return output.last_hidden_state[0], tree
 
 
 class Seq2SeqFamily(_LinearHead):

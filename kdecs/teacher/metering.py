@@ -31,12 +31,12 @@ from torch import nn
 from kdecs.artifact import write_text
 from kdecs.hardware import gpu_of_device
 from kdecs.runtime import Runtime
-from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.config import TuningConfig
 from kdecs.teacher.data import PromptSet, Unit
 from kdecs.teacher.tree.prefix_tree import pack
 from kdecs.tracking.datasets import corpus_datasets
 from kdecs.tracking.record import METRICS_NAME, RunRecord, read_points
-from kdecs.tracking.stage import stage_record
+from kdecs.tracking.stage import Kind, stage_record
 
 NUM_DECODER_TOKENS = 2
 """Decoder input of a seq2seq teacher: the start token and `<extra_id_0>`."""
@@ -143,7 +143,7 @@ def _runs_per_answer(name: str, config: Any) -> int:
 _CROSS = ("k", "v", "k_proj", "v_proj")
 
 
-def peak_flops(config: TeacherConfig, device: torch.device) -> float | None:
+def peak_flops(config: TuningConfig, device: torch.device) -> float | None:
     """Peak FLOP/s of one device at the config's dtype, from the config or the table of GPUs; None if unknown."""
     if config.device_peak_tflops is not None:
         return config.device_peak_tflops * 1e12
@@ -171,7 +171,7 @@ def memory_peak_gib(runtime: Runtime) -> float:
 class Meter:
     """Counts training time, pairs, tokens and operations between two lines of `metrics.jsonl`."""
 
-    def __init__(self, config: TeacherConfig, network: nn.Module, train: PromptSet, runtime: Runtime) -> None:
+    def __init__(self, config: TuningConfig, network: nn.Module, train: PromptSet, runtime: Runtime) -> None:
         self._peak = peak_flops(config, runtime.device)
         self._costs = network_flops(network, checkpointing=False) if self._peak else None
         self._train = train
@@ -249,7 +249,7 @@ class MetricsFile:
             file.write(json.dumps(point, allow_nan=False) + "\n")
 
 
-def teacher_record(config: TeacherConfig, work: str) -> RunRecord:
+def tuning_record(config: TuningConfig, kind: Kind, universe: str, work: str) -> RunRecord:
     """What MLflow shows of a training, as its files are now. `work` is the config's hash.
 
     MLflow counts epochs; a teacher's lines are counted by step, so the step takes the epoch's place. Validation scores
@@ -268,10 +268,10 @@ def teacher_record(config: TeacherConfig, work: str) -> RunRecord:
         }
         for point in read_points(config.output / METRICS_NAME)
     ]
-    datasets = corpus_datasets(config.corpus, universe=config.train_pairs)
+    datasets = corpus_datasets(config.corpus, universe=universe)
     return stage_record(
         config,
-        "teacher",
+        kind,
         output=config.output,
         name=config.name,
         config_hash=work,

@@ -13,10 +13,10 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -42,10 +42,11 @@ from kdecs.errors import ArtifactError, ModelError, TrainingError
 from kdecs.models import read_settings, save_pretrained
 from kdecs.process import refusing
 from kdecs.runtime import Runtime
-from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.config import ModelConfig, TeacherConfig, TuningConfig
 from kdecs.teacher.families import Family, make_family
 from kdecs.teacher.network import DTYPES, load_base, trainable_parameters
 
+_Family = TypeVar("_Family", bound=Family)
 _WEIGHT_SUFFIXES = (".safetensors",)
 _WEIGHT_FILES = ("adapter_config.json", "model.safetensors.index.json")
 _OTHER_FILES = ("config.json", "generation_config.json", "metrics.jsonl", "README.md")
@@ -158,7 +159,29 @@ def read_teacher_config(directory: Path) -> TeacherConfig:
 def load_trained(
     directory: Path, config: TeacherConfig, *, dtype: str, device: torch.device, base: str | None = None
 ) -> tuple[Family, nn.Module]:
-    """Family and trained network of a finished teacher: base with adapter, or the fully tuned model.
+    """Family and trained network of a finished teacher, as `load_tuned` returns them."""
+
+    def family_of(model: ModelConfig) -> Family:
+        return make_family(
+            model,
+            max_prompt_tokens=config.batches.max_prompt_tokens,
+            emotions_shown=config.emotions_shown,
+            tree_attention=config.batches.tree_attention,
+        )
+
+    return load_tuned(directory, config, family_of, dtype=dtype, device=device, base=base)
+
+
+def load_tuned(
+    directory: Path,
+    config: TuningConfig,
+    family_of: Callable[[ModelConfig], _Family],
+    *,
+    dtype: str,
+    device: torch.device,
+    base: str | None = None,
+) -> tuple[_Family, nn.Module]:
+    """Family and trained network of a finished training: base with adapter, or the fully tuned model.
 
     `base` names an adapter's base if it has moved since the training. Raises ArtifactError if the base is a different
     one, ModelError if weights do not load.
@@ -168,12 +191,7 @@ def load_trained(
     model = config.model.model_copy(update={"base": reference})
     if not tuned_whole:
         check_base(directory, reference)
-    family = make_family(
-        model,
-        max_prompt_tokens=config.batches.max_prompt_tokens,
-        emotions_shown=config.emotions_shown,
-        tree_attention=config.batches.tree_attention,
-    )
+    family = family_of(model)
     values = {} if tuned_whole else adapter_values(directory)  # before the base, which may take minutes
     network = load_base(model, family, dtype=DTYPES[dtype], device=device)
     return family, network if tuned_whole else load_adapter(network, directory, values, base=reference)
@@ -286,7 +304,7 @@ def _fit_vocabulary(network: Any, directory: Path, values: Mapping[str, Any], *,
 
 def check_base(directory: Path, base: str) -> None:
     """Raise ArtifactError if the base model is not the one that the adapter was trained on."""
-    expected = read_manifest(directory, "teacher").inputs["base"]
+    expected = read_manifest(directory).inputs["base"]
     if (Path(base) / MANIFEST_NAME).is_file():
         # The checksum of such a base is that of its manifest, so the files have to agree with the manifest.
         read_verified_manifest(Path(base), "base-model")

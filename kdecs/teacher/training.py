@@ -1,7 +1,8 @@
 """Fine-tune a teacher under DeepSpeed ZeRO, with LoRA or whole (Eq. 1-4).
 
 `train_teacher` is the whole story: prepare the data and the engine, resume, run the remaining steps, install the best
-product. `TeacherTraining` holds what the steps share.
+product. `TeacherTraining` holds what the steps share. What is learnt is an `Objective`: a teacher's is `Connectives`,
+and the generative baseline (kdecs.baselines.generative) trains on answers by the same story.
 
 An optimizer step takes one global batch, whose composition depends only on the seed and the config. DeepSpeed averages
 gradients over ranks, so each rank scales its loss sum by world size / (pairs of the global batch): the gradient is that
@@ -13,9 +14,9 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,27 +24,30 @@ from tqdm import tqdm
 
 from kdecs.artifact import check_output, file_lock, write_manifest
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
+from kdecs.corpus.pairs import Pair
 from kdecs.corpus.splits import warn_of_shared_texts
 from kdecs.errors import ArtifactError, ModelError, Stopped, TrainingError
 from kdecs.evaluation.counts import PairCounts
 from kdecs.process import ProgressBar, StopSignal
 from kdecs.runtime import Runtime, any_rank, gather_objects, seed_everything, warn_of_emulation
 from kdecs.teacher.checkpoint import best_product, resume, save_checkpoint
-from kdecs.teacher.config import TeacherConfig
+from kdecs.teacher.config import TeacherConfig, TuningConfig
 from kdecs.teacher.data import (
     MicroBatch,
     PromptSet,
     TeacherData,
     Unit,
+    connective_pairs,
+    deal,
     fixed_batches,
-    prepare_data,
     prompts_and_gold,
     share_among_ranks,
 )
 from kdecs.teacher.engine import check_device, start_engine
-from kdecs.teacher.families import Family, make_family
-from kdecs.teacher.metering import Meter, MetricsFile, teacher_record
+from kdecs.teacher.families import EncodedPrompt, Family, make_family
+from kdecs.teacher.metering import Meter, MetricsFile, tuning_record
 from kdecs.teacher.network import (
+    TeacherNetwork,
     check_config,
     check_head,
     connective_loss,
@@ -56,17 +60,113 @@ from kdecs.tracking.record import METRICS_NAME
 from kdecs.tracking.stage import StageUpload, stage_upload
 from kdecs.training.loop import learning_rate_at
 
+_Config = TypeVar("_Config", bound=TuningConfig, contravariant=True)
 
-def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[TeacherData, Any]:
+
+class Objective(Protocol[_Config]):
+    """What a model learns, and how it is judged. The loop, its checkpoints and its products know no more of it."""
+
+    kind: Literal["teacher", "generative"]
+    universe: str
+    """What is trained on, for tracking."""
+    network: type[TeacherNetwork]
+
+    def pairs(self, config: _Config) -> tuple[list[Pair], list[Pair]]:
+        """The training and the validation pairs."""
+
+    def check(self, engine: Any, prompt: EncodedPrompt, base: str) -> None:
+        """Raise ModelError if the network computes something else than the model. Collective."""
+
+    def weight(self, data: PromptSet, indices: Iterable[int]) -> int:
+        """What the summed loss of these pairs is divided by. More than 0."""
+
+    def loss(self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime) -> torch.Tensor:
+        """The summed loss of a micro-batch; of an empty one, any loss of a forward. Collective."""
+
+    def judge(
+        self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime
+    ) -> tuple[torch.Tensor, dict[int, bool]]:
+        """The summed loss of a micro-batch, and which of its pairs are called causal, if any are. Collective."""
+
+    def scores(self, data: PromptSet, decisions: Mapping[int, bool]) -> dict[str, float]:
+        """The validation scores of all decisions, beside the loss."""
+
+    def line(self, point: Mapping[str, float | None]) -> str:
+        """The validation scores of a line of `metrics.jsonl`, in words."""
+
+    def details(self, config: _Config, data: TeacherData, family: Any) -> dict[str, Any]:
+        """What the manifest says besides the facts of every training."""
+
+
+class Connectives:
+    """Eq. 4: the cross-entropy of the connective, judged by the macro F1 of the pairs that are called causal."""
+
+    kind: Literal["teacher", "generative"] = "teacher"
+    network = TeacherNetwork
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.universe: str = config.train_pairs
+
+    def pairs(self, config: TeacherConfig) -> tuple[list[Pair], list[Pair]]:
+        """See `Objective`, as for all methods."""
+        return connective_pairs(config)
+
+    def check(self, engine: Any, prompt: EncodedPrompt, base: str) -> None:
+        """The answer words' logits come from the head's rows alone."""
+        check_head(engine, engine.module, prompt, base)
+
+    def weight(self, data: PromptSet, indices: Iterable[int]) -> int:
+        """The number of pairs."""
+        del data
+        return len(list(indices))
+
+    def loss(self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime) -> torch.Tensor:
+        """The sum over pairs."""
+        prompts, is_cause_P = prompts_and_gold(data, micro, runtime)
+        return connective_loss(engine(prompts), is_cause_P)
+
+    def judge(
+        self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime
+    ) -> tuple[torch.Tensor, dict[int, bool]]:
+        """A pair is causal if the causal words together are more probable than the other one."""
+        prompts, is_cause_P = prompts_and_gold(data, micro, runtime)
+        logits_PA = engine(prompts)
+        decisions = dict(zip(micro.pairs, is_causal(logits_PA).tolist(), strict=True)) if micro.pairs else {}
+        return connective_loss(logits_PA, is_cause_P), decisions
+
+    def scores(self, data: PromptSet, decisions: Mapping[int, bool]) -> dict[str, float]:
+        """F1 of the causal pairs, of the others, and their mean."""
+        labels = [pair.is_cause for pair in data.pairs]
+        counts = PairCounts.of(labels, [decisions[n] for n in range(len(labels))])
+        return {f"valid_{key}": score for key, score in counts.scores().items()}
+
+    def line(self, point: Mapping[str, float | None]) -> str:
+        """The macro F1, too."""
+        return f"valid loss {point['valid_loss']:.4f}, valid macro F1 {point['valid_macro_f1']:.2f}"
+
+    def details(self, config: TeacherConfig, data: TeacherData, family: Family) -> dict[str, Any]:
+        """What a validation score has to beat at the very least, and what the teacher was shown."""
+        del family
+        labels = [pair.is_cause for pair in data.valid.pairs]
+        majority = [sum(labels) * 2 > len(labels)] * len(labels)
+        return {
+            "emotions_shown": config.emotions_shown,
+            "majority_macro_f1": PairCounts.of(labels, majority).scores()["macro_f1"],
+        }
+
+
+def prepare(
+    config: TuningConfig, family: Family, objective: Objective[Any], runtime: Runtime
+) -> tuple[TeacherData, Any]:
     """Prepare data and engine, with prefix trees only if this model gives the same logits over them. Collective.
 
     Raises ModelError if the model changes its logits after the head, or if the config insists on trees that the model
     does not take.
     """
     if config.batches.batching == "pairs" or not family.can_share_prefixes:
-        return _start(config, family, runtime, use_tree=False)
+        return _start(config, family, objective, runtime, use_tree=False)
     # The batches are dealt as trees already, but the network computes single prompts until the check has passed.
-    data, engine = _start(config, family, runtime, use_tree=True)
+    data, engine = _start(config, family, objective, runtime, use_tree=True)
     budget = config.batches.micro_batch_tokens
     probes = tree_probes(data.train.pairs, data.train.prompts, max_tokens=budget)
     if tree_is_exact(engine, engine.module, probes, runtime):
@@ -78,7 +178,9 @@ def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[Te
             "a sliding window or ALiBi); set batches.batching=pairs"
         )
     if runtime.is_main:
-        print(f"teacher {config.name}: this model gives other logits over a prefix tree; it trains on pairs")
+        print(
+            f"{objective.kind} {config.name}: this model gives other logits over a prefix tree; it trains on pairs"
+        )
     # Batches of pairs need other accumulation buffers, so the engine starts over.
     engine.destroy()
     del data, engine  # before the next one is loaded: two networks may not fit
@@ -86,26 +188,37 @@ def prepare(config: TeacherConfig, family: Family, runtime: Runtime) -> tuple[Te
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-    return _start(config, family, runtime, use_tree=False)
+    return _start(config, family, objective, runtime, use_tree=False)
 
 
 def _start(
-    config: TeacherConfig, family: Family, runtime: Runtime, *, use_tree: bool
+    config: TuningConfig, family: Family, objective: Objective[Any], runtime: Runtime, *, use_tree: bool
 ) -> tuple[TeacherData, Any]:
-    data = prepare_data(
-        config, family, use_tree=use_tree, world_size=runtime.world_size, show_progress=runtime.is_main
+    data = deal(
+        config,
+        family,
+        objective.pairs(config),
+        use_tree=use_tree,
+        world_size=runtime.world_size,
+        show_progress=runtime.is_main,
     )
-    engine = start_engine(config, family, runtime, data.accumulation_steps)
+    engine = start_engine(config, family, runtime, data.accumulation_steps, objective.network)
     engine.eval()
-    check_head(engine, engine.module, data.train.prompts[data.train.shortest], config.model.base)
+    objective.check(engine, data.train.prompts[data.train.shortest], config.model.base)
     return data, engine
 
 
 @torch.no_grad()
 def validate(
-    engine: Any, valid: PromptSet, config: TeacherConfig, *, padded: bool, runtime: Runtime
+    engine: Any,
+    valid: PromptSet,
+    config: TuningConfig,
+    objective: Objective[Any],
+    *,
+    padded: bool,
+    runtime: Runtime,
 ) -> dict[str, float]:
-    """Compute valid_loss, valid_positive_f1, valid_negative_f1 and valid_macro_f1 over all pairs. Collective.
+    """Compute valid_loss over all pairs, and the objective's scores. Collective.
 
     Raises TrainingError on every rank if the loss is not finite.
     """
@@ -119,11 +232,10 @@ def validate(
     for number in range(rounds):
         position = number * runtime.world_size + runtime.rank
         micro = batches[position] if position < len(batches) else MicroBatch(())
-        prompts, is_cause_P = prompts_and_gold(valid, micro, runtime)
-        logits_PA = engine(prompts)
+        loss, decisions = objective.judge(engine, valid, micro, runtime)
         if micro.pairs:
-            loss_sum += float(connective_loss(logits_PA, is_cause_P))
-            predicted |= dict(zip(micro.pairs, is_causal(logits_PA).tolist(), strict=True))
+            loss_sum += float(loss)
+            predicted |= decisions
     merged: dict[int, bool] = {}
     total = 0.0
     for part, part_loss in gather_objects((predicted, loss_sum), runtime):
@@ -134,11 +246,8 @@ def validate(
         raise TrainingError(
             f"validation loss {total}: training stopped before it saved anything; lower optimization.learning_rate"
         )
-    labels = [pair.is_cause for pair in valid.pairs]
-    counts = PairCounts.of(labels, [merged[n] for n in range(len(labels))])
-    return {"valid_loss": total / len(labels)} | {
-        f"valid_{key}": score for key, score in counts.scores().items()
-    }
+    weight = objective.weight(valid, range(len(valid.pairs)))
+    return {"valid_loss": total / weight} | objective.scores(valid, merged)
 
 
 def validation_steps(num_steps: int, num_validations: int) -> set[int]:
@@ -151,9 +260,16 @@ class TeacherTraining:
     """A training on this rank. `state` is all that a resume needs besides DeepSpeed's own state."""
 
     def __init__(
-        self, config: TeacherConfig, data: TeacherData, engine: Any, work: str, runtime: Runtime
+        self,
+        config: TuningConfig,
+        data: TeacherData,
+        engine: Any,
+        objective: Objective[Any],
+        work: str,
+        runtime: Runtime,
     ) -> None:
         self.config, self.data, self.engine, self.work, self.runtime = config, data, engine, work, runtime
+        self.objective = objective
         self.state = resume(engine, config, work, runtime, prime=self.prime)
 
     def run(self, metrics: MetricsFile, upload: StageUpload, stop: StopSignal) -> None:
@@ -168,7 +284,7 @@ class TeacherTraining:
         with ProgressBar(
             num_steps,
             initial=state.step,
-            desc=f"teacher {config.name}",
+            desc=f"{self.objective.kind} {config.name}",
             unit="step",
             is_shown=runtime.is_main,
         ) as bar:
@@ -177,8 +293,8 @@ class TeacherTraining:
                 if any_rank(stop.requested, runtime):
                     save_checkpoint(self.engine, config, state, self.work, runtime)
                     raise Stopped(
-                        f"teacher {config.name}: stopped at step {state.step} of {num_steps}, checkpoint written; "
-                        "run the same command again to resume"
+                        f"{self.objective.kind} {config.name}: stopped at step {state.step} of {num_steps}, "
+                        "checkpoint written; run the same command again to resume"
                     )
                 batch = data.steps[state.step]
                 started = time.monotonic()
@@ -203,7 +319,12 @@ class TeacherTraining:
                     }
                     if validates:
                         scores = validate(
-                            self.engine, data.valid, config, padded=data.padded, runtime=runtime
+                            self.engine,
+                            data.valid,
+                            config,
+                            self.objective,
+                            padded=data.padded,
+                            runtime=runtime,
                         )
                         point |= scores
                         state.keep_if_best(scores)
@@ -211,14 +332,14 @@ class TeacherTraining:
                         metrics.add(point)
                         upload.sync()
                         if validates:
-                            tqdm.write(_validation_line(config, point))
+                            tqdm.write(_validation_line(config, self.objective, point))
                 # After the metrics line: a resume cuts the lines back to its checkpoint, so that none is missing or
                 # double.
                 if validates or state.step % config.checkpoint_every_steps == 0:
                     save_checkpoint(self.engine, config, state, self.work, runtime)
 
     def step(self, batch: Sequence[Unit]) -> tuple[float, float]:
-        """Take an optimizer step over a global batch: the mean loss over its pairs, and the rate. Collective.
+        """Take an optimizer step over a global batch: its mean loss, and the rate. Collective.
 
         Raises TrainingError on every rank if the loss or the gradient is not finite.
         """
@@ -245,7 +366,7 @@ class TeacherTraining:
         # Every rank works out the shares of all, so that all agree on the number without a collective.
         num_micro_steps = max(len(share) for share in shares)
         micro_batches = shares[runtime.rank]
-        num_pairs = sum(len(unit.pairs) for unit in batch)
+        weight = self.objective.weight(data.train, (n for unit in batch for n in unit.pairs))
         engine.train()
         # Summed on the device: reading the loss of each micro-batch would wait for it.
         loss_sum = torch.zeros((), device=runtime.device)
@@ -254,16 +375,15 @@ class TeacherTraining:
             micro = micro_batches[number] if number < len(micro_batches) else MicroBatch(())
             # The engine cannot count them itself: the number of micro-steps differs between steps.
             engine.set_gradient_accumulation_boundary(number == num_micro_steps - 1)
-            prompts, is_cause_P = prompts_and_gold(data.train, micro, runtime)
-            loss = connective_loss(engine(prompts), is_cause_P)
+            loss = self.objective.loss(engine, data.train, micro, runtime)
             if not micro.pairs:  # computed only because the other ranks' collectives wait for this rank
                 loss = loss * 0.0
             loss_sum += loss.detach()
             # Without scale_wrt_gas=False, DeepSpeed would also divide by the accumulation steps, as if every step took
             # as many.
-            engine.backward(loss * (runtime.world_size / num_pairs), scale_wrt_gas=False)
+            engine.backward(loss * (runtime.world_size / weight), scale_wrt_gas=False)
 
-        mean_loss = loss_sum / num_pairs
+        mean_loss = loss_sum / weight
         if runtime.world_size > 1:
             dist.all_reduce(mean_loss)
         # This waits for the device. It has to: DeepSpeed's step cannot be taken back once it has moved the weights.
@@ -299,24 +419,20 @@ class TeacherTraining:
             group["lr"] = 0.0
         self.engine.train()
         self.engine.set_gradient_accumulation_boundary(True)
-        prompts, is_cause_P = prompts_and_gold(self.data.train, MicroBatch(()), self.runtime)
-        loss = connective_loss(self.engine(prompts), is_cause_P)
+        loss = self.objective.loss(self.engine, self.data.train, MicroBatch(()), self.runtime)
         self.engine.backward(loss * 0.0, scale_wrt_gas=False)
         self.engine.step()
 
     def finish(self, family: Family) -> None:
         """Put the best product into the teacher directory, and the manifest last. Rank 0 alone."""
         config, data, state = self.config, self.data, self.state
-        labels = [pair.is_cause for pair in data.valid.pairs]
-        # What a validation score has to beat at the very least.
-        majority = [sum(labels) * 2 > len(labels)] * len(labels)
-        majority_f1 = PairCounts.of(labels, majority).scores()["macro_f1"]
+        details = self.objective.details(config, data, family)
         # Before the manifest: a start after a kill between the two finds the last checkpoint and installs the product
         # again.
         files = install_product(*best_product(config, state.best_step), family, config.output)
         write_manifest(
             config.output,
-            "teacher",
+            self.objective.kind,
             config_hash=self.work,
             inputs=input_checksums(
                 base=config.model.base, corpus_train=config.corpus.train, corpus_valid=config.corpus.valid
@@ -326,31 +442,30 @@ class TeacherTraining:
                 "name": config.name,
                 "family": config.model.family,
                 "tuning": "full" if config.lora is None else "lora",
-                "emotions_shown": config.emotions_shown,
                 "best_step": state.best_step,
                 "valid": state.best,
-                "majority_macro_f1": majority_f1,
                 "train_pairs": len(data.train.pairs),
                 "prompts_cut": data.train.num_cut,
                 "batching": data.batching,
                 "zero_stage": config.zero.stage,
                 "world_size": self.runtime.world_size,
+                **details,
             },
         )
+        majority = details.get("majority_macro_f1")
         print(
-            f"teacher {config.name}: {state.step} steps on {self.runtime.world_size} ranks, "
-            f"ZeRO-{config.zero.stage}; best valid macro F1 {state.best['valid_macro_f1']:.2f} at step "
-            f"{state.best_step} (majority baseline {majority_f1:.2f}); written to {config.output}",
+            f"{self.objective.kind} {config.name}: {state.step} steps on {self.runtime.world_size} ranks, "
+            f"ZeRO-{config.zero.stage}; best at step {state.best_step}: {self.objective.line(state.best)}"
+            f"{'' if majority is None else f' (majority baseline {majority:.2f})'}; written to {config.output}",
             flush=True,
         )
 
 
-def _validation_line(config: TeacherConfig, point: dict[str, float | None]) -> str:
+def _validation_line(config: TuningConfig, objective: Objective[Any], point: dict[str, float | None]) -> str:
     mfu = "" if point["mfu"] is None else f", MFU {100 * point['mfu']:.1f}%"
     return (
-        f"teacher {config.name}: step {point['step']}, train loss {point['train_loss']:.4f}, "
-        f"valid loss {point['valid_loss']:.4f}, valid macro F1 {point['valid_macro_f1']:.2f}; "
-        f"{point['pairs_per_second']:.1f} pairs/s, {point['tokens_per_second']:.0f} tokens/s, "
+        f"{objective.kind} {config.name}: step {point['step']}, train loss {point['train_loss']:.4f}, "
+        f"{objective.line(point)}; {point['pairs_per_second']:.1f} pairs/s, {point['tokens_per_second']:.0f} tokens/s, "
         f"peak {point['memory_peak_gib']:.2f} GiB{mfu}"
     )
 
@@ -361,28 +476,43 @@ LOCK_WAIT_S = 60.0
 
 
 def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> Path:
-    """Train, validate, keep the best, and write the teacher directory. Collective.
+    """Train a teacher, and write its directory (`tune`). Collective."""
 
-    Resumes from the directory's own checkpoints, with any number of ranks and any ZeRO stage. Raises Stopped after a
-    stop signal, once the state is saved.
+    def family_of() -> Family:
+        return make_family(
+            config.model,
+            max_prompt_tokens=config.batches.max_prompt_tokens,
+            emotions_shown=config.emotions_shown,
+            tree_attention=config.batches.tree_attention,
+        )
+
+    return tune(config, Connectives(config), family_of, runtime, stop)
+
+
+def tune(
+    config: TuningConfig,
+    objective: Objective[Any],
+    make: Callable[[], Family],
+    runtime: Runtime,
+    stop: StopSignal,
+) -> Path:
+    """Train for an objective, validate, keep the best, and write the output directory. Collective.
+
+    `make` loads the tokenizer. Resumes from the directory's own checkpoints, with any number of ranks and any ZeRO
+    stage. Raises Stopped after a stop signal, once the state is saved.
     """
     check_device(config, runtime.device)
     warn_of_emulation(runtime, config.zero.dtype, "zero.dtype")
     work = config_hash(config)
-    check_output(config.output, "teacher", work)
-    family = make_family(
-        config.model,
-        max_prompt_tokens=config.batches.max_prompt_tokens,
-        emotions_shown=config.emotions_shown,
-        tree_attention=config.batches.tree_attention,
-    )
+    check_output(config.output, objective.kind, work)
+    family = make()
     # Before the output directory is made, and before the weights are loaded, which takes minutes for a large base.
     check_config(config.model.base, config.model.family, family.max_prompt_tokens)
     with lock_output(config.output, runtime):
         # All ranks draw the same first values for LoRA's A and for a new head.
         seed_everything(config.optimization.seed)
-        data, engine = prepare(config, family, runtime)
-        training = TeacherTraining(config, data, engine, work, runtime)
+        data, engine = prepare(config, family, objective, runtime)
+        training = TeacherTraining(config, data, engine, objective, work, runtime)
         metrics = MetricsFile(config.output)
         if runtime.is_main:
             # On a resume, too: settings outside the config hash (stage, offload, logging) may have changed.
@@ -393,15 +523,15 @@ def train_teacher(config: TeacherConfig, runtime: Runtime, stop: StopSignal) -> 
                 cut = prompts.num_cut
                 if any(cut.values()):
                     tqdm.write(
-                        f"teacher {config.name}: {split}: of {len(prompts.prompts)} prompts {sum(cut.values())} were "
-                        f"longer than {config.batches.max_prompt_tokens} tokens: {cut['history']} lost only "
-                        f"their oldest history, {cut['text']} also text of an utterance"
+                        f"{objective.kind} {config.name}: {split}: of {len(prompts.prompts)} prompts "
+                        f"{sum(cut.values())} were longer than {config.batches.max_prompt_tokens} tokens: "
+                        f"{cut['history']} lost only their oldest history, {cut['text']} also text of an utterance"
                     )
             if training.state.step:
                 tqdm.write(
-                    f"teacher {config.name}: resumed at step {training.state.step} of {len(data.steps)}"
+                    f"{objective.kind} {config.name}: resumed at step {training.state.step} of {len(data.steps)}"
                 )
-        record = functools.partial(teacher_record, config, work)
+        record = functools.partial(tuning_record, config, objective.kind, objective.universe, work)
         with stage_upload(config.tracking, config.output, record, is_main=runtime.is_main) as upload:
             upload.sync()
             training.run(metrics, upload, stop)

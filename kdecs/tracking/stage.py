@@ -27,13 +27,14 @@ from kdecs.tracking.record import (
 )
 
 _EVERY_S = 10.0  # between the beginnings of two uploads
-Kind = Literal["teacher", "export", "student", "mrc", "baseline"]
+Kind = Literal["teacher", "export", "student", "mrc", "baseline", "generative"]
 _ENTRIES: dict[Kind, str] = {
     "teacher": "train_teacher",
     "export": "export_soft_labels",
     "student": "train_student",
     "mrc": "train_mrc",
     "baseline": "train_baseline",
+    "generative": "train_generative",
 }
 
 
@@ -59,7 +60,7 @@ def stage_record(
             kind=kind,
             directory=output,
             checksum=content_checksum(output)[:16],
-            epoch=details["best_step"] if kind == "teacher" else details["valid"]["epoch"],
+            epoch=details["best_step"] if "best_step" in details else details["valid"]["epoch"],
             dataset=next(dataset for dataset in datasets if dataset.split == "valid"),
         )
     return RunRecord(

@@ -1,6 +1,5 @@
-"""`kdecs baseline prompt`. Slow imports stand inside the function."""
+"""`kdecs baseline prompt` and `kdecs baseline answer`. Slow imports stand inside the functions."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,18 +99,16 @@ def prompt(
         check_url,
         cost_of,
         plan_few_shot,
-        read_answers,
     )
-    from kdecs.baselines.generative.record import AnswerRecord
+    from kdecs.baselines.generative.record import AnswerRecord, read_answers
     from kdecs.corpus.reading import read_corpus
     from kdecs.evaluation.predictions import write_predictions
     from kdecs.output import refuse_inputs
     from kdecs.process import StopSignal, endpoint_key, say
 
-    place = answers or output.with_name(f"{output.name.removesuffix('.jsonl')}.answers.jsonl")
+    place = _record_place(answers, output)
     for written in (output, place):
         refuse_inputs(written, [corpus, train])
-    refuse_inputs(output, [place])
     url = None if base_url is None else check_url(base_url)
     dialogues = read_corpus(corpus, labelled=targets == "annotated").dialogues
     training = read_corpus(train).dialogues
@@ -148,14 +145,86 @@ def prompt(
     )
 
 
+def answer(
+    baseline: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of a trained generative baseline.")
+    ],
+    corpus: Annotated[
+        Path, typer.Option(metavar="FILE", help="Dialogues to predict; labels are not needed.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the predictions: JSON lines.")],
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Record of the model's answers, which a second start goes on with. By default it stands beside the "
+            "predictions, as OUTPUT.answers.jsonl.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR|NAME", help="The adapter's base, if it has moved.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of weights and activations.")
+    ] = "float32",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")] = "auto",
+    batch_tokens: Annotated[
+        int, typer.Option(min=16, help="Most tokens whose keys and values are kept at a time.")
+    ] = 16_384,
+) -> None:
+    """Predict emotions, causes and spans with a fine-tuned language model, which answers in words.
+
+    Every dialogue's answers are recorded at once, and the same command goes on after any stop. Under a launcher each
+    rank takes a share of the dialogues; all ranks share the record.
+
+    Example: kdecs baseline answer --baseline runs/generative/smollm2-135m --corpus test.json --output smollm2.jsonl
+    """
+    from kdecs.corpus.reading import read_corpus
+    from kdecs.output import refuse_inputs
+
+    place = _record_place(answers, output)
+    for written in (output, place):
+        refuse_inputs(written, [corpus, baseline])
+    dialogues = read_corpus(corpus, labelled=False).dialogues
+    from kdecs.baselines.generative.prediction import GenerativeBaseline, answer_corpus
+    from kdecs.baselines.generative.record import AnswerRecord
+    from kdecs.evaluation.predictions import write_predictions
+    from kdecs.process import StopSignal, say
+    from kdecs.runtime import start_runtime
+
+    record = AnswerRecord(place)
+    runtime = start_runtime(device=device)
+    model = GenerativeBaseline.load(baseline, runtime=runtime, dtype=dtype, base=base)
+    stop = StopSignal()
+    stop.install()
+    outcome = answer_corpus(model, dialogues, record, batch_tokens=batch_tokens, runtime=runtime, stop=stop)
+    if outcome.num_missing:
+        say(
+            f"rank {runtime.rank}: its share is answered; {outcome.num_missing:,} targets are left to other ranks"
+        )
+        return
+    write_predictions(output, outcome.predictions)
+    say(f"{output}: {outcome}")
+
+
+def _record_place(answers: Path | None, output: Path) -> Path:
+    """Where the answers are recorded, which the predictions must not replace."""
+    place = answers or output.with_name(f"{output.name.removesuffix('.jsonl')}.answers.jsonl")
+    if place.resolve() == output.resolve():
+        raise typer.BadParameter("--answers and --output name the same file; give each its own")
+    return place
+
+
 def _options(texts: list[str]) -> dict[str, Any]:
+    from kdecs.corpus.checking import NotJson, decode_json
+
     options: dict[str, Any] = {}
     for text in texts:
         key, separator, value = text.partition("=")
         if not separator or not key or key in ("model", "messages", "stream", "n"):
             raise typer.BadParameter(f"--option {text}: expected KEY=JSON, such as seed=1")
         try:
-            options[key] = json.loads(value)
-        except ValueError:
+            options[key] = decode_json(value.encode("utf-8", "surrogateescape")).value
+        except NotJson:
             raise typer.BadParameter(f"--option {text}: the value is no JSON; put a text in quotes") from None
     return options

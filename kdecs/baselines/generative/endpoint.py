@@ -16,7 +16,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -24,20 +23,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kdecs.artifact import file_lock
-from kdecs.baselines.generative.answers import (
-    FAULTS,
-    few_shot_prompt,
-    gold_answer,
-    labels_of,
-    parse,
-    predictions_of,
-)
+from kdecs.baselines.generative.answers import few_shot_prompt, gold_answer, labels_of
 from kdecs.baselines.generative.record import AnswerRecord, Question, RecordedAnswer, call_hash
 from kdecs.corpus.checking import NotJson, decode_json
 from kdecs.corpus.schema import Dialogue
 from kdecs.corpus.splits import text_digest
 from kdecs.errors import ConfigError, CorpusError, EndpointError, PredictionError
-from kdecs.evaluation.predictions import Prediction
 from kdecs.process import ProgressBar, StopSignal
 
 CHARACTERS_PER_TOKEN = 4
@@ -271,52 +262,6 @@ def _ask_pending(endpoint: Endpoint, plan: FewShot, record: AnswerRecord, stop: 
         raise EndpointError(f"{endpoint.base_url}: {len(failures)} calls failed ({reason}); {kept}; {remedy}")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Predictions for every pair of the answered targets, and what was wrong with the answers."""
-
-    predictions: list[Prediction]
-    faults: Counter[str]
-    num_answers: int
-    num_missing: int
-    prompt_tokens: int
-    answer_tokens: int
-
-    def __str__(self) -> str:
-        faults = ", ".join(f"{self.faults[kind]} × {kind}" for kind in FAULTS if self.faults[kind])
-        missing = (
-            f"; {self.num_missing:,} targets have no answer and no prediction" if self.num_missing else ""
-        )
-        return f"{self.num_answers:,} answers; faults: {faults or 'none'}{missing}"
-
-
-def read_answers(
-    targets: Sequence[tuple[Dialogue, int]],
-    questions: Sequence[Question],
-    labels: Sequence[str],
-    record: AnswerRecord,
-    source: str | None,
-) -> Outcome:
-    """The predictions that recorded answers amount to. `source` as for `AnswerRecord.find`."""
-    predictions: list[Prediction] = []
-    faults: Counter[str] = Counter()
-    found = [record.find(question, source) for question in questions]
-    for (dialogue, target), answer in zip(targets, found, strict=True):
-        if answer is not None:
-            parsed = parse(answer.text, dialogue, target, labels)
-            faults.update(parsed.faults)
-            predictions += predictions_of(parsed.answer, dialogue, target)
-    answers = [answer for answer in found if answer is not None]
-    return Outcome(
-        predictions,
-        faults,
-        len(answers),
-        len(found) - len(answers),
-        sum(answer.prompt_tokens or 0 for answer in answers),
-        sum(answer.answer_tokens or 0 for answer in answers),
-    )
-
-
 class _Failure(Exception):
     """A call that has no answer. `is_final`: another attempt would fail, too; `ends_all`: so would other calls."""
 
@@ -393,7 +338,7 @@ def _post(endpoint: Endpoint, body: Mapping[str, Any]) -> _Reply:
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "kdecs"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
-    data = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    data = json.dumps(body).encode()
     request = urllib.request.Request(f"{endpoint.base_url}/chat/completions", data, headers, method="POST")
     try:
         with _OPENER.open(request, timeout=endpoint.timeout_s) as response:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from kdecs.artifact import file_lock
+from kdecs.baselines.generative.answers import FAULTS, parse, predictions_of
+from kdecs.corpus.schema import Dialogue
 from kdecs.errors import PredictionError
+from kdecs.evaluation.predictions import Prediction
 
 
 class RecordedAnswer(BaseModel):
@@ -39,7 +43,7 @@ class RecordedAnswer(BaseModel):
 
 def call_hash(call: Any) -> str:
     """The sha256 that stands for a call, from its canonical JSON."""
-    return hashlib.sha256(json.dumps(call, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(call, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,52 @@ class AnswerRecord:
     def _keep(self, answer: RecordedAnswer) -> None:
         self._answers[answer.source, answer.call] = answer
         self._by_call.setdefault(answer.call, set()).add(answer.source)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Predictions for every pair of the answered targets, and what was wrong with the answers."""
+
+    predictions: list[Prediction]
+    faults: Counter[str]
+    num_answers: int
+    num_missing: int
+    prompt_tokens: int
+    answer_tokens: int
+
+    def __str__(self) -> str:
+        faults = ", ".join(f"{self.faults[kind]} × {kind}" for kind in FAULTS if self.faults[kind])
+        missing = (
+            f"; {self.num_missing:,} targets have no answer and no prediction" if self.num_missing else ""
+        )
+        return f"{self.num_answers:,} answers; faults: {faults or 'none'}{missing}"
+
+
+def read_answers(
+    targets: Sequence[tuple[Dialogue, int]],
+    questions: Sequence[Question],
+    labels: Sequence[str],
+    record: AnswerRecord,
+    source: str | None,
+) -> Outcome:
+    """The predictions that recorded answers amount to. `source` as for `AnswerRecord.find`."""
+    predictions: list[Prediction] = []
+    faults: Counter[str] = Counter()
+    found = [record.find(question, source) for question in questions]
+    for (dialogue, target), answer in zip(targets, found, strict=True):
+        if answer is not None:
+            parsed = parse(answer.text, dialogue, target, labels)
+            faults.update(parsed.faults)
+            predictions += predictions_of(parsed.answer, dialogue, target)
+    answers = [answer for answer in found if answer is not None]
+    return Outcome(
+        predictions,
+        faults,
+        len(answers),
+        len(found) - len(answers),
+        sum(answer.prompt_tokens or 0 for answer in answers),
+        sum(answer.answer_tokens or 0 for answer in answers),
+    )
 
 
 def _cut_to_last_line(file: Any, size: int) -> None:

@@ -29,6 +29,11 @@ class PackedTree:
         """N, the cost of a forward."""
         return len(self.tokens_N)
 
+    def path(self, prompt: int) -> np.ndarray:
+        """The indices in the walk of a prompt's tokens, from its first to its last: a leaf and its ancestors."""
+        leaf = int(self.leaves_P[prompt])
+        return np.flatnonzero(self.ends_N[: leaf + 1] > leaf)
+
     def padded_to(self, multiple: int) -> "PackedTree":
         """The same walk, padded with trees of a single token 0, which neither see nor are seen by anything else."""
         size = self.num_tokens

@@ -25,9 +25,8 @@ from kdecs.baselines.generative.endpoint import (
     check_url,
     find_example,
     plan_few_shot,
-    read_answers,
 )
-from kdecs.baselines.generative.record import AnswerRecord
+from kdecs.baselines.generative.record import AnswerRecord, read_answers
 from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue
@@ -385,8 +384,11 @@ def test_the_command_counts_asks_goes_on_after_a_kill_and_replays(
         ["--base-url", "http://h", "--input-price", "1"],
         ["--replay", "--option", "model=1"],
         ["--replay", "--option", "a=b"],
+        ["--replay", "--option", "a=NaN"],
+        ["--replay", "--answers", "OUTPUT"],
     ],
 )
 def test_wrong_usage_is_refused_before_any_work(arguments: list[str], tmp_path: Path) -> None:
     paths = [part for name in ("corpus", "train", "output") for part in (f"--{name}", str(tmp_path / name))]
-    assert CliRunner().invoke(app, ["baseline", "prompt", *paths, "--model", "m", *arguments]).exit_code == 2
+    given = [part.replace("OUTPUT", str(tmp_path / "output")) for part in arguments]
+    assert CliRunner().invoke(app, ["baseline", "prompt", *paths, "--model", "m", *given]).exit_code == 2

@@ -1,0 +1,144 @@
+"""Questions in tokens, the loss of answers, and decoding, each against a slow loop over the plain model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GraniteConfig, MistralConfig, PretrainedConfig
+
+from kdecs.baselines.generative.answers import gold_answer, labels_of, prompt, render
+from kdecs.baselines.generative.network import (
+    AnswerFamily,
+    AnswerNetwork,
+    Decoder,
+    check_answers,
+    num_answer_tokens,
+)
+from kdecs.baselines.generative.training import targets_of
+from kdecs.corpus.reading import read_corpus
+from kdecs.corpus.schema import Dialogue
+from kdecs.errors import DialogueError, ModelError
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dialogues(few: Path) -> tuple[Dialogue, ...]:
+    return read_corpus(few).dialogues
+
+
+@pytest.fixture(scope="module")
+def network_of(dialogues: tuple[Dialogue, ...]) -> Callable[..., AnswerNetwork]:
+    def load(base: Path, *, max_prompt_tokens: int = 1024, max_answer_tokens: int = 5) -> AnswerNetwork:
+        family = AnswerFamily(
+            str(base),
+            labels_of(dialogues),
+            max_prompt_tokens=max_prompt_tokens,
+            max_answer_tokens=max_answer_tokens,
+        )
+        network = family.load_network(str(base), dtype=torch.float32)
+        return AnswerNetwork(family, network, use_tree=False, device=torch.device("cpu")).eval()
+
+    return load
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_the_answers_tokens_alone(
+    base: Path, network_of: Callable[..., AnswerNetwork], dialogues: tuple[Dialogue, ...]
+) -> None:
+    model = network_of(base)
+    pairs = [pair for dialogue in dialogues[:2] for pair in targets_of(dialogue)]
+    prompts = [model.family.encode(pair) for pair in pairs]
+    expected = []
+    for pair, one in zip(pairs, prompts, strict=True):
+        tokenizer = model.family.tokenizer
+        question = tokenizer(prompt(pair.dialogue, pair.target, model.family.labels))["input_ids"][:-1]
+        answer = tokenizer(render(gold_answer(pair.dialogue, pair.target)), add_special_tokens=False)[
+            "input_ids"
+        ]
+        tokens = [*question, *answer, tokenizer.eos_token_id]
+        assert one.tokens.tolist() == tokens
+        logits = model.network(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+        expected += [float(logits[place - 1, tokens[place]]) for place in range(len(question), len(tokens))]
+        assert num_answer_tokens(one) == len(answer) + 1
+    for model.use_tree in (False, True):
+        assert np.allclose(model(prompts).numpy(), expected, atol=2e-5)
+    assert np.allclose(model(prompts, by_model=True).numpy(), expected, atol=2e-5)
+
+
+@torch.no_grad()
+def without_cache(model: AnswerNetwork, dialogue: Dialogue, target: int) -> str:
+    """Greedy decoding that reads the whole text again for every token."""
+    tokens = model.family.question(dialogue, target).tolist()
+    size = len(tokens)
+    for _ in range(model.family.max_answer_tokens):
+        token = int(model.network(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        if token == model.family.tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+    return model.family.tokenizer.decode(tokens[size:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_greedy_answers_are_those_without_a_cache(
+    sliding: bool,
+    base: Path,
+    network_of: Callable[..., AnswerNetwork],
+    dialogues: tuple[Dialogue, ...],
+    make_base: Callable[[PretrainedConfig], Path],
+) -> None:
+    if sliding:
+        base = make_base(MistralConfig(**SHAPE, sliding_window=16))
+    model = network_of(base)
+    shares = Decoder(model, shares=True).is_exact(dialogues[0])
+    assert shares is not sliding
+    decoder = Decoder(model, shares=shares)
+    expected = [without_cache(model, dialogues[0], target) for target in (1, 3, 4)]
+    assert len(set(expected)) == 3
+    for batch_tokens in (100_000, 16) if shares else (100_000,):
+        assert decoder.answers(dialogues[0], [1, 3, 4], batch_tokens=batch_tokens) == expected
+
+
+def test_an_over_long_question_loses_its_oldest_turns(
+    base: Path, network_of: Callable[..., AnswerNetwork], dialogues: tuple[Dialogue, ...]
+) -> None:
+    model = network_of(base)
+    family, dialogue = model.family, dialogues[0]
+    pair = targets_of(dialogue)[-1]
+    whole = family.encode(pair)
+    assert whole.cut == "nothing" and "\n1 " in family.tokenizer.decode(whole.tokens)
+    family.max_prompt_tokens = len(whole.tokens) - 1
+    cut = family.encode(pair)
+    text = family.tokenizer.decode(cut.tokens)
+    assert cut.cut == "history" and "\n1 " not in text and f"\n{pair.target} " in text
+    assert '"turn": 1' not in text[text.index("Answer:\n") :]
+    family.max_prompt_tokens = 100
+    with pytest.raises(DialogueError, match=r"only \d+ have room; raise batches.max_prompt_tokens"):
+        family.encode(pair)
+
+
+def test_a_model_that_scales_its_logits_is_refused(
+    base: Path,
+    network_of: Callable[..., AnswerNetwork],
+    dialogues: tuple[Dialogue, ...],
+    make_base: Callable[[PretrainedConfig], Path],
+) -> None:
+    model = network_of(base)
+    one = model.family.encode(targets_of(dialogues[0])[0])
+    check_answers(_Engine(model), one, "base")
+    scaled = network_of(make_base(GraniteConfig(**SHAPE, logits_scaling=8.0)))
+    with pytest.raises(ModelError, match="changes its logits after the output embedding"):
+        check_answers(_Engine(scaled), one, "base")
+
+
+class _Engine:
+    """What DeepSpeed's engine is to the check: a forward and the module."""
+
+    def __init__(self, module: AnswerNetwork) -> None:
+        self.module = module
+
+    def __call__(self, *arguments: object, **options: object) -> torch.Tensor:
+        return self.module(*arguments, **options)

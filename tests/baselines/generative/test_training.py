@@ -1,0 +1,144 @@
+"""Fine-tuning on answers under DeepSpeed, and prediction with the product: resumes, ranks, and what it learns."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from support import StopAfter, assert_same_weights, run_forked_ranks
+from typer.testing import CliRunner
+
+from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.baselines.generative import prediction
+from kdecs.baselines.generative.config import GenerativeConfig
+from kdecs.baselines.generative.prediction import GenerativeBaseline, answer_corpus
+from kdecs.baselines.generative.record import AnswerRecord
+from kdecs.baselines.generative.training import train_generative
+from kdecs.cli import app
+from kdecs.corpus.reading import read_corpus
+from kdecs.errors import ArtifactError, ConfigError, Stopped
+from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.predictions import by_pair, read_predictions
+from kdecs.process import StopSignal
+from kdecs.runtime import Runtime
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_training_and_prediction_go_on_exactly(
+    make_config: Callable[..., GenerativeConfig],
+    runtime: Runtime,
+    group: None,
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    straight = train_generative(make_config("straight"), runtime, StopSignal())
+    config = make_config("stopped")
+    with pytest.raises(Stopped, match="generative test: stopped at step 2 of"):
+        train_generative(config, runtime, StopAfter(2))
+    train_generative(config, runtime, StopSignal())
+    assert_same_weights(straight, config.output)
+    assert losses(straight) == losses(config.output)
+    details = read_manifest(straight, "generative").details
+    assert details["batching"] == "tree" and "neutral" in details["labels"]
+    assert not verify_artifact(straight)
+
+    corpus = read_corpus(few)
+    num_targets = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
+    baseline = GenerativeBaseline.load(straight, runtime=runtime)
+    baseline.model.family.max_answer_tokens = 2
+    asked: list[tuple[str, int]] = []
+    real = prediction.Decoder.answers
+
+    def answers(self: prediction.Decoder, dialogue: object, targets: list[int], **options: int) -> list[str]:
+        asked.extend((dialogue.id, target) for target in targets)
+        return real(self, dialogue, targets, **options)
+
+    monkeypatch.setattr(prediction.Decoder, "answers", answers)
+
+    def answer(name: str, rank: Runtime, stop: StopSignal) -> prediction.Outcome:
+        record = AnswerRecord(tmp_path / name)
+        return answer_corpus(baseline, corpus.dialogues, record, batch_tokens=4096, runtime=rank, stop=stop)
+
+    whole = answer("one.jsonl", runtime, StopSignal())
+    assert (whole.num_answers, whole.num_missing) == (num_targets, 0)
+    assert whole.faults["not in the form"] == num_targets  # two tokens are no answer
+    asked.clear()
+    ranks = [replace(runtime, rank=rank, world_size=2) for rank in range(2)]
+    first = answer("two.jsonl", ranks[1], StopSignal())
+    assert 0 < first.num_missing < num_targets
+    with pytest.raises(Stopped, match="run the same command again"):
+        answer("two.jsonl", ranks[0], StopAfter(0))
+    second = answer("two.jsonl", ranks[0], StopSignal())
+    assert sorted(asked) == sorted({(d.id, u.turn) for d in corpus.dialogues for u in d.utterances})
+    assert second == whole
+
+
+def test_other_directories_and_settings_are_refused(
+    make_config: Callable[..., GenerativeConfig], runtime: Runtime, base: Path
+) -> None:
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
+        GenerativeBaseline.load(base, runtime=runtime)
+    with pytest.raises(ConfigError, match=r"takes more than half of batches\.max_prompt_tokens"):
+        make_config(max_answer_tokens=600)
+
+
+def rank_values(config: GenerativeConfig, output: Path, stage: int, directory: Path) -> Path:
+    values = config.model_dump(mode="json") | {"output": str(output)}
+    values["zero"] |= {"stage": stage}
+    path = directory / f"{output.name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(
+    make_config: Callable[..., GenerativeConfig], runtime: Runtime, group: None, tmp_path: Path
+) -> None:
+    config = make_config("one")
+    train_generative(config, runtime, StopSignal())
+    for stage in (2, 3):
+        output = tmp_path / f"two-{stage}"
+        path = rank_values(config, output, stage, tmp_path)
+        result = run_forked_ranks("launch/train_generative.py", "--config", path)
+        assert result.returncode == 0, result.stderr
+        assert losses(output) == pytest.approx(losses(config.output), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_it_overfits_five_dialogues(
+    make_config: Callable[..., GenerativeConfig], runtime: Runtime, group: None, five: Path, tmp_path: Path
+) -> None:
+    config = make_config(
+        corpus=five,
+        lora=None,
+        optimization={"learning_rate": 0.003, "epochs": 30},
+        max_answer_tokens=120,
+        batches={"global_batch_pairs": 5, "micro_batch_tokens": 4096, "max_prompt_tokens": 1024},
+    )
+    train_generative(config, runtime, StopSignal())
+    assert losses(config.output)[-1] < 0.05
+    output = tmp_path / "predictions.jsonl"
+    result = CliRunner().invoke(
+        app,
+        [
+            "baseline",
+            "answer",
+            "--baseline",
+            str(config.output),
+            "--corpus",
+            str(five),
+            "--output",
+            str(output),
+        ],
+    )
+    assert result.exit_code == 0 and "faults: none" in result.output, result.output
+    corpus = read_corpus(five)
+    scores = evaluate(corpus, by_pair(read_predictions(output, corpus).values()), universe="fold1")
+    assert scores.values["utterance_macro_f1"] == scores.values["emotion_accuracy"] == 100
