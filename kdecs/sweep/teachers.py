@@ -10,7 +10,7 @@ import json
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.process import StopSignal, last_error, module_command, run_child
-from kdecs.sweep.config import StageCommand, SweepConfig
+from kdecs.sweep.config import StageCommand, SweepConfig, flat_keys
 
 
 def refuse_missing(config: SweepConfig, names: list[str]) -> None:
@@ -45,7 +45,11 @@ def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> N
 
 
 def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]]:
-    """(stage, command) of a teacher: its training if it has one, then its export."""
+    """(stage, command) of a teacher: its training if it has one, then its export.
+
+    Both read the students' corpus files unless their `set` says otherwise, because labels of another corpus would not
+    cover the students' pairs.
+    """
     teacher = config.teachers[name]
     if teacher.export is None:
         raise ConfigError(
@@ -57,10 +61,13 @@ def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]
         command: StageCommand | None = getattr(teacher, stage)
         if command is None:
             continue
-        values = dict(command.set)
+        splits = ("train", "valid") if stage == "train" else ("train", "valid", "test")
+        corpus = dict(flat_keys(config.student.get("corpus") or {}))
+        values = {f"corpus.{split}": str(corpus[split]) for split in splits if corpus.get(split)}
         if stage == "export":
-            # What the user sets wins, even if it leads elsewhere: `build_teachers` says so after the export.
-            values = {"output": str(teacher.labels), **values}
+            values["output"] = str(teacher.labels)
+        # What the user sets wins, even if it leads elsewhere: `build_teachers` says so after the export.
+        values |= command.set
         arguments = [
             *module_command(config.build_launcher, f"kdecs.launch.{entry}"),
             "--config",

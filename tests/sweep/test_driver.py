@@ -12,13 +12,13 @@ from fake_trainer import train
 from mlflow import MlflowClient
 
 from kdecs.artifact import is_complete, read_manifest, verify_artifact
-from kdecs.config import write_config
+from kdecs.config import COMMITTED, load_config, write_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ArtifactError, ConfigError, CorpusError, Stopped, TrainingError
 from kdecs.process import StopSignal
 from kdecs.sweep import driver
-from kdecs.sweep.config import Dimension
+from kdecs.sweep.config import Dimension, SweepConfig
 from kdecs.sweep.driver import refuse_equal_emotions, run_sweep, run_with_ray
 from kdecs.sweep.search import Search
 from kdecs.sweep.selection.record import rank_settings
@@ -274,6 +274,13 @@ def test_missing_teachers_are_built_by_their_scripts(
     [(stage, command)] = build_commands(config, "later")
     assert stage == "export" and command[1:3] == ["-m", "kdecs.launch.export_soft_labels"]
     assert command[-4:] == ["--set", f"output={labels}", "--set", "num_shards=2"]
+    assert f"corpus.test={bundled_sample('test')}" in command, "what the students read is labelled"
+    space = load_config(SweepConfig, COMMITTED / "spaces" / "coarse_to_fine.yaml")
+    (_, train_command), (_, export_command) = build_commands(space, "llama-7b")
+    assert "corpus.train=data/dailydialog_train.json" in train_command, (
+        "the teacher learns from the coarse corpus"
+    )
+    assert "corpus.train=data/fg_reccon/train.json" in export_command
     monkeypatch.setattr(
         "kdecs.sweep.teachers.build_commands", lambda *a: [(stage, [sys.executable, str(script)])]
     )

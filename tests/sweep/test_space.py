@@ -120,6 +120,7 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, r
         "demo": 8,
         "main": 4 * 3 * 5,
         "ecpe": 5,
+        "coarse_to_fine": 2 * 5,
         "ablation": 4 * 5,
         "data_share": (6 + 5 + 6) * 5,
         "teacher_scale": 5 * 5,
