@@ -17,12 +17,14 @@ from kdecs.baselines.generative.prediction import GenerativeBaseline, answer_cor
 from kdecs.baselines.generative.record import AnswerRecord
 from kdecs.baselines.generative.training import train_generative
 from kdecs.cli import app
+from kdecs.config import config_hash
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, ConfigError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import by_pair, read_predictions
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
+from kdecs.teacher.metering import tuning_record
 
 
 def losses(output: Path) -> list[float]:
@@ -47,6 +49,9 @@ def test_a_stopped_training_and_prediction_go_on_exactly(
     details = read_manifest(straight, "generative").details
     assert details["batching"] == "tree" and "neutral" in details["labels"]
     assert not verify_artifact(straight)
+    record = tuning_record(config, "generative", "fold1+neutral", config_hash(config))
+    assert record.model is not None and record.model.kind == "generative"
+    assert record.points[-1]["valid_loss"] < record.points[0]["train_loss"]
 
     corpus = read_corpus(few)
     num_targets = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
