@@ -172,7 +172,7 @@ def compare(
     Example: kdecs compare kd.jsonl joint.jsonl --corpus test.json
     """
     from kdecs.corpus.reading import log_notes, read_corpus
-    from kdecs.evaluation.metrics import SCORE_KEYS
+    from kdecs.evaluation.metrics import SCORE_KEYS, STRICT_KEYS
     from kdecs.evaluation.metrics import evaluate as score
     from kdecs.evaluation.significance import compare_systems
     from kdecs.output import STANDARD_STREAM, refuse_inputs
@@ -206,6 +206,16 @@ def compare(
         num_samples=samples,
         seed=seed,
     )
+    above_rule = [
+        _above_rule(
+            of.sums_by_dialogue,
+            of.rule_sums(),
+            [key for key in STRICT_KEYS if key in of.known],
+            samples,
+            seed,
+        )
+        for of in scores
+    ]
     log_notes(gold)
     _log_guessed_order(list(zip((a, b), scores, strict=True)))
     if as_json:
@@ -216,11 +226,12 @@ def compare(
         }
         found |= {"missing_a": scores[0].missing, "missing_b": scores[1].missing}
         found["baselines"] = scores[0].baselines
+        found["above_rule"] = dict(zip(("a", "b"), above_rule, strict=True))
         print(json.dumps(found, indent=2))
     else:
         from kdecs.evaluation.display import print_comparison
 
-        print_comparison(a, b, scores[0], scores[1], compared)
+        print_comparison(a, b, scores[0], scores[1], compared, above_rule)
 
 
 def _above_rule(

@@ -43,9 +43,17 @@ def _percent(found: Mapping[str, Any], key: str) -> str:
 
 
 def print_comparison(
-    a: Path, b: Path, scores_a: Scores, scores_b: Scores, compared: Mapping[str, Comparison]
+    a: Path,
+    b: Path,
+    scores_a: Scores,
+    scores_b: Scores,
+    compared: Mapping[str, Comparison],
+    above_rule: Sequence[Mapping[str, Mapping[str, float]]],
 ) -> None:
-    """Print, for each score, A, B, their difference with its interval, p, and the best trivial rule."""
+    """Print, for each score, A, B, their difference with its interval, p, and the best trivial rule.
+
+    `above_rule` says how far the scores of A and of B are above the rule "j >= i-1".
+    """
     console = terminal(soft_wrap=True)
     columns = ("A", "B", "A − B", "95% interval", "p", "rule")
     table = figures_table("A minus B, paired by dialogue", "score (%)", *columns, tight=True)
@@ -61,6 +69,14 @@ def print_comparison(
         table.add_row(name, *figures, _best_rule(scores_a, key))
     console.print(table)
     console.print("rule: the best trivial rule's score")
+    for name, distances in zip("AB", above_rule, strict=True):
+        parts = [
+            f"{key.replace('_', ' ')} {found['difference']:+.2f} ({found['low']:+.2f} … {found['high']:+.2f})"
+            for key, found in distances.items()
+            if key in ("macro_f1", "utterance_macro_f1")
+        ]
+        if parts:
+            console.print(Text(f"{name} above the rule j >= i-1, with its 95% interval: {', '.join(parts)}"))
     for name, path, scores in (("A", a, scores_a), ("B", b, scores_b)):
         console.print(Text(f"{name} = {path}: {counts_line(scores)}"))
 

@@ -196,7 +196,13 @@ def test_compare_reports_difference_interval_and_p(sample_predictions):
     )
     assert same["macro_f1"]["difference"] == 0
     assert same["macro_f1"]["p"] == 1
-    assert compared["baselines"] == scores_of(sample_predictions["near"])["baselines"]
+    near = scores_of(sample_predictions["near"])
+    assert compared["baselines"] == near["baselines"]
+    above = {
+        name: found["utterance_macro_f1"]["difference"] for name, found in compared["above_rule"].items()
+    }
+    assert above["a"] == 0, "A predicts by the rule"
+    assert above["b"] == pytest.approx(-compared["utterance_macro_f1"]["difference"])
     shown = run(*arguments, "--samples", "300").stdout
     assert "A minus B" in shown
     assert "best trivial rule" in shown

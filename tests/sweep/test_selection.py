@@ -48,11 +48,22 @@ def test_winner_is_scored_on_test_once(finished, asked):
     test = record.runner_up.tests["macro_f1"]
     assert record.runner_up.label == "llama-tiny α0.3 τ2"
     assert (test.difference, test.low, test.high, test.p) == (0.0, 0.0, 0.0, 1.0), "equal predictions"
+    above = record.test_above_rule["macro_f1"]
+    assert (above.difference, above.low, above.high) == (0.0, 0.0, 0.0), "the winner predicts by this rule"
     low, high = record.test_intervals["macro_f1"]
     assert low < record.test["macro_f1"] < high
     card = (finished / "model-card.md").read_text()
     assert f"| macro F1 | {record.test['macro_f1']:.2f} | {low:.2f} to {high:.2f} |" in card
-    assert all(part in card for part in ("train.json", "llama-tiny", "## Limits", "runner-up"))
+    assert all(
+        part in card
+        for part in (
+            "train.json",
+            "llama-tiny",
+            "## Limits",
+            "runner-up",
+            "On test it is 0.00 points of macro F1 above",
+        )
+    )
     assert str(finished) not in card
     assert "It was tested on test.json alone" in card and "English" not in card, (
         "any corpus may be trained on"
@@ -278,6 +289,7 @@ def test_a_table_scores_the_chosen_seed_of_each_setting_once(finished, asked, mo
     record = score_settings(finished)
     assert asked == ["test"] * 3, "three settings beside the winner's, each once"
     assert [row.label for row in record.table] == [setting.label for setting in record.settings]
+    assert all(row.above_rule["positive_f1"].difference == 0 for row in record.table)
     assert {row.seed for row in record.table} == {1}, "the best seed on validation"
     assert record.table[0].scores == record.test and record.table[2].opened_at == left.table[2].opened_at
     assert record.model_copy(update={"table": []}) == chosen.model_copy(update={"table": []})

@@ -40,7 +40,7 @@ from kdecs.sweep.report.tables import (
     setting_means,
     write_ablation_csv,
 )
-from kdecs.sweep.selection.model_card import verdict
+from kdecs.sweep.selection.model_card import above_rule, verdict
 from kdecs.sweep.selection.record import (
     SelectionRecord,
     SettingScore,
@@ -114,6 +114,7 @@ def write_report(sweep: Path, beside: Sequence[Path] = ()) -> Path:
             outdated=is_selection_outdated(sweep),
             test=_test_rows(selection) if selection else [],
             verdict=_verdict(selection) if selection else "",
+            above_rule=above_rule(selection) if selection else "",
             total_time=duration(seconds),
             hours=f"{share * seconds / 3600:.2f} {unit} hours",
             num_reused=len(results) - len(trained),

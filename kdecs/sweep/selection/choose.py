@@ -9,6 +9,7 @@ SWEEP/model-card.md            what the registry says about the winner
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,16 @@ from kdecs.corpus.splits import read_split
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.evaluation.metrics import evaluate, rule_scores
 from kdecs.evaluation.predictions import PairKey, Prediction, read_predictions, write_predictions
-from kdecs.evaluation.significance import Comparison, bootstrap_intervals, compare_systems
+from kdecs.evaluation.significance import (
+    Comparison,
+    Distance,
+    bootstrap_intervals,
+    compare_systems,
+    distance_from_rule,
+)
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import TRIAL_KINDS, SweepConfig, TrialConfig, load_trial_config
-from kdecs.sweep.selection.model_card import CARD_NAME, model_card
+from kdecs.sweep.selection.model_card import CARD_NAME, above_rule, model_card
 from kdecs.sweep.selection.pick import Pick, best_seed, picked_student
 from kdecs.sweep.selection.record import (
     SELECTION_NAME,
@@ -242,13 +249,18 @@ def _score_winner(sweep: Path, winner: TrialResult, record: SelectionRecord) -> 
     """Open the test split, score the winner and the trivial rules on it, and return the record with the scores."""
     opened = record.test_opened_at or now()
     record = record.model_copy(update={"test_opened_at": opened})
-    corpus, test, intervals = score_on_test(
+    found = score_on_test(
         sweep,
         winner,
         sweep / TEST_PREDICTIONS_NAME,
         lambda: write_json(sweep / SELECTION_NAME, record.as_json()),
     )
-    scored = {"test": test, "test_intervals": intervals, "test_baselines": rule_scores(corpus)}
+    scored = {
+        "test": found.scores,
+        "test_intervals": found.intervals,
+        "test_baselines": rule_scores(found.corpus),
+        "test_above_rule": found.above_rule,
+    }
     return record.model_copy(update=scored)
 
 
@@ -257,10 +269,18 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def score_on_test(
-    sweep: Path, result: TrialResult, target: Path, note_opened: Callable[[], None]
-) -> tuple[Corpus, dict[str, Any], dict[str, tuple[float, float]]]:
-    """Predict the test split by a student into `target`; returns the split, the scores and their 95% intervals.
+@dataclass(frozen=True, slots=True)
+class OnTest:
+    """The test split and a student's scores on it, with 95% intervals of each and of its distance from the rule."""
+
+    corpus: Corpus
+    scores: dict[str, Any]
+    intervals: dict[str, tuple[float, float]]
+    above_rule: dict[str, Distance]
+
+
+def score_on_test(sweep: Path, result: TrialResult, target: Path, note_opened: Callable[[], None]) -> OnTest:
+    """Predict the test split by a student into `target`, and score the predictions.
 
     `note_opened` writes down that test is open. Raises ConfigError if the student's config names no test split, and
     ArtifactError for a student that is damaged.
@@ -278,10 +298,14 @@ def score_on_test(
     predictions = student.predict_pairs(corpus)
     write_predictions(target, predictions.values())
     scores = evaluate(corpus, predictions)
-    return (
+    return OnTest(
         corpus,
         scores_of_student(scores.as_dict() | scores.values, config),
         bootstrap_intervals(scores.sums_by_dialogue),
+        # Without emotions, which the rule does not predict.
+        distance_from_rule(
+            scores.sums_by_dialogue, scores.rule_sums(), [key for key in COMPARED if key != _EMOTIONS]
+        ),
     )
 
 
@@ -459,6 +483,8 @@ def print_selection(sweep: Path, record: SelectionRecord) -> None:
         f'(best trivial rule "{rule}": {rule_values["utterance_macro_f1"]:.2f})',
         soft_wrap=True,
     )
+    if above := above_rule(record):
+        console.print(f"on test {record.winner.label} is {above}", soft_wrap=True)
     registered = record.registered or "not registered yet, because MLflow did not answer; run this again"
     console.print(
         f"test opened {record.test_opened_at}; {registered}; student: {sweep / record.winner.directory}",

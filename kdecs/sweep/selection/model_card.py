@@ -5,6 +5,7 @@ from typing import Any
 
 from kdecs import __version__
 from kdecs.artifact import content_checksum, read_manifest
+from kdecs.evaluation.baselines import SELF_AND_PREVIOUS
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.selection.record import SelectionRecord
 from kdecs.sweep.space import trials_directory
@@ -55,6 +56,7 @@ def model_card(sweep: Path, record: SelectionRecord, config: StudentConfig) -> s
         *_score_rows(record, test),
         "",
         _validation_line(record),
+        *([f"On test it is {above}."] if (above := above_rule(record)) else []),
         "",
         "## Limits",
         "",
@@ -70,6 +72,19 @@ def verdict(record: SelectionRecord) -> tuple[float, str]:
     rules = {name: values[metric] for name, values in record.test_baselines.items() if metric in values}
     name = max(rules, key=lambda rule: rules[rule])
     return (record.test or {})[metric] - rules[name], name
+
+
+def above_rule(record: SelectionRecord) -> str:
+    """How far the winner's metric on test is above the rule "j >= i-1", with its interval; empty if it is not known."""
+    distance = record.test_above_rule.get(record.metric)
+    if distance is None:
+        return ""
+    side = "above" if distance.difference >= 0 else "below"
+    score = record.metric.replace("_", " ").replace("f1", "F1")
+    return (
+        f"{abs(distance.difference):.2f} points of {score} {side} the rule {SELF_AND_PREVIOUS} "
+        f"(95% {distance.low:+.2f} to {distance.high:+.2f}, paired over dialogues)"
+    )
 
 
 def _choice(record: SelectionRecord) -> str:

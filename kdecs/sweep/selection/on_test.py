@@ -89,15 +89,16 @@ def _score_setting(
             opened_at=record.test_opened_at,
             scores=record.test,
             intervals=record.test_intervals,
+            above_rule=record.test_above_rule,
         )
     else:
         opened = row or SettingOnTest(id=chosen.id, label=setting.label, seed=chosen.seed, opened_at=now())
         target = sweep / TEST_PREDICTIONS_FOLDER / f"{chosen.id}.jsonl"
         target.parent.mkdir(exist_ok=True)
-        _, scores, intervals = score_on_test(
-            sweep, chosen, target, lambda: _write(sweep, _with_row(record, opened))
+        found = score_on_test(sweep, chosen, target, lambda: _write(sweep, _with_row(record, opened)))
+        row = opened.model_copy(
+            update={"scores": found.scores, "intervals": found.intervals, "above_rule": found.above_rule}
         )
-        row = opened.model_copy(update={"scores": scores, "intervals": intervals})
     record = _with_row(record, row)
     _write(sweep, record)
     return record

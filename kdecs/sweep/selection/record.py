@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from kdecs.artifact import read_manifest, read_record
 from kdecs.errors import ArtifactError
-from kdecs.evaluation.significance import Comparison, summarise_seeds
+from kdecs.evaluation.significance import Comparison, Distance, summarise_seeds
 from kdecs.sweep.space import settings_key
 from kdecs.sweep.status import TrialResult, by_settings
 
@@ -94,8 +94,8 @@ class VariantComparison(SettingComparison):
 class SettingOnTest(_Record):
     """A setting's chosen seed on test, for tables alone: the choice was made before.
 
-    `opened_at` (UTC) is written before the split is read, `scores` (as `kdecs evaluate` gives them) and their 95%
-    bootstrap intervals after that.
+    `opened_at` (UTC) is written before the split is read. After that come `scores` (as `kdecs evaluate` gives them),
+    their 95% bootstrap intervals, and how far they are above the rule "j >= i-1".
     """
 
     id: str
@@ -104,6 +104,7 @@ class SettingOnTest(_Record):
     opened_at: str
     scores: dict[str, Any] | None = None
     intervals: dict[str, tuple[float, float]] = {}
+    above_rule: dict[str, Distance] = {}
 
 
 class SelectionRecord(_Record):
@@ -114,7 +115,9 @@ class SelectionRecord(_Record):
     if there is only one.
     `test_opened_at` (UTC) is written before the test split is read for the first time. `test` holds the winner's scores
     as `kdecs evaluate` gives them; `test_intervals` their 95% bootstrap intervals over dialogues; `test_baselines` the
-    trivial rules' scores. `registered` is the version and alias in MLflow's registry, null until MLflow has answered.
+    trivial rules' scores; `test_above_rule` says how far each score is above the rule "j >= i-1", with a 95% interval
+    paired over dialogues. `table` holds the chosen seed of every setting on test, if a table was asked for.
+    `registered` is the version and alias in MLflow's registry, null until MLflow has answered.
     """
 
     sweep: str
@@ -130,6 +133,7 @@ class SelectionRecord(_Record):
     test: dict[str, Any] | None
     test_intervals: dict[str, tuple[float, float]] = {}
     test_baselines: dict[str, dict[str, float]] = {}
+    test_above_rule: dict[str, Distance] = {}
     table: list[SettingOnTest] = []
     registered: str | None
 
