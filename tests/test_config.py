@@ -325,6 +325,23 @@ def test_how_trees_are_dealt_is_part_of_their_hash_alone(kind, name, tmp_path, m
     assert hash_of("pair") == before["pair"] and hash_of("tree") != before["tree"]
 
 
+def test_what_joins_the_history_is_part_of_the_hash_of_t5_alone(tmp_path, monkeypatch):
+    """Its prompts are others than those of earlier versions, which joined utterances by a newline that T5 drops."""
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text("{}")
+    places = [f"corpus.train={corpus}", f"corpus.valid={corpus}"]
+
+    def hashes() -> list[str]:
+        names = ("t5-large", "roberta-base", "llama-7b")
+        return [
+            config_hash(load_config(TeacherConfig, find_config("teacher", name), places)) for name in names
+        ]
+
+    before = hashes()
+    monkeypatch.setattr("kdecs.teacher.config.SEPARATOR_VERSION", 9)
+    assert [a == b for a, b in zip(hashes(), before, strict=True)] == [False, True, True]
+
+
 def test_hash_follows_content_not_place(values: dict[str, Any], tmp_path: Path) -> None:
     reference = config_hash(parse_config(TeacherConfig, values, source="x"))
     moved = tmp_path / "moved.json"

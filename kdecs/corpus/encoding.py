@@ -21,6 +21,7 @@ from kdecs.corpus.prompts import (
     BranchPrompt,
     PromptVariant,
     StudentPrompt,
+    history_separator,
     kept_tokens,
     student_branch,
     student_prompt,
@@ -123,7 +124,7 @@ class PairEncoder:
         self.max_tokens = max_tokens
         self.variant = variant
         self._mask: str = tokenizer.mask_token
-        self._separator: str = tokenizer.sep_token or "\n"
+        self._separator = history_separator(tokenizer)
         # A copy: the tokenizer handed in keeps its own truncation and padding.
         self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()

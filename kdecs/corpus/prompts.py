@@ -1,8 +1,8 @@
 """Prompt texts of teacher (Eq. 1) and student (Eq. 5), with the character ranges that training needs.
 
-Both begin with the history u_1 … u_{i-1}, joined by the tokenizer's separator, or by a newline if it has none. Prompts
-are tokenised as a whole. A mask is found by its character offset, not by its token id, since a speaker may have typed
-a mask token.
+Both begin with the history u_1 … u_{i-1}, joined by the tokenizer's separator, by a newline if it has none, or by its
+end token if it reads a newline as a space (`history_separator`). Prompts are tokenised as a whole. A mask is found by
+its character offset, not by its token id, since a speaker may have typed a mask token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,6 +108,21 @@ class _Writer:
 
     def text(self) -> str:
         return "".join(self._pieces)
+
+
+def history_separator(tokenizer: Any) -> str:
+    """What joins the utterances of the history for a fast tokenizer: its separator, a newline, or its end token.
+
+    T5's normaliser turns a newline into a space, so that the utterances would run together. Which tokenizers do so is
+    seen from their tokens.
+    """
+    if tokenizer.sep_token:
+        return str(tokenizer.sep_token)
+    joined, spaced = (
+        tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        for text in ("one.\ntwo", "one. two")
+    )
+    return "\n" if joined != spaced else tokenizer.eos_token or "\n"
 
 
 def history_text(dialogue: Dialogue, target: int, separator: str, last: int | None = None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from kdecs.artifact import atomic_path
 from kdecs.corpus.pairs import Pair, count_rows, pairs_of
-from kdecs.corpus.prompts import student_prompt, teacher_prompt
+from kdecs.corpus.prompts import history_separator, student_prompt, teacher_prompt
 from kdecs.corpus.schema import Corpus
 from kdecs.errors import DependencyError
 
@@ -125,7 +125,7 @@ def prompt_tokens(corpus: Corpus, tokenizer: Any) -> list[int]:
 
 def _prompt_writer(tokenizer: Any) -> Callable[[Pair], str]:
     # A tokenizer with a mask token belongs to a student, any other to a decoder as teacher.
-    mask, separator = tokenizer.mask_token, tokenizer.sep_token or "\n"
+    mask, separator = tokenizer.mask_token, history_separator(tokenizer)
     if mask is not None:
         return lambda pair: _student_text(pair, mask, separator)
     return lambda pair: (

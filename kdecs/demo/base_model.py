@@ -31,7 +31,7 @@ from kdecs.artifact import check_output, write_manifest
 from kdecs.config import config_hash, input_checksums, write_config
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.pairs import pairs_of
-from kdecs.corpus.prompts import student_prompt, teacher_prompt
+from kdecs.corpus.prompts import history_separator, student_prompt, teacher_prompt
 from kdecs.corpus.schema import KNOWN_EMOTIONS, Dialogue
 from kdecs.corpus.splits import training_split
 from kdecs.demo.config import BaseModelConfig
@@ -123,7 +123,7 @@ def _batches(
             # Seeds of neighbouring epochs differ by one, so that each pair comes in both wordings.
             seed=config.seed + epoch,
             mask=tokenizer.mask_token if config.architecture == "roberta" else None,
-            separator=tokenizer.sep_token or "\n",
+            separator=history_separator(tokenizer),
         )
         for start in range(0, len(texts), config.batch_size):
             ids = tokenizer(texts[start : start + config.batch_size])["input_ids"]

@@ -23,6 +23,8 @@ BATCHES_VERSION = 2
 """Version of how pairs are dealt to optimizer steps: part of the config hash, so that no other steps resume."""
 TREE_BATCHES_VERSION = 2
 """The same for target trees alone, which are dealt in random order; part of the hash only with the layout tree."""
+SEPARATOR_VERSION = 2
+"""Version of what joins the history: part of the hash of the family seq2seq alone, since T5 drops newlines."""
 
 
 class LoraConfig(Config):
@@ -170,6 +172,10 @@ class TeacherConfig(TuningConfig):
 
     @property
     def versions(self) -> dict[str, int]:
-        """Of target trees also how batches are dealt."""
+        """Of target trees also how batches are dealt, and of T5 what joins the history."""
         is_tree = getattr(self.model, "layout", "pair") == "tree"
-        return super().versions | ({"tree_batches": TREE_BATCHES_VERSION} if is_tree else {})
+        return (
+            super().versions
+            | ({"tree_batches": TREE_BATCHES_VERSION} if is_tree else {})
+            | ({"separator": SEPARATOR_VERSION} if self.model.family == "seq2seq" else {})
+        )

@@ -22,7 +22,7 @@ from transformers import (
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
-from kdecs.corpus.prompts import TeacherPrompt, kept_tokens, teacher_prompt
+from kdecs.corpus.prompts import TeacherPrompt, history_separator, kept_tokens, teacher_prompt
 from kdecs.corpus.schema import FINE_TO_COARSE
 from kdecs.errors import ModelError
 from kdecs.models import load_pretrained, load_tokenizer
@@ -66,18 +66,16 @@ class Family(ABC):
     """The text of the prompt right before and after the connective."""
     tree_attention: TreeAttention = "auto"
     layout: Literal["pair", "tree"] = "pair"
+    separator: str
+    """What joins the utterances of the history. A teacher keeps the one that it was trained with."""
 
     def __init__(self, reference: str, *, max_prompt_tokens: int, emotions_shown: str) -> None:
         self.tokenizer = load_tokenizer(reference)
         self.max_prompt_tokens = max_prompt_tokens
         self.emotions_shown = emotions_shown
+        self.separator = history_separator(self.tokenizer)
         before, after = self.answer_context
         self.answer_ids = answer_token_ids(self.tokenizer, CONNECTIVES, before=before, after=after)
-
-    @property
-    def separator(self) -> str:
-        """What joins the utterances of the history: the tokenizer's separator, or a newline if it has none."""
-        return self.tokenizer.sep_token or "\n"
 
     def encode(self, pair: Pair) -> EncodedPrompt:
         """The tokens of a pair's prompt, cut to `max_prompt_tokens` by dropping the oldest history."""

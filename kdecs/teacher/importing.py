@@ -47,7 +47,14 @@ from kdecs.teacher.network import (
     tree_is_exact,
     tree_probes,
 )
-from kdecs.teacher.product import ADAPTER_CONFIG, ADAPTER_FILE, adapter_values, check_adapter, load_adapter
+from kdecs.teacher.product import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    adapter_values,
+    check_adapter,
+    load_adapter,
+    separator_details,
+)
 from kdecs.teacher.scoring import check_folded
 
 _PAIRS_PER_FORWARD = 16
@@ -230,5 +237,6 @@ def _write(
             "emotions_shown": config.emotions_shown,
             "batching": batching,
             "valid": scores,
+            **separator_details(family),
         },
     )

@@ -84,6 +84,30 @@ def template_digest(family: Family) -> str:
     return _digest([family.name, family.answer_suffix, *texts])
 
 
+SEPARATOR_KEY = "history_separator"
+"""A manifest's detail, where the separator is not the one that teachers without this detail were trained with."""
+
+
+def separator_details(family: Family) -> dict[str, str]:
+    """What the manifest of a new teacher says about its history's separator."""
+    return {} if family.separator == _first_separator(family) else {SEPARATOR_KEY: family.separator}
+
+
+def trained_separator(details: Mapping[str, Any], family: Family) -> str:
+    """The separator of a finished teacher's history. Raises ArtifactError if its manifest has none that is a text."""
+    separator = details.get(SEPARATOR_KEY, _first_separator(family))
+    if not isinstance(separator, str):
+        raise ArtifactError(
+            f"{MANIFEST_NAME}: {SEPARATOR_KEY} is {separator!r}, expected a text; train or import the teacher again"
+        )
+    return separator
+
+
+def _first_separator(family: Family) -> str:
+    # For every tokenizer without a separator it was a newline, even where the tokenizer reads that as a space.
+    return family.tokenizer.sep_token or "\n"
+
+
 def _is_weight(entry: FileEntry) -> bool:
     name = Path(entry.path).name
     return name.endswith(_WEIGHT_SUFFIXES) or name in _WEIGHT_FILES
@@ -162,12 +186,15 @@ def load_trained(
     """Family and trained network of a finished teacher, as `load_tuned` returns them."""
 
     def family_of(model: ModelConfig) -> Family:
-        return make_family(
+        family = make_family(
             model,
             max_prompt_tokens=config.batches.max_prompt_tokens,
             emotions_shown=config.emotions_shown,
             tree_attention=config.batches.tree_attention,
         )
+        # A teacher's prompts stay as they were in its training, and with them the lineage of its labels.
+        family.separator = trained_separator(read_manifest(directory, "teacher").details, family)
+        return family
 
     return load_tuned(directory, config, family_of, dtype=dtype, device=device, base=base)
 

@@ -55,7 +55,7 @@ from kdecs.teacher.network import (
     tree_is_exact,
     tree_probes,
 )
-from kdecs.teacher.product import install_product
+from kdecs.teacher.product import install_product, separator_details
 from kdecs.tracking.record import METRICS_NAME
 from kdecs.tracking.stage import StageUpload, stage_upload
 from kdecs.training.loop import learning_rate_at
@@ -146,12 +146,12 @@ class Connectives:
 
     def details(self, config: TeacherConfig, data: TeacherData, family: Family) -> dict[str, Any]:
         """What a validation score has to beat at the very least, and what the teacher was shown."""
-        del family
         labels = [pair.is_cause for pair in data.valid.pairs]
         majority = [sum(labels) * 2 > len(labels)] * len(labels)
         return {
             "emotions_shown": config.emotions_shown,
             "majority_macro_f1": PairCounts.of(labels, majority).scores()["macro_f1"],
+            **separator_details(family),
         }
 
 

@@ -44,7 +44,7 @@ def test_prompts_are_counted_in_tokens_of_the_model_that_reads_them(write, valid
     class Characters:
         """A tokenizer of characters, with a start token."""
 
-        sep_token = None
+        sep_token = "\n"
 
         def __init__(self, mask_token):
             self.mask_token = mask_token

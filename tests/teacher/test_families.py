@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
-from kdecs.errors import ModelError
+from kdecs.errors import ArtifactError, ModelError
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.data import target_units
-from kdecs.teacher.families import Family
+from kdecs.teacher.families import Family, Seq2SeqFamily
 from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
+from kdecs.teacher.product import separator_details, template_digest, trained_separator
 
 FAMILY_NAMES = ["causal", "seq2seq", "masked"]
 
@@ -156,6 +159,66 @@ def test_long_prompts_lose_their_oldest_history_first(
     assert len(cut.tokens) == budget
     keep = budget // 2
     assert cut.tokens[-keep:].tolist() == whole.tokens[-keep:].tolist()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of T5's kind: Unigram, whose NMT normaliser reads a newline as a space."""
+    pieces = {**{chr(n): -9.0 for n in range(33, 127)}, "▁": -8.0, "▁is": -3.0}
+    pieces |= {f"▁{word}": -2.0 for word in CONNECTIVES}
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    made = Tokenizer(models.Unigram([*special, *pieces.items()], unk_id=2, byte_fallback=False))
+    made.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens(["</s>", "<extra_id_0>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", made.token_to_id("</s>"))]
+    )
+    path = tmp_path_factory.mktemp("unigram")
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(path)
+    return path
+
+
+def test_a_tokenizer_that_drops_newlines_joins_the_history_by_its_end_token(
+    families: Callable[..., Family], sentencepiece_like: Path, some_pairs: list[Pair]
+) -> None:
+    """T5's prompts keep the utterances apart; where the tokenizer keeps newlines or has a separator nothing changes."""
+    assert [families(name).separator for name in FAMILY_NAMES] == ["\n", "\n", "</s>"]
+    family = Seq2SeqFamily(str(sentencepiece_like), max_prompt_tokens=4000, emotions_shown="coarse")
+    assert family.separator == "</s>"
+    end = family.tokenizer.eos_token_id
+    pair = max(some_pairs, key=lambda p: p.target)
+    prompt = family.encode(pair)
+    # One behind each utterance of the history, and the tokenizer's at the end.
+    assert prompt.tokens.tolist().count(end) == (pair.target - 1) + 1
+    pieces = family.tokenizer.decode(prompt.tokens).split("</s>")
+    squeezed = ["".join(text.split()) for text in pieces]
+    history = ["".join(u.text.split()) for u in pair.dialogue.utterances[: pair.target - 1]]
+    assert squeezed[: len(history)] == history
+    # Cut prompts lose whole utterances and their separators from the oldest on.
+    budget = len(prompt.tokens) - len(family.tokenizer(pair.dialogue.utterances[0].text).input_ids)
+    family.max_prompt_tokens = budget
+    assert family.encode(pair).tokens.tolist() == prompt.tokens[-budget:].tolist()
+    family.max_prompt_tokens = 4000
+    # As before, utterances would run together.
+    family.separator = "\n"
+    assert family.encode(pair).tokens.tolist().count(end) == 1
+
+
+def test_a_teacher_keeps_the_separator_that_it_was_trained_with(sentencepiece_like: Path) -> None:
+    """Labels of T5 teachers from before keep their prompts and lineage; new teachers have another of both."""
+    family = Seq2SeqFamily(str(sentencepiece_like), max_prompt_tokens=4000, emotions_shown="coarse")
+    new = separator_details(family), template_digest(family)
+    family.separator = trained_separator({}, family)
+    old = separator_details(family), template_digest(family)
+    assert (new[0], old[0]) == ({"history_separator": "</s>"}, {}) and new[1] != old[1]
+    family.separator = trained_separator(new[0], family)
+    assert (separator_details(family), template_digest(family)) == new
+    with pytest.raises(ArtifactError, match="history_separator"):
+        trained_separator({"history_separator": 7}, family)
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

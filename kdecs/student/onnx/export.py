@@ -37,6 +37,7 @@ from kdecs.config import (
 )
 from kdecs.corpus.encoding import ENCODERS, EncodedPair
 from kdecs.corpus.pairs import Ints, Pair, candidate_pairs, pairs_of
+from kdecs.corpus.prompts import history_separator
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split
@@ -144,7 +145,7 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
     onnx_card = OnnxCard(
         precision=config.precision,
         mask_token=tokenizer.mask_token,
-        separator=tokenizer.sep_token,
+        separator=history_separator(tokenizer),
         pad_id=tokenizer.pad_token_id or 0,
     )
     details: dict[str, Any] = {

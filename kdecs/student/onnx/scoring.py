@@ -62,6 +62,7 @@ class PlainTokenizer:
     backend_tokenizer: Any
     mask_token: str
     sep_token: str | None
+    eos_token: str | None = None
     is_fast: bool = True
 
 
