@@ -7,6 +7,7 @@ The resolved config is written beside a stage's outputs as `config.json`, which 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from kdecs.strict_yaml import Unreadable, parse_yaml
 
 CONFIG_NAME = "config.json"
 _SHOWN_CHARACTERS = 200  # of a value in a message
+_VALIDATIONS = 10  # of a training for steps, unless its config says how often
 _MAX_FILE_BYTES = 1 << 20  # hundreds of times any real config
 COMMITTED = Path(__file__).parent / "configs"  # STAGE/NAME.yaml, a part of the installed package
 
@@ -40,6 +42,13 @@ class Unhashed:
 
 class HashedUnlessDefault:
     """Marks a field that came later: at its default the hash is that of configs without it, so old work stays valid."""
+
+
+class InsteadOf:
+    """Marks a field that stands in the place of another: whoever gives the one leaves out the other."""
+
+    def __init__(self, other: str) -> None:
+        self.other = other
 
 
 def _absolute(path: Path) -> Path:
@@ -117,18 +126,69 @@ class Config(BaseModel):
         if not isinstance(values, dict):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in values}
-        return {name: _over_default(defaults.get(name), given) for name, given in values.items()}
+        merged = {name: _over_default(defaults.get(name), given) for name, given in values.items()}
+        return _replaced(cls, values) | merged
 
 
-class Optimization(Config):
+class Optimizer(Config):
     """AdamW with linear warm-up and linear decay to zero."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     warmup_share: float = Field(default=0.06, ge=0, lt=1, description="share of all steps")
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    epochs: int = Field(default=3, ge=1, le=10_000)  # a teacher deals the batches of all of them at once
     seed: Seed = 0
+
+
+class Optimization(Optimizer):
+    """A training for a number of passes over its data."""
+
+    epochs: int = Field(default=3, ge=1, le=10_000)  # a teacher deals the batches of all of them at once
+
+
+class BudgetedOptimization(Optimizer):
+    """A training for a number of epochs, which are passes over its data, or for a number of steps.
+
+    With steps an epoch ends with each validation, however much data there is: trainings on unequal data are then
+    compared at equal steps and after equally many validations.
+    """
+
+    epochs: Annotated[int | None, InsteadOf("steps")] = Field(default=3, ge=1, le=10_000)
+    steps: Annotated[int | None, InsteadOf("epochs"), HashedUnlessDefault()] = Field(
+        default=None, ge=1, le=1_000_000_000, description="optimizer steps in all, instead of epochs"
+    )
+    validate_every_steps: Annotated[int | None, HashedUnlessDefault()] = Field(
+        default=None,
+        ge=1,
+        description="with steps: the steps from one validation to the next; null: a tenth of all",
+    )
+
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> "BudgetedOptimization":
+        if (self.epochs is None) == (self.steps is None):
+            found = "neither" if self.epochs is None else f"epochs {self.epochs} and steps {self.steps}"
+            raise ValueError(f"expected either epochs or steps, found {found}; set the other one to null")
+        if self.validate_every_steps is not None and self.steps is None:
+            raise ValueError(
+                "validate_every_steps needs steps; a training for epochs validates after each of them"
+            )
+        return self
+
+    @property
+    def steps_per_validation(self) -> int:
+        """With steps: the steps of an epoch, that is, until the next validation."""
+        assert self.steps is not None
+        return self.validate_every_steps or math.ceil(self.steps / _VALIDATIONS)
+
+    @property
+    def num_epochs(self) -> int:
+        """How often a whole training validates."""
+        return self.epochs or math.ceil((self.steps or 0) / self.steps_per_validation)
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """The key that bounds the training, with its value."""
+        return {"epochs": self.epochs} if self.epochs else {"steps": self.steps or 0}
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -235,6 +295,11 @@ def set_dotted(values: dict[str, Any], key: str, value: Any, model: type[Config]
             set_dotted(values, f"{key}.{name}", item, model)
     else:
         group[last] = value
+        # What came before stands for the same thing: the later word counts.
+        parents_of = _types_at(model, key.rpartition(".")[0]) if model and parents else []
+        for kind in filter(_is_config, parents_of):
+            for other in _replaced(kind, {last: value}):
+                group.pop(other, None)
 
 
 def write_config(config: Config, directory: Path) -> None:
@@ -305,7 +370,18 @@ def _over_default(default: Any, given: Any) -> Any:
     known = {name: getattr(default, name) for name in type(default).model_fields}
     if _is_other_kind(type(default), known, given):
         return given
-    return {**known, **{name: _over_default(known.get(name), value) for name, value in given.items()}}
+    merged = {name: _over_default(known.get(name), value) for name, value in given.items()}
+    return {**known, **_replaced(type(default), given), **merged}
+
+
+def _replaced(model: type[Config], given: Mapping[str, Any]) -> dict[str, None]:
+    """The fields, each as null, in whose place others are given (`InsteadOf`)."""
+    return {
+        mark.other: None
+        for name, field in model.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, InsteadOf) and given.get(name) is not None and mark.other not in given
+    }
 
 
 def _is_other_kind(model: type[Config], known: Mapping[str, Any], given: Mapping[str, Any]) -> bool:

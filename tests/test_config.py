@@ -15,6 +15,7 @@ from kdecs.cli import app
 from kdecs.config import (
     COMMITTED,
     Config,
+    _hash_view,
     config_hash,
     find_config,
     load_config,
@@ -323,6 +324,52 @@ def test_how_trees_are_dealt_is_part_of_their_hash_alone(kind, name, tmp_path, m
     before = {layout: hash_of(layout) for layout in ("pair", "tree")}
     monkeypatch.setattr(f"{kind.__module__}.TREE_BATCHES_VERSION", 3)
     assert hash_of("pair") == before["pair"] and hash_of("tree") != before["tree"]
+
+
+def test_steps_stand_in_the_place_of_epochs(tmp_path):
+    """Whoever sets the one leaves out the other, on top of a file, of a default and of an earlier setting."""
+
+    def budget(*overrides: str) -> dict[str, int]:
+        config = load_config(StudentConfig, find_config("student", "joint"), overrides)
+        # What is written is read as the same.
+        assert parse_config(StudentConfig, config.model_dump(mode="json"), source="x") == config
+        return config.optimization.budget
+
+    assert budget() == {"epochs": 10}
+    assert budget("optimization.steps=500") == {"steps": 500}
+    assert budget("optimization.steps=500", "optimization.epochs=2") == {"epochs": 2}
+    assert budget("optimization={steps: 7, validate_every_steps: 3}") == {"steps": 7}
+    assert budget("optimization.steps=null") == {"epochs": 10}
+    values = {"output": "x", "corpus": {"train": "x", "valid": "x"}, "model": {"base": "x"}}
+    mrc = parse_config(MrcConfig, {**values, "optimization": {"steps": 9}}, source="x").optimization
+    assert mrc.budget == {"steps": 9} and mrc.learning_rate == 1e-5 and mrc.num_epochs == 9
+    for given, found in (
+        ({"steps": 5, "epochs": 2}, "found epochs 2 and steps 5"),
+        ({"epochs": None}, "found neither"),
+        ({"validate_every_steps": 5}, "validate_every_steps needs steps"),
+    ):
+        with pytest.raises(ConfigError, match=found):
+            parse_config(MrcConfig, {**values, "optimization": given}, source="x")
+    with pytest.raises(ConfigError, match=r"optimization\.steps: unknown key"):
+        load_config(TeacherConfig, find_config("teacher", "t5-large"), ["optimization.steps=500"])
+
+
+def test_a_budget_of_steps_is_part_of_the_hash_where_it_is_given(tmp_path):
+    corpus = tmp_path / "corpus.json"
+    corpus.write_text("{}")
+    places = [f"corpus.train={corpus}", f"corpus.valid={corpus}", "corpus.test=null"]
+
+    def hash_of(*overrides: str) -> str:
+        return config_hash(load_config(StudentConfig, find_config("student", "joint"), [*places, *overrides]))
+
+    views = {hash_of(f"optimization.steps={n}") for n in (500, 600)} | {hash_of()}
+    views |= {hash_of("optimization.steps=500", "optimization.validate_every_steps=100")}
+    assert len(views) == 4
+    # That of the version that knew no steps.
+    plain = load_config(StudentConfig, find_config("student", "joint"), places)
+    assert set(_hash_view(plain)["optimization"]) == {
+        *("learning_rate", "warmup_share", "weight_decay", "max_grad_norm", "epochs", "seed"),
+    }
 
 
 def test_what_joins_the_history_is_part_of_the_hash_of_t5_alone(tmp_path, monkeypatch):

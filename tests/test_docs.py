@@ -26,6 +26,7 @@ from kdecs.baselines.config import BaselineConfig
 from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.config import (
     COMMITTED,
+    BudgetedOptimization,
     Config,
     Optimization,
     Unhashed,
@@ -352,7 +353,7 @@ def test_a_wrong_command_is_noticed(command: str, message: str, monkeypatch: pyt
 
 GROUPS: dict[str, type[Config]] = {
     "Corpus": CorpusConfig,
-    "Optimization": Optimization,
+    "Optimization": BudgetedOptimization,
     "Tracking": TrackingConfig,
     "Teacher": TeacherConfig,
     "Export": ExportConfig,
@@ -363,7 +364,7 @@ GROUPS: dict[str, type[Config]] = {
     "Generative baseline": GenerativeConfig,
     "Sweep": SweepConfig,
 }
-OWN_TABLE = (CorpusConfig, Optimization, TrackingConfig, TeacherConfig)
+OWN_TABLE = (CorpusConfig, Optimization, BudgetedOptimization, TrackingConfig, TeacherConfig)
 
 
 @pytest.mark.parametrize("title", GROUPS)

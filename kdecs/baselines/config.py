@@ -7,7 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kdecs.config import Config, InputPath, ModelReference, Name, Optimization, OutputPath, Threads, Unhashed
+from kdecs.config import (
+    BudgetedOptimization,
+    Config,
+    InputPath,
+    ModelReference,
+    Name,
+    OutputPath,
+    Threads,
+    Unhashed,
+)
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.tracking.record import TrackingConfig
 
@@ -115,7 +124,9 @@ class BaselineConfig(Config):
     )
     model: BaselineModelConfig
     batches: DialogueBatches = DialogueBatches()
-    optimization: Optimization = Optimization(learning_rate=2e-5, weight_decay=0.01, epochs=15)
+    optimization: BudgetedOptimization = BudgetedOptimization(
+        learning_rate=2e-5, weight_decay=0.01, epochs=15
+    )
     head_rate_factor: float = Field(
         default=1.0,
         gt=0,

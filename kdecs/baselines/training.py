@@ -207,7 +207,7 @@ class BaselineTask:
         loss = parts.sum()
         return loss, torch.cat((loss[None], parts)).detach().double() * count
 
-    def validate(self, state: TrainState) -> Metrics:
+    def validate(self, state: TrainState, num_rows: int) -> Metrics:
         """Choose threshold and neutral offset on the validation split as a student does, and score it with them."""
         config, pairs, emotions = self.config, self.valid_pairs, self.card.emotions
         scores, ranges = score_pairs(
@@ -227,8 +227,9 @@ class BaselineTask:
             pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold
         )
         found = evaluate(self.valid_corpus, {p.key: p for p in self.predictions}, universe="fold1")
-        loss, *parts = (state.sums / len(self.train)).tolist()
-        num_pairs = sum(len(item.places_P2) for item in self.train)
+        loss, *parts = (state.sums / num_rows).tolist()
+        # Per pass over the dialogues, of which an epoch may be a part or several.
+        num_pairs = sum(len(item.places_P2) for item in self.train) * num_rows / len(self.train)
         return {
             "epoch": state.epoch + 1,
             "step": state.step,

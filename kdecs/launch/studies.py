@@ -6,13 +6,18 @@ for the tables. Complete trials are skipped, so the same command resumes after a
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from kdecs.config import COMMITTED, load_config, parse_config, read_yaml
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.splits import CorpusConfig, training_split
 from kdecs.errors import CorpusError, Stopped
 from kdecs.process import StopSignal, run_entry
+from kdecs.student.config import StudentBatches
 from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.space import STEPS_KEY
 
 EXAMPLES = """examples:
   python -m kdecs.launch.studies --demo runs/demo --output runs/studies
@@ -98,6 +103,8 @@ def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -
     for key, few in SMALL.items():
         if key in space:
             space[key] = {"grid": few}
+    if STEPS_KEY in space:  # as many as the epochs of the whole split have
+        space[STEPS_KEY] = {"grid": [None, steps_of_epochs(student, arguments.epochs)]}
     space["optimization.seed"] = {"grid": list(range(arguments.seeds))}
     changed = {
         "output": str(arguments.output.absolute() / study),
@@ -110,6 +117,14 @@ def small_config(study: str, demo: SweepConfig, arguments: argparse.Namespace) -
         "tracking": {**demo.tracking.model_dump(), "experiment": "kdecs-studies"},
     }
     return parse_config(SweepConfig, {**values, **changed}, source=f"study {study}")
+
+
+def steps_of_epochs(student: dict[str, Any], epochs: int) -> int:
+    """The steps of so many epochs over all training pairs of a student's config."""
+    corpus = parse_config(CorpusConfig, student["corpus"], source="corpus of the demo")
+    num_pairs = sum(len(pairs_of(dialogue, "fold1+neutral")) for dialogue in training_split(corpus))
+    batch = student.get("batches", {}).get("global_batch_pairs", StudentBatches().global_batch_pairs)
+    return epochs * math.ceil(num_pairs / batch)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kdecs.config import Config, ModelReference, Name, Optimization, OutputPath, Threads, Unhashed
+from kdecs.config import (
+    BudgetedOptimization,
+    Config,
+    ModelReference,
+    Name,
+    OutputPath,
+    Threads,
+    Unhashed,
+)
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.student.config import StudentBatches
 from kdecs.tracking.record import TrackingConfig
@@ -37,7 +45,9 @@ class MrcConfig(Config):
     corpus: CorpusConfig
     model: MrcModel
     batches: StudentBatches = StudentBatches()
-    optimization: Optimization = Optimization(learning_rate=1e-5, weight_decay=0.01, epochs=12)
+    optimization: BudgetedOptimization = BudgetedOptimization(
+        learning_rate=1e-5, weight_decay=0.01, epochs=12
+    )
     negative_share: float = Field(
         default=1.0,
         gt=0,
@@ -46,7 +56,10 @@ class MrcConfig(Config):
     )
     precision: Literal["float32", "bfloat16"] = "float32"
     patience_epochs: int | None = Field(
-        default=None, ge=1, description="stop after this many epochs without improvement"
+        default=None,
+        ge=1,
+        description="stop after this many epochs without improvement; with optimization.steps an epoch is the time "
+        "between two validations",
     )
     tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
         default=None, description="MLflow; null: write only metrics.jsonl"

@@ -133,7 +133,7 @@ class MrcTask:
         loss = answer_loss(start_BT, end_BT, batch.start_B, batch.end_B)
         return loss, loss.detach().double() * count
 
-    def validate(self, state: TrainState) -> Metrics:
+    def validate(self, state: TrainState, num_rows: int) -> Metrics:
         """Scores of the validation split (fold1, protocol reccon) with the threshold that is best for macro F1."""
         data = self.data
         score_P, span_P2 = answer_questions(
@@ -159,8 +159,8 @@ class MrcTask:
             "epoch": state.epoch + 1,
             "step": state.step,
             "time": time.time(),
-            "train_loss": state.sums.item() / len(data.train),
-            "train_pairs_per_s": len(data.train) / max(state.seconds, 1e-9),
+            "train_loss": state.sums.item() / num_rows,
+            "train_pairs_per_s": num_rows / max(state.seconds, 1e-9),
             "threshold": self.threshold,
             **scores.values,
         }

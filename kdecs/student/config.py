@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from kdecs.artifact import read_record
 from kdecs.config import (
+    BudgetedOptimization,
     Config,
     HashedUnlessDefault,
     InputPath,
     LostRankSeconds,
     ModelReference,
     Name,
-    Optimization,
     OutputPath,
     Threads,
     Unhashed,
@@ -183,7 +183,9 @@ class StudentConfig(Config):
     distillation: Distillation
     batches: StudentBatches = StudentBatches()
     # The paper names the learning rate and the batch size of 16 pairs, and leaves the rest to its framework.
-    optimization: Optimization = Optimization(learning_rate=1e-5, weight_decay=0.01, epochs=10)
+    optimization: BudgetedOptimization = BudgetedOptimization(
+        learning_rate=1e-5, weight_decay=0.01, epochs=10
+    )
     head_rate_factor: float = Field(
         default=1.0,
         gt=0,
@@ -195,7 +197,10 @@ class StudentConfig(Config):
         description="torch.compile the encoder (layout pair only): pays off on GPUs over many epochs",
     )
     patience_epochs: int | None = Field(
-        default=None, ge=1, description="stop after this many epochs without improvement"
+        default=None,
+        ge=1,
+        description="stop after this many epochs without improvement; with optimization.steps an epoch is the time "
+        "between two validations",
     )
     neutral_share: float = Field(
         default=1.0, gt=0, le=1, description="share of the pairs (i, i) of neutral targets in training"

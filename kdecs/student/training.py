@@ -282,7 +282,7 @@ class StudentTask:
         # `batch_mean` multiplied by the world size for the gradients' sake, which the sums over ranks must undo.
         return loss, means.double() * (count / runtime.world_size)
 
-    def validate(self, state: TrainState) -> Metrics:
+    def validate(self, state: TrainState, num_rows: int) -> Metrics:
         """Choose threshold and neutral offset on the validation split, score it with them: one line of metrics.
 
         Means of the losses over the epoch's pairs, speed, and the scores in percent. A student that is given the
@@ -308,8 +308,7 @@ class StudentTask:
             self.card.outputs,
             DecisionRule(self.level, config.neutral_decision),
         )
-        num_pairs = len(self.data.rows)
-        loss, *parts = (state.sums / num_pairs).tolist()
+        loss, *parts = (state.sums / num_rows).tolist()
         names = _loss_names(config)
         predicts_emotions = config.model.given_emotions == "none"
         return {
@@ -318,7 +317,7 @@ class StudentTask:
             "time": time.time(),
             "train_loss": loss,
             **{names[part]: value for part, value in zip(_PARTS, parts, strict=True) if part in names},
-            "train_pairs_per_s": num_pairs / max(state.seconds, 1e-9),
+            "train_pairs_per_s": num_rows / max(state.seconds, 1e-9),
             "threshold": found.threshold,
             "neutral_offset": found.neutral_offset,
             **{

@@ -23,11 +23,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.pairs import pairs_of, training_subset
+from kdecs.corpus.schema import NEUTRAL
 from kdecs.corpus.splits import CorpusConfig, training_split
 from kdecs.errors import ConfigError, KdecsError
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import SweepConfig
+from kdecs.sweep.config import SweepConfig, TrialConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial, missing_teachers
 from kdecs.sweep.status import TrialResult, is_trained, read_note
@@ -227,7 +228,7 @@ def print_dry_run(config: SweepConfig) -> None:
             trial.label,
             trial.id if trial.config_hash else "",
             state,
-            str(trial.config.optimization.epochs),
+            str(trial.config.optimization.num_epochs),
             f"{result.score:.2f}" if result.has_score else "",
             duration(result.seconds) if result.seconds else "",
         )
@@ -297,25 +298,24 @@ class Estimate:
 
 def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[Trial]) -> Estimate:
     """The time for the trials in `left`, summed. Complete ones among `trials`, all of the sweep, are the measure."""
-    measured = [rate for trial in trials if (rate := _seconds_per_epoch(config, trial)) is not None]
+    measured = [(trial, rate) for trial in trials if (rate := _seconds_per_epoch(config, trial)) is not None]
     if measured:
-        mean = sum(measured) / len(measured)
-        seconds = sum(mean * trial.config.optimization.epochs for trial in left)
+        mean = sum(rate for _, rate in measured) / len(measured)
+        # By the token, since trials with other shares or budgets have shorter or longer epochs.
+        per_token = sum(
+            rate * trial.config.optimization.num_epochs / _trained_tokens(trial.config)
+            for trial, rate in measured
+        ) / len(measured)
+        seconds = sum(per_token * _trained_tokens(trial.config) for trial in left)
         return Estimate(seconds, f"measured: {len(measured)} trials, {mean:.1f} s per epoch")
     tflops = config.effective_tflops or (
         _GPU_TFLOPS * config.gpus_per_trial if config.gpus_per_trial else _CORE_TFLOPS * config.cpus_per_trial
     )
     seconds = 0.0
     for trial in left:
-        trained = trial.config
-        if isinstance(trained, StudentConfig):
-            tokens = _training_tokens(trained.corpus, trained.model.max_prompt_tokens)
-        else:
-            tokens = _utterance_tokens(trained.corpus, by_target=trained.system.name == "ueca-prompt")
         # Per parameter and token: two operations forward, four backward.
-        seconds += (
-            6 * _parameters(trained.model.base) * tokens * trained.optimization.epochs / (tflops * 1e12)
-        )
+        operations = 6 * _parameters(trial.config.model.base) * _trained_tokens(trial.config)
+        seconds += operations / (tflops * 1e12)
     return Estimate(seconds, f"arithmetic: {tflops:g} TFLOP/s per trial (set effective_tflops), all epochs")
 
 
@@ -331,27 +331,54 @@ def _seconds_per_epoch(config: SweepConfig, trial: Trial) -> float | None:
     return None
 
 
+def _trained_tokens(config: TrialConfig) -> float:
+    """Tokens of all steps of a training that nothing ends early."""
+    if isinstance(config, StudentConfig):
+        distillation = config.distillation
+        # Pairs without gold labels are distilled; every other training leaves them out.
+        has_all = distillation.mode == "kd" and distillation.outside_share == "distil"
+        share = 1.0 if has_all else distillation.hard_share
+        longest, batch = config.model.max_prompt_tokens, config.batches.global_batch_pairs
+        number, tokens = _tokens_of_pass(config.corpus, share, config.neutral_share, longest)
+    else:
+        batch = config.batches.global_batch_dialogues
+        number, tokens = _tokens_of_dialogues(config.corpus, by_target=config.system.name == "ueca-prompt")
+    optimization = config.optimization
+    if optimization.steps:
+        return optimization.steps * batch * tokens / max(1.0, number)
+    return optimization.num_epochs * tokens
+
+
 @cache
-def _training_tokens(corpus: CorpusConfig, longest: int) -> float:
-    """Tokens of an epoch, from the characters of every pair's prompt."""
-    total = 0.0
-    for dialogue in training_split(corpus):
+def _tokens_of_pass(
+    corpus: CorpusConfig, share: float, neutral_share: float, longest: int
+) -> tuple[float, float]:
+    """The pairs of a pass over a share of the training dialogues, and their tokens by the characters of each prompt."""
+    split = training_split(corpus)
+    kept = set(training_subset([d.id for d in split], share, corpus.train_share_seed)) if share < 1 else None
+    num_pairs = tokens = 0.0
+    for place, dialogue in enumerate(split):
+        if kept is not None and place not in kept:
+            continue
         lengths = [len(utterance.text) for utterance in dialogue.utterances]
         for pair in pairs_of(dialogue, "fold1+neutral"):
             characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + _TEMPLATE_CHARACTERS
-            total += min(characters / _CHARACTERS_PER_TOKEN, longest)
-    return total
+            weight = neutral_share if pair.emotion == NEUTRAL else 1.0
+            num_pairs += weight
+            tokens += weight * min(characters / _CHARACTERS_PER_TOKEN, longest)
+    return num_pairs, tokens
 
 
 @cache
-def _utterance_tokens(corpus: CorpusConfig, *, by_target: bool) -> float:
-    """Tokens of an epoch of a baseline: every utterance once, or once more for each target that comes after it."""
-    total = 0.0
+def _tokens_of_dialogues(corpus: CorpusConfig, *, by_target: bool) -> tuple[float, float]:
+    """The dialogues of a baseline's pass, and their tokens: an utterance counts once, or for each target from it on."""
+    number = total = 0.0
     for dialogue in training_split(corpus):
+        number += 1
         for place, utterance in enumerate(dialogue.utterances):
             reads = len(dialogue.utterances) - place if by_target else 1
             total += reads * (len(utterance.text) / _CHARACTERS_PER_TOKEN)
-    return total
+    return number, total
 
 
 @cache

@@ -39,7 +39,7 @@ from ray.exceptions import OutOfMemoryError
 from ray.tune.search import Searcher
 
 from kdecs.artifact import file_lock
-from kdecs.config import CONFIG_NAME, load_config
+from kdecs.config import CONFIG_NAME, BudgetedOptimization, load_config
 from kdecs.errors import DeviceError
 from kdecs.process import run_entry
 from kdecs.sweep.config import GridSearch, SweepConfig, TpeSearch, flat_keys
@@ -267,13 +267,21 @@ def _fit(stage: StageRun, config: SweepConfig) -> None:
 
 def most_epochs(config: SweepConfig) -> int:
     """The most epochs that any trial may train, by the base, the space and the variants."""
-    key = "optimization.epochs"
-    found = [student_value(config, key)]
-    if key in config.space:
-        found = list(config.space[key].values)
-    for variant in config.variants.values():
-        found += [value for name, value in flat_keys(variant) if name == key]
-    return int(max(found))
+
+    def found(name: str) -> list[float]:
+        key = f"optimization.{name}"
+        values = list(config.space[key].values) if key in config.space else [student_value(config, key)]
+        for variant in config.variants.values():
+            values += [value for other, value in flat_keys(variant) if other == key]
+        return [value for value in values if value is not None]
+
+    # An epoch of a training for steps ends with a validation. Without its length their number is always the same.
+    by_steps = [
+        BudgetedOptimization(epochs=None, steps=int(steps), validate_every_steps=every).num_epochs
+        for steps in found("steps")
+        for every in (None, *map(int, found("validate_every_steps")))
+    ]
+    return int(max([*found("epochs"), *by_steps], default=1))
 
 
 def _run_in_worker(values: dict[str, Any], directory: str, run: TrialRun, gpu_share: float) -> None:

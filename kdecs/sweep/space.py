@@ -44,6 +44,7 @@ ALPHA_KEY = "distillation.alpha"
 TEMPERATURE_KEY = "distillation.temperature"
 SHARE_KEY = "distillation.hard_share"
 MODE_KEY = "distillation.mode"
+STEPS_KEY = "optimization.steps"
 _LABELS_KEY, _TEACHERS_KEY = "distillation.labels", "distillation.teachers"
 _TRIAL_ID_DIGITS = 12
 _DIGITS = 4  # of drawn numbers: enough to search, short enough to read
@@ -441,7 +442,8 @@ def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]
     if distillation.mode == "kd":
         parts.append(f"τ{distillation.temperature:g}")
     for key, value in settings.items():
-        if key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
+        is_shown = key != STEPS_KEY or value is not None  # without steps the budget is the usual one
+        if is_shown and key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
             parts.append(f"{key.rpartition('.')[2]}={_shown(value)}")
     # Names and values come from a config, and this text goes to terminals, figures and MLflow.
     return printable(" ".join([*parts, f"s{student.optimization.seed}"]))

@@ -235,7 +235,7 @@ def trial_result(
         stage=stage,
         reused_from=note.reused_from if note else None,
         epoch=int(points[-1]["epoch"]) if points else 0,
-        epochs=trial.config.optimization.epochs,
+        epochs=trial.config.optimization.num_epochs,
         metric=metric,
     )
 

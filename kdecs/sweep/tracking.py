@@ -178,7 +178,7 @@ def _params(trial: Trial) -> dict[str, Any]:
     params: dict[str, Any] = {
         "base": Path(config.model.base).name,
         "learning_rate": config.optimization.learning_rate,
-        "epochs": config.optimization.epochs,
+        **config.optimization.budget,
     }
     if isinstance(config, StudentConfig):
         params |= {

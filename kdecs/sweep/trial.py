@@ -194,7 +194,9 @@ def _train(attempt: "_Attempt", config: TrialConfig, report: OnEpoch) -> None:
     def on_epoch(metrics: dict[str, float]) -> None:
         # Noted before it is reported: `report` may not return, since Tune ends a pruned trial in it.
         attempt.reach(metrics.get("epoch"))
-        if metrics["epoch"] < config.optimization.epochs:  # a scheduler must not stop what is trained already
+        if (
+            metrics["epoch"] < config.optimization.num_epochs
+        ):  # a scheduler must not stop what is trained already
             report(metrics)
 
     stop = StopSignal()

@@ -1,5 +1,7 @@
 """The one training loop: epochs of steps with exact resume, for students and baselines.
 
+An epoch ends with a validation. It is a pass over the data, or with `optimization.steps` a number of steps.
+
 A stage hands in a `Task` (how to compute the loss of a batch, how to validate, which files to save) and `LoopSettings`
 (what to train on and for how long). The loop owns the rest: the order of batches, learning rates, the optimizer step,
 ranks, stops, the best epoch, checkpoints and the lines of `metrics.jsonl`. The demo's base models, which have no
@@ -25,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from kdecs.config import Optimization
+from kdecs.config import BudgetedOptimization, Optimizer
 from kdecs.errors import Stopped, TrainingError
 from kdecs.process import ProgressBar, StopSignal
 from kdecs.runtime import Runtime, any_rank, gather_objects, on_main
@@ -68,8 +70,11 @@ class Task(Protocol):
         """
         ...
 
-    def validate(self, state: TrainState) -> Metrics:
-        """The metrics of the epoch that just ended, with `state.sums` summed over all ranks. Called on rank 0."""
+    def validate(self, state: TrainState, num_rows: int) -> Metrics:
+        """The metrics of the epoch that just ended. Called on rank 0.
+
+        It trained on `num_rows` rows, and `state.sums` are the sums over them, of all ranks.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -94,20 +99,41 @@ class LoopSettings:
     batch_size: int
     """Rows per step, over all ranks."""
     bucket_batches: int
-    optimization: Optimization
+    optimization: BudgetedOptimization
     patience_epochs: int | None = None
     unit: str = "pair"
     groups: Sequence[Ints] | None = None
     """The rows to train on in groups that stay together in a batch and on a rank; None: each row by itself."""
 
     @property
-    def epoch_steps(self) -> int:
-        """Steps per epoch."""
+    def pass_steps(self) -> int:
+        """Steps of a pass over the rows."""
         steps = math.ceil(len(self.rows) / self.batch_size)
         return steps if self.groups is None else min(steps, len(self.groups))
 
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch; of a training for steps the last one may have fewer."""
+        return self.pass_steps if self.optimization.epochs else self.optimization.steps_per_validation
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.optimization.steps or self.pass_steps * self.optimization.num_epochs
+
     def epoch_batches(self, epoch: int) -> list[list[Ints]]:
         """The groups of each batch of an epoch (of single rows: one group, the whole batch)."""
+        first = epoch * self.epoch_steps
+        last = min(first + self.epoch_steps, self.total_steps)
+        found: list[list[Ints]] = []
+        # Without a gap: where one pass over the rows ends, amid an epoch or not, the next one begins.
+        for number in range(first // self.pass_steps, math.ceil(last / self.pass_steps)):
+            begin = number * self.pass_steps
+            found += self._pass_batches(number)[max(0, first - begin) : last - begin]
+        return found
+
+    def _pass_batches(self, number: int) -> list[list[Ints]]:
+        """The batches of one pass over the rows, in the order that seed and number give."""
         seed = self.optimization.seed
         if self.groups is None:
             batches = epoch_batches(
@@ -116,11 +142,11 @@ class LoopSettings:
                 batch_size=self.batch_size,
                 bucket_batches=self.bucket_batches,
                 seed=seed,
-                epoch=epoch,
+                epoch=number,
             )
             return [[rows] for rows in batches]
         sizes = np.array([len(group) for group in self.groups])
-        chosen = grouped_batches(sizes, num_batches=self.epoch_steps, seed=seed, epoch=epoch)
+        chosen = grouped_batches(sizes, num_batches=self.pass_steps, seed=seed, epoch=number)
         return [[self.groups[index] for index in batch] for batch in chosen]
 
 
@@ -159,20 +185,22 @@ class EpochLoop:
         TrainingError if a loss or gradient is not finite.
         """
         settings, state = self.settings, self.state
-        epochs = settings.optimization.epochs
+        epochs = settings.optimization.num_epochs
         on_main(lambda: check_best(settings.output, state), self.runtime)  # of a resume
         if self.runtime.is_main:
             keep_best(settings.output, state.best_epoch)
             write_metrics(settings.output, state.history)  # a kill may have left the last line unwritten
             resumed = f", resumed at step {state.step}" if self.is_resumed else ""
+            length = (
+                f"{epochs} epochs" if settings.optimization.epochs else f"{settings.total_steps} steps in all"
+            )
             print(
                 f"{settings.output}: training on {what}, {settings.epoch_steps} steps per epoch, "
-                f"{epochs} epochs{resumed}",
+                f"{length}{resumed}",
                 flush=True,
             )
         while state.epoch < epochs and not self._is_patience_over():
-            self._train_epoch()
-            self._end_epoch()
+            self._end_epoch(self._train_epoch())
             # After the last epoch there is nothing to resume: the training finishes in seconds and ignores the stop.
             if state.epoch < epochs and any_rank(self.stop.requested, self.runtime):
                 self._save_and_stop()
@@ -183,16 +211,18 @@ class EpochLoop:
         patience = self.settings.patience_epochs
         return patience is not None and self.state.epoch - self.state.best_epoch >= patience
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> int:
+        """Take the steps that are left of an epoch; returns the number of rows of the whole epoch."""
         settings, state, runtime = self.settings, self.state, self.runtime
         # The whole order at once: it depends on seed and epoch alone, so a resume leaves out the batches that were
         # taken.
         batches = settings.epoch_batches(state.epoch)
         self.task.model.train()  # Transformers loads a model in evaluation mode
         began = time.monotonic()
-        name = f"epoch {state.epoch + 1}/{settings.optimization.epochs}"
+        num_rows = sum(len(rows) for batch in batches for rows in batch)
+        name = f"epoch {state.epoch + 1}/{settings.optimization.num_epochs}"
         with ProgressBar(
-            len(settings.rows),
+            num_rows,
             initial=sum(len(rows) for batch in batches[: state.batch] for rows in batch),
             desc=name,
             unit=settings.unit,
@@ -213,6 +243,7 @@ class EpochLoop:
                         self._save_and_stop()
         self._refuse_not_finite()
         state.seconds += time.monotonic() - began
+        return num_rows
 
     def step(self, batch: Sequence[Ints]) -> None:
         """One optimizer step on the groups of a global batch: forward and backward of this rank's share."""
@@ -223,9 +254,8 @@ class EpochLoop:
             share, weights = group_share(batch, runtime.rank, runtime.world_size)
         # Dropout from the step's own seed: a resume restores no random states.
         torch.manual_seed(step_seed(settings.optimization.seed, state.step, runtime.rank))
-        total_steps = settings.epoch_steps * settings.optimization.epochs
         loss, sums = self.task.loss(share, weights, sum(map(len, batch)))
-        self.steps.take(loss, learning_rate_at(state.step, total_steps, settings.optimization))
+        self.steps.take(loss, learning_rate_at(state.step, settings.total_steps, settings.optimization))
         state.sums += sums
 
     def _refuse_not_finite(self) -> None:
@@ -236,7 +266,7 @@ class EpochLoop:
                 "optimization.learning_rate (the last epoch's checkpoint is sound)"
             )
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, num_rows: int) -> None:
         """Validate on rank 0, keep the best model, write the checkpoint, then the epoch's line.
 
         Each write can be the last one before a kill, so their order matters.
@@ -245,7 +275,7 @@ class EpochLoop:
         state.sums = _summed_over_ranks(state.sums, runtime)
         metrics: Metrics = {}
         if runtime.is_main:
-            metrics = task.validate(state)
+            metrics = task.validate(state, num_rows)
         # Every rank decides the best epoch and the patience by the metrics of rank 0.
         metrics = gather_objects(metrics, runtime)[0]
         if metrics[task.criterion] > state.best_macro_f1:
@@ -403,7 +433,7 @@ def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, Floats]:
     return share, weights
 
 
-def learning_rate_at(step: int, total_steps: int, optimization: Optimization) -> float:
+def learning_rate_at(step: int, total_steps: int, optimization: Optimizer) -> float:
     """Linear warm-up over the first share of the steps, then linear decay that would reach 0 after the last."""
     warmup = math.ceil(total_steps * optimization.warmup_share)
     # One step further than `step` says, or the first step would have a rate of 0 and move nothing.
@@ -420,7 +450,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def adamw(
     model: torch.nn.Module,
-    optimization: Optimization,
+    optimization: Optimizer,
     *,
     heads: Iterable[torch.nn.Module] = (),
     head_rate_factor: float = 1.0,

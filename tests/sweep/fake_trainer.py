@@ -59,7 +59,7 @@ def train(config, on_epoch, stop):
     if seed in behaviour.get("kill_early", []):
         os.kill(os.getpid(), signal.SIGKILL)
     write_points(metrics, points)
-    for epoch in range(len(points) + 1, config.optimization.epochs + 1):
+    for epoch in range(len(points) + 1, config.optimization.num_epochs + 1):
         ends = time.monotonic() + behaviour.get("epoch_s", 0.0)
         while time.monotonic() < ends:
             time.sleep(0.02)

@@ -102,6 +102,8 @@ def test_a_trial_without_a_gpu_does_not_see_the_hosts(make_config, gpus, device)
         ({"variants": {"long": {"optimization.epochs": 7}, "short": {"optimization.epochs": 2}}}, 7),
         ({"variants": {"long": {"optimization": {"epochs": 8}}}}, 8),
         ({"space": {"optimization.epochs": {"grid": [5, 4]}, "teacher": {"grid": ["t5-tiny"]}}}, 5),
+        ({"space": {"optimization.steps": {"grid": [None, 100]}, "teacher": {"grid": ["t5-tiny"]}}}, 10),
+        ({"variants": {"often": {"optimization.steps": 90, "optimization.validate_every_steps": 4}}}, 23),
     ],
 )
 def test_no_trial_is_stopped_for_having_come_to_its_end(make_config, changes, expected):

@@ -259,6 +259,33 @@ def test_figures_of_studies_show_test_beside_validation(finished, monkeypatch):
     assert "learning_rate" not in first, "made-up labels lead to no teacher"
 
 
+def test_each_budget_has_a_figure_of_shares(finish, make_labels, runs):
+    """Equal epochs, in which KD takes more steps, and equal steps; the lines of the two are never mixed."""
+    sweep = finish(
+        teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
+        variants={"KD": {}, "joint": {"distillation.mode": "joint"}},
+        space={
+            "variant": {"grid": ["KD", "joint"]},
+            "distillation.hard_share": {"grid": [0.1, 1.0]},
+            "optimization.steps": {"grid": [None, 30]},
+            "optimization.seed": {"grid": [0]},
+        },
+    )
+    page = write_report(sweep).read_text()
+    tables = [table_of(sweep / "report" / name) for name in ("share.csv", "share-30-steps.csv")]
+    for rows, has_steps in zip(tables, (False, True), strict=True):
+        assert [(row["line"], float(row["share"])) for row in rows] == [
+            (line, share) for line in ("KD", "joint") for share in (0.1, 1.0)
+        ]
+        assert all(("steps=30" in row["setting"]) == has_steps for row in rows)
+    for words in (
+        "Share of the gold labels (Figure 3), equal epochs",
+        "(Figure 3), equal steps",
+        "takes 30 steps",
+    ):
+        assert words in page
+
+
 HOSTILE = {
     "formula": "$\\frac{x_1$",  # two dollars, and no formula between them
     "hidden": "_hidden 教师",

@@ -11,7 +11,7 @@ from kdecs.errors import ArtifactError, ConfigError
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TeacherSource
 from kdecs.sweep.driver import run_sweep
-from kdecs.sweep.progress import print_dry_run
+from kdecs.sweep.progress import estimate_left, print_dry_run
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Space, drawn_value, holds, sweep_hash, with_absolute_paths
 
@@ -122,7 +122,7 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, r
         "ecpe": 5,
         "coarse_to_fine": 2 * 5,
         "ablation": 4 * 5,
-        "data_share": (6 + 5 + 6) * 5,
+        "data_share": 2 * (6 + 5 + 6) * 5,
         "teacher_scale": 5 * 5,
         "given_emotions": 3 * 5,
         "search": 3 * 4 * 3 * 2,
@@ -149,7 +149,11 @@ def test_studies_set_what_they_compare(make_config):
     }
     given = {t.settings["variant"]: t.config.model.given_emotions for t in trials_of("given_emotions")}
     assert given == {"predicted": "none", "given fine": "fine", "given coarse": "coarse"}
-    shares = {(t.settings["variant"], t.config.distillation.hard_share) for t in trials_of("data_share")}
+    trials = trials_of("data_share")
+    shares = {(t.settings["variant"], t.config.distillation.hard_share) for t in trials}
+    budgets = {tuple(t.config.optimization.budget.items()) for t in trials}
+    assert budgets == {(("epochs", 10),), (("steps", 19580),)}
+    assert {"steps=19580" in t.label for t in trials} == {True, False} and "None" not in trials[0].label
     assert ("KD", 1.0) in shares and ("KD on the share", 1.0) not in shares
     assert all((variant, 0.1) in shares for variant in ("KD", "KD on the share", "joint"))
 
@@ -410,6 +414,29 @@ def test_plan_says_what_is_there(make_config, in_process, capsys):
     printed = capsys.readouterr().out
     assert "3 trials, 0 complete, 1 to train, 2 in the store" in printed
     assert "CPU hours (measured: 2 trials" in printed
+
+
+def test_plan_counts_the_pairs_that_each_training_reads(make_config, capsys):
+    """KD passes over all pairs, whatever the share, joint over the share alone. Equal steps cost the same."""
+    variants = {"KD": {}, "KD on the share": {"distillation.outside_share": "drop"}}
+    variants["joint"] = {"distillation.mode": "joint"}
+
+    def estimated(variant: str, share: float, **student) -> float:
+        space = {"variant": {"grid": [variant]}, "distillation.hard_share": {"grid": [share]}}
+        teachers = dict(list(make_config().teachers.items())[:1])
+        config = make_config(variants=variants, space=space, teachers=teachers, effective_tflops=1e-6)
+        config = config.model_copy(update={"student": {**config.student, **student}})
+        trials = Space(config).trials()
+        return estimate_left(config, trials, trials).seconds
+
+    whole = estimated("KD", 1.0)
+    assert estimated("KD", 0.25) == whole == estimated("joint", 1.0)
+    part = estimated("joint", 0.25)
+    assert part == estimated("KD on the share", 0.25) and 0.05 * whole < part < 0.6 * whole
+    steps = {"optimization": {"steps": 30}}
+    assert estimated("KD", 0.25, **steps) == estimated("KD", 1.0, **steps)
+    assert estimated("joint", 0.25, **steps) == pytest.approx(estimated("joint", 1.0, **steps), rel=0.4)
+    assert estimated("joint", 1.0, optimization={"steps": 60}) == 2 * estimated("joint", 1.0, **steps)
 
 
 def test_plan_of_a_new_search_estimates_from_one_trial(make_config, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import Bomb, Killed, StopAfter, flip_bit, leave_temporary
 
-from kdecs.config import Optimization
+from kdecs.config import BudgetedOptimization, Optimization
 from kdecs.errors import ArtifactError, Stopped, TrainingError
 from kdecs.runtime import Runtime
 from kdecs.training import checkpoint, loop
@@ -56,9 +56,9 @@ class Regression:
             loss = loss * float("nan")
         return loss, loss.detach().double().reshape(1) * count
 
-    def validate(self, state: TrainState):
+    def validate(self, state: TrainState, num_rows: int):
         epoch = state.epoch + 1
-        loss = state.sums.item() / 10
+        loss = state.sums.item() / num_rows
         return {
             "epoch": epoch,
             "time": 0.0,
@@ -76,7 +76,7 @@ class Regression:
 
 def settings(output: Path, config_hash: str = "0" * 64, **changes) -> LoopSettings:
     output.mkdir(exist_ok=True)
-    values = {"optimization": Optimization(learning_rate=0.1, epochs=EPOCHS), **changes}
+    values = {"optimization": BudgetedOptimization(learning_rate=0.1, epochs=EPOCHS), **changes}
     lengths = np.arange(10)
     return LoopSettings(output, config_hash, lengths, lengths, 4, 2, **values)
 
@@ -413,6 +413,49 @@ def test_shares_of_groups_are_whole_and_a_rank_without_any_reaches_the_collectiv
         )
     if world_size <= 3:
         assert max(len(rows) for rows, _ in shares) <= 15 / world_size + 4
+
+
+def budget(steps: int, every: int | None = None) -> dict[str, BudgetedOptimization]:
+    return {
+        "optimization": BudgetedOptimization(
+            learning_rate=0.1, epochs=None, steps=steps, validate_every_steps=every
+        )
+    }
+
+
+def test_steps_of_whole_passes_are_the_same_training(tmp_path, whole):
+    """As many steps as three epochs, with a validation after each pass."""
+    train(tmp_path / "steps", **budget(EPOCHS * STEPS, STEPS))
+    assert_same(whole, tmp_path / "steps")
+
+
+def test_a_budget_of_steps_validates_amid_passes_and_ends_at_the_last_step(tmp_path):
+    """Eight steps with a validation every three: 3, 3, 2 steps over passes of three batches, without a gap."""
+    made = settings(tmp_path / "plain", **budget(8, 4))
+    batches = [[rows.tolist() for rows in batch] for epoch in range(2) for batch in made.epoch_batches(epoch)]
+    passes = settings(tmp_path / "plain")
+    expected = [
+        [rows.tolist() for rows in batch] for epoch in range(3) for batch in passes.epoch_batches(epoch)
+    ]
+    assert batches == expected[:8] and [len(made.epoch_batches(epoch)) for epoch in range(2)] == [4, 4]
+    history = train(tmp_path / "whole", **budget(8, 3))
+    assert [metrics["epoch"] for metrics in history] == [1, 2, 3]
+    # Stopped amid and after epochs, and resumed: the same weights and lines.
+    for looks in (0, 3, 4, 8):
+        output = tmp_path / f"stopped{looks}"
+        with pytest.raises(Stopped):
+            train(output, stop=StopAfter(looks), **budget(8, 3))
+        train(output, **budget(8, 3))
+        assert_same(tmp_path / "whole", output)
+    # By default there are ten validations; fewer steps have one each.
+    assert [BudgetedOptimization(steps=n).num_epochs for n in (3, 10, 95, 1000)] == [3, 10, 10, 10]
+    assert settings(tmp_path / "plain", **budget(1000)).epoch_steps == 100
+
+
+def test_patience_counts_the_validations_of_a_budget_of_steps(tmp_path):
+    task = Regression({1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2, 5: 0.95})
+    history = train(tmp_path / "out", task, patience_epochs=2, **budget(40, 2))
+    assert len(history) == 4 and len(task.seen) == 8
 
 
 def test_learning_rate_rises_then_falls_to_zero():

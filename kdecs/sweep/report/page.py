@@ -32,7 +32,7 @@ from kdecs.sweep.report.figures import (
     shown_width,
 )
 from kdecs.sweep.report.paper_tables import TITLES, ScoredSweep, paper_tables, write_settings_csv, write_table
-from kdecs.sweep.report.study_figures import share_figure, spread_figure, teacher_figure, time_figure
+from kdecs.sweep.report.study_figures import share_figures, spread_figure, teacher_figure, time_figure
 from kdecs.sweep.report.tables import (
     COLUMNS,
     ablation_rows,
@@ -217,7 +217,7 @@ def _figures(scored: ScoredSweep, folder: Path) -> list[Figure]:
         teacher_figure(
             scored, scores, teachers, _own_scores(sweep, ranked), _recipes(config), folder / "teachers.png"
         ),
-        share_figure(scored, scores, folder / "share.png"),
+        *share_figures(scored, scores, folder),
         spread_figure(ranked, scores, folder / "spread.png"),
         curves_figure(ranked, points, metric, folder / "curves.png"),
         time_figure(ranked, by_id, _resource(config), folder / "time.png"),

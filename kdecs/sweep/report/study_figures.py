@@ -24,7 +24,7 @@ from kdecs.sweep.report.figures import (
 from kdecs.sweep.report.paper_tables import ScoredSweep
 from kdecs.sweep.report.published import FIGURE_3, FIGURE_4
 from kdecs.sweep.selection.record import SettingScore
-from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
+from kdecs.sweep.space import SHARE_KEY, STEPS_KEY, VARIANT_KEY
 from kdecs.sweep.status import TrialResult
 
 mpl.use("Agg")
@@ -125,9 +125,39 @@ def _study_cells(
     return [*(valid.get(key) for key in _STUDY_KEYS), *(test.get(key) for key in _STUDY_KEYS)]
 
 
-def share_figure(sweep: ScoredSweep, scores: Mapping[str, Sequence[float]], target: Path) -> Figure | None:
-    """Scores by share of the gold labels, one line per variant or teacher, or None if only one share was tried."""
-    settings = sweep.ranked
+def share_figures(sweep: ScoredSweep, scores: Mapping[str, Sequence[float]], folder: Path) -> list[Figure]:
+    """A figure by share of the gold labels for each budget of the trainings: epochs, or a number of steps."""
+    by_budget: dict[int | None, list[SettingScore]] = {}
+    for setting in sweep.ranked:
+        by_budget.setdefault(setting.settings.get(STEPS_KEY), []).append(setting)
+    found = []
+    for steps, members in sorted(by_budget.items(), key=lambda item: item[0] or 0):
+        name, title, caption = "share.png", "", ""
+        if steps:
+            name, title = f"share-{steps}-steps.png", ", equal steps"
+            caption = (
+                f"Every training takes {steps:,} steps: the fewer pairs it has, the more often it sees them. "
+            )
+        elif len(by_budget) > 1:
+            title = ", equal epochs"
+            caption = (
+                "Every training passes equally often over its own pairs, so that each sees its gold labels equally "
+                "often; one that also distils pairs without them takes more steps. "
+            )
+        if figure := _share_figure(sweep, members, scores, folder / name, title, caption):
+            found.append(figure)
+    return found
+
+
+def _share_figure(
+    sweep: ScoredSweep,
+    settings: Sequence[SettingScore],
+    scores: Mapping[str, Sequence[float]],
+    target: Path,
+    title: str,
+    caption: str,
+) -> Figure | None:
+    """Scores by share, one line per variant or teacher, or None if only one share was tried."""
     key = next((key for key in _SHARE_KEYS if len({s.settings.get(key, 1.0) for s in settings}) > 1), None)
     if key is None:
         return None
@@ -182,9 +212,10 @@ def share_figure(sweep: ScoredSweep, scores: Mapping[str, Sequence[float]], targ
     return Figure(
         target.name,
         write_csv(target, header, rows),
-        "Share of the gold labels (Figure 3)",
+        f"Share of the gold labels (Figure 3){title}",
         "Left: mean over seeds; band: its 95% interval (Student's t), cut where it leaves the frame. Right: Pos F1, "
         "which the paper's Figure 3 shows; stars: the points that the paper prints, with all of the data. "
+        + caption
         + sweep.about(split, shown),
     )
 

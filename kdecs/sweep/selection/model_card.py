@@ -119,7 +119,7 @@ def _settings(config: StudentConfig, record: SelectionRecord) -> dict[str, Any]:
         "τ": config.distillation.temperature,
         "seed": record.winner.seed,
         "learning rate": config.optimization.learning_rate,
-        "epochs": config.optimization.epochs,
+        **config.optimization.budget,
         "pairs per step": config.batches.global_batch_pairs,
         **{key: value for key, value in setting.settings.items() if "." in key},
     }
