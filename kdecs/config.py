@@ -131,10 +131,14 @@ class Config(BaseModel):
 
 
 class Optimizer(Config):
-    """AdamW with linear warm-up and linear decay to zero."""
+    """AdamW with linear warm-up, and then linear decay to zero or a constant rate."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     warmup_share: float = Field(default=0.06, ge=0, lt=1, description="share of all steps")
+    schedule: Annotated[Literal["linear", "constant"], HashedUnlessDefault()] = Field(
+        default="linear",
+        description="of the learning rate after the warm-up: linear decay to zero, or constant",
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: Seed = 0

@@ -216,6 +216,12 @@ class StudentConfig(Config):
         "neutral's log-probability that is chosen on the validation split for the mean of macro F1 and emotion "
         "accuracy (balanced) or for macro F1 alone",
     )
+    cause_decision: Annotated[Literal["threshold", "argmax"], HashedUnlessDefault()] = Field(
+        default="threshold",
+        description="how a pair is found a cause: by a score of at least a threshold that is chosen on the validation "
+        "split, or as the paper decodes (argmax): the largest connective is a causal word, and the best span is "
+        "likelier than none",
+    )
     threshold_for: Literal["span", "utterance", "both"] = Field(
         default="span",
         description="the macro F1 on the validation split that the threshold of causes maximises (task ecpe: always "
@@ -294,6 +300,9 @@ class StudentCard(BaseModel):
     neutral_offset: float = Field(
         default=0.0, description="added to neutral's log-probability in the decision"
     )
+    cause_decision: Literal["threshold", "argmax"] = Field(
+        default="threshold", description="argmax: the threshold is not used"
+    )
     mode: Mode = "kd"
     task: Literal["ecspe", "ecpe"] = "ecspe"
     priors: bool = False
@@ -303,6 +312,11 @@ class StudentCard(BaseModel):
         default=None, description="if not null, the prompt gives the target's emotion, mapped by this table"
     )
     history_utterances: int | None = None
+
+    @property
+    def chosen_threshold(self) -> float | None:
+        """The threshold of causes; None if argmax decides."""
+        return None if self.cause_decision == "argmax" else self.threshold
 
     @property
     def outputs(self) -> Outputs:

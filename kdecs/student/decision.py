@@ -62,10 +62,13 @@ class Validation:
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """The criteria of a decision: the level of macro F1, and how neutral is decided (`neutral_decision` in configs)."""
+    """How a decision is made: the level of macro F1, and how neutral and causes are decided (`neutral_decision` and
+    `cause_decision` in configs).
+    """
 
     level: Level = "span"
     neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
+    cause: Literal["threshold", "argmax"] = "threshold"
 
 
 def validate(
@@ -93,7 +96,8 @@ def validate(
         ]
     threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
     # The scores flatter a little, since they are of the split that the two numbers were chosen on; test has its own.
-    decided = decide(pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold)
+    emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
+    decided = decide(pairs, scores, emotion_of_pair, spans, None if rule.cause == "argmax" else threshold)
     found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1")
     return Validation(found, threshold, offset, decided)
 
@@ -103,12 +107,14 @@ class PairScores:
     """A student's scores for P pairs: emotion log-probabilities, cause scores in [0, 1], best spans.
 
     `span_P2` holds the first and last token of the best span, 1-based within u_j's copy. `emotion_PE` is None for
-    a student that is given the emotions, `span_P2` for one that finds no spans (task ecpe).
+    a student that is given the emotions, `span_P2` for one that finds no spans (task ecpe). `is_likeliest_P` says of
+    each pair whether to be a cause is the likeliest outcome (`likeliest_causes`).
     """
 
     emotion_PE: npt.NDArray[np.float32] | None
     cause_P: npt.NDArray[np.float32]
     span_P2: npt.NDArray[np.int64] | None
+    is_likeliest_P: npt.NDArray[np.bool_] | None = None
 
 
 def score_pairs(
@@ -123,16 +129,19 @@ def score_pairs(
     emotion_PE = np.zeros((num_pairs, num_emotions), np.float32) if outputs.emotions else None
     cause_P = np.zeros(num_pairs, dtype=np.float32)
     span_P2 = np.zeros((num_pairs, 2), dtype=np.int64) if outputs.spans else None
+    is_likeliest_P = np.zeros(num_pairs, dtype=bool)
     for places, logits in batches:
         # `places` are indices into the arrays: batches come by length, the results stay in the pairs' order.
         if emotion_PE is not None and logits.emotion_BE is not None:
             emotion_PE[places] = log_softmax(logits.emotion_BE)
         cause_P[places] = cause_scores(logits)
+        best_B2 = None
         if span_P2 is not None and logits.start_BS is not None and logits.end_BS is not None:
-            span_P2[places] = best_spans(logits.start_BS, logits.end_BS)
+            best_B2 = span_P2[places] = best_spans(logits.start_BS, logits.end_BS)
+        is_likeliest_P[places] = likeliest_causes(logits, best_B2)
         if on_batch:
             on_batch(len(places))
-    return PairScores(emotion_PE, cause_P, span_P2)
+    return PairScores(emotion_PE, cause_P, span_P2, is_likeliest_P)
 
 
 def cause_scores(logits: Logits) -> Singles:
@@ -153,6 +162,28 @@ def cause_scores(logits: Logits) -> Singles:
         scores.append(-np.expm1((no_start_B + no_end_B) / 2))
     found: Singles = np.stack(scores).mean(axis=0)
     return found
+
+
+def likeliest_causes(logits: Logits, best_B2: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
+    """Whether every output of the mode finds a cause by its largest logit, without a threshold. Shape (B,).
+
+    The largest connective is a causal word; the classifier's larger class is "cause"; and the best span (`best_spans`)
+    has a larger sum of its start and end than place 0, which stands for no span. Equal logits find none.
+    """
+    found = []
+    if logits.connective_BA is not None:
+        found.append(
+            logits.connective_BA[:, :NUM_CAUSAL].max(axis=-1)
+            > logits.connective_BA[:, NUM_CAUSAL:].max(axis=-1)
+        )
+    if logits.classifier_B2 is not None:
+        found.append(logits.classifier_B2[:, 1] > logits.classifier_B2[:, 0])
+    if best_B2 is not None and logits.start_BS is not None and logits.end_BS is not None:
+        row_B = np.arange(len(best_B2))
+        best_B = logits.start_BS[row_B, best_B2[:, 0]] + logits.end_BS[row_B, best_B2[:, 1]]
+        found.append(best_B > logits.start_BS[:, 0] + logits.end_BS[:, 0])
+    is_cause_B: npt.NDArray[np.bool_] = np.logical_and.reduce(found)
+    return is_cause_B
 
 
 def best_spans(start_BS: Singles, end_BS: Singles) -> npt.NDArray[np.int64]:
@@ -231,13 +262,21 @@ def decide(
     scores: PairScores,
     emotion_of_pair: Sequence[str | None],
     spans: list[str],
-    threshold: float,
+    threshold: float | None,
 ) -> list[Prediction]:
-    """Predictions: a pair is a cause if its score reaches the threshold and its target is not neutral."""
+    """Predictions: a pair is a cause if its score reaches the threshold and its target is not neutral.
+
+    Without a threshold it is one if that is the likeliest outcome (`likeliest_causes`).
+    """
     predictions = []
     for row, (pair, emotion, span) in enumerate(zip(pairs, emotion_of_pair, spans, strict=True)):
         # In float64, as the threshold was chosen: between two neighbouring float32 scores it would be rounded to one.
-        is_cause = float(scores.cause_P[row]) >= threshold and emotion != NEUTRAL
+        if threshold is None:
+            assert scores.is_likeliest_P is not None
+            is_cause = bool(scores.is_likeliest_P[row])
+        else:
+            is_cause = float(scores.cause_P[row]) >= threshold
+        is_cause = is_cause and emotion != NEUTRAL
         predictions.append(
             Prediction(
                 pair.dialogue.id, pair.target, pair.candidate, emotion, is_cause, span if is_cause else ""
@@ -264,7 +303,13 @@ def choose_decision(
 
     Under `argmax` the offset is 0. Otherwise the offsets that change a target's emotion are tried (at most _OFFSETS,
     spread evenly over the targets), each with its best threshold; of equally good offsets the nearest to 0 wins.
+    Where causes are decided by argmax there is no threshold to choose, and DEFAULT_THRESHOLD stands for it.
     """
+    decides_by_argmax = rule.cause == "argmax"
+    cause_P = scores.cause_P
+    if decides_by_argmax:
+        assert scores.is_likeliest_P is not None
+        cause_P = scores.is_likeliest_P.astype(np.float32)  # on the two sides of the threshold
     best = (-np.inf, 0.0, 0.0, 0.0)
     # Only what fold1 scores counts for the threshold: pairs (i, i) of neutral targets serve emotion accuracy alone.
     scored = [
@@ -275,13 +320,16 @@ def choose_decision(
     for offset in _offsets(scores, pairs, emotions, rule):
         emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
         gains = pair_gains(
-            scores.cause_P[scored],
+            cause_P[scored],
             [emotion_of_pair[row] for row in scored],
             [pairs[row].spans for row in scored],
             [spans[row] for row in scored],
             level=rule.level,
         )
-        threshold, macro_f1 = choose_threshold(gains)
+        if decides_by_argmax:
+            threshold, macro_f1 = DEFAULT_THRESHOLD, _macro_f1(gains, gains.score_P >= DEFAULT_THRESHOLD)
+        else:
+            threshold, macro_f1 = choose_threshold(gains)
         worth = macro_f1
         if rule.neutral == "balanced":
             own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]

@@ -119,9 +119,12 @@ def train_student(
         )
         # Last: until the manifest is written, a second run finishes the move from the checkpoint.
         remove_checkpoint(config.output)
+        decided = (
+            f"threshold {best['threshold']:.3f}" if config.cause_decision == "threshold" else "by argmax"
+        )
         print(
             f"{config.output}: student of epoch {loop.state.best_epoch}: valid {scores_line(best, task.criterion)}, "
-            f"threshold {best['threshold']:.3f}",
+            f"{decided}",
             flush=True,
         )
     any_rank(False, runtime)  # no rank leaves before the directory is complete
@@ -201,6 +204,7 @@ class StudentTask:
             max_prompt_tokens=max_prompt_tokens,
             prompt_version=PROMPT_VERSION,
             threshold=DEFAULT_THRESHOLD,
+            cause_decision=config.cause_decision,
             mode=config.distillation.mode,
             task=config.task,
             layout=config.model.layout,
@@ -306,7 +310,7 @@ class StudentTask:
             self.data.valid_corpus,
             self.data.emotions,
             self.card.outputs,
-            DecisionRule(self.level, config.neutral_decision),
+            DecisionRule(self.level, config.neutral_decision, config.cause_decision),
         )
         loss, *parts = (state.sums / num_rows).tolist()
         names = _loss_names(config)

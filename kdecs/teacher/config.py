@@ -169,6 +169,12 @@ class TeacherConfig(TuningConfig):
     emotions_shown: Literal["coarse", "fine"] = Field(
         default="coarse", description="coarse: the prompt shows RECCON's labels in place of fine ones"
     )
+    gold_connective: Annotated[Literal["any", "because", "as", "since", "thus"], HashedUnlessDefault()] = (
+        Field(
+            default="any",
+            description="what a causal pair is trained towards: any causal word (their summed probability) or this one",
+        )
+    )
 
     @property
     def versions(self) -> dict[str, int]:

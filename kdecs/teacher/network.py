@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from kdecs.corpus.answer_words import NUM_CAUSAL
+from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
 from kdecs.corpus.pairs import Pair
 from kdecs.errors import ConfigError, ModelError, first_line
 from kdecs.models import load_config
@@ -84,13 +84,17 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
             state.pop(prefix + name, None)
 
 
-def connective_loss(logits_PA: Tensor, is_cause_P: Tensor) -> Tensor:
+def connective_loss(logits_PA: Tensor, is_cause_P: Tensor, gold: str = "any") -> Tensor:
     """Sum over prompts of -log p(gold), softmax over the answer words alone, in float32.
 
-    The gold of a causal pair is any causal word: p is their summed probability. That of a non-causal pair is `other`.
+    The gold of a causal pair is the causal word `gold`, or any of them: p is then their summed probability. That of a
+    non-causal pair is `other`.
     """
     log_p_PA = torch.log_softmax(logits_PA.float(), dim=-1)
-    log_causal_P = torch.logsumexp(log_p_PA[:, :NUM_CAUSAL], dim=-1)
+    if gold == "any":
+        log_causal_P = torch.logsumexp(log_p_PA[:, :NUM_CAUSAL], dim=-1)
+    else:
+        log_causal_P = log_p_PA[:, CONNECTIVES.index(gold)]
     return -torch.where(is_cause_P, log_causal_P, log_p_PA[:, NUM_CAUSAL]).sum()
 
 

@@ -106,6 +106,7 @@ class Connectives:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.universe: str = config.train_pairs
+        self.gold = config.gold_connective
 
     def pairs(self, config: TeacherConfig) -> tuple[list[Pair], list[Pair]]:
         """See `Objective`, as for all methods."""
@@ -123,7 +124,7 @@ class Connectives:
     def loss(self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime) -> torch.Tensor:
         """The sum over pairs."""
         prompts, is_cause_P = prompts_and_gold(data, micro, runtime)
-        return connective_loss(engine(prompts), is_cause_P)
+        return connective_loss(engine(prompts), is_cause_P, self.gold)
 
     def judge(
         self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime
@@ -132,7 +133,7 @@ class Connectives:
         prompts, is_cause_P = prompts_and_gold(data, micro, runtime)
         logits_PA = engine(prompts)
         decisions = dict(zip(micro.pairs, is_causal(logits_PA).tolist(), strict=True)) if micro.pairs else {}
-        return connective_loss(logits_PA, is_cause_P), decisions
+        return connective_loss(logits_PA, is_cause_P, self.gold), decisions
 
     def scores(self, data: PromptSet, decisions: Mapping[int, bool]) -> dict[str, float]:
         """F1 of the causal pairs, of the others, and their mean."""

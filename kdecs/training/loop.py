@@ -434,11 +434,13 @@ def rank_share(rows: Ints, rank: int, world_size: int) -> tuple[Ints, Floats]:
 
 
 def learning_rate_at(step: int, total_steps: int, optimization: Optimizer) -> float:
-    """Linear warm-up over the first share of the steps, then linear decay that would reach 0 after the last."""
+    """Linear warm-up over the first share of the steps, then a constant rate, or linear decay to 0 after the last."""
     warmup = math.ceil(total_steps * optimization.warmup_share)
     # One step further than `step` says, or the first step would have a rate of 0 and move nothing.
     if step < warmup:
         return optimization.learning_rate * (step + 1) / warmup
+    if optimization.schedule == "constant":
+        return optimization.learning_rate
     return optimization.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
 
 

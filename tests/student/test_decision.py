@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 
 from kdecs.corpus.pairs import pairs_of
-from kdecs.corpus.schema import Dialogue, Utterance
+from kdecs.corpus.schema import Dialogue, Evidence, Utterance
+from kdecs.student.config import Outputs
 from kdecs.student.decision import (
     DEFAULT_THRESHOLD,
+    DecisionRule,
+    Logits,
     PairGains,
     PairScores,
+    choose_decision,
     choose_threshold,
     decide,
+    pair_emotions,
     pair_gains,
+    score_pairs,
 )
 
 
@@ -83,6 +89,63 @@ def test_a_threshold_between_two_neighbours_in_float32_parts_them():
         False,
         True,
     ]
+
+
+@pytest.mark.parametrize("outputs", ["connective", "classifier", "span", "both"])
+def test_argmax_takes_the_likeliest_of_all_outcomes(outputs: str):
+    """Against a loop over every word and every legal span; ties and unlikely scores find no cause."""
+    generator = np.random.default_rng(0)
+    found, expected = [], []
+    for _ in range(200):
+        num_places = int(generator.integers(2, 6))
+        # Whole numbers, so that many are equal.
+        connective, classifier = generator.integers(-2, 3, 5), generator.integers(-1, 2, 2)
+        start, end = generator.integers(-2, 3, (2, num_places))
+        says = []
+        if outputs in ("connective", "both"):
+            says.append(max(connective[:4]) > connective[4])
+        if outputs == "classifier":
+            says.append(classifier[1] > classifier[0])
+        if outputs in ("span", "both"):
+            spans = [start[a] + end[b] for a in range(1, num_places) for b in range(a, num_places)]
+            says.append(max(spans) > start[0] + end[0])
+        expected.append(all(says))
+        padding = np.full(2, -np.inf)  # a longer pair stands in the same batch
+        logits = Logits(
+            None,
+            connective[None].astype(np.float32) if outputs in ("connective", "both") else None,
+            np.concatenate((start, padding))[None].astype(np.float32)
+            if outputs in ("span", "both")
+            else None,
+            np.concatenate((end, padding))[None].astype(np.float32) if outputs in ("span", "both") else None,
+            classifier[None].astype(np.float32) if outputs == "classifier" else None,
+        )
+        scores = score_pairs(
+            [(np.array([0]), logits)], 1, Outputs(emotions=False, spans=outputs in ("span", "both")), 0
+        )
+        assert scores.is_likeliest_P is not None
+        found += scores.is_likeliest_P.tolist()
+    assert found == expected and 20 < sum(found) < 180
+
+
+def test_argmax_needs_no_threshold_and_still_chooses_when_a_target_is_neutral():
+    utterances = tuple(Utterance(turn, "A", "Hi", "anger", (Evidence(turn, "Hi"),)) for turn in (1, 2))
+    pairs = pairs_of(Dialogue("d", utterances), "fold1")
+    is_cause_P = np.array([pair.is_cause for pair in pairs])
+    log_p_PE = np.log(np.tile(np.array([[0.6, 0.4]], dtype=np.float32), (len(pairs), 1)))
+    # Low scores: a threshold would find another decision.
+    scores = PairScores(log_p_PE, is_cause_P * np.float32(0.1), None, is_cause_P)
+    texts, emotions = ["Hi"] * len(pairs), ("neutral", "anger")
+    threshold, offset = choose_decision(
+        scores, pairs, emotions, texts, DecisionRule("span", "macro_f1", "argmax")
+    )
+    assert threshold == DEFAULT_THRESHOLD and offset < 0
+    emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
+    decided = decide(pairs, scores, emotion_of_pair, texts, None)
+    assert [p.is_cause for p in decided] == is_cause_P.tolist()
+    assert not any(p.is_cause for p in decide(pairs, scores, emotion_of_pair, texts, threshold))
+    # A neutral target has no cause under either rule.
+    assert not any(p.is_cause for p in decide(pairs, scores, ["neutral"] * len(pairs), texts, None))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,14 @@ MODES: dict[str, dict[str, object]] = {
     },
     "priors, classifier": {"model": {"priors": "training"}, "distillation": {"mode": "cls"}},
     "share": {"distillation": {**KD, "hard_share": 0.5, "teacher_weighting": "confidence"}},
+    "as the paper": {
+        "distillation": KD,
+        "cause_decision": "argmax",
+        "optimization": {
+            **{"learning_rate": 1e-3, "warmup_share": 0, "schedule": "constant"},
+            **{"steps": 16, "validate_every_steps": 7},
+        },
+    },
     "tree": {"model": {"layout": "tree", "span_head": "position", "priors": "training"}, "distillation": KD},
     "tree, classifier": {
         "model": {"layout": "tree", "branch": "short", "given_emotions": "coarse"},
@@ -65,6 +73,7 @@ PARTS = {
     "priors": {"emotion", "span", "distillation", "connective"},
     "priors, classifier": {"emotion", "span", "classifier"},
     "share": {"emotion", "span", "distillation"},
+    "as the paper": {"emotion", "span", "distillation"},
     "tree": {"emotion", "span", "distillation"},
     "tree, classifier": {"span", "classifier"},
 }
@@ -154,7 +163,7 @@ def test_a_mode_resumes_exactly(mode, trained_in):
     """From the end of an epoch, as after a kill; some modes from within the next one, too."""
     trained = trained_in(mode)
     config = trained.config.model_copy(update={"output": trained.after_first})
-    if mode in ("priors", "share", "tree"):
+    if mode in ("priors", "share", "tree", "as the paper"):
         with pytest.raises(Stopped, match="stopped at step 10, state saved; run the same command again"):
             train_student(config, RUNTIME, stop=StopAfter(2))
         assert not (config.output / "manifest.json").exists()

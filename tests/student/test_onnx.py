@@ -27,6 +27,7 @@ from kdecs.errors import ArtifactError, DependencyError, DeviceError, KdecsError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.models import load_tokenizer
 from kdecs.student.config import Outputs
+from kdecs.student.decision import score_pairs
 from kdecs.student.model import StudentModel, TorchScorer, load_language_model, student_answer_ids
 from kdecs.student.onnx import export
 from kdecs.student.onnx.export import Measured, OnnxExport, export_student, largest_difference
@@ -179,6 +180,27 @@ def test_an_export_predicts_with_the_packages_that_the_page_names(exported, dire
     done = run_python(*command, directory)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "needs PyTorch and Transformers, and " in done.stderr
+
+
+def test_an_export_decides_by_argmax_as_its_student(directory, exported, dialogues):
+    """The card decides, which the export has from the student; causes are those of the largest logits."""
+    pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
+    found = []
+    for folder in (directory, exported):
+        one = Student.from_pretrained(folder)
+        # A student that is never neutral, so that argmax alone decides.
+        emotions = tuple("fear" if emotion == "neutral" else emotion for emotion in one.card.emotions)
+        card = one.card.model_copy(update={"cause_decision": "argmax", "emotions": emotions})
+        encoded = list(one.encoder.encode(pairs))
+        scores = score_pairs(one.scorer.batches(encoded, 512), len(pairs), card.outputs, len(emotions))
+        predicted = Student(one.scorer, one.tokenizer, card).detail(pairs)
+        assert [item.prediction.is_cause for item in predicted] == scores.is_likeliest_P.tolist()
+        by_threshold = Student(
+            one.scorer, one.tokenizer, card.model_copy(update={"cause_decision": "threshold"})
+        )
+        assert [item.score for item in by_threshold.detail(pairs)] == [item.score for item in predicted]
+        found.append([item.prediction for item in predicted])
+    assert found[0] == found[1]
 
 
 def test_an_export_is_served(exported, student):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kdecs.corpus.answer_words import CAUSAL_CONNECTIVES
 from kdecs.teacher.network import connective_loss, is_causal
 
 
@@ -28,6 +29,17 @@ def test_against_a_slow_loop() -> None:
     assert connective_loss(logits, gold).item() == pytest.approx(total, rel=1e-5)
     expected = [sum(math.exp(x) for x in row[:4]) > math.exp(row[4]) for row in logits.tolist()]
     assert is_causal(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("word", CAUSAL_CONNECTIVES)
+def test_one_fixed_word_is_the_gold_of_every_causal_pair(word: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, 5) * 3
+    gold = torch.rand(50) < 0.4
+    classes = torch.where(gold, CAUSAL_CONNECTIVES.index(word), 4)
+    expected = torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
+    assert connective_loss(logits, gold, word).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert connective_loss(logits, gold, word).item() > connective_loss(logits, gold).item()
 
 
 def test_half_precision_is_summed_in_float32() -> None:

@@ -57,8 +57,8 @@ class _Spoiled:
         self.engine, self.step = training.engine, training.state.step
         return self.real_step(training, batch)
 
-    def loss(self, logits_PA: torch.Tensor, is_cause_P: torch.Tensor) -> torch.Tensor:
-        loss = self.real_loss(logits_PA, is_cause_P)
+    def loss(self, logits_PA: torch.Tensor, is_cause_P: torch.Tensor, gold: str) -> torch.Tensor:
+        loss = self.real_loss(logits_PA, is_cause_P, gold)
         return loss + torch.sqrt(logits_PA.sum() * 0.0) if self.step >= self.from_step else loss
 
 
@@ -96,8 +96,8 @@ def test_a_validation_loss_that_is_not_finite_stops_before_anything_is_saved(
     config = make_config(checkpoint_every_steps=1, validate_per_epoch=1)
     real = training.connective_loss
 
-    def nan_without_gradients(logits_PA: torch.Tensor, is_cause_P: torch.Tensor) -> torch.Tensor:
-        return real(logits_PA, is_cause_P) * (1 if torch.is_grad_enabled() else torch.nan)
+    def nan_without_gradients(logits_PA: torch.Tensor, is_cause_P: torch.Tensor, gold: str) -> torch.Tensor:
+        return real(logits_PA, is_cause_P, gold) * (1 if torch.is_grad_enabled() else torch.nan)
 
     monkeypatch.setattr(training, "connective_loss", nan_without_gradients)
     with pytest.raises(TrainingError, match="validation loss nan"):

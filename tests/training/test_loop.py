@@ -464,6 +464,8 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[2:] == pytest.approx([(10 - step) / 8 for step in range(2, 11)])
     assert learning_rate_at(0, 10, Optimization(learning_rate=1.0, warmup_share=0.0)) == 1.0
+    constant = Optimization(learning_rate=1.0, warmup_share=0.2, schedule="constant")
+    assert [learning_rate_at(step, 10, constant) for step in range(10)] == [0.5, *[1.0] * 9]
 
 
 def test_dropout_seeds_differ_by_step_and_rank():

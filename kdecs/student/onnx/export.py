@@ -298,7 +298,9 @@ def measure(
     """Both students on a labelled corpus, dialogue by dialogue in turn, and the threshold of causes for the first.
 
     Another precision shifts all scores a little, so with None the threshold is chosen anew, as the training chose it.
+    A student that decides by argmax has none to choose.
     """
+    decides_by_argmax = student.card.chosen_threshold is None
     # Under a threshold of 0 each pair of an emotional target has a span, so that any other can be tried afterwards.
     any_cause = student.card.model_copy(update={"threshold": 0.0})
     students, seconds = (Student(student.scorer, student.tokenizer, any_cause), float32), [0.0, 0.0]
@@ -318,7 +320,9 @@ def measure(
         for pair, item in zip(pairs, found[0], strict=True)
         if pair.dialogue.utterances[pair.target - 1].evidence is not None
     ]
-    if threshold is None:
+    if decides_by_argmax:
+        threshold = student.card.threshold
+    elif threshold is None:
         threshold, _ = choose_threshold(
             pair_gains(
                 np.array([item.score for _, item in scored], dtype=np.float32),
@@ -329,7 +333,9 @@ def measure(
             )
         )
     decided = [
-        item.prediction if item.score >= threshold else replace(item.prediction, is_cause=False, span="")
+        item.prediction
+        if decides_by_argmax or item.score >= threshold
+        else replace(item.prediction, is_cause=False, span="")
         for item in found[0]
     ]
     key = "utterance_macro_f1" if trained.task == "ecpe" else "macro_f1"

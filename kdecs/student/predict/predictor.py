@@ -182,7 +182,7 @@ class Student:
             for pair, place in zip(pairs, ranges, strict=True)
         ]
         emotions = pair_emotions(scores, pairs, self.card.emotions, self.card.neutral_offset)
-        decided = decide(pairs, scores, emotions, texts, self.card.threshold)
+        decided = decide(pairs, scores, emotions, texts, self.card.chosen_threshold)
         return [
             PairPrediction(prediction, float(score), place if prediction.is_cause else None)
             for prediction, score, place in zip(decided, scores.cause_P, ranges, strict=True)
