@@ -1,5 +1,7 @@
 """The answer words of teacher and student (Table 3), and their token ids: each must be a single token in the prompt."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,12 @@ CONNECTIVES = (*CAUSAL_CONNECTIVES, NON_CAUSAL_CONNECTIVE)
 """The order of connective logits wherever they are stored: causal words first."""
 
 NUM_CAUSAL = len(CAUSAL_CONNECTIVES)
+
+
+def answer_words_digest(connective_ids: Sequence[int]) -> str:
+    """Hex sha256 over the connectives and their token ids: what the lineage of soft labels has as `answer_words`."""
+    words = [list(pair) for pair in zip(CONNECTIVES, connective_ids, strict=True)]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def answer_token_ids(

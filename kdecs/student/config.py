@@ -119,6 +119,12 @@ class Distillation(Config):
         description="adapt to the gap g in [0, 1] between student and teacher: temperature x (1 + g), or "
         "weight x (1 - g)",
     )
+    space: Annotated[Literal["answers", "vocabulary"], HashedUnlessDefault()] = Field(
+        default="answers",
+        description="what the distributions of Eq. 12 are over: the five answer words, or the whole vocabulary, for a "
+        "student with its teacher's tokenizer; needs labels that were exported with top_k, whose tokens are told "
+        "apart, with all others as one class",
+    )
     hard_weight: float = Field(
         default=0.0,
         ge=0,
@@ -143,10 +149,15 @@ class Distillation(Config):
         if self.labels is not None and self.teachers:
             raise ValueError("labels and teachers exclude each other; list every teacher in teachers")
         if self.mode != "kd":
-            for name in ("teacher_weighting", "dynamic", "hard_weight"):
+            for name in ("teacher_weighting", "dynamic", "hard_weight", "space"):
                 # A setting that the mode ignores would give the same training another hash, and another row in tables.
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} needs mode kd, found mode {self.mode}")
+        if self.space == "vocabulary" and (self.labels is None or self.dynamic != "none"):
+            raise ValueError(
+                "space vocabulary needs one teacher, in labels, and dynamic none: the top logits of several teachers "
+                "are of different tokens"
+            )
         return self
 
     @property
@@ -246,6 +257,10 @@ class StudentConfig(Config):
             raise ValueError(
                 "compile needs model.layout pair: trees differ in their pieces, so nearly every batch would compile "
                 "the encoder again; leave compile out"
+            )
+        if self.distillation.space == "vocabulary" and self.model.priors != "none":
+            raise ValueError(
+                "distillation.space vocabulary needs model.priors none: priors belong to the answer words alone"
             )
         if self.model.given_emotions != "none" and self.neutral_decision != "argmax":
             raise ValueError("neutral_decision needs predicted emotions, but model.given_emotions gives them")

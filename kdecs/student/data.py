@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL
+from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL, answer_words_digest
 from kdecs.corpus.encoding import ENCODERS, EncodedPair
 from kdecs.corpus.pairs import Ints, padded, training_subset
 from kdecs.corpus.schema import NEUTRAL, Corpus
 from kdecs.corpus.splits import emotion_table, read_split, require_causes, require_spans, training_split
-from kdecs.errors import CorpusError
+from kdecs.errors import CorpusError, LabelError
 from kdecs.runtime import on_device
 from kdecs.student.config import StudentConfig
 from kdecs.student.priors import TrainingCounts, count_training
@@ -35,6 +35,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Weighting = Literal["uniform", "correct", "confidence"]
 _JOINED_AT_ONCE = 1 << 18
+_LEAST_MASS = 1e-30  # of what float32 rounds to nothing, so that its logarithm stays finite
 _MASK_COLUMNS = ("emotion_mask", "connective_mask", "start_mask", "end_mask")
 
 
@@ -177,6 +178,10 @@ class Targets(NamedTuple):
     """Raw logits of the teacher, float32; None without distillation."""
     teacher_weights_B: Tensor | None
     """In L_KD, times `weights_B`."""
+    top_ids_BK: Tensor | None = None
+    """Token ids of the teacher's K largest logits, int64; None unless `distillation.space` is vocabulary."""
+    top_log_p_BC: Tensor | None = None
+    """Log-probabilities at τ = 1 of these tokens and, last, of all others together; C = K + 1."""
 
     def to(self, device: torch.device) -> "Targets":
         """The same targets on a device; to a GPU without waiting for it."""
@@ -204,6 +209,8 @@ class TrainingData:
     teacher_weights_K: npt.NDArray[np.float64]
     weighting: Weighting
     pad_id: int
+    has_top: bool = False
+    """Whether batches hold the teacher's top logits."""
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -213,6 +220,14 @@ class TrainingData:
     def batch(self, rows: Ints, weights_B: Floats) -> tuple[Batch, Targets]:
         """Prompts and targets of some rows of the training cache; `weights_B` as from `rank_share`."""
         teacher_BA, teacher_weights_B = self._soft_labels(rows)
+        top_ids_BK = top_log_p_BC = None
+        if self.has_top:
+            (labels,), at = self.teachers, self.teacher_rows_KP[0][rows]
+            ids_BK, top_BK = labels.top(at)
+            top_ids_BK = torch.from_numpy(ids_BK.astype(np.int64))
+            top_log_p_BC = torch.from_numpy(
+                top_log_probabilities(labels.logits(at), labels.log_rest_mass(at), top_BK)
+            )
 
         def labels_of(column: str) -> Tensor:
             return torch.from_numpy(self.train.column(column)[rows].astype(np.int64))
@@ -227,6 +242,8 @@ class TrainingData:
             gold_weights_B=torch.from_numpy(self.gold_weights_P[rows]),
             teacher_BA=None if teacher_BA is None else torch.from_numpy(teacher_BA),
             teacher_weights_B=None if teacher_weights_B is None else torch.from_numpy(teacher_weights_B),
+            top_ids_BK=top_ids_BK,
+            top_log_p_BC=top_log_p_BC,
         )
         return cached_batch(self.train, rows, self.pad_id), targets
 
@@ -263,8 +280,18 @@ class TrainingData:
         )
 
 
-def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens: int) -> TrainingData:
+def load_training_data(
+    config: StudentConfig,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    *,
+    connective_ids: Sequence[int] = (),
+    vocabulary_size: int = 0,
+) -> TrainingData:
     """Open (or build) the caches and join the soft labels by pair id and hash.
+
+    The student's token ids of the connectives and the size of its vocabulary are compared with the labels' where
+    `distillation.space` is vocabulary.
 
     Raises CorpusError, LabelError (labels that do not cover the training pairs, or have other answer words),
     ArtifactError (labels unfinished or damaged).
@@ -282,6 +309,8 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
     require_causes(config.corpus.train, train.column("is_cause")[rows[is_gold_P[rows]]] > 0)
     require_causes(config.corpus.valid, valid.column("is_cause") > 0)
     teachers, teacher_rows_KP = _joined_labels(config, train, rows)
+    if config.distillation.space == "vocabulary":
+        _require_tokenizer(teachers[0], connective_ids, vocabulary_size, teacher_rows_KP[0][rows])
     gold_weights_P = np.zeros(len(train), dtype=np.float32)
     # A batch holds rows without gold labels, too. The factor makes the batch mean over all rows, in expectation, the
     # mean over those with gold labels; it is 1 if all have them.
@@ -299,7 +328,56 @@ def load_training_data(config: StudentConfig, tokenizer: Any, max_prompt_tokens:
         teacher_weights_K=np.array([teacher.weight for teacher in config.distillation.used_teachers]),
         weighting=config.distillation.teacher_weighting,
         pad_id=tokenizer.pad_token_id or 0,
+        has_top=config.distillation.space == "vocabulary",
     )
+
+
+def _require_tokenizer(
+    labels: "SoftLabels", connective_ids: Sequence[int], vocabulary_size: int, label_rows: Ints
+) -> None:
+    """Raise LabelError unless the top logits of these rows are of tokens of the student's tokenizer.
+
+    A manifest says which tokens its answer words were: two vocabularies that agree in all five are the same one.
+    """
+    if not labels.top_k:
+        raise LabelError(
+            f"{labels.directory}: holds no top logits, which distillation.space vocabulary needs; export with top_k "
+            "above 0, or set distillation.space=answers"
+        )
+    lineage = labels.manifest.details.get("lineage")
+    found = lineage.get("answer_words") if isinstance(lineage, dict) else None
+    if found != answer_words_digest(connective_ids):
+        raise LabelError(
+            f"{labels.directory}: its answer words are other tokens than the student's ({tuple(connective_ids)}), so "
+            "the teacher has another tokenizer; choose a base with the teacher's, or set distillation.space=answers"
+        )
+    for start in range(0, len(label_rows), _JOINED_AT_ONCE):
+        ids_NK, _ = labels.top(label_rows[start : start + _JOINED_AT_ONCE])
+        if ids_NK.min() < 0 or ids_NK.max() >= vocabulary_size:
+            raise LabelError(
+                f"{labels.directory}: a top logit has the token id {int(ids_NK.max())}, expected one below "
+                f"{vocabulary_size}, the size of the student's vocabulary; set distillation.space=answers"
+            )
+
+
+def top_log_probabilities(
+    logits_BA: npt.NDArray[np.floating[Any]],
+    log_rest_B: npt.NDArray[np.floating[Any]],
+    top_BK: npt.NDArray[np.floating[Any]],
+) -> Floats:
+    """Log-probabilities at τ = 1 of a teacher's K top tokens and, last, of all others together: (B, K + 1).
+
+    The answer words' logits and the mass of the rest of the vocabulary give the norm that the top logits lack.
+    """
+    logits_BA, top_BK = logits_BA.astype(np.float64), top_BK.astype(np.float64)
+    # The answer words hold 1 - exp(log_rest) of the mass.
+    log_answers_B = np.log(np.maximum(-np.expm1(log_rest_B.astype(np.float64)), _LEAST_MASS))
+    log_norm_B = np.logaddexp.reduce(logits_BA, axis=1) - log_answers_B
+    log_p_BK = top_BK - log_norm_B[:, None]
+    log_others_B = np.log(np.maximum(1 - np.exp(log_p_BK).sum(axis=1), _LEAST_MASS))
+    log_p_BC = np.concatenate((log_p_BK, log_others_B[:, None]), axis=1)
+    # Sums to 1 whatever the rounding: labels are float32, and a top token may take all of the mass.
+    return (log_p_BC - np.logaddexp.reduce(log_p_BC, axis=1)[:, None]).astype(np.float32)
 
 
 def training_rows(config: StudentConfig, train: "CorpusCache") -> tuple[Ints, Bools]:

@@ -67,6 +67,24 @@ def distillation_loss(teacher_BA: Tensor, student_BA: Tensor, temperature: float
     return functional.kl_div(log_s_BA, log_t_BA, reduction="none", log_target=True).sum(dim=-1)
 
 
+def vocabulary_distillation_loss(
+    top_log_p_BC: Tensor, top_ids_BK: Tensor, student_BV: Tensor, temperature: float
+) -> Tensor:
+    """Eq. 12 over the vocabulary, per pair: the teacher's K top tokens, and all other tokens as one class. Shape (B,).
+
+    `top_log_p_BC` are the teacher's log-probabilities at τ = 1 (`TrainingData.batch`), `student_BV` raw logits. Both
+    distributions over the C = K + 1 classes are softened by τ: softmax(log p / τ). With all tokens among the top ones
+    this is Eq. 12 over the whole vocabulary.
+    """
+    log_s_BV = functional.log_softmax(student_BV.float(), dim=-1)
+    log_s_BK = log_s_BV.gather(-1, top_ids_BK)
+    if top_ids_BK.size(-1) == student_BV.size(-1):
+        return distillation_loss(top_log_p_BC[:, :-1], log_s_BK, temperature)
+    # Of the others, not 1 - Σ: that loses every digit if the top tokens take almost all of the mass.
+    others_B = log_s_BV.scatter(-1, top_ids_BK, -torch.inf).logsumexp(dim=-1)
+    return distillation_loss(top_log_p_BC, torch.cat((log_s_BK, others_B[:, None]), dim=-1), temperature)
+
+
 def teacher_gap(teacher_BA: Tensor, student_BA: Tensor) -> Tensor:
     """How far the student is from its teacher: the total variation ½ Σ_a |q_t - q_s| at τ = 1, in [0, 1]. Shape (B,).
 
@@ -150,9 +168,15 @@ def step_loss(
         span = mean(span_loss(output.start_BS, output.end_BS, targets.start_B, targets.end_B), gold_B)
     if targets.teacher_BA is not None:
         assert output.connective_BA is not None and targets.teacher_weights_B is not None  # mode kd has them
-        soft_B = dynamic_distillation_loss(
-            targets.teacher_BA, output.connective_BA, distillation.temperature, distillation.dynamic
-        )
+        if targets.top_ids_BK is not None and targets.top_log_p_BC is not None:
+            assert output.vocabulary_BV is not None  # the task asks the model for it
+            soft_B = vocabulary_distillation_loss(
+                targets.top_log_p_BC, targets.top_ids_BK, output.vocabulary_BV, distillation.temperature
+            )
+        else:
+            soft_B = dynamic_distillation_loss(
+                targets.teacher_BA, output.connective_BA, distillation.temperature, distillation.dynamic
+            )
         soft = mean(soft_B, targets.teacher_weights_B)
     if output.classifier_B2 is not None:
         cause = mean(classifier_loss(output.classifier_B2, targets.is_cause_B), gold_B)

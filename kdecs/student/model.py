@@ -56,10 +56,13 @@ class StudentOutput(NamedTuple):
     start_BS: Tensor | None
     end_BS: Tensor | None
     classifier_B2: Tensor | None = None
+    vocabulary_BV: Tensor | None = None
+    """At mask_cau, over the whole vocabulary; only in a training that distils it."""
 
     def arrays(self) -> Logits:
-        """The same logits in float32 on the CPU."""
-        return Logits(*(None if part is None else part.float().cpu().numpy() for part in self))
+        """The logits that decide, in float32 on the CPU."""
+        deciding = self[: len(Logits._fields)]
+        return Logits(*(None if part is None else part.float().cpu().numpy() for part in deciding))
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ class StudentModel(nn.Module):
         self.language_model = language_model
         self.outputs = outputs
         self.num_emotions = len(answers.emotions)
+        self.reads_vocabulary = False
+        """Whether forward passes of a training give the logits of the whole vocabulary at mask_cau."""
         hidden_size = language_model.config.hidden_size
         self.span_head: PositionSpanHead | PointerSpanHead | None = None
         if outputs.spans:
@@ -215,6 +220,11 @@ class StudentModel(nn.Module):
         """
         first_BH, masks_B4H, tokens_BMH = states_BPH[:, 0], states_BPH[:, 1:5], states_BPH[:, 5:]
         emotion_BE, connective_BA = self._words(masks_B4H, answers_AH)
+        vocabulary_BV = None
+        if self.reads_vocabulary and self.training:
+            vocabulary_BV = self.language_model.get_output_embeddings()(
+                head_states(self.language_model, masks_B4H[:, 1])
+            )
         start_BS, end_BS = self._spans(masks_B4H, tokens_BMH, candidate_BM, candidate_mask_BM, distance_B)
         classifier_B2 = None
         if self.classifier is not None:
@@ -223,7 +233,7 @@ class StudentModel(nn.Module):
             emotion_BE, connective_BA, classifier_B2 = self.priors.shifted(
                 emotion_BE, connective_BA, classifier_B2, distance_B
             )
-        return StudentOutput(emotion_BE, connective_BA, start_BS, end_BS, classifier_B2)
+        return StudentOutput(emotion_BE, connective_BA, start_BS, end_BS, classifier_B2, vocabulary_BV)
 
     def _words(self, masks_B4H: Tensor, answers_AH: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, E) of the emotion words at mask_emo and (B, A) of the connectives at mask_cau, if predicted."""

@@ -194,7 +194,14 @@ class StudentTask:
         language_model = load_language_model(config.model.base, logs=runtime.is_main)
         max_prompt_tokens = longest_prompt(self.tokenizer, language_model, config.model.max_prompt_tokens)
         self.data: TrainingData = on_main_first(
-            lambda: load_training_data(config, self.tokenizer, max_prompt_tokens), runtime
+            lambda: load_training_data(
+                config,
+                self.tokenizer,
+                max_prompt_tokens,
+                connective_ids=student_answer_ids(self.tokenizer, ()).connectives,
+                vocabulary_size=language_model.get_input_embeddings().weight.size(0),
+            ),
+            runtime,
         )
         self.card = StudentCard(
             emotions=self.data.emotions,
@@ -222,6 +229,7 @@ class StudentTask:
         ).to(runtime.device)
         if config.model.layout == "tree":
             check_trees(language_model.base_model, f"model {config.model.base}")
+        self.model.reads_vocabulary = self.data.has_top
         self.network: torch.nn.Module = self.model
         self.optimizer = adamw(
             self.model,

@@ -35,7 +35,7 @@ from kdecs.artifact import (
     sha256_of_file,
 )
 from kdecs.config import input_checksums, parse_config, read_yaml
-from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.answer_words import answer_words_digest
 from kdecs.corpus.prompts import PROMPT_VERSION, teacher_prompt
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ArtifactError, ModelError, TrainingError
@@ -66,7 +66,7 @@ def lineage_of(
         # Shows any change of wording, even one without a new version.
         "prompt_template": template_digest(family),
         "prompt_version": str(PROMPT_VERSION),
-        "answer_words": _digest(zip(CONNECTIVES, family.answer_ids, strict=True)),
+        "answer_words": answer_words_digest(family.answer_ids),
         "emotions_shown": config.emotions_shown,
         "name": config.name,
         "dtype": dtype,

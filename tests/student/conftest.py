@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from kdecs.artifact import write_manifest
 from kdecs.config import parse_config
-from kdecs.corpus.answer_words import CONNECTIVES
+from kdecs.corpus.answer_words import CONNECTIVES, answer_words_digest
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import NEUTRAL
@@ -51,8 +51,18 @@ def write_labels() -> Callable[..., Path]:
     return _write_labels
 
 
-def _write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...] = CONNECTIVES) -> Path:
-    """Soft labels of a teacher that is right with some noise: one shard over the splits."""
+def _write_labels(
+    directory: Path,
+    files: dict[str, Path],
+    words: tuple[str, ...] = CONNECTIVES,
+    answer_ids: tuple[int, ...] = (),
+    top_k: int = 0,
+    top_id: int = 50,
+) -> Path:
+    """Soft labels of a teacher that is right with some noise: one shard over the splits.
+
+    With `top_k` they have top logits: the answer words' (`answer_ids`) and further tokens' from `top_id` on.
+    """
     generator = np.random.default_rng(0)
     directory.mkdir(parents=True)
     pairs, splits = [], []
@@ -62,8 +72,21 @@ def _write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...
         splits += [split] * len(found)
     logits = generator.normal(size=(len(pairs), len(words))).astype(np.float32)
     logits[:, -1] += [-3.0 if pair.is_cause else 3.0 for pair in pairs]
+    top: dict[str, np.ndarray] = {}
+    if top_k:
+        ids = [*answer_ids, *range(top_id, top_id + top_k - len(words))]
+        more = generator.normal(-6, 1, size=(len(pairs), top_k - len(words))).astype(np.float32)
+        top = {
+            "top_ids": np.tile(np.array(ids, np.int32), (len(pairs), 1)),
+            "top_logits": np.concatenate((logits, more), axis=1),
+        }
     table = ShardTable(
-        [p.id for p in pairs], [p.hash for p in pairs], splits, logits, np.full(len(pairs), -1.0, np.float32)
+        [p.id for p in pairs],
+        [p.hash for p in pairs],
+        splits,
+        logits,
+        np.full(len(pairs), -1.0, np.float32),
+        **top,
     )
     (directory / shard_name(0)).write_bytes(encode_shard(table, words))
     write_manifest(
@@ -73,7 +96,12 @@ def _write_labels(directory: Path, files: dict[str, Path], words: tuple[str, ...
         inputs={"teacher": "1" * 64},
         files=[shard_name(0)],
         rows={shard_name(0): len(pairs)},
-        details={"answer_words": list(words), "lineage": {"teacher": "tiny"}},
+        details={
+            "answer_words": list(words),
+            "lineage": {"teacher": "tiny"}
+            | ({"answer_words": answer_words_digest(answer_ids)} if answer_ids else {}),
+            **({"top_k": top_k} if top_k else {}),
+        },
     )
     return directory
 

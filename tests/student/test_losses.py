@@ -18,6 +18,7 @@ from kdecs.student.losses import (
     span_loss,
     teacher_gap,
     total_loss,
+    vocabulary_distillation_loss,
 )
 
 
@@ -117,6 +118,39 @@ def test_total_loss_of_the_other_modes_by_hand():
     assert total_loss(LossParts(emotion, span), alpha=0.6, temperature=2.0).item() == pytest.approx(1.8)
     given = total_loss(LossParts(span=span, distillation=soft), alpha=0.6, temperature=2.0)
     assert given.item() == pytest.approx(0.6 * 2.0 + 0.4 * 4.0 * 0.5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_over_the_vocabulary_is_that_of_the_top_tokens_and_one_class_of_others(
+    temperature: float,
+):
+    """Against scipy; with all tokens among the top ones it is Eq. 12 over the vocabulary."""
+    generator = np.random.default_rng(2)
+    teacher, student = generator.normal(size=(2, 7, 30)) * 3
+    for num_top in (4, 30):
+        top_ids = np.argsort(-teacher, axis=1)[:, :num_top]
+
+        def classes(log_p: np.ndarray, ids: np.ndarray = top_ids) -> np.ndarray:
+            top = np.take_along_axis(log_p, ids, axis=1)
+            others = np.log(np.maximum(1 - np.exp(top).sum(axis=1, keepdims=True), 1e-30))
+            return np.concatenate((top, others), axis=1)
+
+        log_t, log_s = classes(log_softmax(teacher, axis=1)), classes(log_softmax(student, axis=1))
+        found = vocabulary_distillation_loss(
+            torch.tensor(log_t), torch.tensor(top_ids), torch.tensor(student), temperature
+        )
+        p, q = softmax(log_t / temperature, axis=1), softmax(log_s / temperature, axis=1)
+        if num_top == 30:
+            p, q = softmax(teacher / temperature, axis=1), softmax(student / temperature, axis=1)
+        np.testing.assert_allclose(found.numpy(), rel_entr(p, q).sum(axis=1), rtol=1e-4, atol=1e-6)
+    # Of a student that agrees, nothing is left to learn.
+    same = vocabulary_distillation_loss(
+        torch.tensor(classes(log_softmax(student, axis=1), top_ids[:, :5])),
+        torch.tensor(top_ids[:, :5]),
+        torch.tensor(student),
+        temperature,
+    )
+    assert float(same.abs().max()) < 1e-5
 
 
 def test_the_gap_by_hand_is_zero_for_equals_and_one_for_opposites():

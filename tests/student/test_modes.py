@@ -19,15 +19,16 @@ from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.config import parse_config
 from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import Dialogue, Utterance, map_corpus
-from kdecs.errors import ConfigError, CorpusError, Stopped
+from kdecs.errors import ConfigError, CorpusError, LabelError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
+from kdecs.models import load_tokenizer
 from kdecs.runtime import Runtime
 from kdecs.student.config import StudentConfig
 from kdecs.student.data import load_training_data
-from kdecs.student.model import TorchScorer, load_student
+from kdecs.student.model import TorchScorer, load_student, student_answer_ids
 from kdecs.student.predict.predictor import Student
-from kdecs.student.training import train_student
+from kdecs.student.training import StudentTask, train_student
 
 RUNTIME = Runtime(0, 0, 1, torch.device("cpu"))
 KD = {"mode": "kd"}  # its labels are the fixture's
@@ -236,6 +237,62 @@ def test_a_student_of_given_emotions_refuses_a_dialogue_without(trained_in):
     bare = Dialogue("d1", (Utterance(1, "A", "I won !", None, None),))
     with pytest.raises(CorpusError, match=r"dialogue d1, turn 1: found no emotion.*give each utterance"):
         student.predict([bare])
+
+
+def test_a_student_with_its_teachers_tokenizer_distils_over_the_vocabulary(
+    make, write_labels, corpus_files, tmp_path, base
+):
+    """L_KD of a batch against the whole model's logits; labels of other tokens are refused."""
+    ids = student_answer_ids(load_tokenizer(str(base)), ()).connectives
+    labels = write_labels(tmp_path / "top", corpus_files, answer_ids=ids, top_k=9)
+    distilled = {"mode": "kd", "space": "vocabulary", "labels": str(labels)}
+    config = make("kd", "whole", distillation=distilled)
+    task = StudentTask(config, RUNTIME)
+    task.model.train()
+    for module in task.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    rows = task.data.rows[:5]
+    _, sums = task.loss(rows, np.ones(5, dtype=np.float32), 5)
+    batch, targets = task.data.batch(rows, np.ones(5, dtype=np.float32))
+    with torch.no_grad():
+        whole = task.model.language_model(batch.token_ids_RT, attention_mask=batch.attention_RT).logits
+    student_BV = whole[torch.arange(5), batch.masks_B4[:, 1]]
+    log_s = torch.log_softmax(student_BV, dim=-1)
+    kept = targets.top_ids_BK
+    others = [[n for n in range(log_s.size(1)) if n not in row] for row in kept.tolist()]
+    log_s_BC = torch.cat(
+        (
+            log_s.gather(1, kept),
+            torch.stack([log_s[n, row].logsumexp(0) for n, row in enumerate(others)])[:, None],
+        ),
+        dim=1,
+    )
+    q_t, q_s = torch.softmax(targets.top_log_p_BC / 2, 1), torch.softmax(log_s_BC / 2, 1)
+    assert sums[3].item() / 5 == pytest.approx(float((q_t * (q_t / q_s).log()).sum(1).mean()), rel=1e-4)
+    trained = train_student(config.model_copy(update={"output": tmp_path / "trained"}), RUNTIME)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["train_distillation_loss"] < lines[0]["train_distillation_loss"]
+    # The answer words alone are what predicts.
+    assert Student.from_pretrained(trained).predict([read_corpus(corpus_files["valid"]).dialogues[0]])
+    for name, values, message in (
+        ("none", {}, "holds no top logits, which distillation.space vocabulary needs"),
+        ("other", {"answer_ids": (7, 8, 9, 10, 11), "top_k": 9}, "the teacher has another tokenizer"),
+        ("beyond", {"answer_ids": ids, "top_k": 9, "top_id": 10_000}, "token id 10003, expected one below"),
+    ):
+        other = write_labels(tmp_path / name, corpus_files, **values)
+        with pytest.raises(LabelError, match=message):
+            StudentTask(make("kd", "out", distillation={**distilled, "labels": str(other)}), RUNTIME)
+    for values, message in (
+        (
+            {"distillation": {**distilled, "dynamic": "weight"}},
+            "needs one teacher, in labels, and dynamic none",
+        ),
+        ({"distillation": {"mode": "joint", "space": "vocabulary"}}, "space needs mode kd"),
+        ({"distillation": distilled, "model": {"priors": "training"}}, "needs model.priors none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make("kd", "out", **values)
 
 
 def test_two_equal_teachers_train_the_student_of_one(make, trained_in, labels):

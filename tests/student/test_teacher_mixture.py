@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
-from kdecs.student.data import mixed_teachers
+from kdecs.student.data import mixed_teachers, top_log_probabilities
 
 
 def logits_of(*probabilities: list[float]) -> np.ndarray:
@@ -49,6 +49,28 @@ def test_confidence_weighs_by_the_probability_of_the_gold_by_hand():
     expected = np.array(first) * 2 / 3 + np.array(second) / 3
     np.testing.assert_allclose(softmax(found, axis=1)[0], expected, rtol=1e-6)
     assert weight == pytest.approx([0.6])
+
+
+def test_top_logits_get_their_norm_from_the_answer_words_and_the_rest():
+    """From what an export keeps of the whole vocabulary, in float32; certain teachers stay finite."""
+    generator = np.random.default_rng(3)
+    logits_BV = generator.normal(size=(50, 40)) * 4
+    logits_BV[:10, 3] += 60  # an answer word that takes all of the mass
+    answers = [3, 7, 11, 20, 39]
+    log_p_BV = log_softmax(logits_BV, axis=1)
+    rest = [token for token in range(40) if token not in answers]
+    order_BV = np.argsort(-logits_BV, axis=1)
+    for num_top in (1, 6, 40):
+        top_ids_BK = order_BV[:, :num_top]
+        found = top_log_probabilities(
+            logits_BV[:, answers].astype(np.float32),
+            np.logaddexp.reduce(log_p_BV[:, rest], axis=1).astype(np.float32),
+            np.take_along_axis(logits_BV, top_ids_BK, axis=1).astype(np.float32),
+        )
+        assert np.isfinite(found).all() and found.dtype == np.float32
+        expected = np.exp(np.take_along_axis(log_p_BV, top_ids_BK, axis=1))
+        np.testing.assert_allclose(np.exp(found[:, :-1]), expected, rtol=2e-4, atol=1e-6)
+        np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, rtol=1e-5)
 
 
 def test_where_all_are_wrong_the_pair_counts_nothing_and_stays_finite():
