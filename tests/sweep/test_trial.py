@@ -20,6 +20,7 @@ from kdecs.sweep.trial import (
     run_trial,
     settle,
     take_student,
+    train_student_trial,
     training_lock,
 )
 from kdecs.tracking.record import read_points
@@ -313,3 +314,28 @@ def test_a_student_that_is_taken_again_after_a_kill_leaves_no_second_links(tmp_p
         "manifest.json",
         "model/weights",
     ]
+
+
+def test_a_baseline_is_trained_as_one_and_taken_from_the_store(make_config, make_run, monkeypatch):
+    config = make_config(
+        baselines={"KEC": {"system": "kec"}},
+        space={"variant": {"grid": ["KEC"]}, "teacher": {"grid": ["t5-tiny"]}},
+    )
+    (trial,) = Space(config).trials()
+    trained = []
+    monkeypatch.setattr(
+        "kdecs.baselines.training.train_baseline", lambda config, runtime, **options: trained.append(config)
+    )
+    train_student_trial(trial.config, lambda metrics: None, None)
+    assert trained == [trial.config]
+    trial.directory.mkdir(parents=True)
+    write_config(trial.config, trial.directory)
+    run = make_run()
+    assert run_trial(trial.directory, run, lambda metrics: None).status == "complete"
+    assert is_complete(trial.directory, "baseline", trial.config_hash)
+    assert find_student(run.store, trial.config_hash) == trial.directory.resolve()
+    other = trial.directory.parent / "other"
+    other.mkdir()
+    write_config(trial.config, other)
+    assert run_trial(other, run, lambda metrics: None).reused_from == str(trial.directory.resolve())
+    assert verify_artifact(other) == []
