@@ -1,6 +1,7 @@
 """The report: its figures with their data, tables, sections by what a sweep tried."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from matplotlib.text import Text
 from scipy import stats
 from support import Killed
 
-from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.artifact import content_checksum, read_manifest, verify_artifact, write_manifest
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.sweep.commands import is_report_of
 from kdecs.sweep.report import figures, page
@@ -207,6 +208,7 @@ def test_tables_of_the_paper_have_published_figures_rules_and_ours(finish, make_
     score_settings(sweep)
     text = write_report(sweep).read_text()
     assert verify_artifact(report) == []
+    assert "+0.00 <small>+0.00 to +0.00</small>" in text, "our students predict by the rule here"
     assert "Every setting on test, for tables" in text and "no test scores" not in text
     rows = {row["system"]: row for row in table_of(report / "table5.csv")}
     for name in means:
@@ -284,6 +286,38 @@ def test_each_budget_has_a_figure_of_shares(finish, make_labels, runs):
         "takes 30 steps",
     ):
         assert words in page
+
+
+def test_recipes_of_teachers_are_those_that_made_the_labels(make_config, runs):
+    """Full tuning and LoRA; a teacher that was trained again since then, or is gone, has no recipe."""
+    values = {
+        "optimization": {"learning_rate": 1e-5, "epochs": 3},
+        "batches": {"global_batch_pairs": 16, "max_prompt_tokens": 512},
+        "corpus": {"train_share": 1.0},
+    }
+    labels = {}
+    for name, lora in {"full": None, "lora": {"rank": 16}, "anew": None, "gone": None}.items():
+        teacher, labels[name] = runs / "teachers" / name, runs / "made" / name
+        for directory in (teacher, labels[name]):
+            directory.mkdir(parents=True)
+        (teacher / "config.json").write_text(json.dumps(values | {"lora": lora}))
+        write_manifest(teacher, "teacher", config_hash=name, inputs={}, files=["config.json"])
+        (labels[name] / "config.json").write_text(json.dumps({"teacher": str(teacher)}))
+        made_by = "0" * 64 if name == "anew" else content_checksum(teacher)
+        files = ["config.json"]
+        write_manifest(
+            labels[name], "soft-labels", config_hash=name, inputs={"teacher": made_by}, files=files
+        )
+    shutil.rmtree(runs / "teachers" / "gone")
+    config = make_config(
+        teachers={name: str(path) for name, path in labels.items()}, space={"teacher": {"grid": list(labels)}}
+    )
+    found = page._recipes(config)
+    assert {name: recipe["tuning"] for name, recipe in found.items()} == {
+        "full": "all parameters",
+        "lora": "LoRA rank 16",
+    }
+    assert found["full"]["learning_rate"] == 1e-5 and found["full"]["max_prompt_tokens"] == 512
 
 
 HOSTILE = {

@@ -103,6 +103,7 @@ def write_report(sweep: Path, beside: Sequence[Path] = ()) -> Path:
             rules=_rule_rows(baselines),
             tables=tables,
             titles=TITLES,
+            recipes=_recipes(config),
             on_test=_rows_on_test(scored),
             figures=[(figure, shown_width(folder / figure.path)) for figure in figures],
             ablation=ablation,
@@ -156,7 +157,7 @@ def _scored_sweep(sweep: Path) -> ScoredSweep:
 
 
 def _rows_on_test(sweep: ScoredSweep) -> list[dict[str, Any]]:
-    """Every setting that was scored on test for a table, in the ranking's order, then the trivial rules."""
+    """Every setting that was scored on test for a table, in the ranking's order."""
     record = sweep.selection
     if record is None or not record.table:
         return []
@@ -166,7 +167,16 @@ def _rows_on_test(sweep: ScoredSweep) -> list[dict[str, Any]]:
         row = next((scored[identity] for identity in setting.trials if identity in scored), None)
         if row is not None and row.scores is not None:
             values = {key: row.scores.get(key) for key, _ in COLUMNS}
-            rows.append({"label": setting.label, "seed": row.seed, "valid": setting.mean, "means": values})
+            above = row.above_rule.get(record.metric)
+            rows.append(
+                {
+                    "label": setting.label,
+                    "seed": row.seed,
+                    "valid": setting.mean,
+                    "means": values,
+                    "above": above,
+                }
+            )
     return rows
 
 
