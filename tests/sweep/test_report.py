@@ -317,6 +317,7 @@ def test_recipes_of_teachers_are_those_that_made_the_labels(make_config, runs):
         "full": "all parameters",
         "lora": "LoRA rank 16",
     }
+    assert found["full"]["length"] == "3 epochs"
     assert found["full"]["learning_rate"] == 1e-5 and found["full"]["max_prompt_tokens"] == 512
 
 

@@ -261,10 +261,11 @@ def _recipes(config: SweepConfig) -> dict[str, dict[str, Any]]:
                 continue  # trained again since then, perhaps by another recipe
             # Plain JSON: the sweep knows a teacher only by its labels and files.
             values = json.loads((teacher / CONFIG_NAME).read_text(encoding="utf-8"))
+            steps = values["optimization"].get("steps")
             found[name] = {
                 "tuning": f"LoRA rank {values['lora']['rank']}" if values["lora"] else "all parameters",
                 "learning_rate": values["optimization"]["learning_rate"],
-                "epochs": values["optimization"]["epochs"],
+                "length": f"{steps} steps" if steps else f"{values['optimization']['epochs']} epochs",
                 "global_batch_pairs": values["batches"]["global_batch_pairs"],
                 "max_prompt_tokens": values["batches"]["max_prompt_tokens"],
                 "train_share": values["corpus"]["train_share"],
