@@ -205,7 +205,7 @@ def _table_4(sweeps: Sequence[ScoredSweep]) -> PaperTable:
             ours.setdefault(label, {})[half] = its_scores[setting.key]
         for name, values in sweep.rules(split).items():
             rules.setdefault(f"{name} ({split})", {}).setdefault(half, values)
-        about.append(sweep.about(split, [best]))
+        about.append(sweep.about(split, [setting for setting, its_split, _ in shown if its_split == split]))
     rows += [Row(name, "trivial rule", values) for name, values in rules.items()]
     rows += [Row(name, "ours", values) for name, values in ours.items()]
     return PaperTable(
