@@ -392,7 +392,7 @@ def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels
     assert all(score != "–" for score, _ in cards)
 
 
-def test_baselines_are_rows_beside_the_chosen_student(finish, runs):
+def test_baselines_are_rows_beside_the_chosen_student(finish, runs, undrawn):
     sweep = finish(
         variants={"KD": {}},
         baselines={"KEC": {"system": "kec", "optimization.epochs": 2}},
@@ -411,6 +411,10 @@ def test_baselines_are_rows_beside_the_chosen_student(finish, runs):
     assert {"KEC (validation)", f"{record.setting.label} (test)"} == set(rows)
     assert float(rows["KEC (validation)"]["spans (ECSPE): macro_f1"]) == pytest.approx(74.0)
     assert [row["variant"] for row in table_of(sweep / "report" / "ablation.csv")] == ["KD", "KEC"]
+    assert {row.label for row in score_settings(sweep).table} == {"KEC", record.setting.label}
+    write_report(sweep)
+    systems = [row["system"] for row in table_of(sweep / "report" / "table4.csv")]
+    assert systems[-2:] == [f"{record.setting.label} (test)", "KEC (test)"]
     shutil.copytree(sweep, runs / "again")
     (runs / "again" / "selection.json").unlink()
     with pytest.raises(ConfigError, match="is a baseline, and selection chooses and registers a student"):
