@@ -261,8 +261,11 @@ def test_figures_of_studies_show_test_beside_validation(finished, monkeypatch):
     assert "learning_rate" not in first, "made-up labels lead to no teacher"
 
 
-def test_each_budget_has_a_figure_of_shares(finish, make_labels, runs):
+def test_each_budget_has_a_figure_of_shares(finish, make_labels, runs, monkeypatch):
     """Equal epochs, in which KD takes more steps, and equal steps; the lines of the two are never mixed."""
+    monkeypatch.setattr(figures, "_DPI", 40)
+    for name in ("leaderboard", "alpha_temperature", "teacher", "spread", "curves", "time"):
+        monkeypatch.setattr(page, f"{name}_figure", lambda *arguments: None)
     sweep = finish(
         teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
         variants={"KD": {}, "joint": {"distillation.mode": "joint"}},
@@ -273,7 +276,7 @@ def test_each_budget_has_a_figure_of_shares(finish, make_labels, runs):
             "optimization.seed": {"grid": [0]},
         },
     )
-    page = write_report(sweep).read_text()
+    text = write_report(sweep).read_text()
     tables = [table_of(sweep / "report" / name) for name in ("share.csv", "share-30-steps.csv")]
     for rows, has_steps in zip(tables, (False, True), strict=True):
         assert [(row["line"], float(row["share"])) for row in rows] == [
@@ -285,7 +288,7 @@ def test_each_budget_has_a_figure_of_shares(finish, make_labels, runs):
         "(Figure 3), equal steps",
         "takes 30 steps",
     ):
-        assert words in page
+        assert words in text
 
 
 def test_recipes_of_teachers_are_those_that_made_the_labels(make_config, runs):
