@@ -116,8 +116,11 @@ class Bench:
             inputs = self.model.inputs(encoded, pairs_P3, self.encoder)
             return self.model(inputs, pairs_P3, torch.ones(len(pairs_P3), dtype=torch.bool))
 
-    def fit(self, dialogues: Sequence[Dialogue], *, steps: int, rate: float = 3e-3) -> float:
-        """Train on all dialogues at once; the last loss."""
+    def fit(
+        self, dialogues: Sequence[Dialogue], *, steps: int, rate: float = 3e-3, heads_alone: bool = False
+    ) -> float:
+        """Train on all dialogues at once, `heads_alone` with the encoder as it is; the last loss."""
+        self.model.language_model.requires_grad_(not heads_alone)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=rate)
         inputs, pairs_P3, spanned_P, labels = self.batch(dialogues)
         torch.manual_seed(0)

@@ -59,7 +59,7 @@ def _by_distance(make_dialogue, count, seed):
 
 def test_it_learns_the_distance_of_causes(make_bench, make_dialogue):
     bench = make_bench("ecpe-2d", task="ecpe")
-    bench.fit(_by_distance(make_dialogue, 8, seed=0), steps=60, rate=1e-2)
+    bench.fit(_by_distance(make_dialogue, 4, seed=0), steps=35, rate=1e-2)
     assert bench.pair_accuracy(_by_distance(make_dialogue, 8, seed=1)) > 0.98
 
 

@@ -67,8 +67,8 @@ def _by_speaker(make_dialogue, count, seed):
 
 
 def test_it_learns_from_who_speaks(make_bench, make_dialogue):
-    bench = make_bench("kec", task="ecpe", window=1)
-    bench.fit(_by_speaker(make_dialogue, 16, seed=0), steps=40, rate=1e-2)
+    bench = make_bench("kec", task="ecpe", window=1, layers=1)
+    bench.fit(_by_speaker(make_dialogue, 12, seed=0), steps=30, rate=1e-2)
     assert bench.pair_accuracy(_by_speaker(make_dialogue, 8, seed=1)) > 0.95
 
 
