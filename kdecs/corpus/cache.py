@@ -206,7 +206,11 @@ def _build(
     # Two passes over a file that is read on demand: the first one checks it and finds the emotions.
     dialogues = Split(open_dialogues(corpus_file, emotion_table or NO_TABLE), table=emotion_table)
     emotions = ordered_emotions(u.emotion for d in dialogues for u in d.utterances if u.emotion)
-    indexed = ((index, pair) for index, d in enumerate(dialogues) for pair in pairs_of(d, "fold1+neutral"))
+    indexed = (
+        (index, pair)
+        for index, d in enumerate(dialogues)
+        for pair in pairs_of(d, "fold1+neutral", encoder.variant.candidates_after)
+    )
     num_pairs = num_truncated = 0
     schema = _SCHEMAS[encoder.layout]
     with (

@@ -195,6 +195,9 @@ def pairs(
             help="fold1: targets with annotated causes; fold1+neutral: also (i, i) of neutral targets."
         ),
     ] = "fold1",
+    after: Annotated[
+        int, typer.Option(min=0, help="Candidates reach up to this many turns past their target.")
+    ] = 0,
     labels: Labels = "any",
     table: OwnLabels = None,
     part: Part = None,
@@ -209,7 +212,7 @@ def pairs(
     mapping = read_table(table) if table else NO_TABLE
     corpus = map_corpus(read_corpus(file, label_set=labels, part=part, table=mapping), mapping)
     for dialogue in corpus.dialogues:
-        for pair in pairs_of(dialogue, universe):
+        for pair in pairs_of(dialogue, universe, after):
             record: dict[str, object] = {
                 "id": pair.id,
                 "dialogue_id": dialogue.id,

@@ -47,10 +47,10 @@ class EncodedPair:
     """One prompt in tokens. All positions are indices into the prompt; masks missing from the variant have position 0.
 
     The prompt is `token_ids`; in the layout `tree` it is `trunk_ids`, a list that all pairs of a target share, and then
-    the branch, `token_ids`. `distance` is i - j. `candidate_first` is the first token of u_j's copy, and
-    `candidate_offsets` holds the characters [start, end) in u_j's text of each of its M tokens. `span_start` and
-    `span_end` are the first and last token of the longest gold span, 1-based within the copy; 0 stands for no span, -1
-    for one that was truncated away. `num_truncated` counts the tokens lost beyond the history.
+    the branch, `token_ids`. `distance` is i - j, negative for a later candidate. `candidate_first` is the first token
+    of u_j's copy, and `candidate_offsets` holds the characters [start, end) in u_j's text of each of its M tokens.
+    `span_start` and `span_end` are the first and last token of the longest gold span, 1-based within the copy; 0 stands
+    for no span, -1 for one that was truncated away. `num_truncated` counts the tokens lost beyond the history.
     """
 
     token_ids: list[int]
@@ -300,7 +300,9 @@ class TreeEncoder(PairEncoder):
             target = pairs[start]
             branches = self._branches(target.dialogue)
             num_tokens = len(encoding.ids) - self._num_trailing
-            limit = self.max_tokens - self._reserved(branches[: target.target])
+            limit = self.max_tokens - self._reserved(
+                branches[: target.target + self.variant.candidates_after]
+            )
             offsets = _covering_offsets(encoding)[:num_tokens]
             removable = [
                 *tokens_inside(offsets, (0, trunk.history_end)),

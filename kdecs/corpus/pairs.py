@@ -1,8 +1,8 @@
 """Pairs of a target utterance and a candidate cause: which a universe has, their ids and rows, and who shares a batch.
 
-A pair's id is "dialogue/target/candidate". Its hash covers the texts and speakers of u_1 … u_target but no emotion, so
-that a student with fine emotions finds the labels of a teacher with coarse ones. A batch holds prompts of similar
-length, and in the layout tree all pairs of a target together.
+A pair's id is "dialogue/target/candidate". Its hash covers the texts and speakers of u_1 … u_target, and on to a later
+candidate, but no emotion, so that a student with fine emotions finds the labels of a teacher with coarse ones. A batch
+holds prompts of similar length, and in the layout tree all pairs of a target together.
 
 Legend: P rows of a cache, or pairs. No torch.
 """
@@ -48,8 +48,8 @@ class Pair:
 
     @property
     def hash(self) -> str:
-        """32 hex characters over the target's context (`Dialogue.context_hashes`)."""
-        return self.dialogue.context_hashes[self.target - 1]
+        """32 hex characters over the target's context (`Dialogue.context_hashes`), or over a later candidate's."""
+        return self.dialogue.context_hashes[max(self.target, self.candidate) - 1]
 
     @property
     def emotion(self) -> str | None:
@@ -62,43 +62,46 @@ class Pair:
         head = f"{self.dialogue.part}_{self.dialogue.id}_utt_{self.target}"
         if not self.is_cause:
             return (f"{head}_impossible_cause_utt_{self.candidate}",)
-        causes = causes_of(self.dialogue.utterances[self.target - 1])
+        causes = causes_of(self.dialogue.utterances[self.target - 1], max(0, self.candidate - self.target))
         return tuple(
             f"{head}_true_cause_utt_{turn}_span_{k}" for k, turn, _ in causes if turn == self.candidate
         )
 
 
-def causes_of(target: Utterance) -> list[tuple[int, int, str]]:
-    """(k, turn, span) of the causes that lie inside the dialogue and not in the future, in evidence order.
+def causes_of(target: Utterance, after: int = 0) -> list[tuple[int, int, str]]:
+    """(k, turn, span) of the causes inside the dialogue, at most `after` turns past the target, in evidence order.
 
     k is the `span_k` of row ids, so it counts all causes inside the dialogue, including those in the future.
     """
     inside = [(e.turn, e.span) for e in target.evidence or () if e.turn is not None and e.span is not None]
-    return [(k, turn, span) for k, (turn, span) in enumerate(inside) if turn <= target.turn]
+    return [(k, turn, span) for k, (turn, span) in enumerate(inside) if turn <= target.turn + after]
 
 
-def pairs_of(dialogue: Dialogue, universe: Universe = "fold1") -> list[Pair]:
+def pairs_of(dialogue: Dialogue, universe: Universe = "fold1", after: int = 0) -> list[Pair]:
     """The pairs of a labelled dialogue, by target, then candidate.
 
     fold1: every candidate up to the target, for targets that have the evidence key. fold1+neutral: also (i, i) of
-    neutral targets. all: every target. A cause outside the dialogue or in the future makes no pair.
+    neutral targets. all: every target. Candidates may follow the target by `after` turns. A cause outside the dialogue
+    or farther in the future makes no pair.
     """
     pairs: list[Pair] = []
     for target in dialogue.utterances:
         if universe == "all" or target.evidence is not None:
-            pairs.extend(_pairs_of_target(dialogue, target))
+            pairs.extend(_pairs_of_target(dialogue, target, after))
         elif universe == "fold1+neutral" and target.emotion == NEUTRAL:
             # One pair is enough to learn and score its emotion. It has no cause, so fold 1 knows none of its pairs.
             pairs.append(Pair(dialogue, target.turn, target.turn, False, ()))
     return pairs
 
 
-def candidate_pairs(dialogue: Dialogue, *, max_distance: int | None = None) -> list[Pair]:
-    """Every (i, j) with j ≤ i of an unlabelled dialogue, at most `max_distance` turns apart (None: any distance)."""
+def candidate_pairs(dialogue: Dialogue, *, max_distance: int | None = None, after: int = 0) -> list[Pair]:
+    """Every (i, j) of an unlabelled dialogue, j up to `after` turns past i and `max_distance` before it (None: any)."""
     return [
         Pair(dialogue, i, j, False, ())
         for i in range(1, len(dialogue.utterances) + 1)
-        for j in range(1 if max_distance is None else max(1, i - max_distance), i + 1)
+        for j in range(
+            1 if max_distance is None else max(1, i - max_distance), _last_candidate(dialogue, i, after) + 1
+        )
     ]
 
 
@@ -128,12 +131,17 @@ def training_subset(ids: Sequence[str], share: float, seed: int) -> list[int]:
     return sorted(sorted(range(len(ids)), key=ranks.__getitem__)[:keep])
 
 
-def _pairs_of_target(dialogue: Dialogue, target: Utterance) -> list[Pair]:
+def _last_candidate(dialogue: Dialogue, target: int, after: int) -> int:
+    return min(len(dialogue.utterances), target + after)
+
+
+def _pairs_of_target(dialogue: Dialogue, target: Utterance, after: int) -> list[Pair]:
     spans: dict[int, list[str]] = {}
-    for _, turn, span in causes_of(target):
+    for _, turn, span in causes_of(target, after):
         spans.setdefault(turn, []).append(span)
     return [
-        Pair(dialogue, target.turn, j, j in spans, tuple(spans.get(j, ()))) for j in range(1, target.turn + 1)
+        Pair(dialogue, target.turn, j, j in spans, tuple(spans.get(j, ())))
+        for j in range(1, _last_candidate(dialogue, target.turn, after) + 1)
     ]
 
 

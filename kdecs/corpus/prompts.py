@@ -23,13 +23,16 @@ class PromptVariant:
     If `has_connective` is false, <mask_cau> is left out (the last two rows of Table 5). `given_emotions` replaces
     <mask_emo> with the target's emotion (Table 6), looked up in this table of labels to show; labels that it does not
     name are shown unchanged, and None keeps the mask. `history_utterances` keeps only the last k utterances before
-    the target. With `has_short_branch` only `<mask_cau> d_j sp_j: u_j <mask_st> <mask_ed>` follows the target clause.
+    the target. Candidates may follow the target by `candidates_after` turns: their clause is as any other's, and the
+    history still ends before u_i. With `has_short_branch` only `<mask_cau> d_j sp_j: u_j <mask_st> <mask_ed>` follows
+    the target clause.
     """
 
     has_connective: bool = True
     given_emotions: Mapping[str, str] | None = None
     history_utterances: int | None = None
     has_short_branch: bool = False
+    candidates_after: int = 0
 
     @property
     def key(self) -> dict[str, Any]:
@@ -38,6 +41,8 @@ class PromptVariant:
         # Caches of prompts with the paper's branches were built before there were others.
         if not self.has_short_branch:
             del fields["has_short_branch"]
+        if not self.candidates_after:
+            del fields["candidates_after"]
         return fields
 
 

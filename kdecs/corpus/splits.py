@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdecs.config import Config, InputPath, Seed
-from kdecs.corpus.checking import EVIDENCE_KEY, SPAN_KEY
+from kdecs.corpus.checking import EVIDENCE_KEY, MAX_UTTERANCES, SPAN_KEY
 from kdecs.corpus.pairs import training_subset
 from kdecs.corpus.reading import Dialogues, iter_dialogues, open_dialogues, read_corpus, read_table
 from kdecs.corpus.schema import FINE_TO_COARSE, NO_TABLE, Corpus, Dialogue, map_corpus, map_dialogue
@@ -54,6 +54,14 @@ class CorpusConfig(Config):
         if self.emotion_table is not None and self.emotions != "coarse":
             raise ValueError("emotion_table needs emotions: coarse")
         return self
+
+
+class CandidatesConfig(Config):
+    """Which utterances may be causes of a target, beside itself and all earlier ones."""
+
+    after: int = Field(
+        default=0, ge=0, le=MAX_UTTERANCES, description="how many turns past its target a cause may lie"
+    )
 
 
 class Split:

@@ -15,7 +15,7 @@ MAJORITY_EMOTION = "majority emotion"
 RULES: dict[str, Callable[[int, int], bool]] = {
     ALL_NEGATIVE: lambda target, candidate: False,
     SELF: lambda target, candidate: candidate == target,
-    SELF_AND_PREVIOUS: lambda target, candidate: candidate >= target - 1,
+    SELF_AND_PREVIOUS: lambda target, candidate: target - 1 <= candidate <= target,
 }
 
 

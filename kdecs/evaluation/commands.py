@@ -76,6 +76,9 @@ Table = Annotated[
         help="Like --coarse, with a JSON object {fine: coarse} over the built-in table.",
     ),
 ]
+After = Annotated[
+    int, typer.Option(min=0, help="Score candidates up to this many turns past their target, too.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, unrounded.")]
 
 
@@ -85,6 +88,7 @@ def evaluate(
     protocol: Protocols = "reccon",
     released_rows: ReleasedRows = None,
     universe: Universes = "fold1",
+    after: After = 0,
     details: Details = False,
     intervals: Intervals = False,
     samples: Samples = 2000,
@@ -127,6 +131,7 @@ def evaluate(
             protocol=protocol,
             emotion_table=emotion_table,
             released_order=order,
+            candidates_after=after,
         )
         run: dict[str, Any] = scores.as_dict()
         run["above_rule"] = _above_rule(
@@ -161,6 +166,7 @@ def compare(
     protocol: Protocols = "reccon",
     released_rows: ReleasedRows = None,
     universe: Universes = "fold1",
+    after: After = 0,
     samples: Samples = 2000,
     seed: Seed = 0,
     coarse: Coarse = False,
@@ -195,6 +201,7 @@ def compare(
             protocol=protocol,
             emotion_table=emotion_table,
             released_order=order,
+            candidates_after=after,
         )
         for file in (a, b)
     ]

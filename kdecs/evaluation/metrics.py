@@ -172,13 +172,15 @@ def evaluate(
     protocol: Protocol = "reccon",
     emotion_table: Mapping[str, str] = NO_TABLE,
     released_order: Sequence[str] | None = None,
+    candidates_after: int = 0,
 ) -> Scores:
     """Score predictions by pair against a labelled corpus, and the trivial rules with them.
 
     `emotion_table` (such as FINE_TO_COARSE) maps the emotions of both sides before they are compared; labels that it
     does not name stay. It changes no pair: a target is predicted neutral, and thus has no cause, if the system's own
     label says so. `released_order` (see `score_rows`) serves the protocol reccon-released alone. In the universe
-    gold-emotions the gold emotions take the place of predicted ones, and there are no scores of emotions.
+    gold-emotions the gold emotions take the place of predicted ones, and there are no scores of emotions. Candidates up
+    to `candidates_after` turns past their target are scored, too.
     Raises PredictionError if a target has two predicted emotions, or if that order lacks a dialogue.
     """
     neutral: frozenset[tuple[str, int]] = frozenset()
@@ -190,7 +192,7 @@ def evaluate(
         }
     # Only the gold side: predictions are mapped where they are compared, after neutral targets have lost their causes.
     corpus = map_corpus(corpus, emotion_table) if emotion_table else corpus
-    rows = rows_of(corpus, universe)
+    rows = rows_of(corpus, universe, candidates_after)
     scored = score_rows(rows, predictions, protocol, emotion_table, released_order)
     if universe == "gold-emotions":
         scored = without_repeated_pairs(scored)
@@ -260,14 +262,15 @@ def baseline_scores(
     return found
 
 
-def rule_scores(corpus: Corpus) -> dict[str, dict[str, float]]:
+def rule_scores(corpus: Corpus, candidates_after: int = 0) -> dict[str, dict[str, float]]:
     """Every score (fold1, protocol reccon, percent) of each trivial rule, whose span is its whole utterance.
 
     A rule about causes has no emotion accuracy, and the majority emotion has nothing else.
     """
     found = {}
     for name, predictions in trivial_predictions(corpus, "fold1").items():
-        values = evaluate(corpus, predictions).values
+        # A rule predicts no later cause, and a pair without a prediction is none.
+        values = evaluate(corpus, predictions, candidates_after=candidates_after).values
         is_emotion = name == MAJORITY_EMOTION
         found[name] = {
             key: value for key, value in values.items() if (key == "emotion_accuracy") == is_emotion

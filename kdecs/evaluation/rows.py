@@ -117,14 +117,16 @@ class ScoredRows:
     )
 
 
-def rows_of(corpus: Corpus, universe: ScoredUniverse) -> list[Row]:
+def rows_of(corpus: Corpus, universe: ScoredUniverse, candidates_after: int = 0) -> list[Row]:
     """Rows in corpus order: by dialogue and target, then positives in evidence order, negatives by candidate."""
     pairs: Universe = "all" if universe == "gold-emotions" else universe
     rows: list[Row] = []
     for index, dialogue in enumerate(corpus.dialogues):
-        for target, group in groupby(pairs_of(dialogue, pairs), key=lambda pair: pair.target):
+        for target, group in groupby(
+            pairs_of(dialogue, pairs, candidates_after), key=lambda pair: pair.target
+        ):
             # RECCON's order, on which the protocol reccon-released depends.
-            causes = causes_of(dialogue.utterances[target - 1])
+            causes = causes_of(dialogue.utterances[target - 1], candidates_after)
             rows += [Row(index, dialogue, target, turn, span) for _, turn, span in causes]
             rows += [Row(index, dialogue, target, p.candidate, None) for p in group if not p.is_cause]
     return rows

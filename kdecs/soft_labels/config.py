@@ -4,9 +4,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kdecs.config import Config, InputPath, LostRankSeconds, ModelReference, OutputPath, Unhashed
+from kdecs.config import (
+    Config,
+    HashedUnlessDefault,
+    InputPath,
+    LostRankSeconds,
+    ModelReference,
+    OutputPath,
+    Unhashed,
+)
 from kdecs.corpus.prompts import PROMPT_VERSION
-from kdecs.corpus.splits import CorpusConfig
+from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
 from kdecs.tracking.record import TrackingConfig
 
 MAX_TOP_K = 1000
@@ -22,6 +30,7 @@ class ExportConfig(Config):
         description="the teacher's base model on this machine, if it is not where it was at training",
     )
     corpus: CorpusConfig
+    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
     output: OutputPath
     num_shards: int = Field(default=8, ge=1, le=100_000)
     # Hashed, like the threads: other batches add up in another order and change the last bits.

@@ -128,7 +128,7 @@ def export_shards(
     claims = Claims(config.output / WORK_DIRECTORY / LEASES_DIRECTORY, lease_s=config.lease_s)
 
     plan_directory = config.output / WORK_DIRECTORY / PLAN_DIRECTORY
-    kind = PlanKind(work_hash, config.num_shards, batching_of(scorer.manifest))
+    kind = PlanKind(work_hash, config.num_shards, batching_of(scorer.manifest), config.candidates.after)
     while (plan := open_plan(plan_directory, kind, splits)) is None:
         # One worker plans, since a plan is a pass over the whole corpus, and the others look for its result.
         with claims.holding("plan") as claim:
@@ -356,6 +356,7 @@ class _Worker:
             "answer_words": list(self.scorer.answer_words),
             "temperature": 1,
             "universe": EXPORT_UNIVERSE,
+            **({"candidates_after": config.candidates.after} if config.candidates.after else {}),
             "num_pairs": self.plan.record.pairs_by_split,
             "lineage": dict(self.scorer.lineage),
             "engine": config.engine,

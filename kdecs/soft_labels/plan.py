@@ -56,6 +56,8 @@ class PlanKind:
     work_hash: str
     num_shards: int
     batching: Batching = "tree"
+    candidates_after: int = 0
+    """A part of the work, so its hash tells one plan from another."""
 
 
 class PlanRecord(BaseModel):
@@ -82,8 +84,15 @@ class PlannedDialogue:
 class Plan:
     """A plan and the corpus that it divides."""
 
-    def __init__(self, record: PlanRecord, entries: np.ndarray, splits: Mapping[str, Dialogues]) -> None:
+    def __init__(
+        self,
+        record: PlanRecord,
+        entries: np.ndarray,
+        splits: Mapping[str, Dialogues],
+        candidates_after: int = 0,
+    ) -> None:
         self.record = record
+        self._after = candidates_after
         self._entries = entries
         self._splits = splits
 
@@ -103,7 +112,7 @@ class Plan:
         for entry in self._entries[start:end]:
             split = SPLITS[entry["split"]]
             dialogue = self._splits[split][int(entry["position"])]
-            pairs = pairs_of(dialogue, EXPORT_UNIVERSE)
+            pairs = pairs_of(dialogue, EXPORT_UNIVERSE, self._after)
             # A corpus that was edited or sorted meanwhile would put pairs into other shards than the plan says.
             if len(pairs) != entry["num_pairs"] or _key(split, dialogue) != tuple(entry["key"].tolist()):
                 raise CorpusError(
@@ -140,9 +149,12 @@ def open_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
         return None
     # The two files may be of two plans if a worker was killed between their writes.
     is_undamaged = hashlib.sha256(entries).hexdigest() == record.entries_sha256
-    if not is_undamaged or PlanKind(record.work_hash, len(record.pairs), record.batching) != kind:
+    if (
+        not is_undamaged
+        or PlanKind(record.work_hash, len(record.pairs), record.batching, kind.candidates_after) != kind
+    ):
         return None
-    return Plan(record, np.frombuffer(entries, ENTRY), splits)
+    return Plan(record, np.frombuffer(entries, ENTRY), splits, kind.candidates_after)
 
 
 def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> Plan:
@@ -152,7 +164,7 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
     plan at the same time write the same bytes.
     Raises CorpusError for a faulty corpus.
     """
-    entries = _entries_of(splits, _COSTS[kind.batching])
+    entries = _entries_of(splits, _COSTS[kind.batching], kind.candidates_after)
     loads = [(0, shard) for shard in range(kind.num_shards)]  # a heap of (cost, shard)
     shards = np.empty(len(entries), np.uint32)
     for first in range(0, len(entries), BLOCK_DIALOGUES):
@@ -187,7 +199,7 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
         if (found := open_plan(directory, kind, splits)) is None:
             raise
         return found
-    return Plan(record, entries, splits)
+    return Plan(record, entries, splits, kind.candidates_after)
 
 
 def tree_characters(pairs: Sequence[Pair]) -> int:
@@ -221,7 +233,9 @@ _COSTS: dict[Batching, Callable[[Sequence[Pair]], int]] = {
 }
 
 
-def _entries_of(splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pair]], int]) -> np.ndarray:
+def _entries_of(
+    splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pair]], int], candidates_after: int
+) -> np.ndarray:
     """The ENTRY of every dialogue that has pairs, by split and position."""
     blocks = [np.empty(0, ENTRY)]
     held: list[tuple[int, int, int, int, tuple[int, int]]] = []
@@ -229,7 +243,7 @@ def _entries_of(splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pai
         if split not in splits:
             continue
         for position, dialogue in enumerate(splits[split]):
-            if pairs := pairs_of(dialogue, EXPORT_UNIVERSE):
+            if pairs := pairs_of(dialogue, EXPORT_UNIVERSE, candidates_after):
                 key = _key(split, dialogue)
                 held.append((number, len(pairs), position, cost_of(pairs), key))
             # Python's tuples take ten times the memory of their array.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,7 +22,7 @@ from kdecs.config import (
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS
-from kdecs.corpus.splits import CorpusConfig
+from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
 from kdecs.errors import ArtifactError
 from kdecs.tracking.record import TrackingConfig
 
@@ -185,6 +185,7 @@ class StudentConfig(Config):
     output: OutputPath
     cache: OutputPath = Field(description="tokenised corpus and label files, shared by all trials of a node")
     corpus: CorpusConfig
+    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
     task: Literal["ecspe", "ecpe"] = Field(
         default="ecspe",
         description="ecspe: emotions and cause spans; ecpe: emotions and cause utterances, without L_span, and the "
@@ -287,6 +288,7 @@ class StudentConfig(Config):
             given_emotions=self.emotion_table,
             history_utterances=self.model.history_utterances,
             has_short_branch=self.model.branch == "short",
+            candidates_after=self.candidates.after,
         )
 
 
@@ -298,6 +300,7 @@ class Outputs:
     emotions: bool = True
     spans: bool = True
     priors: bool = False
+    later_candidates: bool = False
 
 
 class StudentCard(BaseModel):
@@ -327,6 +330,14 @@ class StudentCard(BaseModel):
         default=None, description="if not null, the prompt gives the target's emotion, mapped by this table"
     )
     history_utterances: int | None = None
+    candidates_after: int = Field(default=0, ge=0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The values of `student.json`; versions without later candidates read the cards that need none."""
+        values = self.model_dump(mode="json")
+        if not self.candidates_after:
+            del values["candidates_after"]
+        return values
 
     @property
     def chosen_threshold(self) -> float | None:
@@ -342,6 +353,7 @@ class StudentCard(BaseModel):
             emotions=self.given_emotions is None,
             spans=self.task == "ecspe",
             priors=self.priors,
+            later_candidates=self.candidates_after > 0,
         )
 
     @property
@@ -352,6 +364,7 @@ class StudentCard(BaseModel):
             given_emotions=self.given_emotions,
             history_utterances=self.history_utterances,
             has_short_branch=self.branch == "short",
+            candidates_after=self.candidates_after,
         )
 
 

@@ -209,6 +209,7 @@ class TrainingData:
     teacher_weights_K: npt.NDArray[np.float64]
     weighting: Weighting
     pad_id: int
+    has_later: bool
     has_top: bool = False
     """Whether batches hold the teacher's top logits."""
 
@@ -277,6 +278,7 @@ class TrainingData:
             column("span_end")[rows],
             self.train.num_candidate_tokens[rows],
             len(self.emotions),
+            has_later=self.has_later,
         )
 
 
@@ -329,6 +331,7 @@ def load_training_data(
         weighting=config.distillation.teacher_weighting,
         pad_id=tokenizer.pad_token_id or 0,
         has_top=config.distillation.space == "vocabulary",
+        has_later=config.candidates.after > 0,
     )
 
 

@@ -78,14 +78,19 @@ def validate(
     emotions: tuple[str, ...],
     outputs: Outputs,
     rule: DecisionRule = DecisionRule(),
+    candidates_after: int = 0,
 ) -> Validation:
     """Score the validation pairs (fold1+neutral), choose the decision on them, and evaluate with it.
 
-    `cache` is that of `corpus`: its rows are `pairs_of(dialogue, "fold1+neutral")` over the dialogues. `batches` are
+    `cache` is that of `corpus`: its rows are the pairs of fold1+neutral, `candidates_after` turns ahead. `batches` are
     some of its rows each, with their logits.
     """
     scores = score_pairs(batches, len(cache), outputs, len(emotions))
-    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
+    pairs = [
+        pair
+        for dialogue in corpus.dialogues
+        for pair in pairs_of(dialogue, "fold1+neutral", candidates_after)
+    ]
     spans = [""] * len(pairs)
     if scores.span_P2 is not None:
         spans = [
@@ -98,7 +103,7 @@ def validate(
     # The scores flatter a little, since they are of the split that the two numbers were chosen on; test has its own.
     emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
     decided = decide(pairs, scores, emotion_of_pair, spans, None if rule.cause == "argmax" else threshold)
-    found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1")
+    found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1", candidates_after=candidates_after)
     return Validation(found, threshold, offset, decided)
 
 

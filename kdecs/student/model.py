@@ -149,6 +149,7 @@ class StudentModel(nn.Module):
                 len(answers.connectives) if outputs.cause_by == "connective" else 0,
                 has_cause=outputs.cause_by != "none",
                 has_spans=outputs.spans,
+                has_later=outputs.later_candidates,
             )
         # Zeros, so that at first nothing but the priors decides.
         if self.priors is not None:
@@ -439,7 +440,7 @@ def save_student(directory: Path, model: StudentModel, tokenizer: Any, card: Stu
     save_pretrained([model.language_model, tokenizer], directory / MODEL_FOLDER)
     with atomic_path(directory / HEADS_NAME) as temporary:
         save_file(_head_tensors(model), temporary)
-    write_json(directory / CARD_NAME, card.model_dump(mode="json"))
+    write_json(directory / CARD_NAME, card.as_json())
 
 
 def load_student(directory: Path) -> tuple[StudentModel, Any, StudentCard]:

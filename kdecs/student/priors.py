@@ -1,7 +1,7 @@
 """Biases that a student starts with: what the training pairs say before a word is read.
 
 Legend: B pairs, E emotions, A connective answer words, M tokens of u_j's copy, S = M + 1 span places, D distances
-0 … D-1 (the last one stands for all beyond), N training rows.
+0 … 7 (the last one stands for all beyond) and, where candidates may be later, one for these; N training rows.
 
 Small encoders learn distance, class balance and the shape of spans slowly, and from a tenth of the corpus hardly at
 all. Set from counts, they are there from the first step: a student starts from the distance rule and learns from the
@@ -48,13 +48,21 @@ class Priors(nn.Module):
     """
 
     def __init__(
-        self, num_emotions: int, num_connectives: int, *, has_cause: bool = True, has_spans: bool = True
+        self,
+        num_emotions: int,
+        num_connectives: int,
+        *,
+        has_cause: bool = True,
+        has_spans: bool = True,
+        has_later: bool = False,
     ) -> None:
         super().__init__()
+        self._has_later = has_later
+        num_distances = NUM_DISTANCES + has_later
         self.emotion = _zeros(num_emotions) if num_emotions else None
         self.connective = _zeros(num_connectives) if num_connectives else None
-        self.cause = _zeros(NUM_DISTANCES) if has_cause else None
-        self.span = _zeros(NUM_DISTANCES) if has_spans else None
+        self.cause = _zeros(num_distances) if has_cause else None
+        self.span = _zeros(num_distances) if has_spans else None
         self.first_start = _zeros() if has_spans else None
         self.last_end = _zeros() if has_spans else None
 
@@ -81,10 +89,15 @@ class Priors(nn.Module):
             )
         return emotion_BE, connective_BA, classifier_B2
 
+    def _index_of(self, distance_B: Tensor) -> Tensor:
+        """The place of each distance i - j in a bias; later candidates share the one after the last."""
+        index_B = distance_B.clamp(max=NUM_DISTANCES - 1)
+        return torch.where(distance_B < 0, NUM_DISTANCES, index_B) if self._has_later else index_B
+
     def cause_shift(self, distance_B: Tensor) -> Tensor:
         """The bias of the logits of a cause. Shape (B,)."""
         assert self.cause is not None
-        return self.cause[distance_B.clamp(max=NUM_DISTANCES - 1)]
+        return self.cause[self._index_of(distance_B)]
 
     def span_shift(self, distance_B: Tensor, mask_BM: Tensor) -> tuple[Tensor, Tensor]:
         """The biases of the span logits of start and end, each (B, S): at place 0 and at u_j's edges.
@@ -92,7 +105,7 @@ class Priors(nn.Module):
         If all other logits are 0, P(a span) is sigmoid(span[distance]), whatever the number of tokens.
         """
         assert self.span is not None and self.first_start is not None and self.last_end is not None
-        span_B = self.span[distance_B.clamp(max=NUM_DISTANCES - 1)]
+        span_B = self.span[self._index_of(distance_B)]
         others_B = mask_BM.sum(dim=1) - 1
         first_BM = torch.zeros_like(mask_BM, dtype=span_B.dtype)
         first_BM[:, 0] = 1
@@ -115,10 +128,13 @@ def count_training(
     end_N: Ints,
     num_tokens_N: Ints,
     num_emotions: int,
+    *,
+    has_later: bool = False,
 ) -> TrainingCounts:
     """Counts over training rows. Emotions are counted at the pairs (i, i) only, and unknown ones (-1) not at all."""
     own = emotion_N[is_own_N]
-    distance_N = np.minimum(distance_N, NUM_DISTANCES - 1)
+    num_distances = NUM_DISTANCES + has_later
+    distance_N = np.where(distance_N < 0, NUM_DISTANCES, np.minimum(distance_N, NUM_DISTANCES - 1))
     # 0 is "no span", -1 a gold span that was truncated away.
     with_span = start_N > 0
     share = [
@@ -127,8 +143,8 @@ def count_training(
     ]
     return TrainingCounts(
         emotions_E=np.bincount(own[own >= 0], minlength=num_emotions),
-        causes_D=np.bincount(distance_N[is_cause_N > 0], minlength=NUM_DISTANCES),
-        pairs_D=np.bincount(distance_N, minlength=NUM_DISTANCES),
+        causes_D=np.bincount(distance_N[is_cause_N > 0], minlength=num_distances),
+        pairs_D=np.bincount(distance_N, minlength=num_distances),
         whole_start=share[0],
         whole_end=share[1],
         num_tokens=float(num_tokens_N[with_span].mean()) if with_span.any() else 1.0,

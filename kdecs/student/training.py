@@ -219,6 +219,7 @@ class StudentTask:
             priors=config.model.priors == "training",
             given_emotions=config.emotion_table,
             history_utterances=config.model.history_utterances,
+            candidates_after=config.candidates.after,
         )
         self.model = StudentModel(
             language_model,
@@ -319,6 +320,7 @@ class StudentTask:
             self.data.emotions,
             self.card.outputs,
             DecisionRule(self.level, config.neutral_decision, config.cause_decision),
+            config.candidates.after,
         )
         loss, *parts = (state.sums / num_rows).tolist()
         names = _loss_names(config)

@@ -45,6 +45,7 @@ from kdecs.sweep.status import (
     TRIALS_NAME,
     TrialResult,
     is_trained,
+    reach_of,
     selection_metric,
     write_results,
 )
@@ -452,8 +453,10 @@ class _Sweep:
     def _write_manifest(self, results: list[TrialResult], digest: str) -> None:
         output = self.config.output
         # Students that are compared are validated on the same files, so those of the first trial stand for all.
-        corpus = next(trial for trial, _ in self.search.trials().values()).config.corpus
-        write_json(output / BASELINES_NAME, rule_scores(read_split(corpus, corpus.valid)))
+        configs = [trial.config for trial, _ in self.search.trials().values()]
+        corpus = configs[0].corpus
+        rules = rule_scores(read_split(corpus, corpus.valid), max(map(reach_of, configs)))
+        write_json(output / BASELINES_NAME, rules)
         # A student's manifest stands for its files, so the sweep's manifest is short and quick to check.
         manifests = [
             f"{result.directory}/{MANIFEST_NAME}" for result in results if result.status == "complete"

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
 from kdecs.errors import ArtifactError, printable
+from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, kind_of_trial
 from kdecs.sweep.control import Wanted
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY, Trial, settings_key, trials_directory
@@ -162,6 +163,11 @@ class TrialResult:
 
 _RESULTS = TypeAdapter(list[TrialResult])
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def reach_of(config: TrialConfig) -> int:
+    """How many turns past its target a student's candidates reach; the baselines look back alone."""
+    return config.candidates.after if isinstance(config, StudentConfig) else 0
 
 
 def selection_metric(config: TrialConfig) -> str:

@@ -16,7 +16,7 @@ from kdecs.config import (
     Unhashed,
 )
 from kdecs.corpus.prompts import PROMPT_VERSION
-from kdecs.corpus.splits import CorpusConfig
+from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
 from kdecs.tracking.record import TrackingConfig
 
 BATCHES_VERSION = 2
@@ -121,6 +121,7 @@ class TuningConfig(Config):
     name: Name
     output: OutputPath
     corpus: CorpusConfig
+    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
     model: ModelConfig
     lora: LoraConfig | None = Field(
         default=LoraConfig(), description="null: full tuning, which trains all parameters"

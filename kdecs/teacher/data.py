@@ -265,11 +265,15 @@ def connective_pairs(config: TeacherConfig) -> tuple[list[Pair], list[Pair]]:
     """The pairs that a teacher trains and validates on."""
     corpus = config.corpus
     train_pairs = [
-        pair for dialogue in training_split(corpus) for pair in pairs_of(dialogue, config.train_pairs)
+        pair
+        for dialogue in training_split(corpus)
+        for pair in pairs_of(dialogue, config.train_pairs, config.candidates.after)
     ]
     # Always fold1, over which RECCON's scores are defined, whatever the training adds.
     valid_pairs = [
-        p for dialogue in read_split(corpus, corpus.valid).dialogues for p in pairs_of(dialogue, "fold1")
+        pair
+        for dialogue in read_split(corpus, corpus.valid).dialogues
+        for pair in pairs_of(dialogue, "fold1", config.candidates.after)
     ]
     return train_pairs, valid_pairs
 

@@ -189,3 +189,37 @@ def test_reading_verifying_and_pairing_costs_a_few_calls_per_pair():
     finally:
         sys.setprofile(None)
     assert calls < 60 * num_pairs, "20 at present"
+
+
+LATER = """[{"conversation_ID": 1, "conversation": [
+ {"utterance_ID": 1, "text": "Oh no !", "speaker": "A", "emotion": "fear"},
+ {"utterance_ID": 2, "text": "Wait .", "speaker": "B", "emotion": "neutral"},
+ {"utterance_ID": 3, "text": "I lost my bag .", "speaker": "A", "emotion": "sadness"},
+ {"utterance_ID": 4, "text": "Here .", "speaker": "B", "emotion": "neutral"}],
+ "emotion-cause_pairs": [["1_fear", "3_lost my bag"], ["1_fear", "1_Oh"], ["3_sadness", "4_Here"],
+  ["3_sadness", "3_I"]]}]"""
+
+
+def test_candidates_reach_as_far_past_the_target_as_asked(tmp_path):
+    (tmp_path / "later").write_text(LATER)
+    (dialogue,) = read_corpus(tmp_path / "later").dialogues
+    for after, causes in (
+        (0, {(1, 1), (3, 3)}),
+        (1, {(1, 1), (3, 3), (3, 4)}),
+        (2, {(1, 1), (1, 3), (3, 3), (3, 4)}),
+    ):
+        pairs = pairs_of(dialogue, "fold1", after)
+        assert [(p.target, p.candidate) for p in pairs] == [
+            (i, j) for i in (1, 3) for j in range(1, 5) if j <= i + after
+        ]
+        assert {(p.target, p.candidate) for p in pairs if p.is_cause} == causes
+        assert [(p.target, p.candidate) for p in candidate_pairs(dialogue, after=after)] == [
+            (i, j) for i in range(1, 5) for j in range(1, min(4, i + after) + 1)
+        ]
+        rows = [row for pair in pairs for row in pair.row_ids]
+        assert len(set(rows)) == len(rows) == sum(count_rows(pairs))
+    # A later candidate is part of what a pair's labels depend on; the other pairs keep their hashes.
+    assert pairs[2].hash == dialogue.context_hashes[2] != dialogue.context_hashes[0] == pairs[0].hash
+    assert [p.spans for p in pairs if p.is_cause] == [("Oh",), ("lost my bag",), ("I",), ("Here",)]
+    near = candidate_pairs(dialogue, max_distance=0, after=1)
+    assert [(p.target, p.candidate) for p in near] == [(1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4)]

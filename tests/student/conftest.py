@@ -58,6 +58,7 @@ def _write_labels(
     answer_ids: tuple[int, ...] = (),
     top_k: int = 0,
     top_id: int = 50,
+    candidates_after: int = 0,
 ) -> Path:
     """Soft labels of a teacher that is right with some noise: one shard over the splits.
 
@@ -67,7 +68,9 @@ def _write_labels(
     directory.mkdir(parents=True)
     pairs, splits = [], []
     for split, path in files.items():
-        found = [p for d in read_corpus(path).dialogues for p in pairs_of(d, "fold1+neutral")]
+        found = [
+            p for d in read_corpus(path).dialogues for p in pairs_of(d, "fold1+neutral", candidates_after)
+        ]
         pairs += found
         splits += [split] * len(found)
     logits = generator.normal(size=(len(pairs), len(words))).astype(np.float32)

@@ -10,9 +10,14 @@ import torch
 from support import Killed, StopAfter, kill, weights
 
 from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.config import config_hash
+from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, CorpusError, LabelError, Stopped, TrainingError
+from kdecs.evaluation.metrics import evaluate
+from kdecs.evaluation.predictions import Prediction, read_predictions
 from kdecs.student import training
 from kdecs.student.losses import LossParts
+from kdecs.student.predict.predictor import Student
 from kdecs.student.training import train_student
 
 FILES = (
@@ -159,3 +164,62 @@ def test_bfloat16_and_patience(make_config, runtime):
     )
     output = train_student(config, runtime)
     assert read_manifest(output).details["epochs"] == 2
+
+
+@pytest.mark.parametrize("layout", ["pair", "tree"])
+def test_a_student_of_later_candidates_learns_them_and_predicts_them(
+    make_config, runtime, values, write_labels, tmp_path, layout
+):
+    """By their labels, with priors of their own; without them nothing of a config's hash or a card changes."""
+    corpus = {}
+    for split, count in (("train", 4), ("valid", 2)):
+        said = [
+            {
+                "utterance_ID": n,
+                "text": f"We won {n} .",
+                "speaker": "A",
+                "emotion": ("joy", "fear", "neutral")[n % 3],
+            }
+            for n in range(1, 6)
+        ]
+        pairs = [["3_joy", "4_won 4"], ["1_fear", "2_We"], ["3_joy", "1_We won"], ["4_fear", "4_We won 4"]]
+        conversations = [
+            {"conversation_ID": n, "conversation": said, "emotion-cause_pairs": pairs} for n in range(count)
+        ]
+        corpus[split] = str(tmp_path / split)
+        Path(corpus[split]).write_text(json.dumps(conversations))
+    labels = write_labels(tmp_path / "labels", {s: Path(p) for s, p in corpus.items()}, candidates_after=1)
+    groups = {
+        "corpus": corpus,
+        "model": {**values["model"], "layout": layout, "priors": "training"},
+        "distillation": {"mode": "kd", "labels": str(labels)},
+        "optimization": {"learning_rate": 1e-3, "epochs": 1},
+    }
+    plain, config = make_config("plain", **groups), make_config("later", candidates={"after": 1}, **groups)
+    assert config_hash(make_config("same", candidates={"after": 0}, **groups)) == config_hash(plain)
+    assert config_hash(plain) != config_hash(config)
+    train_student(config, runtime)
+    student = Student.from_pretrained(config.output)
+    dialogues = read_corpus(corpus["valid"], log=False).dialogues
+    found = {p.key for p in student.predict(dialogues)}
+    assert found == {p.key for d in dialogues for p in all_pairs(d)}
+    metrics = json.loads((config.output / "metrics.jsonl").read_text().splitlines()[-1])
+    written = read_predictions(
+        config.output / "valid-predictions.jsonl", read_corpus(corpus["valid"], log=False)
+    )
+    scores = evaluate(read_corpus(corpus["valid"], log=False), written, candidates_after=1)
+    # 4 causes of each dialogue, two of them later.
+    assert (scores.num_positive, scores.missing) == (2 * 4, 0)
+    assert scores["macro_f1"] == pytest.approx(metrics["macro_f1"])
+    assert json.loads((config.output / "student.json").read_text())["candidates_after"] == 1
+    with pytest.raises(LabelError):
+        train_student(make_config("far", candidates={"after": 2}, **groups), runtime)
+
+
+def all_pairs(dialogue):
+    """What `predict` should give for each dialogue, one turn ahead."""
+    return [
+        Prediction(dialogue.id, i, j, None, False, "")
+        for i in range(1, len(dialogue.utterances) + 1)
+        for j in range(1, min(len(dialogue.utterances), i + 1) + 1)
+    ]

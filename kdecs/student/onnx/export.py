@@ -189,7 +189,7 @@ def export_student(config: OnnxExport, *, corpus_file: Path | None = None, force
                 say(f"{config.output}: exported all the same: {faults}")
             details["measured"] = asdict(measured) | {"threshold": threshold}
         tokenizer.backend_tokenizer.save(str(made / TOKENIZER_NAME))
-        write_json(made / CARD_NAME, card.model_dump(mode="json"))
+        write_json(made / CARD_NAME, card.as_json())
         write_json(made / ONNX_CARD_NAME, onnx_card.model_dump(mode="json"))
         names = install_files(made, config.output)
     write_manifest(
@@ -217,7 +217,15 @@ def _sample_pairs(tokenizer: Any, card: StudentCard) -> list[EncodedPair]:
     """Pairs of the bundled dialogues as the student reads them: several lengths, distances and targets."""
     dialogues = read_corpus(bundled_sample("valid")).dialogues[:_DIALOGUES_COMPARED]
     encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
-    return list(encoder.encode([pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]))
+    return list(
+        encoder.encode(
+            [
+                pair
+                for dialogue in dialogues
+                for pair in candidate_pairs(dialogue, after=card.candidates_after)
+            ]
+        )
+    )
 
 
 def quantise(graph: Path) -> None:

@@ -115,6 +115,8 @@ def predict_file(request: FileRequest, load: Callable[[str], Predictor], *, devi
         ]
         # Only now: a place that cannot be written to is refused before the seconds that a model takes to load.
         predictor = load(device)
+        if getattr(predictor, "candidates_after", 0):
+            bar.total = None  # the file was counted without later candidates
         page = PageWriter(page_file.write) if page_file is not None else None
         for dialogue, found in stream(
             predictor,

@@ -56,6 +56,11 @@ class Student:
         with refusing(f"tokenizer {tokenizer.name_or_path}: cannot be used"):
             self.encoder = ENCODERS[card.layout](tokenizer, card.max_prompt_tokens, card.prompt)
 
+    @property
+    def candidates_after(self) -> int:
+        """How many turns past its target a candidate may lie."""
+        return self.card.candidates_after
+
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, *, device: "torch.device | str" = "cpu", precision: str = "float32"
@@ -94,7 +99,7 @@ class Student:
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         on_batch: Callable[[int], object] | None = None,
     ) -> list[Prediction]:
-        """Predictions for every pair j <= i of the dialogues, labelled or not, in order.
+        """Predictions for every pair j <= i + `candidates_after` of the dialogues, labelled or not, in order.
 
         `max_distance` bounds i - j; `on_batch` is called with the number of pairs just predicted. Warns
         (`warnings.warn`) of dialogues of more than 100 utterances.
@@ -130,7 +135,11 @@ class Student:
         on_batch: Callable[[int], object] | None = None,
     ) -> dict[PairKey, Prediction]:
         """Predictions for the pairs of a universe, by (dialogue id, target, candidate), as `evaluate` takes them."""
-        pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, universe)]
+        pairs = [
+            pair
+            for dialogue in corpus.dialogues
+            for pair in pairs_of(dialogue, universe, self.candidates_after)
+        ]
         found = self.detail(pairs, batch_tokens=batch_tokens, on_batch=on_batch)
         return {item.prediction.key: item.prediction for item in found}
 

@@ -61,7 +61,7 @@ def stream(
     on_batch: Callable[[int], object] | None = None,
     on_fault: Callable[[DialogueError], object] | None = None,
 ) -> Iterator[tuple[Dialogue, list[PairPrediction]]]:
-    """Each dialogue with its predictions for every pair j <= i, in order.
+    """Each dialogue with its predictions for every pair j <= i, or as far ahead as the predictor looks, in order.
 
     `max_distance` bounds i - j; `on_batch` is called with the number of pairs just predicted. Dialogues are read
     about a thousand pairs ahead. A dialogue that the predictor cannot read is passed over, and `on_fault` is called
@@ -70,7 +70,9 @@ def stream(
     group: list[tuple[Dialogue, list[Pair]]] = []
     num_pairs = 0
     for dialogue in dialogues:
-        pairs = candidate_pairs(dialogue, max_distance=max_distance)
+        # The baselines look no turn ahead, and say nothing about it.
+        after = getattr(predictor, "candidates_after", 0)
+        pairs = candidate_pairs(dialogue, max_distance=max_distance, after=after)
         group.append((dialogue, pairs))
         num_pairs += len(pairs)
         if num_pairs >= PAIRS_PER_GROUP:

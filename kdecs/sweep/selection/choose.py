@@ -59,7 +59,7 @@ from kdecs.sweep.selection.record import (
     rank_settings,
 )
 from kdecs.sweep.space import VARIANT_KEY, Trial, settings_key
-from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
+from kdecs.sweep.status import TrialResult, reach_of, read_results, student_file, trial_directory
 from kdecs.sweep.tracking import TRIAL_TAG, sweep_record, sweep_records, trial_record
 from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
@@ -193,11 +193,17 @@ def compare_settings(
     corpus = read_split(configs[0].corpus, configs[0].corpus.valid)
     are_given = any(_is_given_emotions(config) for config in configs)
     keys = [key for key in COMPARED if not (are_given and key == _EMOTIONS)]
+    # The same rows for both: who looks less far ahead finds no cause there.
+    reach = max(map(reach_of, configs))
 
     def sums(group: Sequence[TrialResult]) -> NDArray[np.float64]:
         """(D, K) contributions of the students' predictions, summed over seeds (kdecs.evaluation.rows)."""
         scores = [
-            evaluate(corpus, validation_predictions(sweep, result, corpus))
+            evaluate(
+                corpus,
+                validation_predictions(sweep, result, corpus),
+                candidates_after=reach,
+            )
             for result in group
             if result.seed in seeds
         ]
@@ -258,7 +264,7 @@ def _score_winner(sweep: Path, winner: TrialResult, record: SelectionRecord) -> 
     scored = {
         "test": found.scores,
         "test_intervals": found.intervals,
-        "test_baselines": rule_scores(found.corpus),
+        "test_baselines": rule_scores(found.corpus, found.candidates_after),
         "test_above_rule": found.above_rule,
     }
     return record.model_copy(update=scored)
@@ -277,6 +283,7 @@ class OnTest:
     scores: dict[str, Any]
     intervals: dict[str, tuple[float, float]]
     above_rule: dict[str, Distance]
+    candidates_after: int = 0
 
 
 def score_on_test(sweep: Path, result: TrialResult, target: Path, note_opened: Callable[[], None]) -> OnTest:
@@ -297,7 +304,7 @@ def score_on_test(sweep: Path, result: TrialResult, target: Path, note_opened: C
     corpus = read_split(config.corpus, config.corpus.test)
     predictions = student.predict_pairs(corpus)
     write_predictions(target, predictions.values())
-    scores = evaluate(corpus, predictions)
+    scores = evaluate(corpus, predictions, candidates_after=reach_of(config))
     return OnTest(
         corpus,
         scores_of_student(scores.as_dict() | scores.values, config),
@@ -306,6 +313,7 @@ def score_on_test(sweep: Path, result: TrialResult, target: Path, note_opened: C
         distance_from_rule(
             scores.sums_by_dialogue, scores.rule_sums(), [key for key in COMPARED if key != _EMOTIONS]
         ),
+        reach_of(config),
     )
 
 

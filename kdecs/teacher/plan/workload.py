@@ -234,7 +234,9 @@ def count_prompts(
 
     Raises CorpusError if there are none.
     """
-    pairs_by_dialogue = [pairs_of(dialogue, config.train_pairs) for dialogue in dialogues]
+    pairs_by_dialogue = [
+        pairs_of(dialogue, config.train_pairs, config.candidates.after) for dialogue in dialogues
+    ]
     num_pairs = sum(len(pairs) for pairs in pairs_by_dialogue)
     if num_pairs == 0:
         raise CorpusError(
