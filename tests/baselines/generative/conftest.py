@@ -52,12 +52,6 @@ def _short(path: Path, num_dialogues: int, num_turns: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five sample dialogues of three turns each."""
-    return _short(tmp_path_factory.mktemp("five") / "five.json", 5, 3)
-
-
-@pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sample dialogues of four turns each."""
     return _short(tmp_path_factory.mktemp("few") / "few.json", 2, 4)

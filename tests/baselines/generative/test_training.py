@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from support import StopAfter, assert_same_weights, run_forked_ranks
-from typer.testing import CliRunner
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.baselines.generative import prediction
@@ -16,12 +15,9 @@ from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.baselines.generative.prediction import GenerativeBaseline, answer_corpus
 from kdecs.baselines.generative.record import AnswerRecord
 from kdecs.baselines.generative.training import train_generative
-from kdecs.cli import app
 from kdecs.config import config_hash
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, ConfigError, Stopped
-from kdecs.evaluation.metrics import evaluate
-from kdecs.evaluation.predictions import by_pair, read_predictions
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
 from kdecs.teacher.metering import tuning_record
@@ -108,42 +104,8 @@ def test_two_ranks_take_the_steps_of_one(
 ) -> None:
     config = make_config("one")
     train_generative(config, runtime, StopSignal())
-    for stage in (2, 3):
-        output = tmp_path / f"two-{stage}"
-        path = rank_values(config, output, stage, tmp_path)
-        result = run_forked_ranks("launch/train_generative.py", "--config", path)
-        assert result.returncode == 0, result.stderr
-        assert losses(output) == pytest.approx(losses(config.output), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_it_overfits_five_dialogues(
-    make_config: Callable[..., GenerativeConfig], runtime: Runtime, group: None, five: Path, tmp_path: Path
-) -> None:
-    config = make_config(
-        corpus=five,
-        lora=None,
-        optimization={"learning_rate": 0.003, "epochs": 30},
-        max_answer_tokens=120,
-        batches={"global_batch_pairs": 5, "micro_batch_tokens": 4096, "max_prompt_tokens": 1024},
-    )
-    train_generative(config, runtime, StopSignal())
-    assert losses(config.output)[-1] < 0.05
-    output = tmp_path / "predictions.jsonl"
-    result = CliRunner().invoke(
-        app,
-        [
-            "baseline",
-            "answer",
-            "--baseline",
-            str(config.output),
-            "--corpus",
-            str(five),
-            "--output",
-            str(output),
-        ],
-    )
-    assert result.exit_code == 0 and "faults: none" in result.output, result.output
-    corpus = read_corpus(five)
-    scores = evaluate(corpus, by_pair(read_predictions(output, corpus).values()), universe="fold1")
-    assert scores.values["utterance_macro_f1"] == scores.values["emotion_accuracy"] == 100
+    output = tmp_path / "two"
+    path = rank_values(config, output, 3, tmp_path)  # the stage that shares out the parameters, too
+    result = run_forked_ranks("launch/train_generative.py", "--config", path)
+    assert result.returncode == 0, result.stderr
+    assert losses(output) == pytest.approx(losses(config.output), rel=1e-4)
