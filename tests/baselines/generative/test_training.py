@@ -27,6 +27,7 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_stopped_training_and_prediction_go_on_exactly(
     make_config: Callable[..., GenerativeConfig],
     runtime: Runtime,
