@@ -121,7 +121,6 @@ class TuningConfig(Config):
     name: Name
     output: OutputPath
     corpus: CorpusConfig
-    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
     model: ModelConfig
     lora: LoraConfig | None = Field(
         default=LoraConfig(), description="null: full tuning, which trains all parameters"
@@ -163,6 +162,7 @@ class TeacherConfig(TuningConfig):
     """Fine-tuning of a teacher on connectives (Eq. 1-4)."""
 
     method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION, "batches": BATCHES_VERSION}
+    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
     train_pairs: Literal["fold1", "fold1+neutral"] = Field(
         default="fold1+neutral",
         description="fold1+neutral adds the pairs (i, i) of neutral targets, since the export labels them, too",

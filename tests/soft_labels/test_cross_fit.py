@@ -230,7 +230,7 @@ def test_a_damaged_fold_is_not_skipped(merged: CrossFitConfig, tmp_path: Path) -
 def test_a_fold_s_export_is_told_what_an_export_can_be_told(tmp_path: Path) -> None:
     """All but what the folds decide and the top logits, which no merge carries."""
     told = {"num_shards", "micro_batch_tokens", "dtype", "threads_per_worker", "engine"}
-    told |= {"persistence_threshold", "lease_s"}
+    told |= {"persistence_threshold", "lease_s", "lost_rank_s"}
     assert FoldExport.model_fields.keys() == told
     config = config_of(tmp_path / "labels", export={"num_shards": 2, "lease_s": 7})
     write_folds(config)

@@ -212,9 +212,9 @@ def test_a_step_takes_as_many_micro_batches_as_its_own_batch_fills(
     expected: list[int] = []
     real_loss, real_step = training.connective_loss, training.TeacherTraining.step
 
-    def loss(logits_PA: torch.Tensor, is_cause_P: torch.Tensor) -> torch.Tensor:
+    def loss(logits_PA: torch.Tensor, is_cause_P: torch.Tensor, gold: str) -> torch.Tensor:
         forwards.extend([1] * logits_PA.requires_grad)  # not those of a validation
-        return real_loss(logits_PA, is_cause_P)
+        return real_loss(logits_PA, is_cause_P, gold)
 
     def step(run: training.TeacherTraining, batch: list[Unit]) -> tuple[float, float]:
         (share,) = share_among_ranks(batch, world_size=1, micro_batch_tokens=200, padded=run.data.padded)
