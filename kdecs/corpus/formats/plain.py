@@ -23,7 +23,7 @@ TRANSCRIPT_FIELDS: Mapping[str, str] = {"utterance": "text"}
 _DELIMITERS = ("\t", ",", ";")
 # No quotes or brackets: a piece of JSON is no transcript.
 _SPEAKER = re.compile(r"""\s*([^\s:{}\[\]"|,][^:{}\[\]"|]{0,79}):(?!//)""")
-# csv refuses longer cells with an error of its own; texts have their own limit.
+# csv refuses longer cells with an error that names no turn; the length of texts is checked later.
 _MAX_CELL = 1_000_000
 
 
