@@ -10,14 +10,12 @@ nothing. What it cannot use is counted by kind (`FAULTS`), and a pair without a 
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from kdecs.corpus.checking import NotJson, decode_json
 from kdecs.corpus.pairs import causes_of
 from kdecs.corpus.schema import ADDITIONAL_EMOTIONS, COARSE_EMOTIONS, FINE_EMOTIONS, NEUTRAL, Dialogue
+from kdecs.endpoint.answers import Cause, json_object, known_label, one_line, read_cause, turn_line
 from kdecs.evaluation.predictions import Prediction
 
 ANSWER_VERSION = 1
@@ -34,16 +32,6 @@ FAULTS: dict[str, str] = {
     "span not in the turn": "words that the named turn does not contain",
 }
 """What may be wrong with an answer, by kind."""
-
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """A turn that causes the emotion, and the words in it that say so."""
-
-    turn: int
-    span: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +74,14 @@ def instruction(labels: Sequence[str]) -> str:
 def turns_text(dialogue: Dialogue, target: int, *, first: int = 1) -> str:
     """The turns from `first` to the target, one per line."""
     shown = dialogue.utterances[first - 1 : target]
-    return "\n".join(
-        ["Dialogue:", *(f"{u.turn} {_one_line(u.speaker)}: {_one_line(u.text)}" for u in shown), ""]
-    )
+    return "\n".join(["Dialogue:", *map(turn_line, shown), ""])
 
 
 def question_text(dialogue: Dialogue, target: int) -> str:
     """What follows the turns. It ends with a line break, so that no tokenizer joins it to the answer."""
     # Behind the turns, not before them: the questions about all targets of a dialogue begin alike, and a model reads
     # what they share once.
-    return f"Target: turn {target}, {_one_line(dialogue.utterances[target - 1].speaker)}\nAnswer:\n"
+    return f"Target: turn {target}, {one_line(dialogue.utterances[target - 1].speaker)}\nAnswer:\n"
 
 
 def prompt(dialogue: Dialogue, target: int, labels: Sequence[str], *, first: int = 1) -> str:
@@ -141,27 +127,16 @@ def parse(text: str, dialogue: Dialogue, target: int, labels: Sequence[str]) -> 
     capitals in an emotion. A span may differ from the turn in white space alone, because questions show a turn on one
     line; it becomes the turn's own characters.
     """
-    nothing = Answer(None)
-    fenced = _FENCED.fullmatch(text.strip())
-    try:
-        decoded = decode_json((fenced[1] if fenced else text).encode("utf-8", "surrogatepass"))
-    except NotJson:
-        return ParsedAnswer(nothing, ("not in the form",))
-    value = decoded.value
-    if (
-        not isinstance(value, dict)
-        or decoded.repeated
-        or value.keys() != {"emotion", "causes"}
-        or not isinstance(value["causes"], list)
-    ):
-        return ParsedAnswer(nothing, ("not in the form",))
+    value = json_object(text, {"emotion", "causes"})
+    if value is None or not isinstance(value["causes"], list):
+        return ParsedAnswer(Answer(None), ("not in the form",))
     faults: list[str] = []
-    emotion = _label(value["emotion"], labels)
+    emotion = known_label(value["emotion"], labels)
     if emotion is None:
         faults.append("unknown emotion")
     causes: dict[int, Cause] = {}
     for item in value["causes"]:
-        found = _cause(item, dialogue, target)
+        found = read_cause(item, dialogue, target)
         if isinstance(found, str):
             faults.append(found)
         elif found.turn in causes:
@@ -178,41 +153,3 @@ def predictions_of(answer: Answer, dialogue: Dialogue, target: int) -> list[Pred
         Prediction(dialogue.id, target, turn, answer.emotion, turn in spans, spans.get(turn, ""))
         for turn in range(1, target + 1)
     ]
-
-
-def _label(value: Any, labels: Sequence[str]) -> str | None:
-    if not isinstance(value, str):
-        return None
-    wanted = value.strip().casefold()
-    return next((label for label in labels if label.casefold() == wanted), None)
-
-
-def _cause(item: Any, dialogue: Dialogue, target: int) -> Cause | str:
-    """A cause of an answer, or the kind of its fault."""
-    if not isinstance(item, dict) or item.keys() != {"turn", "span"}:
-        return "malformed cause"
-    turn, span = item["turn"], item["span"]
-    # Not isinstance: true is an int to Python.
-    if type(turn) is not int or not isinstance(span, str):
-        return "malformed cause"
-    if not 1 <= turn <= len(dialogue.utterances):
-        return "no such turn"
-    if turn > target:
-        return "later turn"
-    if not span.strip():
-        return "empty span"
-    found = _in_turn(span, dialogue.utterances[turn - 1].text)
-    return "span not in the turn" if found is None else Cause(turn, found)
-
-
-def _in_turn(span: str, text: str) -> str | None:
-    """The characters of a turn that a span names, or None if the turn does not contain them."""
-    for candidate in (span, span.strip()):
-        if candidate in text:
-            return candidate
-    found = re.search(r"\s+".join(map(re.escape, span.split())), text)
-    return found[0] if found else None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,9 +1,19 @@
 """`kdecs baseline prompt` and `kdecs baseline answer`. Slow imports stand inside the functions."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+
+from kdecs.endpoint.commands import (
+    Attempts,
+    Concurrency,
+    KeyVariable,
+    Options,
+    PerMinute,
+    Timeout,
+    request_options,
+)
 
 
 def prompt(
@@ -31,9 +41,7 @@ def prompt(
             "predictions, as OUTPUT.answers.jsonl.",
         ),
     ] = None,
-    key_variable: Annotated[
-        str, typer.Option(metavar="NAME", help="Environment variable that holds the server's key.")
-    ] = "OPENAI_API_KEY",
+    key_variable: KeyVariable = "OPENAI_API_KEY",
     targets: Annotated[
         Literal["all", "annotated"],
         typer.Option(
@@ -63,18 +71,11 @@ def prompt(
         float | None, typer.Option(min=0, help="Price of a million answer tokens in dollars, for the cost.")
     ] = None,
     max_answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            metavar="KEY=JSON",
-            help="Further key of each request, such as seed=1; null leaves one out, such as temperature=null.",
-        ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Calls at a time.")] = 4,
-    per_minute: Annotated[float, typer.Option(min=0, help="Most calls per minute; 0: no limit.")] = 0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the server.")] = 60,
-    attempts: Annotated[int, typer.Option(min=1, max=100, help="Attempts per call before it fails.")] = 6,
+    option: Options = None,
+    concurrency: Concurrency = 4,
+    per_minute: PerMinute = 0,
+    timeout: Timeout = 60,
+    attempts: Attempts = 6,
 ) -> None:
     """Ask a chat model behind an OpenAI-compatible server about every target, with one worked example.
 
@@ -92,16 +93,11 @@ def prompt(
         raise typer.BadParameter("--base-url: missing; give the URL of a server, or --replay to ask none")
     if (input_price is None) != (output_price is None):
         raise typer.BadParameter("--input-price and --output-price: give both, or none")
-    options = _options(option or [])
-    from kdecs.baselines.generative.endpoint import (
-        Endpoint,
-        ask_all,
-        check_url,
-        cost_of,
-        plan_few_shot,
-    )
+    options = request_options(option)
+    from kdecs.baselines.generative.endpoint import ask_all, cost_of, plan_few_shot
     from kdecs.baselines.generative.record import AnswerRecord, read_answers
     from kdecs.corpus.reading import read_corpus
+    from kdecs.endpoint.client import Endpoint, check_url
     from kdecs.evaluation.predictions import write_predictions
     from kdecs.output import refuse_inputs
     from kdecs.process import StopSignal, endpoint_key, say
@@ -213,18 +209,3 @@ def _record_place(answers: Path | None, output: Path) -> Path:
     if place.resolve() == output.resolve():
         raise typer.BadParameter("--answers and --output name the same file; give each its own")
     return place
-
-
-def _options(texts: list[str]) -> dict[str, Any]:
-    from kdecs.corpus.checking import NotJson, decode_json
-
-    options: dict[str, Any] = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator or not key or key in ("model", "messages", "stream", "n"):
-            raise typer.BadParameter(f"--option {text}: expected KEY=JSON, such as seed=1")
-        try:
-            options[key] = decode_json(value.encode("utf-8", "surrogateescape")).value
-        except NotJson:
-            raise typer.BadParameter(f"--option {text}: the value is no JSON; put a text in quotes") from None
-    return options

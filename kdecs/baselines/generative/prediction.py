@@ -18,12 +18,12 @@ from kdecs.baselines.generative.record import (
     Outcome,
     Question,
     RecordedAnswer,
-    call_hash,
     read_answers,
 )
 from kdecs.baselines.generative.training import answer_family
 from kdecs.config import CONFIG_NAME, parse_config, read_yaml
 from kdecs.corpus.schema import Dialogue
+from kdecs.endpoint.record import call_hash
 from kdecs.errors import ArtifactError
 from kdecs.process import ProgressBar, StopSignal, refusing
 from kdecs.runtime import Runtime

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from kdecs.baselines.generative.answers import (
     FAULTS,
     Answer,
-    Cause,
     few_shot_prompt,
     gold_answer,
     labels_of,
@@ -21,6 +20,7 @@ from kdecs.baselines.generative.answers import (
 )
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS, Dialogue, Evidence, Utterance
+from kdecs.endpoint.answers import Cause
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import by_pair
 

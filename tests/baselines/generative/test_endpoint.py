@@ -1,4 +1,4 @@
-"""A chat model behind an endpoint, against a local server that fails in every way that servers fail."""
+"""A chat model behind an endpoint is asked about every target, on a local server that fails as servers fail."""
 
 import json
 import re
@@ -6,109 +6,31 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import KEY, Behaviour, ChatServer, completion, running, sends, status
 from support import StopAfter, start_python, wait_until
 from typer.testing import CliRunner
 
 from kdecs.baselines.generative import endpoint as endpoints
 from kdecs.baselines.generative.answers import gold_answer, render
-from kdecs.baselines.generative.endpoint import (
-    Endpoint,
-    FewShot,
-    ask_all,
-    check_url,
-    find_example,
-    plan_few_shot,
-)
+from kdecs.baselines.generative.endpoint import FewShot, ask_all, find_example, plan_few_shot
 from kdecs.baselines.generative.record import AnswerRecord, read_answers
 from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue
-from kdecs.errors import ConfigError, CorpusError, EndpointError, PredictionError, Stopped
+from kdecs.endpoint import client
+from kdecs.endpoint.client import Endpoint
+from kdecs.errors import CorpusError, EndpointError, PredictionError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import by_pair, read_predictions
 from kdecs.process import StopSignal
 
-KEY = "sk-very-secret"
 FEW = 3
-Behaviour = Callable[["Handler", str], None]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers every question with the gold answer, after the faults of `plan`, one per request."""
-
-    daemon_threads = True
-
-    def __init__(self, dialogues: list[Dialogue]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.gold = {d.utterances[0].text: d for d in dialogues}
-        self.faults: list[Behaviour] = []
-        self.always: Callable[[str], Behaviour | None] = lambda prompt: None
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.num_answered: Counter[str] = Counter()
-        self.lock = threading.Lock()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        del request, client_address  # a client that was killed or has given up
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][0]["content"]
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.headers.append(dict(self.headers))
-            fault = self.server.faults.pop(0) if self.server.faults else self.server.always(prompt)
-        if fault is not None:
-            fault(self, prompt)
-            return
-        asked = prompt.rpartition("Dialogue:")[2]
-        first = re.search(r"\n1 [^:]*: (.*)\n", asked)
-        target = re.search(r"Target: turn (\d+)", asked)
-        assert self.path == "/v1/chat/completions" and first and target
-        answer = render(gold_answer(self.server.gold[first[1]], int(target[1])))
-        self.reply(completion(answer))
-        with self.server.lock:
-            self.server.num_answered[prompt] += 1
-
-    def reply(self, data: bytes, *, status: int = 200, length: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        del arguments
-
-
-def completion(text: Any) -> bytes:
-    usage = {"prompt_tokens": 10, "completion_tokens": 3}
-    return json.dumps({"choices": [{"message": {"content": text}}], "usage": usage}).encode()
-
-
-def status(code: int, message: str = "no", **headers: str) -> Behaviour:
-    data = json.dumps({"error": {"message": message}}).encode()
-    return lambda handler, prompt: handler.reply(data, status=code, **headers)
-
-
-def sends(data: bytes, length: int | None = None) -> Behaviour:
-    return lambda handler, prompt: handler.reply(data, length=length)
 
 
 @pytest.fixture(scope="module")
@@ -123,23 +45,29 @@ def training() -> list[Dialogue]:
 
 
 @pytest.fixture
-def server(dialogues: list[Dialogue]) -> Iterator[Server]:
-    with Server(dialogues) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
+def server(dialogues: list[Dialogue]) -> Iterator[ChatServer]:
+    """Answers every question with the gold answer."""
+    gold = {dialogue.utterances[0].text: dialogue for dialogue in dialogues}
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        asked = messages[0]["content"].rpartition("Dialogue:")[2]
+        first = re.search(r"\n1 [^:]*: (.*)\n", asked)
+        target = re.search(r"Target: turn (\d+)", asked)
+        assert first and target
+        return render(gold_answer(gold[first[1]], int(target[1])))
+
+    with running(ChatServer(answer)) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Repeat a failed call at once."""
-    monkeypatch.setattr(endpoints.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: 0.0)
 
 
 @pytest.fixture
-def endpoint(server: Server) -> Endpoint:
+def endpoint(server: ChatServer) -> Endpoint:
     return Endpoint(server.url, "some-model", KEY, timeout_s=30, attempts=4)
 
 
@@ -154,7 +82,7 @@ def record(tmp_path: Path) -> AnswerRecord:
 
 
 def test_every_target_is_asked_once_and_the_gold_answers_score_full_marks(
-    server: Server, endpoint: Endpoint, plan: FewShot, record: AnswerRecord, tmp_path: Path
+    server: ChatServer, endpoint: Endpoint, plan: FewShot, record: AnswerRecord, tmp_path: Path
 ) -> None:
     ask_all(endpoint, plan, record, StopSignal())
     ask_all(endpoint, plan, record, StopSignal())
@@ -177,7 +105,7 @@ def test_every_target_is_asked_once_and_the_gold_answers_score_full_marks(
 
 
 def test_faults_are_repeated_and_never_recorded(
-    server: Server, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
+    server: ChatServer, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
 ) -> None:
     server.faults = [
         status(429, Retry_After="0"),
@@ -214,7 +142,7 @@ def test_a_server_that_answers_nothing_is_not_asked_for_long(
     fault: Behaviour,
     message: str,
     most_requests: int,
-    server: Server,
+    server: ChatServer,
     endpoint: Endpoint,
     plan: FewShot,
     record: AnswerRecord,
@@ -229,7 +157,7 @@ def test_a_server_that_answers_nothing_is_not_asked_for_long(
 
 
 def test_a_call_that_fails_leaves_the_others_alone(
-    server: Server, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
+    server: ChatServer, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
 ) -> None:
     server.always = lambda prompt: status(400, "too long") if prompt == plan.texts[3] else None
     with pytest.raises(EndpointError, match=r"1 calls failed \(HTTP status 400: too long\).*--replay"):
@@ -245,7 +173,7 @@ def test_a_call_that_fails_leaves_the_others_alone(
 
 
 def test_answers_of_any_sort_are_recorded_and_counted(
-    server: Server, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
+    server: ChatServer, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
 ) -> None:
     server.faults = [
         sends(completion("I cannot help with that.")),
@@ -260,7 +188,7 @@ def test_answers_of_any_sort_are_recorded_and_counted(
 
 
 def test_a_stop_keeps_what_was_answered(
-    server: Server, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
+    server: ChatServer, endpoint: Endpoint, plan: FewShot, record: AnswerRecord
 ) -> None:
     with pytest.raises(Stopped, match=r"of \d+ answers are in .*; run the same command again"):
         ask_all(replace(endpoint, concurrency=1), plan, record, StopAfter(5))
@@ -306,28 +234,8 @@ def test_the_example_shows_all_that_an_answer_may_hold(training: list[Dialogue])
         find_example(bare)
 
 
-@pytest.mark.parametrize(
-    "url", ["api.openai.com/v1", "ftp://host/v1", "http://", "http://me:pw@host/v1", "http://host/v1?key=x"]
-)
-def test_a_base_url_holds_no_secret(url: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        check_url(url)
-    assert "pw" not in str(raised.value)
-    assert check_url("http://host/v1/") == "http://host/v1"
-
-
-def test_calls_are_spread_over_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(endpoints.time, "monotonic", lambda: now)
-    pace = endpoints._Pace(30)
-    assert [pace.wait_s() for _ in range(3)] == [0, 2, 4]
-    now = 200.0
-    assert [pace.wait_s(), pace.wait_s()] == [0, 2]
-    assert endpoints._Pace(0).wait_s() == 0
-
-
 def test_the_command_counts_asks_goes_on_after_a_kill_and_replays(
-    server: Server, plan: FewShot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, plan: FewShot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = json.loads(bundled_sample("test").read_text())
     corpus, output = tmp_path / "few.json", tmp_path / "out.jsonl"
