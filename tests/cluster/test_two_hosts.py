@@ -5,18 +5,25 @@ Each scenario prints a line with what it took, for docs/cluster.md: run them wit
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hosts import Hosts, Running
-from support import wait_until
+from support import TESTS, wait_until
 
 from kdecs.artifact import read_manifest
 from kdecs.corpus.reading import bundled_sample
 
+sys.path.append(str(TESTS / "soft_labels"))
+
+from label_directories import read_shard
+
+pytestmark = pytest.mark.timeout(1800)
 LAUNCHER = "cluster/deepspeed_two_nodes.sh"
 LOST_RANK_S = 10
 NUM_STEPS = 88
@@ -278,7 +285,16 @@ def test_two_hosts_export_a_partitioned_teacher(hosts, place, trained, exported)
     config = write_export(place, trained, "partitioned", engine="zero3")
     job = launch(hosts, config, SCRIPT="launch/export_soft_labels.py")
     assert job.wait(900) == 0, job.text()[-3000:]
-    assert shards_of(place / "partitioned") == shards_of(exported)
+    # Not the same bytes: a partitioned head multiplies all of its rows (docs/reference/soft-labels.md).
+    words = tuple(read_manifest(exported, "soft-labels").details["answer_words"])
+    furthest = 0.0
+    for name in sorted(shards_of(exported)):
+        part, whole = (read_shard(output / name, words) for output in (place / "partitioned", exported))
+        assert list(part.pair_hashes) == list(whole.pair_hashes)
+        for values in ("logits", "log_rest_mass"):
+            furthest = max(furthest, float(np.abs(getattr(part, values) - getattr(whole, values)).max()))
+    print(f"\npartitioned teacher: labels at most {furthest:.1e} from those of a whole one")
+    assert furthest < 1e-5
 
 
 @pytest.mark.cluster
