@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from hosts import Hosts
-from slurm import COMMANDS, Slurm
+from slurm import COMMANDS, SECONDS_TO_NOTICE, Slurm
 from support import assert_same_weights, save_tiny_encoder, wait_until
 
 from kdecs.artifact import read_manifest
@@ -267,25 +267,35 @@ def test_a_time_limit_that_is_near_saves_the_state(pipeline: Work, work: Work) -
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("lost_rank_s", [10, 120], ids=["kdecs-first", "Slurm-first"])
+@pytest.mark.parametrize(
+    ("lost_rank_s", "noticed_after_s"),
+    [(10, 300), (120, SECONDS_TO_NOTICE)],
+    ids=["kdecs-first", "Slurm-first"],
+)
 def test_a_node_without_power_costs_the_steps_since_the_last_checkpoint(
-    pipeline: Work, work: Work, lost_rank_s: int
+    pipeline: Work, work: Work, lost_rank_s: int, noticed_after_s: int
 ) -> None:
-    """Either the surviving rank misses the other first, or Slurm its node."""
+    """Either the surviving rank misses the other first, and the job queues itself again, or Slurm misses its node."""
     slurm, hosts = work.slurm, work.slurm.hosts
     job = work.submit(TEACHER, work.teacher_config(lost_rank_s=lost_rank_s))
     wait_until(lambda: work.step >= 15, "the training is under way", 720)
-    hosts.off(2)
-    began, step = time.monotonic(), work.step
-    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", "the job is queued again", 720, poll_s=0.2)
-    print(f"\nnode lost at step {step}, queued again after {time.monotonic() - began:.1f} s")
-    hosts.boot(2)
-    slurm.boot(2)
+    slurm.notice_nodes_after(noticed_after_s)
+    try:
+        hosts.off(2)
+        began, step = time.monotonic(), work.step
+        wait_until(
+            lambda: slurm.job(job)["JobState"] == "PENDING", "the job is queued again", 240, poll_s=0.2
+        )
+        print(f"\nnode lost at step {step}, queued again after {time.monotonic() - began:.1f} s")
+        assert ("can be resumed, and is queued again" in slurm.log(job)) == (lost_rank_s < noticed_after_s)
+    finally:
+        slurm.notice_nodes_after(SECONDS_TO_NOTICE)
+        hosts.boot(2)
+        slurm.boot(2)
     slurm.wait(job)
     resumed = int(re.search(r"resumed at step (\d+)", slurm.log(job))[1])
-    print(
-        f"resumed at step {resumed}, complete {time.monotonic() - began:.1f} s after the loss\n{slurm.log(job)}"
-    )
+    took = time.monotonic() - began
+    print(f"resumed at step {resumed}, complete {took:.1f} s after the loss\n{slurm.log(job)}")
     assert resumed >= step - 11
     assert_same_weights(pipeline.teacher, work.teacher)
 
