@@ -13,7 +13,6 @@ from kdecs.baselines.generative import commands as generative_commands
 from kdecs.corpus import commands as corpus_commands
 from kdecs.errors import EXIT_STOPPED
 from kdecs.evaluation import commands as evaluation_commands
-from kdecs.mrc import commands as mrc_commands
 from kdecs.process import exit_code_of, open_standard_streams
 from kdecs.serve import commands as serve_commands
 from kdecs.soft_labels import commands as soft_label_commands
@@ -37,7 +36,7 @@ app.add_typer(teacher_commands.app, name="teacher")
 app.add_typer(student_commands.app, name="student")
 app.command("predict")(student_commands.predict)
 app.command("serve")(serve_commands.serve)
-app.command("predict-mrc")(mrc_commands.predict_mrc)
+app.command("predict-mrc")(baseline_commands.predict)  # its older name
 app.add_typer(baseline_commands.app, name="baseline")
 baseline_commands.app.command("answer")(generative_commands.answer)
 baseline_commands.app.command("prompt")(generative_commands.prompt)

@@ -228,17 +228,18 @@ def has_key(model: type[Config], key: str) -> bool:
     return bool(_types_at(model, key))
 
 
-def find_config(stage: str, reference: str | Path) -> Path:
+def find_config(stage: str, reference: str | Path, prefix: str = "") -> Path:
     """The file that a reference names: a path, or a committed config as NAME (of this stage) or STAGE/NAME.
 
-    An existing file comes first. Raises ConfigError, one line, with the names of the stage's committed configs.
+    An existing file comes first, and then the stage's config whose name is the reference after `prefix`.
+    Raises ConfigError, one line, with the names of the stage's committed configs.
     """
     path = Path(reference).expanduser()
     # A missing file is reported as a missing file, by its reader, not as an unknown name.
     if path.is_file() or path.suffix in (".yaml", ".yml", ".json"):
         return path
-    for place in (COMMITTED / stage / f"{reference}.yaml", COMMITTED / f"{reference}.yaml"):
-        if place.is_file():
+    for name in (f"{stage}/{prefix}{reference}", f"{stage}/{reference}", reference):
+        if (place := COMMITTED / f"{name}.yaml").is_file():
             return place
     names = ", ".join(sorted(file.stem for file in (COMMITTED / stage).glob("*.yaml")))
     raise ConfigError(

@@ -93,13 +93,23 @@ def is_main_rank() -> bool:
     return launched_rank()[0] == 0
 
 
-def stage_config(model: type[AnyConfig], stage: str, description: str, examples: str) -> AnyConfig:
+def stage_config(
+    model: type[AnyConfig] | Callable[[Path, list[str]], type[AnyConfig]],
+    stage: str,
+    description: str,
+    examples: str,
+    prefix: str = "",
+) -> AnyConfig:
     """The resolved config of an entry that takes `--config CONFIG [--set KEY=VALUE …]` alone.
 
+    `model` may be a function that finds the type of the config by its file and the overrides. Names of committed
+    configs may lack `prefix`.
     Raises ConfigError, and OutputError if the config would write over what it reads.
     """
     arguments = stage_parser(stage, description, examples).parse_args()
-    config = load_config(model, find_config(stage, arguments.config), arguments.overrides)
+    path = find_config(stage, arguments.config, prefix)
+    kind: type[AnyConfig] = model if isinstance(model, type) else model(path, arguments.overrides)
+    config = load_config(kind, path, arguments.overrides)
     refuse_overlaps(config)
     return config
 

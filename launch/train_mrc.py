@@ -1,7 +1,9 @@
-"""The door of a checkout to `kdecs.launch.train_mrc`."""
+"""The door of a checkout to `kdecs.launch.train_baseline` for the MRC baseline: `minilm` is the config mrc-minilm."""
 
-from kdecs.launch.train_mrc import main
+import functools
+
+from kdecs.launch.train_baseline import main
 from kdecs.process import run_entry
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(functools.partial(main, is_mrc=True))

@@ -9,7 +9,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from kdecs.baselines.config import BaselineConfig
+from kdecs.baselines.config import BaselineConfig, MrcConfig, type_of_config
 from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.cli import app
 from kdecs.config import (
@@ -26,7 +26,6 @@ from kdecs.config import (
 )
 from kdecs.demo.config import BaseModelConfig
 from kdecs.errors import ConfigError
-from kdecs.mrc.config import MrcConfig
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.derive.config import CrossFitConfig
 from kdecs.student.config import StudentConfig
@@ -201,7 +200,7 @@ STAGES = {
     "teacher/llama-7b": TeacherConfig,
     "export/llama-7b": ExportConfig,
     "student/kd": StudentConfig,
-    "mrc/roberta-base": MrcConfig,
+    "baseline/mrc-roberta-base": MrcConfig,
     "baseline/kec": BaselineConfig,
     "generative/llama-7b": GenerativeConfig,
     "cross_fit/tiny": CrossFitConfig,
@@ -432,6 +431,8 @@ def test_hash_names_a_missing_input_and_its_key(values: dict[str, Any], tmp_path
 
 def _model_of(path: Path) -> type[Config] | None:
     folder = path.parent.name
+    if folder == "baseline":
+        return type_of_config(path, [])
     if folder == "demo" and path.parent.parent.name == "configs":
         kinds = {"base": BaseModelConfig, "teacher": TeacherConfig, "export": ExportConfig}
         return kinds[path.stem.split("_")[0]]
@@ -440,8 +441,6 @@ def _model_of(path: Path) -> type[Config] | None:
         "export": ExportConfig,
         "student": StudentConfig,
         "spaces": SweepConfig,
-        "mrc": MrcConfig,
-        "baseline": BaselineConfig,
         "generative": GenerativeConfig,
         "cross_fit": CrossFitConfig,
     }
@@ -465,9 +464,29 @@ def test_a_config_is_a_file_first_and_then_a_committed_name(tmp_path: Path, monk
     assert find_config("student", "kd") == Path("kd")
     assert find_config("student", "missing.yaml") == Path("missing.yaml"), "reading it says what is wrong"
     with pytest.raises(
-        ConfigError, match=r"nothing: .* no config of this name; .* for mrc: minilm, roberta-base"
+        ConfigError, match=r"nothing: .* no config of this name; .* for export: coarse-to-fine, llama-13b"
     ):
-        find_config("mrc", "nothing")
+        find_config("export", "nothing")
+
+
+def test_a_baselines_config_is_of_the_kind_that_its_system_says(tmp_path: Path, root: Path) -> None:
+    path = find_config("baseline", "minilm", "mrc-")
+    assert path == COMMITTED / "baseline" / "mrc-minilm.yaml"
+    assert find_config("baseline", "kec", "mrc-") == COMMITTED / "baseline" / "kec.yaml"
+    config = load_config(type_of_config(path, []), path)
+    assert isinstance(config, MrcConfig) and config.system_name == "mrc"
+    # A config from before the key `system` is the same work.
+    old = tmp_path / "old.yaml"
+    old.write_text(path.read_text().replace("system: mrc\n", ""))
+    assert load_config(MrcConfig, old) == config
+    place = f"corpus={{train: {path}, valid: {path}, test: null}}"
+    assert "system" not in _hash_view(load_config(MrcConfig, path, [place, "model.base=roberta-base"]))
+    assert type_of_config(old, []) is BaselineConfig
+    for text in ("system=mrc", "system={name: mrc}"):
+        assert load_config(type_of_config(old, [text]), old, [text]) == config
+    assert type_of_config(path, ["system=kec"]) is BaselineConfig
+    with pytest.raises(ConfigError, match=r"system: found 'mrk': expected .*'ueca-prompt' or 'mrc'"):
+        load_config(type_of_config(old, ["system=mrk"]), old, ["system=mrk"])
 
 
 def test_kdecs_configs_lists_and_prints(root: Path) -> None:
@@ -475,8 +494,10 @@ def test_kdecs_configs_lists_and_prints(root: Path) -> None:
         return CliRunner().invoke(app, ["configs", *arguments])
 
     assert "student/kd\n" in run().output
-    assert set(run("mrc").output.split()) == {"mrc/minilm", "mrc/roberta-base", "mrc/spanbert"}
-    assert run("mrc/minilm").output == (root / "kdecs/configs/mrc/minilm.yaml").read_text()
-    for name in ("nothing", "mrc/nothing"):
+    assert set(run("cross_fit").output.split()) == {"cross_fit/llama-7b", "cross_fit/tiny"}
+    assert {"baseline/kec", "baseline/mrc-minilm"} <= set(run("baseline").output.split())
+    printed = run("baseline/mrc-minilm").output
+    assert printed == (root / "kdecs/configs/baseline/mrc-minilm.yaml").read_text()
+    for name in ("nothing", "baseline/nothing"):
         refusal = run(name).exception
         assert isinstance(refusal, ConfigError) and name in str(refusal)

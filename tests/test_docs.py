@@ -22,7 +22,7 @@ from support import save_tiny_encoder
 from typer.core import TyperGroup
 
 from kdecs import cli
-from kdecs.baselines.config import BaselineConfig
+from kdecs.baselines.config import BaselineConfig, MrcConfig, baseline_type
 from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.config import (
     COMMITTED,
@@ -39,7 +39,6 @@ from kdecs.config import (
 from kdecs.corpus.reading import find_faults
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.demo.config import BaseModelConfig
-from kdecs.mrc.config import MrcConfig
 from kdecs.runtime import Runtime
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.derive.config import CrossFitConfig
@@ -59,7 +58,6 @@ STAGES: dict[str, tuple[type[Config], str]] = {
     "export_soft_labels": (ExportConfig, "export"),
     "cross_fit": (CrossFitConfig, "cross_fit"),
     "train_student": (StudentConfig, "student"),
-    "train_mrc": (MrcConfig, "mrc"),
     "train_baseline": (BaselineConfig, "baseline"),
     "train_generative": (GenerativeConfig, "generative"),
     "pretrain_base": (BaseModelConfig, "demo"),
@@ -251,7 +249,7 @@ def check_stage(program: str, arguments: list[str], *, is_module: bool, whole: b
     for override in parsed.overrides:
         key, _, text = override.partition("=")
         set_dotted(values, key, yaml.safe_load(text))
-    parse_config(model, values, source="the command")
+    parse_config(baseline_type(values) if folder == "baseline" else model, values, source="the command")
 
 
 def parse_only(main: Any, arguments: list[str]) -> argparse.Namespace:

@@ -74,7 +74,7 @@ def test_committed_configs_are_listed_and_printed(installed: Installed) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", ["train_student", "train_teacher", "train_mrc", "export_soft_labels", "cross_fit"]
+    "entry", ["train_student", "train_teacher", "train_baseline", "export_soft_labels", "cross_fit"]
 )
 def test_a_name_that_is_not_there_lists_those_that_are(installed: Installed, entry: str) -> None:
     done = installed.run(sys.executable, "-m", f"kdecs.launch.{entry}", "--config", "nothing")

@@ -98,7 +98,6 @@ def test_a_sweep_may_hold_its_teachers_but_not_among_its_trials(places):
         ("train_student", {"output": ".", "cache": "/nowhere"}),
         ("train_student", {"output": "out", "cache": "base/onnx"}),
         ("train_teacher", {"output": "base"}),
-        ("train_mrc", {"output": "base/onnx"}),
         ("train_baseline", {"output": "base/onnx"}),
         ("export_soft_labels", {"output": "also-base/labels", "teacher": "base"}),
         ("cross_fit", {"output": "out", "work": "base/onnx"}),
@@ -108,7 +107,6 @@ def test_a_sweep_may_hold_its_teachers_but_not_among_its_trials(places):
 def test_each_stage_refuses_to_write_where_it_reads(places, monkeypatch, entry, values):
     """Before anything else: the base here is no model at all."""
     configs = {
-        "train_mrc": "minilm",
         "train_baseline": "kec",
         "export_soft_labels": "smollm2-135m",
         "cross_fit": "tiny",

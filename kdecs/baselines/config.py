@@ -1,8 +1,11 @@
-"""The config of the baselines of Table 4 (`kdecs.launch.train_baseline`), and the card of their product. No torch.
+"""The configs of the baselines of Table 4 (`kdecs.launch.train_baseline`), and the card of a product. No torch.
 
-Each system has its own settings, told apart by `system.name`. `system: kec` alone takes all defaults of that system.
+`system` says which baseline a config trains: `mrc` makes it an `MrcConfig`, the other systems share `BaselineConfig`.
+Each of these has its own settings, told apart by `system.name`; `system: kec` alone takes all defaults of that system.
 """
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,12 +19,21 @@ from kdecs.config import (
     OutputPath,
     Threads,
     Unhashed,
+    read_yaml,
+    set_dotted,
+    value_of_text,
 )
 from kdecs.corpus.splits import CorpusConfig
+from kdecs.student.config import StudentBatches
 from kdecs.tracking.record import TrackingConfig
 
 BASELINE_VERSION = 1
 """Version of how the baselines read a dialogue: part of the config hash and of a product's card."""
+QUESTION_VERSION = 2
+"""Version of the MRC question's wording and the context's layout: part of the config hash and of a product.
+
+2: the wording of RECCON's released questions, whose utterances end without an added full stop.
+"""
 CARD_NAME = "baseline.json"
 Task = Literal["ecspe", "ecpe"]
 _Size = Annotated[int, Field(ge=1, le=4096)]
@@ -90,6 +102,7 @@ class UecaPrompt(Config):
 
 
 SystemConfig = Annotated[Ecpe2d | Kec | Mgsag | UecaPrompt, Field(discriminator="name")]
+_SYSTEMS = tuple(each.model_fields["name"].default for each in (Ecpe2d, Kec, Mgsag, UecaPrompt))
 
 
 class BaselineModelConfig(Config):
@@ -110,13 +123,30 @@ class DialogueBatches(Config):
     evaluation_batch_tokens: Annotated[int, Unhashed()] = Field(default=8192, ge=32)
 
 
-class BaselineConfig(Config):
+class _Training(Config):
+    """What the training of every baseline has."""
+
+    output: OutputPath
+    corpus: CorpusConfig
+    precision: Literal["float32", "bfloat16"] = "float32"
+    patience_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop after this many epochs without improvement; with optimization.steps an epoch is the time "
+        "between two validations",
+    )
+    tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
+        default=None, description="MLflow; null: write only metrics.jsonl. A sweep has its own"
+    )
+    threads: Threads = 0
+
+
+class BaselineConfig(_Training):
     """Joint training of emotions, emotion-cause pairs and spans with a system of Table 4."""
 
     method_versions: ClassVar[dict[str, int]] = {"baseline": BASELINE_VERSION}
+    kind: ClassVar[Literal["baseline"]] = "baseline"
     name: Name = "baseline"
-    output: OutputPath
-    corpus: CorpusConfig
     system: SystemConfig
     task: Task = Field(
         default="ecspe",
@@ -132,10 +162,6 @@ class BaselineConfig(Config):
         gt=0,
         description="learning rate of what stands on the encoder, as a multiple of the encoder's",
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
-    patience_epochs: int | None = Field(
-        default=None, ge=1, description="stop after this many epochs without improvement"
-    )
     neutral_decision: Literal["argmax", "balanced", "macro_f1"] = Field(
         default="argmax", description="how a target is found neutral: as for a student"
     )
@@ -143,14 +169,17 @@ class BaselineConfig(Config):
         default="span",
         description="the macro F1 that the threshold of causes maximises, as for a student (task ecpe: utterance)",
     )
-    tracking: Annotated[TrackingConfig | None, Unhashed()] = Field(
-        default=None, description="MLflow; null: write only metrics.jsonl. A sweep has its own"
-    )
-    threads: Threads = 0
+
+    @property
+    def system_name(self) -> str:
+        """The name of the system."""
+        return self.system.name
 
     @field_validator("system", mode="before")
     @classmethod
     def _system_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in _SYSTEMS:
+            raise ValueError(f"expected {', '.join(map(repr, _SYSTEMS))} or 'mrc'")
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -158,6 +187,70 @@ class BaselineConfig(Config):
         if self.system.name == "ueca-prompt" and self.task != "ecpe":
             raise ValueError("system ueca-prompt finds utterances, not spans; set task: ecpe")
         return self
+
+
+class MrcModel(Config):
+    """An encoder with a question-answering head."""
+
+    base: ModelReference
+    max_tokens: int = Field(default=512, ge=48, description="question and context together")
+    answer_within: Literal["context", "candidate"] = Field(
+        default="context",
+        description="context: anywhere in the conversation, as in RECCON's released setup; candidate: only in the "
+        "evidence utterance that the question names",
+    )
+
+
+class MrcConfig(_Training):
+    """RECCON's question-answering baseline: SQuAD 2.0 with impossible questions."""
+
+    method_versions: ClassVar[dict[str, int]] = {"question": QUESTION_VERSION}
+    kind: ClassVar[Literal["mrc"]] = "mrc"
+    name: Name = "mrc"
+    # Unhashed: the hash holds the name of the class, and configs from before this key stay the same work.
+    system: Annotated[Literal["mrc"], Unhashed()] = "mrc"
+    model: MrcModel
+    batches: StudentBatches = StudentBatches()
+    optimization: BudgetedOptimization = BudgetedOptimization(
+        learning_rate=1e-5, weight_decay=0.01, epochs=12
+    )
+    negative_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the impossible questions to train on, drawn once by seed",
+    )
+
+    @property
+    def system_name(self) -> str:
+        """The name of the system."""
+        return self.system
+
+    @field_validator("system", mode="before")
+    @classmethod
+    def _system_by_name(cls, value: Any) -> Any:
+        return value["name"] if isinstance(value, dict) and value.keys() == {"name"} else value
+
+
+AnyBaseline = BaselineConfig | MrcConfig
+
+
+def baseline_type(values: Mapping[str, Any]) -> type[AnyBaseline]:
+    """The type of the config that has these values, by their `system`."""
+    system = values.get("system")
+    name = system.get("name") if isinstance(system, dict) else system
+    return MrcConfig if name == MrcConfig.kind else BaselineConfig
+
+
+def type_of_config(path: Path, overrides: Iterable[str]) -> type[AnyBaseline]:
+    """The type of the config that a file and the overrides of a command line describe. Raises ConfigError."""
+    values = read_yaml(path)
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key == "system":
+            value = value_of_text(BaselineConfig, key, text, source=f"--set {override}")
+            set_dotted(values, key, value, BaselineConfig)
+    return baseline_type(values)
 
 
 class BaselineCard(BaseModel):

@@ -21,13 +21,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kdecs.artifact import atomic_path, read_record, read_verified_manifest, write_json
+from kdecs.artifact import atomic_path, read_manifest, read_record, read_verified_manifest, write_json
 from kdecs.baselines.config import BASELINE_VERSION, CARD_NAME, BaselineCard, Ecpe2d, Kec, Mgsag
 from kdecs.baselines.dialogues import DialogueEncoder, EncodedDialogue, moved, pair_places
 from kdecs.baselines.ecpe_2d import Ecpe2dModel
 from kdecs.baselines.kec import KecModel, Knowledge, read_knowledge
 from kdecs.baselines.mgsag import MgsagModel
 from kdecs.baselines.model import BaselineModel
+from kdecs.baselines.mrc.prediction import Emotions, MrcBaseline
 from kdecs.baselines.ueca_prompt import UecaModel
 from kdecs.corpus.pairs import Pair, candidate_pairs, pairs_of
 from kdecs.corpus.schema import Corpus, Dialogue
@@ -179,6 +180,31 @@ class Baseline:
             PairPrediction(prediction, float(score), place if prediction.is_cause else None)
             for prediction, score, place in zip(decided, scores.cause_P, ranges, strict=True)
         ]
+
+
+def open_baseline(
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+    knowledge: Path | None = None,
+    emotions: Emotions | None = None,
+) -> Baseline | MrcBaseline:
+    """Load a directory of kind baseline or mrc.
+
+    Raises what the `from_pretrained` of both raises, and ArtifactError for what the system does not take.
+    """
+    if read_manifest(directory, "baseline", "mrc").kind == "baseline":
+        if emotions is not None:
+            raise ArtifactError(
+                f"{directory}: this baseline predicts the emotions itself, and only MRC takes others; leave out "
+                "--emotions"
+            )
+        return Baseline.from_pretrained(directory, device=device, knowledge=knowledge)
+    if knowledge is not None:
+        raise ArtifactError(
+            f"{directory}: the MRC baseline uses no commonsense knowledge; leave out --knowledge"
+        )
+    return MrcBaseline.from_pretrained(directory, device=device, emotions=emotions)
 
 
 Encoded = dict[int, EncodedDialogue]

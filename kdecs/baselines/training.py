@@ -1,10 +1,9 @@
-"""Training a baseline of Table 4 on one device, with exact resume (kdecs.training.loop).
+"""Training a baseline on one device, with exact resume (kdecs.training.loop).
 
-The rows of the loop are dialogues: each passes the encoder once for all of its pairs. The best epoch by macro F1 on the
-validation split becomes the product (kdecs.baselines.prediction).
+The best epoch by macro F1 on the validation split becomes the product, a directory of kind baseline
+(kdecs.baselines.prediction) or mrc (kdecs.baselines.mrc.model).
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from kdecs.artifact import MANIFEST_NAME, check_output, is_complete, write_manifest
-from kdecs.baselines.config import BASELINE_VERSION, BaselineCard, BaselineConfig, Kec
+from kdecs.baselines.config import BASELINE_VERSION, AnyBaseline, BaselineCard, BaselineConfig, Kec, MrcConfig
 from kdecs.baselines.dialogues import (
     DialogueEncoder,
     TrainingDialogue,
@@ -23,6 +22,7 @@ from kdecs.baselines.dialogues import (
     training_dialogue,
 )
 from kdecs.baselines.kec import read_knowledge
+from kdecs.baselines.mrc.task import MrcTask
 from kdecs.baselines.prediction import (
     BASELINE_NAMES,
     build_model,
@@ -31,6 +31,7 @@ from kdecs.baselines.prediction import (
     score_pairs,
     span_texts,
 )
+from kdecs.baselines.task import BaselineTask
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.splits import read_split, require_causes, training_split, warn_of_shared_texts
@@ -54,14 +55,12 @@ from kdecs.student.training import scores_line
 from kdecs.tracking.datasets import corpus_datasets
 from kdecs.tracking.record import METRICS_NAME, RunRecord
 from kdecs.tracking.stage import stage_record
-from kdecs.training.checkpoint import TrainState, install_best, remove_checkpoint
-from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
-
-TRAIN_UNIVERSE = "all"  # the pairs of every target whose causes are known
+from kdecs.training.checkpoint import install_best, remove_checkpoint
+from kdecs.training.loop import EpochLoop, Ints, LoopSettings, Metrics, adamw
 
 
 def train_baseline(
-    config: BaselineConfig,
+    config: AnyBaseline,
     runtime: Runtime,
     *,
     on_epoch: Callable[[Metrics], None] | None = None,
@@ -78,53 +77,44 @@ def train_baseline(
             f"a baseline trains on one device, found {runtime.world_size} ranks; start it with plain python"
         )
     digest = config_hash(config)
-    if is_complete(config.output, "baseline", digest):
+    if is_complete(config.output, config.kind, digest):
         remove_checkpoint(config.output)  # of a start that was killed right after it wrote the manifest
         print(f"{config.output}: baseline complete, skipped", flush=True)
         return config.output
-    check_output(config.output, "baseline", digest, can_repair=True)
+    check_output(config.output, config.kind, digest, can_repair=True)
     warn_of_emulation(runtime, config.precision, "precision")
-    task = BaselineTask(config, runtime)
+    task: BaselineTask
+    task = MrcTask(config, runtime) if isinstance(config, MrcConfig) else JointTask(config, runtime)
     settings = LoopSettings(
         output=config.output,
         config_hash=digest,
-        rows=np.arange(len(task.train)),
-        num_tokens=np.array([item.encoded.num_tokens for item in task.train]),
-        batch_size=config.batches.global_batch_dialogues,
+        rows=np.arange(len(task.num_tokens)),
+        num_tokens=task.num_tokens,
+        batch_size=task.batch_size,
         bucket_batches=config.batches.bucket_batches,
         optimization=config.optimization,
         patience_epochs=config.patience_epochs,
-        unit="dialogue",
+        unit=task.unit,
     )
     loop = EpochLoop(task, settings, runtime, stop or StopSignal(), on_epoch)
     warn_of_shared_texts(config.corpus)
     # Only now: the loop has refused a checkpoint of another config, whose config.json must stay as it is.
     (config.output / MANIFEST_NAME).unlink(missing_ok=True)
     write_config(config, config.output)
-    num_cut = sum(item.encoded.num_truncated for item in task.train)
-    cut = f" ({num_cut} utterances cut to {task.encoder.max_tokens} tokens)" if num_cut else ""
-    num_pairs = sum(len(item.places_P2) for item in task.train)
-    best = loop.run(f"{num_pairs} pairs of {len(task.train)} dialogues{cut}")
-    install_best(config.output, loop.state.best_epoch, BASELINE_NAMES)
-    finish_baseline(
-        config,
-        digest,
-        {
-            # Without the clock and the speed: the manifest of the same work should be the same.
-            "valid": {k: v for k, v in best.items() if k not in ("time", "train_pairs_per_s")},
-            "threshold": best["threshold"],
-            "emotions": task.card.emotions,
-            "num_pairs": num_pairs,
-            "num_cut": num_cut,
-            "epochs": loop.state.epoch,
-            "system": config.system.name,
-            "task": config.task,
-        },
-    )
+    best = loop.run(task.what)
+    install_best(config.output, loop.state.best_epoch, task.files)
+    details = {
+        # Without the clock and the speed: the manifest of the same work should be the same.
+        "valid": {k: v for k, v in best.items() if k not in ("time", "train_pairs_per_s")},
+        "threshold": best["threshold"],
+        "epochs": loop.state.epoch,
+        **task.details,
+    }
+    finish_baseline(config, digest, task.files, details)
     # Last: until the manifest is written, a second run finishes the move from the checkpoint.
     remove_checkpoint(config.output)
     print(
-        f"{config.output}: baseline {config.system.name} of epoch {loop.state.best_epoch}: "
+        f"{config.output}: baseline {config.system_name} of epoch {loop.state.best_epoch}: "
         f"valid {scores_line(best, task.criterion)}, threshold {best['threshold']:.3f}",
         flush=True,
     )
@@ -133,24 +123,32 @@ def train_baseline(
     return config.output
 
 
-def baseline_record(config: BaselineConfig) -> RunRecord:
+def baseline_record(config: AnyBaseline) -> RunRecord:
     """What MLflow shows of a training that is no trial of a sweep, as its files are now."""
-    datasets = corpus_datasets(config.corpus, universe=TRAIN_UNIVERSE)
+    # The systems that predict emotions learn from the pairs of every target whose causes are known.
+    universe = "fold1" if isinstance(config, MrcConfig) else "all"
     return stage_record(
         config,
-        "baseline",
+        config.kind,
         output=config.output,
         name=config.name,
         config_hash=config_hash(config),
-        datasets=datasets,
+        datasets=corpus_datasets(config.corpus, universe=universe),
     )
 
 
-class BaselineTask:
-    """One baseline in training, as the loop needs it: model, data, optimizer, and what the last validation chose."""
+class JointTask(BaselineTask):
+    """A system that predicts emotions, pairs and spans together.
+
+    Its rows are dialogues: each passes the encoder once for all of its pairs.
+    """
+
+    unit = "dialogue"
+    files = BASELINE_NAMES
 
     def __init__(self, config: BaselineConfig, runtime: Runtime) -> None:
-        self.config, self.device = config, runtime.device
+        super().__init__(runtime)
+        self.config = config
         self.level: Level = config.threshold_for if config.task == "ecspe" else "utterance"
         self.criterion = "macro_f1" if config.task == "ecspe" else "utterance_macro_f1"
         seed_everything(config.optimization.seed)
@@ -185,7 +183,7 @@ class BaselineTask:
             threshold=DEFAULT_THRESHOLD,
         )
         self.model = build_model(language_model, self.tokenizer, self.card, knowledge).to(runtime.device)
-        self.no_sums = torch.zeros(1 + len(self.model.parts), dtype=torch.float64, device=runtime.device)
+        self.parts = self.model.parts
         self.optimizer = adamw(
             self.model,
             config.optimization,
@@ -193,22 +191,34 @@ class BaselineTask:
             head_rate_factor=config.head_rate_factor,
         )
         self.predictions: list[Prediction] = []
+        self.num_tokens = np.array([item.encoded.num_tokens for item in self.train])
+        self.batch_size = config.batches.global_batch_dialogues
+        num_pairs = sum(len(item.places_P2) for item in self.train)
+        self.pairs_per_row = num_pairs / len(self.train)
+        num_cut = sum(item.encoded.num_truncated for item in self.train)
+        cut = f" ({num_cut} utterances cut to {max_tokens} tokens)" if num_cut else ""
+        self.what = f"{num_pairs} pairs of {len(self.train)} dialogues{cut}"
+        self.details = {
+            "emotions": self.card.emotions,
+            "num_pairs": num_pairs,
+            "num_cut": num_cut,
+            "system": config.system_name,
+            "task": config.task,
+        }
 
-    def loss(self, rows_B: Ints, weights_B: Floats, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the system's losses on a batch of dialogues, and with its parts as sums over the dialogues."""
-        del weights_B  # one rank: no row only pads a share
+    def losses(self, rows_B: Ints) -> list[torch.Tensor]:
+        """The system's losses on some dialogues."""
+        device = self.runtime.device
         dialogues = [self.train[row] for row in rows_B]
         pairs_P3, spanned_P, labels = batch_labels(dialogues)
         inputs = self.model.inputs([item.encoded for item in dialogues], pairs_P3, self.encoder)
-        inputs, pairs_P3, spanned_P, labels = moved((inputs, pairs_P3, spanned_P, labels), self.device)
-        with autocast(self.device, self.config.precision):
+        inputs, pairs_P3, spanned_P, labels = moved((inputs, pairs_P3, spanned_P, labels), device)
+        with autocast(device, self.config.precision):
             output = self.model(inputs, pairs_P3, spanned_P)
-        parts = torch.stack(self.model.losses(output, labels, spanned_P))
-        loss = parts.sum()
-        return loss, torch.cat((loss[None], parts)).detach().double() * count
+        return self.model.losses(output, labels, spanned_P)
 
-    def validate(self, state: TrainState, num_rows: int) -> Metrics:
-        """Choose threshold and neutral offset on the validation split as a student does, and score it with them."""
+    def score(self) -> Metrics:
+        """With the threshold and the neutral offset that a student would choose."""
         config, pairs, emotions = self.config, self.valid_pairs, self.card.emotions
         scores, ranges = score_pairs(
             self.model,
@@ -216,7 +226,7 @@ class BaselineTask:
             self.valid_encoded,
             pairs,
             num_emotions=len(emotions),
-            device=self.device,
+            device=self.runtime.device,
             batch_tokens=config.batches.evaluation_batch_tokens,
         )
         spans = span_texts(pairs, ranges)
@@ -227,55 +237,41 @@ class BaselineTask:
             pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold
         )
         found = evaluate(self.valid_corpus, {p.key: p for p in self.predictions}, universe="fold1")
-        loss, *parts = (state.sums / num_rows).tolist()
-        # Per pass over the dialogues, of which an epoch may be a part or several.
-        num_pairs = sum(len(item.places_P2) for item in self.train) * num_rows / len(self.train)
-        return {
-            "epoch": state.epoch + 1,
-            "step": state.step,
-            "time": time.time(),
-            "train_loss": loss,
-            **{f"train_{name}_loss": value for name, value in zip(self.model.parts, parts, strict=True)},
-            "train_pairs_per_s": num_pairs / max(state.seconds, 1e-9),
-            "threshold": threshold,
-            "neutral_offset": offset,
-            **found.values,
-        }
+        return {"threshold": threshold, "neutral_offset": offset, **found.values}
 
     def save(self, folder: Path) -> None:
         """Write weights, tokenizer, card with the chosen decision, and the predictions that chose it."""
         save_baseline(folder, self.model, self.tokenizer, self.card)
         write_predictions(folder / VALIDATION_NAME, self.predictions)
 
-    def line(self, metrics: Metrics) -> str:
-        """What the terminal shows of an epoch."""
-        return (
-            f"epoch {metrics['epoch']}: loss {metrics['train_loss']:.4f}, "
-            f"valid {scores_line(metrics, self.criterion)}, {metrics['train_pairs_per_s']:.0f} pairs/s"
-        )
 
-
-def finish_baseline(config: BaselineConfig, digest: str, details: dict[str, Any]) -> None:
+def finish_baseline(
+    config: AnyBaseline, digest: str, names: tuple[str, ...], details: dict[str, Any]
+) -> None:
     """Write the manifest over all files, which makes the directory complete."""
-    knowledge = config.system.knowledge if isinstance(config.system, Kec) else None
+    system = config.system
     files = [
         path.relative_to(config.output).as_posix()
-        for name in BASELINE_NAMES
+        for name in names
         for path in sorted([config.output / name, *(config.output / name).rglob("*")])
         if path.is_file()
     ]
-    tables = (METRICS_NAME, VALIDATION_NAME)
+    files += [CONFIG_NAME, METRICS_NAME]
     write_manifest(
         config.output,
-        "baseline",
+        config.kind,
         config_hash=digest,
         inputs=input_checksums(
             train=config.corpus.train,
             valid=config.corpus.valid,
             base=config.model.base,
-            knowledge=knowledge,
+            knowledge=system.knowledge if isinstance(system, Kec) else None,
         ),
-        files=[*files, CONFIG_NAME, METRICS_NAME],
-        rows={name: len((config.output / name).read_bytes().splitlines()) for name in tables},
+        files=files,
+        rows={
+            name: len((config.output / name).read_bytes().splitlines())
+            for name in files
+            if name.endswith(".jsonl")
+        },
         details=details,
     )

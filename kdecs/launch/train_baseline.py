@@ -1,9 +1,9 @@
-"""Train a system of Table 4 (ECPE-2D, MGSAG, KEC or UECA-Prompt). The same command resumes after any stop."""
+"""Train a system of Table 4 (MRC, ECPE-2D, MGSAG, KEC or UECA-Prompt). The same command resumes after any stop."""
 
 import functools
 
 from kdecs.artifact import is_complete
-from kdecs.baselines.config import BaselineConfig
+from kdecs.baselines.config import MrcConfig, type_of_config
 from kdecs.config import config_hash
 from kdecs.process import run_entry, say_skipped, stage_config
 
@@ -11,12 +11,20 @@ EXAMPLES = """\
   python -m kdecs.launch.train_baseline --config ecpe-2d
   python -m kdecs.launch.train_baseline --config kec --set optimization.seed=1
   python -m kdecs.launch.train_baseline --config minilm --set system=mgsag
+  python -m kdecs.launch.train_baseline --config mrc-roberta-base
 """
 
 
-def main() -> None:
-    config = stage_config(BaselineConfig, "baseline", str(__doc__), EXAMPLES)
-    if is_complete(config.output, "baseline", config_hash(config)):
+def main(*, is_mrc: bool = False) -> None:
+    """Run the entry. `is_mrc`: for the MRC baseline alone, whose configs may be named without `mrc-`."""
+    config = stage_config(
+        MrcConfig if is_mrc else type_of_config,
+        "baseline",
+        str(__doc__),
+        EXAMPLES,
+        prefix="mrc-" if is_mrc else "",
+    )
+    if is_complete(config.output, config.kind, config_hash(config)):
         say_skipped(f"baseline {config.name}: complete at {config.output}, skipped")
         return
     # torch takes seconds to import, so it waits until there is work.

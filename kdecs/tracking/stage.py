@@ -32,7 +32,7 @@ _ENTRIES: dict[Kind, str] = {
     "teacher": "train_teacher",
     "export": "export_soft_labels",
     "student": "train_student",
-    "mrc": "train_mrc",
+    "mrc": "train_baseline",
     "baseline": "train_baseline",
     "generative": "train_generative",
 }

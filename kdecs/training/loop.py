@@ -59,8 +59,11 @@ class Task(Protocol):
     """Its parameter groups may carry `rate_factor`, a multiple of the learning rate."""
     criterion: str
     """The metric that the best epoch is chosen by (the higher, the better)."""
-    no_sums: Tensor
-    """Zeros of the shape of the sums that `loss` returns, float64."""
+
+    @property
+    def no_sums(self) -> Tensor:
+        """Zeros of the shape of the sums that `loss` returns, float64."""
+        ...
 
     def loss(self, rows_B: Ints, weights_B: Floats, count: int) -> tuple[Tensor, Tensor]:
         """Run this rank's share of a global batch of `count` rows forward.

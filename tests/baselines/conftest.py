@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import ANSWER_WORDS, made_once, save_tiny_encoder
 
-from kdecs.baselines.config import BASELINE_VERSION, BaselineCard, BaselineConfig
+from kdecs.baselines.config import BASELINE_VERSION, AnyBaseline, BaselineCard, BaselineConfig, baseline_type
 from kdecs.baselines.dialogues import DialogueEncoder, batch_labels, pair_places, training_dialogue
 from kdecs.baselines.kec import Knowledge
 from kdecs.baselines.model import BaselineModel, Output
@@ -65,13 +65,12 @@ def values(base: Path, corpus_files: dict[str, Path]) -> dict[str, object]:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path, values: dict[str, object]) -> Callable[..., BaselineConfig]:
+def make_config(tmp_path: Path, values: dict[str, object]) -> Callable[..., AnyBaseline]:
     """A config of that baseline; keywords replace whole groups."""
 
-    def make(output: str = "baseline", **groups: object) -> BaselineConfig:
-        return parse_config(
-            BaselineConfig, {**values, "output": str(tmp_path / output), **groups}, source="test"
-        )
+    def make(output: str = "baseline", **groups: object) -> AnyBaseline:
+        given = {**values, "output": str(tmp_path / output), **groups}
+        return parse_config(baseline_type(given), given, source="test")
 
     return make
 

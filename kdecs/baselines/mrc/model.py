@@ -20,17 +20,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForQuestionAnswering
 
-from kdecs.artifact import read_record, write_json, write_manifest
-from kdecs.config import CONFIG_NAME, input_checksums
+from kdecs.artifact import read_record, write_json
+from kdecs.baselines.config import QUESTION_VERSION
+from kdecs.baselines.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
 from kdecs.errors import ArtifactError, ModelError
 from kdecs.models import load_pretrained, load_tokenizer, save_pretrained
-from kdecs.mrc.config import QUESTION_VERSION, MrcConfig
-from kdecs.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
 from kdecs.process import refusing
 from kdecs.runtime import on_device
 from kdecs.student.decision import best_spans
 from kdecs.student.model import MODEL_FOLDER
-from kdecs.tracking.record import METRICS_NAME
 
 _PAD_MULTIPLE = 8
 
@@ -165,22 +163,3 @@ def load_product(directory: Path) -> tuple[Any, Any, MrcCard]:
             reader, QuestionBatch(ids_BT, torch.zeros_like(ids_BT), is_text_BT, is_text_BT, gold_B, gold_B)
         )
     return reader, tokenizer, card
-
-
-def finish_product(config: MrcConfig, digest: str, details: dict[str, Any], *, num_epochs: int) -> None:
-    """Write the manifest over all files, which makes the directory complete."""
-    folder = config.output / MODEL_FOLDER
-    write_manifest(
-        config.output,
-        "mrc",
-        config_hash=digest,
-        inputs=input_checksums(train=config.corpus.train, valid=config.corpus.valid, base=config.model.base),
-        files=[
-            *(path.relative_to(config.output).as_posix() for path in folder.rglob("*") if path.is_file()),
-            CARD_NAME,
-            CONFIG_NAME,
-            METRICS_NAME,
-        ],
-        rows={METRICS_NAME: num_epochs},
-        details=details,
-    )

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from kdecs.baselines.config import MrcConfig
 from kdecs.corpus.encoding import HistoryWindow
 from kdecs.corpus.pairs import Ints, Pair, pairs_of
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split, require_causes, require_spans, training_split
 from kdecs.errors import DialogueError, ModelError
-from kdecs.mrc.config import MrcConfig
 
 NO_ANSWER = 0
 UNKNOWN_ANSWER = -1
@@ -232,18 +232,12 @@ _PAIRS_AT_ONCE = 1024  # encoded in one call, in the tokenizer's threads
 
 @dataclass(frozen=True)
 class MrcData:
-    """The encoded questions of the training pairs (fold1), with their lengths (P,), and of the validation pairs."""
+    """The encoded questions of the training and of the validation pairs (fold1)."""
 
     train: list[EncodedQuestion]
-    num_tokens_P: Ints
     valid: list[EncodedQuestion]
     valid_pairs: list[Pair]
     valid_corpus: Corpus
-
-    @property
-    def num_cut(self) -> int:
-        """Number of training questions that lost ends of utterances, not only old context, to the maximum length."""
-        return sum(question.num_truncated > 0 for question in self.train)
 
 
 def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
@@ -254,10 +248,8 @@ def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
     valid_pairs = [pair for dialogue in valid_corpus.dialogues for pair in pairs_of(dialogue, "fold1")]
     for path, found in ((config.corpus.train, pairs), (config.corpus.valid, valid_pairs)):
         require_causes(path, (pair.is_cause for pair in found))
-    train = _encoded(encoder, pairs, "encode train")
     return MrcData(
-        train=train,
-        num_tokens_P=np.array([len(question.token_ids) for question in train]),
+        train=_encoded(encoder, pairs, "encode train"),
         valid=_encoded(encoder, valid_pairs, "encode valid"),
         valid_pairs=valid_pairs,
         valid_corpus=valid_corpus,

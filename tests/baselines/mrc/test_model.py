@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from kdecs.baselines.mrc.model import answer_logits, answer_loss, answers, load_reader, question_batch
+from kdecs.baselines.mrc.questions import QuestionEncoder
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ModelError
-from kdecs.mrc.model import answer_logits, answer_loss, answers, load_reader, question_batch
-from kdecs.mrc.questions import QuestionEncoder
 
 
 @pytest.fixture(scope="module")

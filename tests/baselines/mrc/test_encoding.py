@@ -3,11 +3,11 @@
 import pytest
 from transformers import AutoTokenizer
 
+from kdecs.baselines.mrc.questions import UNKNOWN_ANSWER, QuestionEncoder, answer_text, mrc_text
 from kdecs.corpus.pairs import candidate_pairs, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Evidence, Utterance
 from kdecs.errors import CorpusError, ModelError
-from kdecs.mrc.questions import UNKNOWN_ANSWER, QuestionEncoder, answer_text, mrc_text
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 
 from kdecs.artifact import read_verified_manifest
-from kdecs.corpus.pairs import Pair, batches_of_tokens, candidate_pairs
-from kdecs.corpus.schema import NEUTRAL, Dialogue
+from kdecs.baselines.mrc.model import MrcCard, answer_logits, answers, load_product, question_batch
+from kdecs.baselines.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
+from kdecs.corpus.pairs import Pair, batches_of_tokens, candidate_pairs, pairs_of
+from kdecs.corpus.schema import NEUTRAL, Corpus, Dialogue
 from kdecs.errors import DialogueError
-from kdecs.evaluation.predictions import Prediction
-from kdecs.mrc.model import MrcCard, answer_logits, answers, load_product, question_batch
-from kdecs.mrc.questions import EncodedQuestion, QuestionEncoder, answer_text
+from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.process import refusing
 from kdecs.runtime import autocast
 from kdecs.student.predict.streaming import DEFAULT_BATCH_TOKENS, PairPrediction
@@ -71,6 +71,11 @@ class MrcBaseline:
         """Predictions for every pair j <= i of dialogues whose utterances have emotions, in order."""
         pairs = [pair for d in dialogues for pair in candidate_pairs(d, max_distance=max_distance)]
         return [found.prediction for found in self.detail(pairs)]
+
+    def predict_pairs(self, corpus: Corpus) -> dict[PairKey, Prediction]:
+        """Predictions for fold1, as `evaluate` takes them."""
+        pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1")]
+        return {found.prediction.key: found.prediction for found in self.detail(pairs)}
 
     def detail(
         self,
