@@ -1,4 +1,4 @@
-"""`kdecs baseline predict`, also called `kdecs predict-mrc`. Torch is imported inside, so that `kdecs --help` stays fast."""
+"""`kdecs baseline predict`, also called `kdecs predict-mrc`. Torch is imported inside: `kdecs --help` stays fast."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,7 @@
 """The configs of the baselines of Table 4 (`kdecs.launch.train_baseline`), and the card of a product. No torch.
 
 `system` says which baseline a config trains: `mrc` makes it an `MrcConfig`, the other systems share `BaselineConfig`.
-Each of these has its own settings, told apart by `system.name`; `system: kec` alone takes all defaults of that system.
+Each of these has its own settings, and `system.name` says whose they are; `system: kec` alone takes all defaults.
 """
 
 from collections.abc import Iterable, Mapping

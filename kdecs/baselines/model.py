@@ -34,7 +34,7 @@ SPAN_SIZE = 128
 class Output(NamedTuple):
     """Raw logits. Those of spans are -inf beyond a candidate's own tokens; None where the task has no spans.
 
-    `cause_P` is the logit of "a cause". `own` holds what a system needs for losses of its own.
+    `cause_P` is the logit of "a cause". `own` holds what only this system's losses need.
     """
 
     emotion_DNE: Tensor

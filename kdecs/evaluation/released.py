@@ -1,7 +1,8 @@
 """The order of the rows that RECCON released, on which the protocol reccon-released depends.
 
-RECCON's script decides how incorrect positive rows count by the last similar positive row of its own file, whose
-dialogues do not stand in the order of the annotation files. Within a dialogue both orders are the same.
+RECCON's script decides how incorrect positive rows count by the last similar positive row in the file of released
+questions. The dialogues of that file do not stand in the order of the annotation files; within a dialogue both orders
+are the same.
 """
 
 import re

@@ -133,7 +133,7 @@ def predict(
         )
     if format == "semeval" and (output is None or offsets):
         raise typer.BadParameter(
-            "--format semeval writes files of its own: give --output DIR, and no --offsets"
+            "--format semeval writes submission files: give --output DIR, and leave out --offsets"
         )
     # Each is written to a temporary file, so the second one to end would silently replace the first.
     if html is not None and output is not None and html.resolve() == output.resolve():

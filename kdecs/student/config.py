@@ -122,8 +122,8 @@ class Distillation(Config):
     space: Annotated[Literal["answers", "vocabulary"], HashedUnlessDefault()] = Field(
         default="answers",
         description="what the distributions of Eq. 12 are over: the five answer words, or the whole vocabulary, for a "
-        "student with its teacher's tokenizer; needs labels that were exported with top_k, whose tokens are told "
-        "apart, with all others as one class",
+        "student with its teacher's tokenizer; needs labels that were exported with top_k: their tokens are one "
+        "class each, and all others are one class together",
     )
     hard_weight: float = Field(
         default=0.0,

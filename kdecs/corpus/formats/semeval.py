@@ -142,7 +142,7 @@ def _add_causes(utterances: list[Any], pairs: Any, dialogue: str, checker: Check
             checker.fault(f"the utterance {outside[0]}", f"an utterance from 1 to {len(utterances)}", **where)
             continue
         if not isinstance(utterances[target - 1], dict):
-            continue  # a fault of its own
+            continue  # reported where the utterances are checked
         said = utterances[target - 1].get("emotion")
         if isinstance(said, str) and _canonical(said) != _canonical(left[2]):
             checker.fault(
