@@ -19,7 +19,7 @@ from hosts import _die_with_parent as die_with_parent
 from support import ROOT, wait_until
 
 COMMANDS = ("slurmctld", "slurmd", "munged", "sshd", "unshare", "nsenter", "ip")
-SECONDS_TO_NOTICE = 20  # that a node is down; Slurm's own 300 are long for a test
+_SECONDS_TO_NOTICE = 20  # that a node is down; Slurm's own 300 are long for a test
 
 _CONFIG = """
 ClusterName=kdecs
@@ -80,7 +80,7 @@ class Slurm:
             _CONFIG.format(
                 place=place,
                 proctrack="cgroup" if self._has_cgroups else "linuxproc",
-                timeout_s=SECONDS_TO_NOTICE,
+                timeout_s=_SECONDS_TO_NOTICE,
                 num_nodes=len(hosts.numbers),
                 cpus=cpus,
                 node=f"Gres=gpu:{gpus}" if gpus else "",
@@ -134,12 +134,6 @@ class Slurm:
         """Start the slurmd of a host that is up, and wait until Slurm uses the node."""
         self._start(number, "slurmd", "-N", f"node-{number}")
         wait_until(lambda: self.state_of(number) in ("idle", "mixed", "allocated"), f"node-{number} is idle")
-
-    def notice_nodes_after(self, seconds: int) -> None:
-        """Change after how long a silence Slurm takes a node for down (`SlurmdTimeout`)."""
-        path = self.place / "slurm.conf"
-        path.write_text(re.sub(r"(?m)^SlurmdTimeout=\d+$", f"SlurmdTimeout={seconds}", path.read_text()))
-        self.run("scontrol", "reconfigure")
 
     def state_of(self, number: int) -> str:
         """A node's state, such as idle or down*."""
