@@ -237,7 +237,7 @@ def test_one_rank_that_fails_ends_the_job_for_good(pipeline: Work, work: Work) -
     slurm = work.slurm
     job = work.submit(TEACHER, work.teacher_config())
     wait_until(lambda: work.step >= 3, "the training is under way", 720)
-    slurm.run("pkill", "-KILL", "-f", "python launch/train_teacher.py")  # of node-1 alone
+    slurm.run("pkill", "-KILL", "-f", "^python launch/train_teacher.py")  # of node-1 alone
     assert slurm.wait(job, ["FAILED"])["Restarts"] == "0"
     assert "is not queued again: it failed" in slurm.log(job)
     again = work.submit(TEACHER, work.teacher_config())
@@ -303,7 +303,7 @@ def test_a_rank_that_falls_silent_on_a_node_that_answers_is_missed_by_the_others
     slurm = work.slurm
     job = work.submit(TEACHER, work.teacher_config(lost_rank_s=10))
     wait_until(lambda: work.step >= 15, "the training is under way", 720)
-    slurm.hosts.run(2, "pkill", "-STOP", "-f", "python launch/train_teacher.py")
+    slurm.hosts.run(2, "pkill", "-STOP", "-f", "^python launch/train_teacher.py")
     began, step = time.monotonic(), work.step
     wait_until(lambda: "is queued again" in slurm.log(job), "the job is queued again", 240, poll_s=0.2)
     print(f"\nrank silent at step {step}, queued again after {time.monotonic() - began:.1f} s")
