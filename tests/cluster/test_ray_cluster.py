@@ -92,13 +92,14 @@ def write_space(place: Path) -> Path:
         "teachers": {"random": str(sample_labels(place / "labels", seed=0))},
         "student": {
             "cache": CACHE,
-            "corpus": corpus | {"train_share": 0.3},
+            "corpus": corpus | {"train_share": 0.15},
             "model": {
                 "base": str(save_tiny_encoder(place / "base")),
                 "span_head": "pointer",
                 "max_prompt_tokens": 96,
             },
             "optimization": {"epochs": NUM_EPOCHS},
+            "threads": 1,  # not those of the CPUs, which both hosts have in common here
         },
         "space": {
             "teacher": {"grid": ["random"]},
