@@ -98,7 +98,7 @@ ifeq ($(CLUSTER),quick)
 	  $(BIN)/python -m pytest -rs -n 2 --maxfail 1 -m "slow and not cluster" tests/cluster
 else
 	bash tests/cluster/install.sh && bash tests/install_postgres.sh && bash tests/install_buildah.sh
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs tests/cluster tests/sweep/test_postgres.py
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -s -rs tests/cluster tests/sweep/test_postgres.py
 endif
 
 # Chromium for the tests of the page of `kdecs serve`, which are skipped without it.
