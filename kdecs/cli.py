@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kdecs import __version__
+from kdecs.annotate import commands as annotate_commands
 from kdecs.baselines import commands as baseline_commands
 from kdecs.baselines.generative import commands as generative_commands
 from kdecs.corpus import commands as corpus_commands
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(corpus_commands.app, name="corpus")
 app.command("evaluate")(evaluation_commands.evaluate)
 app.command("compare")(evaluation_commands.compare)
+app.add_typer(annotate_commands.app, name="annotate")
 app.add_typer(soft_label_commands.app, name="soft-labels")
 app.add_typer(teacher_commands.app, name="teacher")
 app.add_typer(student_commands.app, name="student")

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from kdecs.corpus.pairs import causes_of
+from kdecs.corpus.schema import NEUTRAL, Dialogue
+
 KEY = "sk-very-secret"
 Behaviour = Callable[["Handler", str], None]
 """What the server does with a request, instead of answering it: it gets the handler and the last message."""
@@ -94,3 +97,30 @@ def status(code: int, message: str = "no", **headers: str) -> Behaviour:
 
 def sends(data: bytes, length: int | None = None) -> Behaviour:
     return lambda handler, prompt: handler.reply(data, length=length)
+
+
+def emotions_answer(dialogue: Dialogue) -> str:
+    """What a model should answer to the first question of kdecs annotate."""
+    return json.dumps({"emotions": [{"turn": u.turn, "emotion": u.emotion} for u in dialogue.utterances]})
+
+
+def gold_causes(dialogue: Dialogue, target: int) -> dict[int, str]:
+    """The longest span of each turn that causes a target."""
+    longest: dict[int, str] = {}
+    for _, turn, span in causes_of(dialogue.utterances[target - 1]):
+        if len(span) > len(longest.get(turn, "")):
+            longest[turn] = span
+    return longest
+
+
+def causes_answer(dialogue: Dialogue) -> str:
+    """What a model should answer to the second question."""
+    targets = [
+        {
+            "target": u.turn,
+            "causes": [{"turn": turn, "span": span} for turn, span in gold_causes(dialogue, u.turn).items()],
+        }
+        for u in dialogue.utterances
+        if u.emotion != NEUTRAL
+    ]
+    return json.dumps({"targets": targets})

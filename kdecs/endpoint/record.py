@@ -110,6 +110,11 @@ class CallRecord(Generic[_Row]):
         """The positions of the questions that a source has not answered yet."""
         return [n for n, question in enumerate(questions) if self.find(question, source) is None]
 
+    def answers(self) -> list[_Row]:
+        """All answers, in the order in which they came."""
+        with self._lock:
+            return list(self._answers.values())
+
     def add(self, answers: Iterable[_Row]) -> None:
         """Append answers, durably."""
         answers = list(answers)
