@@ -1,10 +1,11 @@
 """What tests of several folders share: where the sample corpus and the real data are, and a small disk."""
 
 import functools
+import gc
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # presses Ctrl-C on one would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect garbage neither while the libraries are imported nor in what they made.
+
+    Nearly all of it lives until the end, and looking through it takes half of the processor time of an import, again
+    and again; every full collection of a test would look through it, too.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
