@@ -299,6 +299,19 @@ def test_a_model_of_another_kind_is_not_served(tmp_path, config):
         serving.scoring_app(str(tmp_path))
 
 
+def test_a_registered_student_is_looked_up_where_stages_register_it(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    champion = "models:/kdecs-student@champion"
+    with pytest.raises(ModelError, match=r"runs/mlflow\.db does not exist; set MLFLOW_TRACKING_URI"):
+        serving.scoring_app(champion)
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_mlflow(tmp_path_factory), tmp_path / "runs")
+    with pytest.raises(ModelError, match="MLflow finds no such model"):
+        serving.scoring_app(champion)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "MLflow's own default database"
+
+
 def test_points_are_read_up_to_a_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1, "time": 2.0}\n{"epoch": 2, "ti')

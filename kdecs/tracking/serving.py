@@ -6,18 +6,24 @@ Requests and answers are those of `mlflow models serve`. The guard (kdecs.serve.
 requests to this server's own names are answered, only so many at a time, their bodies are bounded, and the work for a
 client that has left stops (kdecs.student.pyfunc). A refusal is the reason in one line, not a traceback.
 
+Without MLFLOW_TRACKING_URI the registry is that of `runs/mlflow.db`, which all stages of a checkout share.
+
 It serves students of kdecs alone: a model that brings code of its own, or another loader, is refused.
 """
 
 import argparse
 import json
 import logging
+import os
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from kdecs.errors import KdecsError, ModelError
 from kdecs.process import run_entry
 from kdecs.serve.guard import App, address_of, guarded, listen, own_names, run_server
-from kdecs.tracking.mlflow import import_mlflow
+from kdecs.tracking.mlflow import default_database, import_mlflow
+from kdecs.tracking.registry import mlflow_at
 
 _LOADER = "kdecs.student.pyfunc"
 
@@ -68,8 +74,16 @@ def scoring_app(uri: str) -> App:
         def serialize_as_json(self) -> str:
             return json.dumps({"error_code": self.error_code, "message": self.line})
 
+    registry = default_database(Path.cwd() / "runs" / "sweep")
+    is_named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+    # MLflow would make an empty database, and without a name one of its own in the current directory.
+    if uri.startswith(("models:", "runs:")) and not is_named and not registry.is_file():
+        raise ModelError(
+            f"{uri}: {registry} does not exist; set MLFLOW_TRACKING_URI to the MLflow that has it"
+        )
     try:
-        directory = mlflow.artifacts.download_artifacts(artifact_uri=uri)
+        with nullcontext() if is_named else mlflow_at(f"sqlite:///{registry}"):
+            directory = mlflow.artifacts.download_artifacts(artifact_uri=uri)
         loader = mlflow.models.Model.load(directory).flavors.get("python_function", {})
     except (MlflowException, OSError) as error:
         raise ModelError(
