@@ -9,6 +9,7 @@ Shapes: P prompts, N answer tokens of all prompts, H hidden, V vocabulary, B tar
 share, T tokens of a target's own.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kdecs.baselines.generative.answers import gold_answer, prompt, render
 from kdecs.corpus.pairs import Pair
@@ -171,17 +173,30 @@ class Decoder:
     def is_exact(self, dialogue: Dialogue) -> bool:
         """Whether the first logits over shared keys and values are those over each question alone.
 
-        They are not if a model slides a window over its keys, or reads no explicit positions.
+        A model that has no such keys is not asked. Others may still differ, such as those that read the mask as places.
         """
-        questions = [self.family.question(dialogue, turn) for turn in range(1, len(dialogue.utterances) + 1)]
-        try:
-            shared_BV = self._logits(self._begin(questions))
-        except torch.OutOfMemoryError:  # is a RuntimeError, too
-            raise
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError):
+        if not self._shares_keys():
             return False
+        questions = [self.family.question(dialogue, turn) for turn in range(1, len(dialogue.utterances) + 1)]
+        shared_BV = self._logits(self._begin(questions))
         alone_BV = torch.cat([self._logits(self._begin([one])) for one in questions])
         return are_close(shared_BV.float(), alone_BV.float(), self.model)
+
+    def _shares_keys(self) -> bool:
+        """Whether the model reads explicit positions, and each of its layers keeps the keys of whole questions.
+
+        Layers of linear attention keep a state instead, and a sliding window drops keys that a shorter question needs.
+        """
+        model = language_model(self.model.network)
+        if not {"position_ids", "past_key_values"} <= inspect.signature(model.forward).parameters.keys():
+            return False
+        # Both what is shared and what a target adds to it may be as long as a question.
+        longest = 2 * self.family.max_prompt_tokens + self.family.max_answer_tokens
+        return all(
+            type(layer) is DynamicLayer
+            or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > longest)
+            for layer in DynamicCache(config=model.config).layers
+        )
 
     def _groups(self, questions: Sequence[np.ndarray], batch_tokens: int) -> list[list[np.ndarray]]:
         """Consecutive questions whose caches fit the budget together; a single one always does."""
