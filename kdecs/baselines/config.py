@@ -14,6 +14,7 @@ from kdecs.config import (
     BudgetedOptimization,
     Config,
     InputPath,
+    LostRankSeconds,
     ModelReference,
     Name,
     OutputPath,
@@ -139,6 +140,7 @@ class _Training(Config):
         default=None, description="MLflow; null: write only metrics.jsonl. A sweep has its own"
     )
     threads: Threads = 0
+    lost_rank_s: LostRankSeconds = 120.0
 
 
 class BaselineConfig(_Training):
@@ -225,6 +227,11 @@ class MrcConfig(_Training):
     def system_name(self) -> str:
         """The name of the system."""
         return self.system
+
+    @property
+    def task(self) -> Task:
+        """It answers with spans."""
+        return "ecspe"
 
     @field_validator("system", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ group of R, T tokens, M tokens of a candidate's text, P pairs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,6 +167,12 @@ def training_dialogue(encoded: EncodedDialogue, emotions: Sequence[str]) -> Trai
     )
 
 
+def without_labels(item: TrainingDialogue) -> TrainingDialogue:
+    """The same dialogue with no label known: it passes the model and teaches it nothing."""
+    names = ("is_cause_P", "start_P", "end_P", "emotions_N", "causes_N")
+    return replace(item, **{name: np.full_like(getattr(item, name), UNKNOWN) for name in names})
+
+
 def batch_labels(dialogues: Sequence[TrainingDialogue]) -> tuple[Tensor, Tensor, Labels]:
     """`pairs_P3` (dialogue of the batch, target, candidate), which of them have a span label, and the labels."""
     pairs_P3 = np.concatenate([_placed(index, item.places_P2) for index, item in enumerate(dialogues)])
@@ -274,6 +280,8 @@ def _fits(length: int, shortest: int, num_rows: int) -> bool:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """The same nested named tuples with every tensor on a device."""
+    if batch is None:  # what an input leaves out
+        return None
     if isinstance(batch, Tensor):
         return on_device(batch, device)
     parts: Iterator[Any] = (moved(part, device) for part in batch)

@@ -29,7 +29,15 @@ from kdecs.baselines.dialogues import (
     UtteranceBatch,
     utterance_batch,
 )
-from kdecs.baselines.model import Output, PairView, UtteranceModel, causal_mask, mean_cross_entropy, pair_loss
+from kdecs.baselines.model import (
+    LossPart,
+    Output,
+    PairView,
+    UtteranceModel,
+    causal_mask,
+    cross_entropy,
+    pair_loss,
+)
 
 _DISTANCES = 50  # rows of the table of relative positions
 
@@ -95,16 +103,19 @@ class Ecpe2dModel(UtteranceModel):
         cause_P = self.pair_head(self.dropout(cells_PV)).squeeze(-1)
         return PairView(emotion_DNE, cause_P, cells_PV, causes_DN2)
 
-    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[Tensor]:
+    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
         """Emotions, causes and pairs with equal weights, the squared weights of their heads, and spans."""
         squares = [
             head.weight.square().sum() for head in (self.emotion_head, self.cause_head, self.pair_head)
         ]
         return [
-            mean_cross_entropy(output.emotion_DNE.flatten(0, 1), labels.emotion_DN.flatten()),
-            mean_cross_entropy(output.own.flatten(0, 1), labels.causes_DN.flatten()),
+            cross_entropy(output.emotion_DNE.flatten(0, 1), labels.emotion_DN.flatten()),
+            cross_entropy(output.own.flatten(0, 1), labels.causes_DN.flatten()),
             pair_loss(output.cause_P, labels.is_cause_P),
-            self.system.l2 * torch.stack(squares).sum(),
+            # Each rank has the whole of it and counts it once.
+            LossPart(
+                self.system.l2 * torch.stack(squares).sum(), torch.ones_like(squares[0], dtype=torch.long)
+            ),
             *self.span_losses(output, labels, spanned_P),
         ]
 

@@ -40,7 +40,7 @@ from kdecs.baselines.dialogues import (
     row_groups,
     utterance_batch,
 )
-from kdecs.baselines.model import Output, PairView, UtteranceModel, mean_cross_entropy
+from kdecs.baselines.model import LossPart, Output, PairView, UtteranceModel, cross_entropy
 from kdecs.corpus.checking import NotJson, RepeatedKeys, decode_json, iter_lines, shorten
 from kdecs.corpus.schema import FINE_TO_COARSE, NEUTRAL
 from kdecs.errors import CorpusError
@@ -215,14 +215,14 @@ class KecModel(UtteranceModel):
             found.append(functional.relu(self.phrase(states_GTH.amax(1))))
         return torch.cat(found)[torch.argsort(torch.cat([group.rows_G for group in groups]))]
 
-    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[Tensor]:
+    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
         """Those of every utterance-wise system, and with knowledge that of the polarity."""
         found = super().losses(output, labels, spanned_P)
         if output.own is None:
             return found
         emotion_DN = labels.emotion_DN
         polarity_DN = torch.where(emotion_DN == UNKNOWN, UNKNOWN, self.polarity_E[emotion_DN.clamp(min=0)])
-        return [mean_cross_entropy(output.own.flatten(0, 1), polarity_DN.flatten()), *found]
+        return [cross_entropy(output.own.flatten(0, 1), polarity_DN.flatten()), *found]
 
 
 class Phrases(NamedTuple):

@@ -37,7 +37,7 @@ from kdecs.baselines.dialogues import (
     UtteranceBatch,
     utterance_batch,
 )
-from kdecs.baselines.model import Output, PairView, UtteranceModel, causal_mask, mean_cross_entropy
+from kdecs.baselines.model import LossPart, Output, PairView, UtteranceModel, causal_mask, cross_entropy
 
 _TOKENS_PER_WORD = 4
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -146,10 +146,10 @@ class MgsagModel(UtteranceModel):
             self.cause_head(cause_DNC),
         )
 
-    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[Tensor]:
+    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
         """Emotions, causes and pairs with equal weights, and spans."""
         emotion, *rest = super().losses(output, labels, spanned_P)
-        return [emotion, mean_cross_entropy(output.own.flatten(0, 1), labels.causes_DN.flatten()), *rest]
+        return [emotion, cross_entropy(output.own.flatten(0, 1), labels.causes_DN.flatten()), *rest]
 
 
 class BipartiteAttention(nn.Module):

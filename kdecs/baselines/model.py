@@ -44,6 +44,21 @@ class Output(NamedTuple):
     own: Any = None
 
 
+class LossPart(NamedTuple):
+    """A part of a loss: a sum, and the number of labels that it is a sum over.
+
+    The ranks of a training share a batch and have different numbers of its labels, so the mean is taken over all ranks.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The sum by the number; 0, not NaN, without a label."""
+        return self.total / self.count.clamp(min=1)
+
+
 class PairView(NamedTuple):
     """What an utterance-wise system makes of a batch: emotion logits, cause logits, and a vector per pair."""
 
@@ -84,8 +99,8 @@ class BaselineModel(nn.Module):
         """Logits of all utterances' emotions and of the pairs; spans for the pairs that `spanned_P` marks."""
         raise NotImplementedError
 
-    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[Tensor]:
-        """The parts of the loss in the order of `parts`, each a mean over what has a label; their sum is trained."""
+    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
+        """The parts of the loss in the order of `parts`, each over what has a label; the sum of means is trained."""
         raise NotImplementedError
 
     def states_of(self, group: RowGroup) -> Tensor:
@@ -174,20 +189,21 @@ class UtteranceModel(BaselineModel):
         """(D, N, H): the state of each utterance's [CLS]."""
         return states_RTH[:, 0][batch.row_DN]
 
-    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[Tensor]:
+    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
         """Emotion and pair, and the span's part if the task has spans; a system puts its own between them."""
         return [
-            mean_cross_entropy(output.emotion_DNE.flatten(0, 1), labels.emotion_DN.flatten()),
+            cross_entropy(output.emotion_DNE.flatten(0, 1), labels.emotion_DN.flatten()),
             pair_loss(output.cause_P, labels.is_cause_P),
             *self.span_losses(output, labels, spanned_P),
         ]
 
-    def span_losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[Tensor]:
+    def span_losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
         """The sum of the cross-entropies of start and end, as for a student (Eq. 11); none without spans."""
         if output.start_QS is None or output.end_QS is None:
             return []
-        start = mean_cross_entropy(output.start_QS, labels.start_P[spanned_P])
-        return [start + mean_cross_entropy(output.end_QS, labels.end_P[spanned_P])]
+        start = cross_entropy(output.start_QS, labels.start_P[spanned_P])
+        end = cross_entropy(output.end_QS, labels.end_P[spanned_P])
+        return [LossPart(start.total + end.total, start.count)]  # a span's ends are known together
 
 
 def _to_width(states_GTH: Tensor, width: int) -> Tensor:
@@ -195,18 +211,19 @@ def _to_width(states_GTH: Tensor, width: int) -> Tensor:
     return functional.pad(states_GTH, (0, 0, 0, missing)) if missing >= 0 else states_GTH[:, :width]
 
 
-def mean_cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """The mean over the rows whose label is known; 0, not NaN, if none is."""
-    known = (labels_B != UNKNOWN).sum().clamp(min=1)
-    return (
-        functional.cross_entropy(logits_BC.float(), labels_B, ignore_index=UNKNOWN, reduction="sum") / known
+def cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> LossPart:
+    """The sum over the rows whose label is known, and their number."""
+    total = functional.cross_entropy(logits_BC.float(), labels_B, ignore_index=UNKNOWN, reduction="sum")
+    return LossPart(total, (labels_B != UNKNOWN).sum())
+
+
+def pair_loss(cause_P: Tensor, is_cause_P: Tensor) -> LossPart:
+    """The binary cross-entropy of the pairs whose label is known. A softmax over two classes is the same thing."""
+    known_P = is_cause_P != UNKNOWN
+    total = functional.binary_cross_entropy_with_logits(
+        cause_P.float(), is_cause_P.clamp(min=0).float(), weight=known_P.float(), reduction="sum"
     )
-
-
-def pair_loss(cause_P: Tensor, is_cause_P: Tensor) -> Tensor:
-    """The mean binary cross-entropy of pairs. A softmax over two classes is the same thing."""
-    total = functional.binary_cross_entropy_with_logits(cause_P.float(), is_cause_P.float(), reduction="sum")
-    return total / max(1, len(cause_P))
+    return LossPart(total, known_P.sum())
 
 
 def causal_mask(size: int, device: torch.device) -> Tensor:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from kdecs.baselines.model import LossPart
 from kdecs.runtime import Runtime
 from kdecs.student.training import scores_line
 from kdecs.training.checkpoint import TrainState
-from kdecs.training.loop import Floats, Ints, Metrics
+from kdecs.training.loop import Floats, Ints, Metrics, summed_over_ranks
 
 
 class BaselineTask(ABC):
@@ -40,6 +42,18 @@ class BaselineTask(ABC):
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self._shared: DistributedDataParallel | None = None
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """What runs forward in training: the model, on several ranks in a wrapper that averages their gradients."""
+        return self._shared or self.model
+
+    def share_gradients(self) -> None:
+        """Train with the ranks of the process group. Collective."""
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else None
+        # The head of the language model stands idle in most systems, and parts of others for some dialogues.
+        self._shared = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
 
     @property
     def no_sums(self) -> Tensor:
@@ -47,8 +61,8 @@ class BaselineTask(ABC):
         return torch.zeros(1 + len(self.parts), dtype=torch.float64, device=self.runtime.device)
 
     @abstractmethod
-    def losses(self, rows_B: Ints) -> list[Tensor]:
-        """The parts of the loss on some rows, each a mean; their sum is trained."""
+    def losses(self, rows_B: Ints, weights_B: Floats) -> list[LossPart]:
+        """The parts of the loss on some rows of the training split. A row of weight 0 has no labels."""
 
     @abstractmethod
     def score(self) -> Metrics:
@@ -59,12 +73,17 @@ class BaselineTask(ABC):
         """Write the product's files, with what the last `score` chose."""
 
     def loss(self, rows_B: Ints, weights_B: Floats, count: int) -> tuple[Tensor, Tensor]:
-        """The sum of the parts on a batch, and the sums over its rows of the whole and of each named part."""
-        del weights_B  # one rank: no row only pads a share
-        parts = torch.stack(self.losses(rows_B))
-        loss = parts.sum()
-        sums = torch.cat((loss[None], parts)) if self.parts else loss[None]
-        return loss, sums.detach().double() * count
+        """The loss of this rank's share of a batch, and its part in the sums of the whole and of each named part.
+
+        Each part of the loss is a mean over the labels of the whole batch, whichever ranks have them:
+        Σ_r total_r / Σ_r count_r. Gradients are averaged over ranks, so a rank's loss is multiplied by their number.
+        """
+        parts = self.losses(rows_B, weights_B)
+        counts = summed_over_ranks(torch.stack([part.count for part in parts]), self.runtime)
+        means = torch.stack([LossPart(part.total, n).mean for part, n in zip(parts, counts, strict=True)])
+        loss = means.sum()
+        sums = torch.cat((loss[None], means)) if self.parts else loss[None]
+        return loss * self.runtime.world_size, sums.detach().double() * count
 
     def validate(self, state: TrainState, num_rows: int) -> Metrics:
         """One line of metrics: the means of the losses over the epoch's rows, speed, decisions and scores."""

@@ -1,4 +1,4 @@
-"""Training a baseline on one device, with exact resume (kdecs.training.loop).
+"""Training a baseline on one or many ranks, with exact resume (kdecs.training.loop).
 
 The best epoch by macro F1 on the validation split becomes the product, a directory of kind baseline
 (kdecs.baselines.prediction) or mrc (kdecs.baselines.mrc.model).
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from kdecs.artifact import MANIFEST_NAME, check_output, is_complete, write_manifest
@@ -20,8 +19,10 @@ from kdecs.baselines.dialogues import (
     batch_labels,
     moved,
     training_dialogue,
+    without_labels,
 )
 from kdecs.baselines.kec import read_knowledge
+from kdecs.baselines.model import LossPart
 from kdecs.baselines.mrc.task import MrcTask
 from kdecs.baselines.prediction import (
     BASELINE_NAMES,
@@ -35,12 +36,11 @@ from kdecs.baselines.task import BaselineTask
 from kdecs.config import CONFIG_NAME, config_hash, input_checksums, write_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.splits import read_split, require_causes, training_split, warn_of_shared_texts
-from kdecs.errors import ConfigError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import Prediction, write_predictions
 from kdecs.models import load_tokenizer
 from kdecs.process import StopSignal
-from kdecs.runtime import Runtime, autocast, return_freed_memory, seed_everything, warn_of_emulation
+from kdecs.runtime import Runtime, any_rank, autocast, return_freed_memory, seed_everything, warn_of_emulation
 from kdecs.student.config import VALIDATION_NAME
 from kdecs.student.decision import (
     DEFAULT_THRESHOLD,
@@ -56,7 +56,7 @@ from kdecs.tracking.datasets import corpus_datasets
 from kdecs.tracking.record import METRICS_NAME, RunRecord
 from kdecs.tracking.stage import stage_record
 from kdecs.training.checkpoint import install_best, remove_checkpoint
-from kdecs.training.loop import EpochLoop, Ints, LoopSettings, Metrics, adamw
+from kdecs.training.loop import EpochLoop, Floats, Ints, LoopSettings, Metrics, adamw
 
 
 def train_baseline(
@@ -68,18 +68,15 @@ def train_baseline(
 ) -> Path:
     """Train the baseline of a config and return its directory; resumes by itself, skips what is complete.
 
-    `on_epoch` gets each epoch's line of metrics.jsonl.
-    Raises Stopped after a requested stop was saved, TrainingError if a loss or gradient is not finite,
-    ArtifactError if the output holds other work, ConfigError under several ranks, and what loading raises.
+    `on_epoch` gets each epoch's line of metrics.jsonl, on rank 0. Collective: with several ranks a process group
+    is up. Raises Stopped after a requested stop was saved, TrainingError if a loss or gradient is not finite,
+    ArtifactError if the output holds other work, and what loading raises.
     """
-    if runtime.world_size > 1:
-        raise ConfigError(
-            f"a baseline trains on one device, found {runtime.world_size} ranks; start it with plain python"
-        )
     digest = config_hash(config)
     if is_complete(config.output, config.kind, digest):
-        remove_checkpoint(config.output)  # of a start that was killed right after it wrote the manifest
-        print(f"{config.output}: baseline complete, skipped", flush=True)
+        if runtime.is_main:
+            remove_checkpoint(config.output)  # of a start that was killed right after it wrote the manifest
+            print(f"{config.output}: baseline complete, skipped", flush=True)
         return config.output
     check_output(config.output, config.kind, digest, can_repair=True)
     warn_of_emulation(runtime, config.precision, "precision")
@@ -97,27 +94,33 @@ def train_baseline(
         unit=task.unit,
     )
     loop = EpochLoop(task, settings, runtime, stop or StopSignal(), on_epoch)
-    warn_of_shared_texts(config.corpus)
-    # Only now: the loop has refused a checkpoint of another config, whose config.json must stay as it is.
-    (config.output / MANIFEST_NAME).unlink(missing_ok=True)
-    write_config(config, config.output)
+    # After the loop has loaded a checkpoint: the weights of rank 0 are copied to the others here, and not again.
+    if runtime.world_size > 1:
+        task.share_gradients()
+    if runtime.is_main:
+        warn_of_shared_texts(config.corpus)
+        # Only now: the loop has refused a checkpoint of another config, whose config.json must stay as it is.
+        (config.output / MANIFEST_NAME).unlink(missing_ok=True)
+        write_config(config, config.output)
     best = loop.run(task.what)
-    install_best(config.output, loop.state.best_epoch, task.files)
-    details = {
-        # Without the clock and the speed: the manifest of the same work should be the same.
-        "valid": {k: v for k, v in best.items() if k not in ("time", "train_pairs_per_s")},
-        "threshold": best["threshold"],
-        "epochs": loop.state.epoch,
-        **task.details,
-    }
-    finish_baseline(config, digest, task.files, details)
-    # Last: until the manifest is written, a second run finishes the move from the checkpoint.
-    remove_checkpoint(config.output)
-    print(
-        f"{config.output}: baseline {config.system_name} of epoch {loop.state.best_epoch}: "
-        f"valid {scores_line(best, task.criterion)}, threshold {best['threshold']:.3f}",
-        flush=True,
-    )
+    if runtime.is_main:
+        install_best(config.output, loop.state.best_epoch, task.files)
+        details = {
+            # Without the clock and the speed: the manifest of the same work should be the same.
+            "valid": {k: v for k, v in best.items() if k not in ("time", "train_pairs_per_s")},
+            "threshold": best["threshold"],
+            "epochs": loop.state.epoch,
+            **task.details,
+        }
+        finish_baseline(config, digest, task.files, details)
+        # Last: until the manifest is written, a second run finishes the move from the checkpoint.
+        remove_checkpoint(config.output)
+        print(
+            f"{config.output}: baseline {config.system_name} of epoch {loop.state.best_epoch}: "
+            f"valid {scores_line(best, task.criterion)}, threshold {best['threshold']:.3f}",
+            flush=True,
+        )
+    any_rank(False, runtime)  # no rank leaves before the directory is complete
     del task, loop
     return_freed_memory()
     return config.output
@@ -154,7 +157,9 @@ class JointTask(BaselineTask):
         seed_everything(config.optimization.seed)
         self.tokenizer = load_tokenizer(config.model.base)
         # Of the four systems only ueca-prompt reads the language model's head.
-        language_model = load_language_model(config.model.base, logs=config.system.name == "ueca-prompt")
+        language_model = load_language_model(
+            config.model.base, logs=runtime.is_main and config.system.name == "ueca-prompt"
+        )
         max_tokens = longest_prompt(self.tokenizer, language_model, config.model.max_utterance_tokens + 2) - 2
         self.encoder = DialogueEncoder(self.tokenizer, max_tokens)
         dialogues = list(training_split(config.corpus))
@@ -163,7 +168,10 @@ class JointTask(BaselineTask):
             pair for dialogue in self.valid_corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")
         ]
         emotions = sorted({u.emotion for d in dialogues for u in d.utterances if u.emotion is not None})
-        encoded = (self.encoder.encode(d) for d in tqdm(dialogues, desc="encode", disable=None, leave=False))
+        is_hidden = None if runtime.is_main else True  # None: shown on a terminal
+        encoded = (
+            self.encoder.encode(d) for d in tqdm(dialogues, desc="encode", disable=is_hidden, leave=False)
+        )
         labelled = (training_dialogue(item, emotions) for item in encoded)
         self.train: list[TrainingDialogue] = [item for item in labelled if len(item.places_P2)]
         require_causes(config.corpus.train, (bool(item.is_cause_P.any()) for item in self.train))
@@ -206,15 +214,18 @@ class JointTask(BaselineTask):
             "task": config.task,
         }
 
-    def losses(self, rows_B: Ints) -> list[torch.Tensor]:
+    def losses(self, rows_B: Ints, weights_B: Floats) -> list[LossPart]:
         """The system's losses on some dialogues."""
         device = self.runtime.device
-        dialogues = [self.train[row] for row in rows_B]
+        dialogues = [
+            item if weight else without_labels(item)
+            for item, weight in zip([self.train[row] for row in rows_B], weights_B, strict=True)
+        ]
         pairs_P3, spanned_P, labels = batch_labels(dialogues)
         inputs = self.model.inputs([item.encoded for item in dialogues], pairs_P3, self.encoder)
         inputs, pairs_P3, spanned_P, labels = moved((inputs, pairs_P3, spanned_P, labels), device)
         with autocast(device, self.config.precision):
-            output = self.model(inputs, pairs_P3, spanned_P)
+            output = self.network(inputs, pairs_P3, spanned_P)
         return self.model.losses(output, labels, spanned_P)
 
     def score(self) -> Metrics:

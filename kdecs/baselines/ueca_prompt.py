@@ -28,8 +28,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdecs.baselines.config import UecaPrompt
-from kdecs.baselines.dialogues import DialogueEncoder, EncodedDialogue, Labels, RowGroup, row_groups
-from kdecs.baselines.model import BaselineModel, Output, mean_cross_entropy
+from kdecs.baselines.dialogues import (
+    UNKNOWN,
+    DialogueEncoder,
+    EncodedDialogue,
+    Labels,
+    RowGroup,
+    row_groups,
+)
+from kdecs.baselines.model import BaselineModel, LossPart, Output, cross_entropy
 from kdecs.corpus.answer_words import answer_token_ids
 from kdecs.errors import DialogueError
 from kdecs.student.model import check_head, head_states, longest_prompt
@@ -195,20 +202,18 @@ class UecaModel(BaselineModel):
         bias_A = None if decoder.bias is None else decoder.bias[ids_A]
         return functional.linear(states_BH, decoder.weight[ids_A], bias_A).float()
 
-    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[Tensor]:
+    def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
         """The cross-entropies of the three masks, each over its answer words, with equal weights."""
         del spanned_P
         reading, target_R2 = output.own
         dialogue_R, target_R = target_R2.unbind(1)
         none = len(self.index_ids) - 1
         # What the sequence does not hold has no mask to learn at.
-        unknown_P = torch.full_like(labels.is_cause_P, -1)
+        is_known_P = reading.is_held_P & (labels.is_cause_P != UNKNOWN)
         index_P = torch.where(labels.is_cause_P == 1, reading.number_P, none)
         yes_no_P = 1 - labels.is_cause_P
         return [
-            mean_cross_entropy(
-                output.emotion_DNE[dialogue_R, target_R], labels.emotion_DN[dialogue_R, target_R]
-            ),
-            mean_cross_entropy(reading.is_cause_P2, torch.where(reading.is_held_P, yes_no_P, unknown_P)),
-            mean_cross_entropy(reading.index_PI, torch.where(reading.is_held_P, index_P, unknown_P)),
+            cross_entropy(output.emotion_DNE[dialogue_R, target_R], labels.emotion_DN[dialogue_R, target_R]),
+            cross_entropy(reading.is_cause_P2, torch.where(is_known_P, yes_no_P, UNKNOWN)),
+            cross_entropy(reading.index_PI, torch.where(is_known_P, index_P, UNKNOWN)),
         ]

@@ -1,4 +1,7 @@
-"""Train a system of Table 4 (MRC, ECPE-2D, MGSAG, KEC or UECA-Prompt). The same command resumes after any stop."""
+"""Train a system of Table 4: MRC, ECPE-2D, MGSAG, KEC or UECA-Prompt.
+
+Run one process, or one per GPU with torchrun or the deepspeed launcher. The same command resumes after any stop.
+"""
 
 import functools
 
@@ -11,7 +14,7 @@ EXAMPLES = """\
   python -m kdecs.launch.train_baseline --config ecpe-2d
   python -m kdecs.launch.train_baseline --config kec --set optimization.seed=1
   python -m kdecs.launch.train_baseline --config minilm --set system=mgsag
-  python -m kdecs.launch.train_baseline --config mrc-roberta-base
+  torchrun --nproc_per_node 4 -m kdecs.launch.train_baseline --config mrc-roberta-base
 """
 
 
@@ -30,15 +33,17 @@ def main(*, is_mrc: bool = False) -> None:
     # torch takes seconds to import, so it waits until there is work.
     from kdecs.baselines.training import baseline_record, train_baseline
     from kdecs.process import StopSignal
-    from kdecs.runtime import start_runtime
+    from kdecs.runtime import process_group, start_runtime
     from kdecs.tracking.stage import stage_upload
 
     stop = StopSignal()
-    stop.install()
-    record = functools.partial(baseline_record, config)
-    with stage_upload(config.tracking, config.output, record, is_main=True) as upload:
-        runtime = start_runtime(threads=config.threads)
-        train_baseline(config, runtime, on_epoch=upload.sync, stop=stop)
+    runtime = start_runtime(threads=config.threads)
+    with process_group(runtime, lost_rank_s=config.lost_rank_s):
+        # Not before: a rank that waits for the others has nothing to save, and SIGTERM should end it at once.
+        stop.install()
+        record = functools.partial(baseline_record, config)
+        with stage_upload(config.tracking, config.output, record, is_main=runtime.is_main) as upload:
+            train_baseline(config, runtime, on_epoch=upload.sync, stop=stop)
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ class EpochLoop:
         Each write can be the last one before a kill, so their order matters.
         """
         task, settings, state, runtime = self.task, self.settings, self.state, self.runtime
-        state.sums = _summed_over_ranks(state.sums, runtime)
+        state.sums = summed_over_ranks(state.sums, runtime)
         metrics: Metrics = {}
         if runtime.is_main:
             metrics = task.validate(state, num_rows)
@@ -306,7 +306,7 @@ class EpochLoop:
 
     def _save_and_stop(self) -> None:
         settings, state = self.settings, self.state
-        state.sums = _summed_over_ranks(state.sums, self.runtime)
+        state.sums = summed_over_ranks(state.sums, self.runtime)
         if self.runtime.is_main:
             save_checkpoint(
                 settings.output, settings.config_hash, state, self.task.model, self.task.optimizer
@@ -486,7 +486,8 @@ def adamw(
     )
 
 
-def _summed_over_ranks(sums: Tensor, runtime: Runtime) -> Tensor:
+def summed_over_ranks(sums: Tensor, runtime: Runtime) -> Tensor:
+    """The sums of all ranks together, on each of them. Collective."""
     if runtime.world_size == 1:
         return sums
     total = sums.clone()

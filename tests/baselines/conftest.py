@@ -10,7 +10,7 @@ import torch
 from support import ANSWER_WORDS, made_once, save_tiny_encoder
 
 from kdecs.baselines.config import BASELINE_VERSION, AnyBaseline, BaselineCard, BaselineConfig, baseline_type
-from kdecs.baselines.dialogues import DialogueEncoder, batch_labels, pair_places, training_dialogue
+from kdecs.baselines.dialogues import DialogueEncoder, batch_labels, moved, pair_places, training_dialogue
 from kdecs.baselines.kec import Knowledge
 from kdecs.baselines.model import BaselineModel, Output
 from kdecs.baselines.prediction import build_model
@@ -104,6 +104,7 @@ class Bench:
         found = [training_dialogue(self.encoder.encode(d), EMOTIONS) for d in dialogues]
         pairs_P3, spanned_P, labels = batch_labels(found)
         inputs = self.model.inputs([item.encoded for item in found], pairs_P3, self.encoder)
+        inputs = moved(inputs, torch.device("cpu"))
         return inputs, pairs_P3, spanned_P, labels
 
     def output(self, dialogues: Sequence[Dialogue]) -> Output:
@@ -127,9 +128,8 @@ class Bench:
         loss = torch.zeros(())
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = torch.stack(
-                self.model.losses(self.model(inputs, pairs_P3, spanned_P), labels, spanned_P)
-            ).sum()
+            parts = self.model.losses(self.model(inputs, pairs_P3, spanned_P), labels, spanned_P)
+            loss = torch.stack([part.mean for part in parts]).sum()
             loss.backward()
             optimizer.step()
         return float(loss.detach())

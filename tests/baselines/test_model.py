@@ -7,7 +7,7 @@ import torch
 from support import ANSWER_WORDS, made_once, save_tiny_encoder
 
 from kdecs.baselines.dialogues import UNKNOWN
-from kdecs.baselines.model import SPAN_SIZE, SpanHead, mean_cross_entropy, pair_loss
+from kdecs.baselines.model import SPAN_SIZE, SpanHead, cross_entropy, pair_loss
 from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue
@@ -82,7 +82,7 @@ def test_other_encoders_and_bfloat16_serve_too(make_bench, dialogues, tmp_path_f
         for precision in ("float32", "bfloat16"):
             with autocast(torch.device("cpu"), precision):
                 output = bench.model(inputs, pairs_P3, spanned_P)
-            losses[precision] = torch.stack(bench.model.losses(output, labels, spanned_P)).sum()
+            losses[precision] = sum(part.mean for part in bench.model.losses(output, labels, spanned_P))
         losses["bfloat16"].backward()
         gradients = [p.grad for p in bench.model.parameters() if p.grad is not None]
         assert all(torch.isfinite(gradient).all() for gradient in gradients) and len(gradients) > 20
@@ -111,10 +111,10 @@ def test_losses_are_means_over_what_is_known():
     logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     known = torch.tensor([0, UNKNOWN, 1])
     expected = (torch.log(1 + torch.exp(torch.tensor(-2.0))) + torch.log(torch.tensor(2.0))) / 2
-    torch.testing.assert_close(mean_cross_entropy(logits, known), expected)
-    assert mean_cross_entropy(logits, torch.full((3,), UNKNOWN)) == 0
+    torch.testing.assert_close(cross_entropy(logits, known).mean, expected)
+    assert cross_entropy(logits, torch.full((3,), UNKNOWN)).mean == 0
     torch.testing.assert_close(
-        pair_loss(torch.tensor([0.0, 2.0]), torch.tensor([1, 0])),
+        pair_loss(torch.tensor([0.0, 2.0, 1.0]), torch.tensor([1, 0, UNKNOWN])).mean,
         (torch.log(torch.tensor(2.0)) + torch.log(1 + torch.exp(torch.tensor(2.0)))) / 2,
     )
 

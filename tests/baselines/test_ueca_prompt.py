@@ -41,7 +41,7 @@ def test_a_sequence_has_number_text_and_three_masks_per_utterance(make_bench, ma
         assert rows[row][place] == rows[row][place + 1] == mask
         assert rows[row][: place + 2].count(mask) == 3 * (candidate + 1)
     output = bench.model(inputs, pairs_P3, torch.ones(6, dtype=torch.bool))
-    assert all(loss.item() > 0 for loss in bench.model.losses(output, labels, torch.ones(6)))
+    assert all(part.total.item() > 0 for part in bench.model.losses(output, labels, torch.ones(6)))
 
 
 def test_old_utterances_give_way_and_are_no_causes(make_bench, make_dialogue):

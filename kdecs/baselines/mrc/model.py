@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForQuestionAnswering
 
 from kdecs.artifact import read_record, write_json
 from kdecs.baselines.config import QUESTION_VERSION
+from kdecs.baselines.dialogues import UNKNOWN
+from kdecs.baselines.model import LossPart, cross_entropy
 from kdecs.baselines.mrc.questions import UNKNOWN_ANSWER, EncodedQuestion
 from kdecs.errors import ArtifactError, ModelError
 from kdecs.models import load_pretrained, load_tokenizer, save_pretrained
@@ -83,10 +84,10 @@ def load_reader(reference: str | Path, *, has_head: bool = False) -> Any:
 
 def answer_logits(reader: Any, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
     """Float32 logits (B, T) of an answer's first and last token; -inf at tokens where no answer may begin or end."""
+    # What joins the gradients of several ranks wraps the reader and has no config.
+    config = getattr(reader, "module", reader).config
     # RoBERTa has a single segment, and an id of 1 would be out of range.
-    segments = (
-        {"token_type_ids": batch.type_ids_BT} if getattr(reader.config, "type_vocab_size", 0) > 1 else {}
-    )
+    segments = {"token_type_ids": batch.type_ids_BT} if getattr(config, "type_vocab_size", 0) > 1 else {}
     output = reader(input_ids=batch.token_ids_BT, attention_mask=batch.attention_BT.long(), **segments)
     barred_BT = ~batch.answerable_BT
     barred_BT[:, 0] = False  # "no answer" is always possible
@@ -96,15 +97,11 @@ def answer_logits(reader: Any, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
     )
 
 
-def answer_loss(start_BT: Tensor, end_BT: Tensor, start_B: Tensor, end_B: Tensor) -> Tensor:
-    """SQuAD's loss: the mean of the cross-entropies of first and last token, over the questions with a known answer."""
-    # At least 1: in a batch without a known answer the loss is 0, not NaN.
-    known = (start_B != UNKNOWN_ANSWER).sum().clamp(min=1)
-    start, end = (
-        functional.cross_entropy(logits_BT, gold_B, ignore_index=UNKNOWN_ANSWER, reduction="sum")
-        for logits_BT, gold_B in ((start_BT, start_B), (end_BT, end_B))
-    )
-    return (start + end) / (2 * known)
+def answer_loss(start_BT: Tensor, end_BT: Tensor, start_B: Tensor, end_B: Tensor) -> LossPart:
+    """SQuAD's loss: the cross-entropies of first and last token, over the questions with a known answer."""
+    assert UNKNOWN_ANSWER == UNKNOWN
+    start, end = cross_entropy(start_BT, start_B), cross_entropy(end_BT, end_B)
+    return LossPart(start.total + end.total, start.count + end.count)
 
 
 def answers(start_BT: Tensor, end_BT: Tensor) -> tuple[Tensor, Tensor]:

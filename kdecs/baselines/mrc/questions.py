@@ -240,8 +240,11 @@ class MrcData:
     valid_corpus: Corpus
 
 
-def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
-    """Read and encode both splits. Raises CorpusError for a faulty corpus or one without causes."""
+def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder, *, shows: bool = True) -> MrcData:
+    """Read and encode both splits, with progress bars if it `shows` them.
+
+    Raises CorpusError for a faulty corpus or one without causes.
+    """
     pairs = training_pairs(config)
     valid_corpus = read_split(config.corpus, config.corpus.valid)
     require_spans(valid_corpus)
@@ -249,8 +252,8 @@ def load_mrc_data(config: MrcConfig, encoder: QuestionEncoder) -> MrcData:
     for path, found in ((config.corpus.train, pairs), (config.corpus.valid, valid_pairs)):
         require_causes(path, (pair.is_cause for pair in found))
     return MrcData(
-        train=_encoded(encoder, pairs, "encode train"),
-        valid=_encoded(encoder, valid_pairs, "encode valid"),
+        train=_encoded(encoder, pairs, "encode train", shows=shows),
+        valid=_encoded(encoder, valid_pairs, "encode valid", shows=shows),
         valid_pairs=valid_pairs,
         valid_corpus=valid_corpus,
     )
@@ -268,9 +271,11 @@ def training_pairs(config: MrcConfig) -> list[Pair]:
     ]
 
 
-def _encoded(encoder: QuestionEncoder, pairs: Sequence[Pair], name: str) -> list[EncodedQuestion]:
+def _encoded(
+    encoder: QuestionEncoder, pairs: Sequence[Pair], name: str, *, shows: bool
+) -> list[EncodedQuestion]:
     questions: list[EncodedQuestion] = []
-    with tqdm(total=len(pairs), unit="pair", desc=name, disable=None, leave=False) as bar:
+    with tqdm(total=len(pairs), unit="pair", desc=name, disable=None if shows else True, leave=False) as bar:
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             chunk = pairs[start : start + _PAIRS_AT_ONCE]
             questions += encoder.encode(chunk)

@@ -1,11 +1,12 @@
 """The MRC baseline in training (kdecs.baselines.training)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kdecs.baselines.config import QUESTION_VERSION, MrcConfig
+from kdecs.baselines.model import LossPart
 from kdecs.baselines.mrc.model import (
     READER_NAMES,
     MrcCard,
@@ -16,14 +17,14 @@ from kdecs.baselines.mrc.model import (
     save_reader,
 )
 from kdecs.baselines.mrc.prediction import answer_questions, decide
-from kdecs.baselines.mrc.questions import QuestionEncoder, answer_text, load_mrc_data
+from kdecs.baselines.mrc.questions import UNKNOWN_ANSWER, QuestionEncoder, answer_text, load_mrc_data
 from kdecs.baselines.task import BaselineTask
 from kdecs.evaluation.metrics import evaluate
 from kdecs.models import load_tokenizer
 from kdecs.runtime import Runtime, autocast, seed_everything
 from kdecs.student.decision import choose_threshold, pair_gains
 from kdecs.student.model import longest_prompt
-from kdecs.training.loop import Ints, Metrics, adamw
+from kdecs.training.loop import Floats, Ints, Metrics, adamw
 
 
 class MrcTask(BaselineTask):
@@ -43,7 +44,7 @@ class MrcTask(BaselineTask):
         encoder = QuestionEncoder(
             self.tokenizer, self.max_tokens, only_candidate=config.model.answer_within == "candidate"
         )
-        self.data = load_mrc_data(config, encoder)
+        self.data = load_mrc_data(config, encoder, shows=runtime.is_main)
         self.optimizer = adamw(self.model, config.optimization)
         self.threshold = 0.0
         train = self.data.train
@@ -56,11 +57,15 @@ class MrcTask(BaselineTask):
         self.what = f"{len(train)} questions ({num_causes} with an answer{cut})"
         self.details = {"num_questions": len(train), "num_cut": num_cut}
 
-    def losses(self, rows_B: Ints) -> list[torch.Tensor]:
+    def losses(self, rows_B: Ints, weights_B: Floats) -> list[LossPart]:
         """SQuAD's loss alone."""
-        batch = question_batch([self.data.train[row] for row in rows_B], self.pad_id).to(self.runtime.device)
+        questions = [
+            question if weight else replace(question, answer_start=UNKNOWN_ANSWER, answer_end=UNKNOWN_ANSWER)
+            for question, weight in zip([self.data.train[row] for row in rows_B], weights_B, strict=True)
+        ]
+        batch = question_batch(questions, self.pad_id).to(self.runtime.device)
         with autocast(self.runtime.device, self.config.precision):
-            start_BT, end_BT = answer_logits(self.model, batch)
+            start_BT, end_BT = answer_logits(self.network, batch)
         return [answer_loss(start_BT, end_BT, batch.start_B, batch.end_B)]
 
     def score(self) -> Metrics:
