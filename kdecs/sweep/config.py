@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from kdecs.baselines.config import BaselineConfig
+from kdecs.baselines.config import AnyBaseline, BaselineConfig, MrcConfig, baseline_type
 from kdecs.config import (
     Config,
     HashedUnlessDefault,
@@ -25,10 +25,10 @@ from kdecs.tracking.record import TrackingConfig
 
 BASELINES_NAME = "baselines.json"
 REPORT_FOLDER = "report"
-TrialConfig = StudentConfig | BaselineConfig
+TrialConfig = StudentConfig | AnyBaseline
 """What a trial trains."""
-TrialKind = Literal["student", "baseline"]
-TRIAL_KINDS: tuple[TrialKind, ...] = ("student", "baseline")
+TrialKind = Literal["student", "baseline", "mrc"]
+TRIAL_KINDS: tuple[TrialKind, ...] = ("student", "baseline", "mrc")
 MAX_POINTS = 100_000
 """Of a search space. Each is a config in memory, so that a few long grids of a stranger's file could fill it."""
 
@@ -160,7 +160,7 @@ class SweepConfig(Config):
         default_factory=dict, description="name -> dotted keys of the student's config set together"
     )
     baselines: Annotated[
-        dict[str, Annotated[dict[str, Any], KeysOf(BaselineConfig)]], HashedUnlessDefault()
+        dict[str, Annotated[dict[str, Any], KeysOf(BaselineConfig), KeysOf(MrcConfig)]], HashedUnlessDefault()
     ] = Field(
         default_factory=dict,
         description="name -> keys of a baseline's config; as a value of the space's `variant` it is trained instead of "
@@ -239,14 +239,15 @@ class SweepConfig(Config):
 
 def kind_of_trial(config: TrialConfig) -> TrialKind:
     """The kind of the artifact that a trial's directory becomes."""
-    return "baseline" if isinstance(config, BaselineConfig) else "student"
+    return "student" if isinstance(config, StudentConfig) else config.kind
 
 
 def load_trial_config(path: Path) -> TrialConfig:
     """The config of a trial, of a student or of a baseline. Raises ConfigError."""
-    # Only a baseline's has this key, and it must have it.
-    if "system" in read_yaml(path):
-        return load_config(BaselineConfig, path)
+    values = read_yaml(path)
+    # Only a baseline's has this key, and in a sweep it must have it.
+    if "system" in values:
+        return load_config(baseline_type(values), path)
     return load_config(StudentConfig, path)
 
 

@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kdecs.baselines.config import MrcConfig
 from kdecs.corpus.pairs import pairs_of, training_subset
 from kdecs.corpus.schema import NEUTRAL
 from kdecs.corpus.splits import CorpusConfig, training_split
@@ -340,9 +341,12 @@ def _trained_tokens(config: TrialConfig) -> float:
         share = 1.0 if has_all else distillation.hard_share
         longest, batch = config.model.max_prompt_tokens, config.batches.global_batch_pairs
         number, tokens = _tokens_of_pass(config.corpus, share, config.neutral_share, longest)
+    elif isinstance(config, MrcConfig):
+        batch = config.batches.global_batch_pairs
+        number, tokens = _tokens_of_pass(config.corpus, 1.0, 0.0, config.model.max_tokens)
     else:
         batch = config.batches.global_batch_dialogues
-        number, tokens = _tokens_of_dialogues(config.corpus, by_target=config.system.name == "ueca-prompt")
+        number, tokens = _tokens_of_dialogues(config.corpus, by_target=config.system_name == "ueca-prompt")
     optimization = config.optimization
     if optimization.steps:
         return optimization.steps * batch * tokens / max(1.0, number)

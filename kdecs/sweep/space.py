@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kdecs.artifact import MANIFEST_NAME, read_manifest
-from kdecs.baselines.config import BaselineConfig
+from kdecs.baselines.config import MrcConfig, baseline_type
 from kdecs.config import config_hash, has_key, parse_config, set_dotted
 from kdecs.errors import ConfigError, printable
 from kdecs.student.config import StudentConfig
@@ -246,22 +246,21 @@ class Space:
         """
         config, name = self.config, str(point[VARIANT_KEY])
         own = config.baselines[name]
+        kind = baseline_type(own)
         set_by_baseline = {key for key, _ in flat_keys(own)}
         settings = {
-            key: value
-            for key, value in point.items()
-            if key not in set_by_baseline and has_key(BaselineConfig, key)
+            key: value for key, value in point.items() if key not in set_by_baseline and has_key(kind, key)
         }
         values: dict[str, Any] = {}
         for key in _SHARED_KEYS:
-            if (shared := _lookup(key, config.student)) is not None:
-                set_dotted(values, key, copy.deepcopy(shared), BaselineConfig)
+            if has_key(kind, key) and (shared := _lookup(key, config.student)) is not None:
+                set_dotted(values, key, copy.deepcopy(shared), kind)
         for key, value in {**settings, **own}.items():
-            set_dotted(values, key, copy.deepcopy(value), BaselineConfig)
+            set_dotted(values, key, copy.deepcopy(value), kind)
         values.setdefault("threads", max(1, math.floor(config.cpus_per_trial)))
         values["output"] = str(trials_directory(config.output) / "unnamed")
         words = {TEACHER_KEY: None, VARIANT_KEY: name}
-        baseline = parse_config(BaselineConfig, values, source=f"baselines.{name} of sweep {config.name}")
+        baseline = parse_config(kind, values, source=f"baselines.{name} of sweep {config.name}")
         task = config.student.get("task", StudentConfig.model_fields["task"].default)
         if baseline.task != task:
             # One is ranked by spans and the other by utterances: their scores say nothing about each other.
@@ -277,7 +276,9 @@ class Space:
         if not all(holds(text, {**baseline.model_dump(mode="json"), **words}) for text in config.constraints):
             return None
         shown = {key: value for key, value in settings.items() if key != SEED_KEY}
-        parts = [name, *(f"{key.rpartition('.')[2]}={_shown(value)}" for key, value in shown.items())]
+        # Nobody should take its scores for those of a student that has to predict the emotions.
+        given = ["(gold emotions)"] if isinstance(baseline, MrcConfig) else []
+        parts = [name, *given, *(f"{key.rpartition('.')[2]}={_shown(value)}" for key, value in shown.items())]
         label = printable(" ".join([*parts, f"s{baseline.optimization.seed}"]))
         digest = config_hash(baseline)
         identity = digest[:_TRIAL_ID_DIGITS]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kdecs.artifact import content_checksum
+from kdecs.baselines.config import MrcConfig
 from kdecs.config import CONFIG_NAME
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, kind_of_trial
@@ -188,10 +189,8 @@ def _params(trial: Trial) -> dict[str, Any]:
             "global_batch_pairs": config.batches.global_batch_pairs,
         }
     else:
-        params |= {
-            "system": config.system.name,
-            "global_batch_dialogues": config.batches.global_batch_dialogues,
-        }
+        key = "global_batch_pairs" if isinstance(config, MrcConfig) else "global_batch_dialogues"
+        params |= {"system": config.system_name, key: getattr(config.batches, key)}
     extra = {
         key: value
         for key, value in trial.settings.items()

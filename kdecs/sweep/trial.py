@@ -36,11 +36,11 @@ from kdecs.artifact import (
     temporary_path,
     write_text,
 )
-from kdecs.baselines.config import BaselineConfig
 from kdecs.config import CONFIG_NAME, config_hash
 from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
 from kdecs.runtime import start_runtime
+from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, kind_of_trial, load_trial_config
 from kdecs.sweep.control import wanted_of
 from kdecs.sweep.status import DIED, LOG_NAME, SELECTION_METRIC, TrialNote, read_note, trial_status
@@ -62,7 +62,7 @@ def train_student_trial(config: TrialConfig, on_epoch: OnEpoch, stop: StopSignal
     from kdecs.student.training import train_student
 
     runtime = start_runtime(threads=config.threads)
-    if isinstance(config, BaselineConfig):
+    if not isinstance(config, StudentConfig):
         from kdecs.baselines.training import train_baseline
 
         return train_baseline(config, runtime, on_epoch=on_epoch, stop=stop)

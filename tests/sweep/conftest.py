@@ -172,11 +172,13 @@ def asked():
 
 @pytest.fixture
 def _rule_students(monkeypatch):
+    from kdecs.baselines.mrc.prediction import MrcBaseline
     from kdecs.baselines.prediction import Baseline
     from kdecs.student.predict.predictor import Student
 
     RuleStudent.asked.clear()
     monkeypatch.setattr(Baseline, "from_pretrained", lambda directory, device, knowledge: RuleStudent())
+    monkeypatch.setattr(MrcBaseline, "from_pretrained", lambda directory, device, emotions: RuleStudent())
     monkeypatch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
     monkeypatch.setattr(
         "kdecs.sweep.selection.choose.register_student", lambda *a, **k: "kdecs-student version 1"

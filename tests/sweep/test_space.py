@@ -1,15 +1,23 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_trainer import train
 
-from kdecs.baselines.config import BaselineConfig
-from kdecs.config import load_config
+from kdecs.baselines.config import BaselineConfig, MrcConfig
+from kdecs.config import BudgetedOptimization, has_key, load_config, write_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import Dimension, GridSearch, SweepConfig, TeacherSource
+from kdecs.sweep.config import (
+    Dimension,
+    GridSearch,
+    SweepConfig,
+    TeacherSource,
+    kind_of_trial,
+    load_trial_config,
+)
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.progress import estimate_left, print_dry_run
 from kdecs.sweep.search import Search
@@ -124,7 +132,7 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, r
         "ablation": 4 * 5,
         "data_share": 2 * (6 + 5 + 6) * 5,
         "teacher_scale": 5 * 5,
-        "given_emotions": 3 * 5,
+        "given_emotions": 4 * 5,
         "search": 3 * 4 * 3 * 2,
         "minilm": 4 * 3,
         "table4": 4 * 5,
@@ -504,6 +512,41 @@ def test_a_baseline_is_a_variant_beside_the_students(make_config):
     assert kec.teacher is None and kec.settings == {"teacher": None, "variant": "KEC"}
     assert kec.directory.name == kec.id == kec.config_hash[:12]
     assert make_config(variants={"KD": {}}).model_dump()["baselines"] == {}
+
+
+def test_mrc_takes_what_it_has_of_the_students_and_says_that_emotions_are_given(make_config):
+    config = make_config(
+        baselines={"MRC": {"system": "mrc", "negative_share": 0.5}},
+        space={
+            "variant": {"grid": ["MRC"]},
+            "teacher": {"grid": ["t5-tiny"]},
+            "optimization.seed": {"grid": [0, 1]},
+        },
+    )
+    trials = Space(config).trials()
+    assert [trial.label for trial in trials] == ["MRC (gold emotions) s0", "MRC (gold emotions) s1"]
+    assert trials[0].setting_label == "MRC (gold emotions)"
+    first = trials[0].config
+    assert isinstance(first, MrcConfig) and first.negative_share == 0.5 and first.optimization.epochs == 12
+    assert str(first.corpus.train) == config.student["corpus"]["train"]
+    assert first.model.base == config.student["model"]["base"] and kind_of_trial(first) == "mrc"
+    trials[0].directory.mkdir(parents=True)
+    write_config(first, trials[0].directory)
+    assert load_trial_config(trials[0].directory / "config.json") == first
+    # Of its two budgets: half the epochs are half the work.
+    shorter = [
+        replace(
+            trial, config=trial.config.model_copy(update={"optimization": BudgetedOptimization(epochs=6)})
+        )
+        for trial in trials
+    ]
+    whole, half = (estimate_left(config, some, some).seconds for some in (trials, shorter))
+    assert 0 < half == pytest.approx(whole / 2)
+    name = "baselines.MRC.negative_share"
+    assert has_key(SweepConfig, name) and not has_key(SweepConfig, "baselines.MRC.nothing")
+    without_spans = config.model_copy(update={"student": {**config.student, "task": "ecpe"}})
+    with pytest.raises(ConfigError, match="its task is ecspe and that of the students is ecpe"):
+        Space(without_spans).trials()
 
 
 @pytest.mark.parametrize(

@@ -316,10 +316,13 @@ def test_a_student_that_is_taken_again_after_a_kill_leaves_no_second_links(tmp_p
     ]
 
 
-def test_a_baseline_is_trained_as_one_and_taken_from_the_store(make_config, make_run, monkeypatch):
+@pytest.mark.parametrize(("system", "kind"), [("kec", "baseline"), ("mrc", "mrc")])
+def test_a_baseline_is_trained_as_one_and_taken_from_the_store(
+    make_config, make_run, monkeypatch, system, kind
+):
     config = make_config(
-        baselines={"KEC": {"system": "kec"}},
-        space={"variant": {"grid": ["KEC"]}, "teacher": {"grid": ["t5-tiny"]}},
+        baselines={"it": {"system": system}},
+        space={"variant": {"grid": ["it"]}, "teacher": {"grid": ["t5-tiny"]}},
     )
     (trial,) = Space(config).trials()
     trained = []
@@ -332,7 +335,7 @@ def test_a_baseline_is_trained_as_one_and_taken_from_the_store(make_config, make
     write_config(trial.config, trial.directory)
     run = make_run()
     assert run_trial(trial.directory, run, lambda metrics: None).status == "complete"
-    assert is_complete(trial.directory, "baseline", trial.config_hash)
+    assert is_complete(trial.directory, kind, trial.config_hash)
     assert find_student(run.store, trial.config_hash) == trial.directory.resolve()
     other = trial.directory.parent / "other"
     other.mkdir()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdecs.artifact import write_text
+from kdecs.baselines.config import MrcConfig
 from kdecs.config import CONFIG_NAME
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, TrialConfig, load_trial_config
@@ -250,7 +251,8 @@ def _table_6(sweep: ScoredSweep) -> PaperTable | None:
             given.setdefault(config.model.given_emotions, setting)
     if not {"fine", "coarse"} <= given.keys():
         return None
-    shown = [given["fine"], given["coarse"]]
+    asked = [each for each in sweep.baselines_tried if isinstance(_trial_config(sweep, each), MrcConfig)]
+    shown = [given["fine"], given["coarse"], *asked]
     split, scores = sweep.scores_of(shown)
     fine, coarse = "fine emotion given", "coarse emotion given"
     rows = [
@@ -264,6 +266,8 @@ def _table_6(sweep: ScoredSweep) -> PaperTable | None:
     ]
     ours = {fine: scores[given["fine"].key], coarse: scores[given["coarse"].key]}
     rows.append(Row(f"{sweep.config.name} ({split})", "ours", ours))
+    # Its questions name the corpus' own labels, which are the fine ones where a student is given both.
+    rows += [Row(f"{each.label} ({split})", "ours", {fine: scores[each.key]}) for each in asked]
     return PaperTable(
         "table6",
         "Spans with the given emotion (Table 6)",

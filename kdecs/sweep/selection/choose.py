@@ -30,6 +30,7 @@ from kdecs.artifact import (
     write_json,
     write_text,
 )
+from kdecs.baselines.config import MrcConfig
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split
@@ -320,7 +321,7 @@ def score_on_test(sweep: Path, result: TrialResult, target: Path, note_opened: C
 def _predictor(directory: Path) -> Any:
     """The student or baseline of a trial's directory, which predicts the pairs of a corpus (`predict_pairs`)."""
     from kdecs.baselines.config import Kec
-    from kdecs.baselines.prediction import Baseline
+    from kdecs.baselines.prediction import open_baseline
     from kdecs.runtime import start_runtime
     from kdecs.student.predict.predictor import Student
 
@@ -329,7 +330,7 @@ def _predictor(directory: Path) -> Any:
         return Student.from_pretrained(directory, device=device)
     # The phrases of training and validation are one file, which may hold those of test as well.
     knowledge = config.system.knowledge if isinstance(config.system, Kec) else None
-    return Baseline.from_pretrained(directory, device=device, knowledge=knowledge)
+    return open_baseline(directory, device=device, knowledge=knowledge)
 
 
 def _best_student(sweep: Path, ranked: Sequence[SettingScore]) -> SettingScore:
@@ -345,7 +346,9 @@ def _best_student(sweep: Path, ranked: Sequence[SettingScore]) -> SettingScore:
 
 
 def _is_given_emotions(config: TrialConfig) -> bool:
-    return isinstance(config, StudentConfig) and config.model.given_emotions != "none"
+    return isinstance(config, MrcConfig) or (
+        isinstance(config, StudentConfig) and config.model.given_emotions != "none"
+    )
 
 
 def scores_of_student(scores: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
