@@ -70,6 +70,10 @@ class EndpointError(KdecsError):
     """A model behind an endpoint that does not answer, or not as it should."""
 
 
+class AnnotationError(KdecsError):
+    """Labels of annotators that leave something open."""
+
+
 class DependencyError(KdecsError):
     """A command needs an optional package that is not installed."""
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +27,13 @@ app = typer.Typer(
     help="Label your own dialogues as the paper did: by language models, people and rules, in one project directory.",
 )
 
+review_app = typer.Typer(
+    no_args_is_help=True, help="Have people label dialogues on a page, and take in what they saved."
+)
+app.add_typer(review_app, name="review")
+
+_MOST_CONFLICTS = 20
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the project.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 InputPrice = Annotated[
@@ -36,6 +44,12 @@ OutputPrice = Annotated[
     float | None,
     typer.Option(
         "--output-price", min=0, help="Dollars per million answer tokens, if project.yaml has none."
+    ),
+]
+Annotators = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--annotator", metavar="NAME", help="A person or a run; repeatable. Default: all who have labelled."
     ),
 ]
 Model = Annotated[
@@ -208,6 +222,333 @@ def run_command(
     say(f"{summary}{cost}")
 
 
+@app.command()
+def agreement(
+    directory: Directory,
+    annotator: Annotators = None,
+    only: Annotated[
+        Literal["all", "people", "models"],
+        typer.Option(help="Whose labels to compare, if --annotator names none."),
+    ] = "all",
+    as_json: Json = False,
+) -> None:
+    """Show how far annotators agree about emotions and spans: kappa, alpha, PABAK, confusions, and change over time.
+
+    Example: kdecs annotate agreement mine --only people
+    """
+    from kdecs.annotate.agreement import agreement_of
+    from kdecs.annotate.project import Project
+    from kdecs.annotate.running import read_annotations
+    from kdecs.errors import ConfigError
+
+    project = Project.open(directory)
+    kinds = {"all": ("person", "model"), "people": ("person",), "models": ("model",)}[only]
+    found = [each for each in read_annotations(project, annotator or ()) if annotator or each.kind in kinds]
+    if len(found) < 2:
+        names = ", ".join(each.name for each in found) or "nobody"
+        raise ConfigError(f"{directory}: found the labels of {names}, expected two annotators to compare")
+    config = project.config
+    result = agreement_of(found, project.dialogues, len(config.labels), config.causes_after)
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return
+    from kdecs.tables import figures_table, terminal
+
+    console = terminal()
+    table = figures_table("Annotators", "annotator", "turns", "open", "mean kappa", "as the others' majority")
+    for row in result.annotators:
+        table.add_row(
+            row["annotator"], f"{row['turns']:,}", f"{row['open']:,}", _figure(row["mean_kappa"]),
+            _figure(row["against_the_others"]),
+        )  # fmt: skip
+    console.print(table)
+    table = figures_table("Emotions", "pair", "turns", "agreement", "Cohen's kappa", "PABAK")
+    for row in result.emotion_pairs:
+        figures = (_figure(row[key]) for key in ("agreement", "kappa", "pabak"))
+        table.add_row(f"{row['first']}, {row['second']}", f"{row['turns']:,}", *figures)
+    console.print(table)
+    console.print(
+        f"Fleiss' kappa {_figure(result.fleiss_kappa)} ({result.fleiss_turns:,} turns that all of them labelled); "
+        f"Krippendorff's alpha {_figure(result.alpha)} ({result.alpha_turns:,} turns that two or more labelled)"
+    )
+    table = figures_table("Causes", "pair", "emotional turns", "cause turn F1", "spans", "exact", "token F1")
+    for row in result.span_pairs:
+        figures = (_figure(row[key]) for key in ("exact", "token_f1"))
+        table.add_row(
+            f"{row['first']}, {row['second']}", f"{row['targets']:,}", _figure(row["cause_turn_f1"]),
+            f"{row['spans']:,}", *figures,
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"Krippendorff's alpha of {result.words:,} words, in a span or not: {_figure(result.word_alpha)}"
+    )
+    if result.confusions:
+        table = figures_table("Labels of the same turn that differ most often", "labels", "count")
+        for row in result.confusions:
+            table.add_row(f"{row['first']}, {row['second']}", f"{row['count']:,}")
+        console.print(table)
+    table = figures_table("Over time", "annotator", "from", "to", "turns", "as the others' majority")
+    for row in result.over_time:
+        share = _figure(row["against_the_others"])
+        table.add_row(row["annotator"], row["from"], row["to"], f"{row['turns']:,}", share)
+    console.print(table)
+
+
+@app.command()
+def merge(
+    directory: Directory,
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="Corpus to write: JSON lines if the name ends in .jsonl, else RECCON's JSON."
+        ),
+    ],
+    annotator: Annotators = None,
+    allow_open: Annotated[
+        bool,
+        typer.Option(
+            "--allow-open", help="Leave out dialogues with open emotions, and causes that are open."
+        ),
+    ] = False,
+) -> None:
+    """Merge the labels into a corpus, by vote and by the paper's rule for spans, with where each label comes from.
+
+    Where people labelled a turn their votes count, elsewhere those of the models. What stays open is listed, and the
+    command ends with exit code 1 unless --allow-open leaves it out.
+
+    Example: kdecs annotate merge mine --output mine.json
+    """
+    from kdecs.annotate.merging import accuracies, merged_dialogues, provenance
+    from kdecs.annotate.merging import merge as merge_labels
+    from kdecs.annotate.project import Project
+    from kdecs.annotate.running import read_annotations
+    from kdecs.corpus.commands import print_statistics
+    from kdecs.corpus.formats.writing import DialogueWriter
+    from kdecs.corpus.schema import Corpus
+    from kdecs.corpus.statistics import statistics_of
+    from kdecs.errors import AnnotationError, printable
+    from kdecs.output import STANDARD_STREAM, open_output, refuse_inputs
+    from kdecs.process import say
+    from kdecs.tables import figures_table, terminal
+
+    project = Project.open(directory)
+    if output == STANDARD_STREAM:
+        raise typer.BadParameter("--output: name a file; where each label comes from is written beside it")
+    refuse_inputs(output, project.files)
+    found = read_annotations(project, annotator or ())
+    decisions = merge_labels(found, project.dialogues)
+    conflicts = [conflict for decision in decisions.values() for conflict in decision.conflicts]
+    for conflict in conflicts[:_MOST_CONFLICTS]:
+        say(printable(f"open: {conflict}"))
+    if len(conflicts) > _MOST_CONFLICTS:
+        say(
+            f"open: and {len(conflicts) - _MOST_CONFLICTS:,} more; kdecs annotate sample lists them for review"
+        )
+    merged = list(merged_dialogues(decisions, project.dialogues))
+    if conflicts and not allow_open:
+        raise AnnotationError(
+            f"{directory}: {len(conflicts):,} decisions are open, so nothing was written; have the turns reviewed, or "
+            "add --allow-open to leave them out"
+        )
+    if not merged:
+        raise AnnotationError(
+            f"{directory}: every dialogue has an open emotion, so there is no corpus to write"
+        )
+    with open_output(output) as written:
+        for text in DialogueWriter("jsonl" if output.suffix == ".jsonl" else "reccon").text(merged):
+            written.write(text.encode())
+    sidecar = output.with_name(f"{output.name}.provenance.jsonl")
+    kept = {dialogue.id for dialogue, _ in merged}
+    with open_output(sidecar) as written:
+        for line in provenance(decisions):
+            if line["dialogue_id"] in kept:
+                written.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+    table = figures_table(
+        "Against the merged labels", "annotator", "turns", "votes", "emotions", "cause turn F1", "exact spans",
+        "token F1",
+    )  # fmt: skip
+    for row in accuracies(found, decisions):
+        keys = ("emotion_accuracy", "cause_turn_f1", "exact", "token_f1")
+        table.add_row(
+            row["annotator"], f"{row['turns']:,}", f"{row['voted']:,}", *(_percent(row[key]) for key in keys)
+        )
+    terminal().print(table)
+    corpus = Corpus(output, tuple(dialogue for dialogue, _ in merged), Counter(), ())
+    print_statistics([statistics_of(corpus)])
+    left_out = len(project.dialogues) - len(merged)
+    num_single = sum(len(decision.voters) == 1 for decision in decisions.values())
+    say(
+        f"{output}: {len(merged):,} dialogues ({left_out:,} left out); {num_single:,} of {len(decisions):,} emotions "
+        f"rest on one vote; where each label comes from: {sidecar}"
+    )
+
+
+@app.command()
+def sample(
+    directory: Directory,
+    output: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Where to write the list: JSON lines, the first dialogue first."),
+    ],
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="REASON",
+            help="disagreement, causes, open, rare, rule or confidence; repeatable, all count alike. Default: the "
+            "first four.",
+        ),
+    ] = None,
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Predictions of a student, which count as one more annotator; repeatable."
+        ),
+    ] = None,
+    number: Annotated[int | None, typer.Option(min=1, help="Most dialogues of the list.")] = None,
+    each: Annotated[
+        int | None, typer.Option(min=1, help="Annotators per dialogue; default: all of project.yaml.")
+    ] = None,
+) -> None:
+    """List the dialogues that people should review, the most instructive first, and who should review each.
+
+    Reasons: disagreement of runs and predictions about emotions or causes, open labels, rare labels, causes that differ
+    from the rule (the turn itself and the one before), and predictions of low confidence.
+
+    Example: kdecs annotate sample mine --output first.jsonl --number 100 --each 3
+    """
+    from kdecs.annotate.project import Project
+    from kdecs.annotate.running import read_annotations
+    from kdecs.annotate.sampling import REASONS, annotation_of_predictions, ranked, work_list
+    from kdecs.output import open_output, refuse_inputs
+    from kdecs.process import say
+
+    project = Project.open(directory)
+    refuse_inputs(output, [*project.files, *(predictions or [])])
+    if unknown := [reason for reason in by or () if reason not in REASONS]:
+        raise typer.BadParameter(f"--by {unknown[0]}: expected one of {', '.join(REASONS)}")
+    chosen = [reason for reason in REASONS[:4] if not by] or [each for each in REASONS if each in (by or ())]
+    if "confidence" in chosen and not predictions:
+        raise typer.BadParameter("--by confidence: needs the scores of --predictions FILE")
+    names = [*project.reviewers, *project.run_names]
+    annotations = read_annotations(project) if names or not predictions else []
+    unsure: dict[tuple[str, int], float] = {}
+    for path in predictions or []:
+        annotation, found = annotation_of_predictions(path, project.dialogues, project.config.labels)
+        annotations.append(annotation)
+        unsure |= {key: max(value, unsure.get(key, 0.0)) for key, value in found.items()}
+    people = {each.name: each for each in annotations if each.kind == "person"}
+    reviewers = {}
+    for name in dict.fromkeys((*project.config.annotators, *project.reviewers)):
+        done = people[name].labels.keys() if name in people else set()
+        reviewers[name] = {
+            dialogue.id
+            for dialogue in project.dialogues.values()
+            if all((dialogue.id, u.turn) in done for u in dialogue.utterances)
+        }
+    lines = list(
+        work_list(ranked(annotations, project.dialogues, chosen, unsure), reviewers, number=number, each=each)
+    )
+    with open_output(output) as written:
+        for line in lines:
+            written.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+    say(f"{output}: {len(lines):,} of {len(project.dialogues):,} dialogues, by {', '.join(chosen)}")
+
+
+@review_app.command("export")
+def review_export(
+    directory: Directory,
+    html: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")],
+    dialogues: Annotated[
+        Path | None,
+        typer.Option("--list", metavar="FILE", help="A list of kdecs annotate sample; default: all."),
+    ] = None,
+    annotator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The one whose page it is, with the dialogues that the list gives them."
+        ),
+    ] = None,
+    suggest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Run whose labels the page shows as suggestions. Default: none are shown."
+        ),
+    ] = None,
+) -> None:
+    """Write a page on which people label dialogues in a browser, by keyboard alone and without a network.
+
+    Examples:
+
+    kdecs annotate review export mine --html review.html
+
+    kdecs annotate review export mine --html ann.html --list first.jsonl --annotator ann --suggest gpt-4o-mini
+    """
+    from kdecs.annotate.project import Project
+    from kdecs.annotate.review import listed_dialogues, review_page
+    from kdecs.annotate.running import read_annotations
+    from kdecs.output import open_output, refuse_inputs
+    from kdecs.process import say
+
+    project = Project.open(directory)
+    refuse_inputs(html, [*project.files, dialogues])
+    names = list(project.dialogues) if dialogues is None else listed_dialogues(dialogues, project, annotator)
+    suggestions = read_annotations(project, [suggest])[0] if suggest else None
+    chosen = [project.dialogues[name] for name in names]
+    page = review_page(project, chosen, [annotator] if annotator else project.config.annotators, suggestions)
+    with open_output(html) as written:
+        written.write(page.encode())
+    say(f"{html}: {len(chosen):,} dialogues")
+
+
+@review_app.command("import")
+def review_import(
+    directory: Directory,
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE…", help="Files that the page saved, or labelled corpora.")
+    ],
+    annotator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Whose labels a corpus holds; for a saved file in place of its own name."
+        ),
+    ] = None,
+) -> None:
+    """Take the decisions of people into the project. All files are checked first; a file may be imported twice.
+
+    Example: kdecs annotate review import mine review-ann.json review-ben.json
+    """
+    from kdecs.annotate.labels import add_reviews
+    from kdecs.annotate.project import Project
+    from kdecs.annotate.review import read_review
+    from kdecs.annotate.running import now
+    from kdecs.errors import ConfigError
+    from kdecs.process import say
+
+    project = Project.open(directory)
+    read = [(path, *read_review(path, project, annotator, now())) for path in files]
+    for path, name, _ in read:
+        if not re.fullmatch(_NAME, name):
+            raise ConfigError(
+                f"{path}: the annotator {name!r}, expected letters, digits, dots, dashes and underscores"
+            )
+        if name in project.run_names or name in project.config.models:
+            raise ConfigError(
+                f"{path}: {name} is the name of a run; give the annotator another one, with --annotator"
+            )
+    for path, name, lines in read:
+        num_new = add_reviews(project.review_file(name), lines)
+        say(f"{path}: {num_new:,} new of {len(lines):,} decisions of {name}")
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
 def _chosen_model(project: "Project", model: str, run: str | None, **given: Any) -> "tuple[str, ModelConfig]":
     """The name of a run and its settings: those of project.yaml, under what the command line gives."""
     from kdecs.annotate.project import ModelConfig
@@ -217,7 +558,7 @@ def _chosen_model(project: "Project", model: str, run: str | None, **given: Any)
     known = project.config.models.get(model, ModelConfig())
     # A model's name may hold slashes and colons, which a folder's name should not.
     name = run or re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(_NAME, name):
         raise ConfigError(f"--run {name}: expected letters, digits, dots, dashes and underscores")
     if name in project.reviewers or name in project.config.annotators:
         raise ConfigError(f"{name}: is the name of an annotator; give the run another name, with --run NAME")

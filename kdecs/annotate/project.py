@@ -167,6 +167,12 @@ class Project:
         return self.root / "reviews" / f"{annotator}.jsonl"
 
     @property
+    def files(self) -> list[Path]:
+        """What the project consists of, which no output may replace."""
+        own = [self.root / PROJECT_NAME, self.root / DIALOGUES_NAME]
+        return own + [path for name in ("runs", "reviews") for path in self.root.glob(f"{name}/**/*.*")]
+
+    @property
     def run_names(self) -> list[str]:
         """The runs that have begun, those of the settings first and in their order."""
         return self._sorted(

@@ -7,7 +7,7 @@ that was stopped at any point repeats no call that was answered, and labels neve
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,13 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from kdecs.annotate.labels import Annotation, TurnKey, TurnLabel
+from kdecs.annotate.labels import (
+    Annotation,
+    TurnKey,
+    TurnLabel,
+    annotation_of_person,
+    read_reviews,
+)
 from kdecs.annotate.project import Project, RunSettings
 from kdecs.annotate.prompts import (
     FAULTS,
@@ -240,6 +246,7 @@ def run_model(
     # Set once a server has refused the schema and answered without it.
     schema_is_refused = threading.Event()
     record, project = run.record, run.project
+    used, lock = Usage(0, 0, 0), threading.Lock()
 
     def make_call(call: Call, ask: Ask) -> LabelCall | None:
         if (answer := find_answer(record, call, endpoint)) is not None:
@@ -269,12 +276,16 @@ def run_model(
             at=now(),
         )
         record.add([row])
+        nonlocal used
+        with lock:
+            used += Usage.of([row])
         return row
 
     def work(dialogue: Dialogue, ask: Ask) -> None:
         label_dialogue(project, run.settings, dialogue, lambda call: make_call(call, ask))
 
     with record.recording():
+        used = Usage.of(record.answers())
         pending = [
             project.dialogues[name] for name, found in run.labels().items() if found.pending is not None
         ]
@@ -282,7 +293,7 @@ def run_model(
         with ProgressBar(num_all, initial=num_all - len(pending), desc="label", unit="dialogue") as bar:
 
             def show(num_failed: int) -> None:
-                cost = "unknown" if prices is None else f"${Usage.of(record.answers()).price(prices):.2f}"
+                cost = "unknown" if prices is None else f"${used.price(prices):.2f}"
                 bar.update(failed=str(num_failed), cost=cost)
 
             failures = work_through(endpoint, pending, work, stop, on_done=show)
@@ -323,6 +334,13 @@ class Usage:
             sum(answer.answer_tokens or 0 for answer in answers),
         )
 
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.num_calls + other.num_calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.answer_tokens + other.answer_tokens,
+        )
+
     def price(self, prices: tuple[float, float] | None) -> float:
         """Dollars."""
         return price_of(self.prompt_tokens, self.answer_tokens, prices) or 0.0
@@ -350,6 +368,37 @@ def annotation_of_run(run: Run) -> Annotation:
                 causes_answer.call if causes_answer else None,
             )
     return Annotation(run.name, "model", labels, run.settings.model)
+
+
+def read_annotations(project: Project, names: Sequence[str] = ()) -> list[Annotation]:
+    """The labels of all annotators of a project, people first, or of those named.
+
+    Raises ConfigError for a name that has no labels, or if nobody has any.
+    """
+    people, runs = project.reviewers, project.run_names
+    if unknown := [name for name in names if name not in (*people, *runs)]:
+        raise ConfigError(
+            f"{unknown[0]}: has no labels in {project.root}; those who have: {', '.join((*people, *runs)) or 'nobody'}"
+        )
+    found = [
+        annotation_of_person(
+            name,
+            read_reviews(
+                project.review_file(name),
+                project.dialogues,
+                project.config.labels,
+                project.config.causes_after,
+            ),
+        )
+        for name in people
+        if name in names or not names
+    ]
+    found += [annotation_of_run(Run.open(project, name)) for name in runs if name in names or not names]
+    if not found:
+        raise ConfigError(
+            f"{project.root}: nobody has labelled anything yet; start with kdecs annotate run, or import a review"
+        )
+    return found
 
 
 @dataclass(frozen=True)

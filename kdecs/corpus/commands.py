@@ -162,7 +162,7 @@ def stats(
     if as_json:
         print(json.dumps([file.as_dict() for file in counted], indent=2))
     else:
-        _print_statistics(counted)
+        print_statistics(counted)
     if plots:
         from kdecs.corpus.statistics import write_plots
 
@@ -293,7 +293,8 @@ def _without_cross_split(train: "Corpus", others: "list[Corpus]") -> "Corpus":
     return kept
 
 
-def _print_statistics(counted: "list[CorpusStatistics]") -> None:
+def print_statistics(counted: "list[CorpusStatistics]") -> None:
+    """Print the counts of files as the tables that `kdecs corpus stats` shows."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
     from rich.text import Text

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-from kdecs.student.predict.page import content_hash
+from kdecs.pages import content_hash
 
 _EXAMPLE = {"id": "d1", "utterances": [{"speaker": "A", "utterance": "I got the job!"}]}
 _LIMITS = {

@@ -43,7 +43,8 @@ from kdecs.corpus.checking import (
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import CorpusError, KdecsError, printable
 from kdecs.serve.reference import reference_page
-from kdecs.student.predict.page import content_security_policy, live_page
+from kdecs.student.predict.page import live_page
+from kdecs.student.predict.page import policy as page_policy
 from kdecs.student.predict.predictor import Student
 from kdecs.student.predict.requests import MAX_DIALOGUES, bounded_dialogues, request_ended
 from kdecs.student.predict.streaming import (
@@ -381,7 +382,7 @@ def make_app(batchers: Batchers, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Fas
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:
-        policy = content_security_policy("frame-ancestors 'none'", asks=True)
+        policy = page_policy("frame-ancestors 'none'", asks=True)
         return HTMLResponse(live_page(), headers={"Content-Security-Policy": policy})
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)

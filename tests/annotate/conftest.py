@@ -1,4 +1,4 @@
-"""A project of three dialogues of the sample, and a server that answers every question about them with gold labels."""
+"""A project of three dialogues of the sample, and a server that answers questions about the sample with gold labels."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,8 +16,13 @@ FEW = 3
 
 
 @pytest.fixture(scope="session")
-def gold() -> list[Dialogue]:
-    return list(read_corpus(bundled_sample("test")).dialogues[:FEW])
+def all_gold() -> list[Dialogue]:
+    return list(read_corpus(bundled_sample("test")).dialogues)
+
+
+@pytest.fixture(scope="session")
+def gold(all_gold: list[Dialogue]) -> list[Dialogue]:
+    return all_gold[:FEW]
 
 
 @pytest.fixture
@@ -35,10 +40,10 @@ def project(corpus: Path, tmp_path: Path) -> Project:
 
 
 @pytest.fixture(scope="session")
-def gold_answer(gold: list[Dialogue]) -> Callable[[list[dict[str, str]]], str]:
+def gold_answer(all_gold: list[Dialogue]) -> Callable[[list[dict[str, str]]], str]:
     """What the server answers to the messages of a request."""
-    assert {u.emotion for d in gold for u in d.utterances} <= set(FINE_EMOTIONS)
-    first_line = {d.utterances[0].text: d for d in gold}
+    assert {u.emotion for d in all_gold for u in d.utterances} <= set(FINE_EMOTIONS)
+    first_line = {d.utterances[0].text: d for d in all_gold}
 
     def answer(messages: list[dict[str, str]]) -> str:
         prompt = messages[0]["content"]

@@ -23,9 +23,10 @@ from support import StopAfter, start_python
 from typer.testing import CliRunner
 
 from kdecs.annotate.labels import Annotation
-from kdecs.annotate.project import Project, RunSettings
+from kdecs.annotate.project import Project, RunSettings, create_project
 from kdecs.annotate.running import Run, Summary, annotation_of_run, run_model
 from kdecs.cli import app
+from kdecs.corpus.reading import bundled_sample
 from kdecs.corpus.schema import NEUTRAL, Dialogue
 from kdecs.endpoint.record import call_hash
 from kdecs.errors import ConfigError, EndpointError, PredictionError, Stopped
@@ -271,11 +272,11 @@ def campaign(
 
 @pytest.mark.slow
 def test_kills_and_faults_repeat_no_recorded_call_and_guess_no_label(
-    project: Project, server: ChatServer, gold: list[Dialogue]
+    server: ChatServer, all_gold: list[Dialogue], tmp_path: Path
 ) -> None:
-    troubles, ends, num_open = campaign(project, server, gold, seed=1, kills=6, share=0.4)
-    print(
-        f"requests {len(server.bodies)}, {ends}, open {dict(num_open)}, {dict(sorted(troubles.met.items()))}"
-    )
-    assert ends["killed"] >= 1 and sum(troubles.met.values()) >= 3
+    project = create_project(tmp_path / "project", [bundled_sample("test")], labels="fine")
+    troubles, ends, num_open = campaign(project, server, all_gold, seed=1, kills=8, share=0.55)
+    num_requests = len(server.bodies)
+    print(f"{num_requests} requests, {ends}, open {dict(num_open)}, {dict(sorted(troubles.met.items()))}")
+    assert ends["killed"] >= 4 and sum(troubles.met.values()) >= 15 and len(troubles.met) >= 6
     assert troubles.num_repeated == 0

@@ -15,7 +15,8 @@ from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import OutputError
 from kdecs.evaluation.predictions import Prediction
 from kdecs.student.predict import files
-from kdecs.student.predict.page import PageWriter, content_security_policy, live_page
+from kdecs.student.predict.page import PageWriter, live_page
+from kdecs.student.predict.page import policy as page_policy
 from kdecs.student.predict.streaming import PairPrediction
 
 EVIL = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> 😀 \u2028"
@@ -68,7 +69,7 @@ def test_no_text_ends_the_script_that_holds_it():
 def test_the_policy_allows_the_pages_own_script_and_style_alone(page):
     text = live_page() if page == "live" else written(dialogue_of("d", "x"))
     policy = html.unescape(re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1])
-    assert policy == content_security_policy(asks=page == "live")
+    assert policy == page_policy(asks=page == "live")
     rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     assert rules.get("connect-src") == ("'self'" if page == "live" else None)

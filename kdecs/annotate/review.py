@@ -1,0 +1,161 @@
+"""What people decide: a page for their browser, and the files that it saves.
+
+The page needs no network and is `review.html` with the dialogues, the labels and, if wanted, the suggestions of a run
+in its element `data`. It saves one JSON object, which `kdecs annotate review import` reads:
+
+    {"project": "sha256 of dialogues.jsonl", "annotator": "ann", "labels": [lines as in kdecs.annotate.labels]}
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdecs.annotate.labels import Annotation, ReviewedCause, ReviewedTurn, checked_turn
+from kdecs.annotate.project import Project
+from kdecs.corpus.checking import NotJson, decode_json, iter_lines, shorten
+from kdecs.corpus.pairs import causes_of
+from kdecs.corpus.reading import read_corpus
+from kdecs.corpus.schema import NEUTRAL, Dialogue
+from kdecs.errors import ConfigError, CorpusError, PredictionError
+from kdecs.pages import NO_DATA, content_security_policy, json_in_script, page_template
+
+_KEYS = {"project", "annotator", "labels"}
+
+
+def review_page(
+    project: Project, dialogues: Sequence[Dialogue], annotators: Sequence[str], suggestions: Annotation | None
+) -> str:
+    """The page for these dialogues and annotators. Raises ConfigError if there is nobody or nothing to review."""
+    if not annotators:
+        raise ConfigError(
+            f"{project.root}: project.yaml names no annotators; add them there, or name one with --annotator"
+        )
+    if not dialogues:
+        raise ConfigError(f"{project.root}: no dialogue is left to review")
+    found: Mapping[Any, Any] = suggestions.labels if suggestions else {}
+    data = {
+        "project": project.texts_sha256,
+        "labels": list(project.config.labels),
+        "annotators": list(annotators),
+        "causes_after": project.config.causes_after,
+        "suggested_by": suggestions.name if suggestions else None,
+        "dialogues": [
+            {
+                "id": dialogue.id,
+                "utterances": [
+                    {
+                        "speaker": u.speaker,
+                        "utterance": u.text,
+                        "suggestion": _suggestion(found.get((dialogue.id, u.turn))),
+                    }
+                    for u in dialogue.utterances
+                ],
+            }
+            for dialogue in dialogues
+        ],
+    }
+    template = page_template("kdecs.annotate", "review.html")
+    page = template.replace("POLICY", content_security_policy(template), 1)
+    return page.replace(NO_DATA, NO_DATA.replace("null", json_in_script(data)), 1)
+
+
+def _suggestion(label: Any) -> dict[str, Any] | None:
+    if label is None or label.emotion is None:
+        return None
+    causes = None if label.causes is None else [{"turn": c.turn, "span": c.span} for c in label.causes]
+    return {"emotion": label.emotion, "causes": causes}
+
+
+def listed_dialogues(path: Path, project: Project, annotator: str | None) -> list[str]:
+    """The dialogue ids of a list that `kdecs annotate sample` wrote, in its order; those of one annotator if named."""
+    names = []
+    for number, line in iter_lines(path):
+        try:
+            value = decode_json(line).value
+        except NotJson as error:
+            raise PredictionError(
+                f"{path}, line {number}: found {error.found}, expected {error.expected}"
+            ) from None
+        name = value.get("dialogue_id") if isinstance(value, dict) else None
+        if name not in project.dialogues:
+            raise PredictionError(
+                f"{path}, line {number}: {shorten(name)} is no dialogue of this project, expected a line of kdecs "
+                "annotate sample"
+            )
+        if annotator is None or annotator in value.get("annotators", [annotator]):
+            names.append(name)
+    return names
+
+
+def read_review(
+    path: Path, project: Project, annotator: str | None, at: str
+) -> tuple[str, list[ReviewedTurn]]:
+    """The annotator and the decisions in a file: one that the page saved, or a labelled corpus of the same dialogues.
+
+    A corpus has neither a name, which `annotator` gives, nor times, which `at` gives. Raises PredictionError or
+    CorpusError, one line, for a file that does not fit the project.
+    """
+    config = project.config
+    value = _saved(path)
+    if value is None:
+        if annotator is None:
+            raise PredictionError(
+                f"{path}: is no file that the page saved; to import a labelled corpus, say whose labels it holds with "
+                "--annotator NAME"
+            )
+        return annotator, _of_corpus(path, project, at)
+    if value["project"] != project.texts_sha256:
+        raise PredictionError(
+            f"{path}: is a review of other dialogues; import it into the project that it was exported from"
+        )
+    name = annotator or value["annotator"]
+    if not isinstance(name, str) or not isinstance(value["labels"], list):
+        raise PredictionError(f"{path}: expected the name of an annotator and a list of labels")
+    labels = value["labels"]
+    lines = [
+        checked_turn(item, f"{path}, label {number}", project.dialogues, config.labels, config.causes_after)
+        for number, item in enumerate(labels, start=1)
+    ]
+    return name, lines
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    """The object of a file that the page saved, or None for a file of another kind."""
+    try:
+        value = decode_json(path.read_bytes()).value
+    except OSError as error:
+        raise PredictionError(f"{path}: {error.strerror}, expected a review or a labelled corpus") from None
+    except NotJson:
+        return None
+    return value if isinstance(value, dict) and value.keys() == _KEYS else None
+
+
+def _of_corpus(path: Path, project: Project, at: str) -> list[ReviewedTurn]:
+    config = project.config
+    lines = []
+    for dialogue in read_corpus(path, table=config.label_table, log=False).dialogues:
+        known = project.dialogues.get(dialogue.id)
+        if known is None:
+            continue
+        if known.context_hashes != dialogue.context_hashes:
+            raise CorpusError(f"{path}: the dialogue {dialogue.id} has other texts than in this project")
+        for utterance in dialogue.utterances:
+            longest: dict[int, str] = {}
+            for _, turn, span in causes_of(utterance, config.causes_after):
+                if len(span) > len(longest.get(turn, "")):
+                    longest[turn] = span
+            is_decided = utterance.emotion == NEUTRAL or utterance.evidence is not None
+            causes = [ReviewedCause(turn=turn, span=longest[turn]) for turn in sorted(longest)]
+            line = ReviewedTurn(
+                dialogue_id=dialogue.id,
+                turn=utterance.turn,
+                emotion=str(utterance.emotion),
+                causes=([] if utterance.emotion == NEUTRAL else causes) if is_decided else None,
+                at=at,
+            )
+            place = f"{path}, dialogue {dialogue.id}"
+            checked_turn(line.model_dump(), place, project.dialogues, config.labels, config.causes_after)
+            lines.append(line)
+    if not lines:
+        raise CorpusError(f"{path}: holds no dialogue of this project")
+    return lines
