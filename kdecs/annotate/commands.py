@@ -287,10 +287,11 @@ def agreement(
         for row in result.confusions:
             table.add_row(f"{row['first']}, {row['second']}", f"{row['count']:,}")
         console.print(table)
-    table = figures_table("Over time", "annotator", "from", "to", "turns", "as the others' majority")
+    table = figures_table("Over time (UTC)", "annotator", "from", "to", "turns", "as majority", tight=True)
     for row in result.over_time:
         share = _figure(row["against_the_others"])
-        table.add_row(row["annotator"], row["from"], row["to"], f"{row['turns']:,}", share)
+        first, last = (row[key][:16].replace("T", " ") for key in ("from", "to"))
+        table.add_row(row["annotator"], first, last, f"{row['turns']:,}", share)
     console.print(table)
 
 
@@ -513,6 +514,13 @@ def review_import(
             metavar="NAME", help="Whose labels a corpus holds; for a saved file in place of its own name."
         ),
     ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON object {label: label} for labels of a corpus that the project does not have.",
+        ),
+    ] = None,
 ) -> None:
     """Take the decisions of people into the project. All files are checked first; a file may be imported twice.
 
@@ -522,11 +530,14 @@ def review_import(
     from kdecs.annotate.project import Project
     from kdecs.annotate.review import read_review
     from kdecs.annotate.running import now
+    from kdecs.corpus.reading import read_table
+    from kdecs.corpus.schema import NO_TABLE
     from kdecs.errors import ConfigError
     from kdecs.process import say
 
     project = Project.open(directory)
-    read = [(path, *read_review(path, project, annotator, now())) for path in files]
+    mapping = read_table(table) if table else NO_TABLE
+    read = [(path, *read_review(path, project, annotator, now(), mapping)) for path in files]
     for path, name, _ in read:
         if not re.fullmatch(_NAME, name):
             raise ConfigError(

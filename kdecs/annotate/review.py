@@ -15,7 +15,7 @@ from kdecs.annotate.project import Project
 from kdecs.corpus.checking import NotJson, decode_json, iter_lines, shorten
 from kdecs.corpus.pairs import causes_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.corpus.schema import NEUTRAL, Dialogue
+from kdecs.corpus.schema import NEUTRAL, NO_TABLE, Dialogue
 from kdecs.errors import ConfigError, CorpusError, PredictionError
 from kdecs.pages import NO_DATA, content_security_policy, json_in_script, page_template
 
@@ -88,11 +88,16 @@ def listed_dialogues(path: Path, project: Project, annotator: str | None) -> lis
 
 
 def read_review(
-    path: Path, project: Project, annotator: str | None, at: str
+    path: Path,
+    project: Project,
+    annotator: str | None,
+    at: str,
+    table: Mapping[str, str] = NO_TABLE,
 ) -> tuple[str, list[ReviewedTurn]]:
     """The annotator and the decisions in a file: one that the page saved, or a labelled corpus of the same dialogues.
 
-    A corpus has neither a name, which `annotator` gives, nor times, which `at` gives. Raises PredictionError or
+    A corpus has neither a name, which `annotator` gives, nor times, which `at` gives. `table` maps those of its labels
+    that the project does not have. Raises PredictionError or
     CorpusError, one line, for a file that does not fit the project.
     """
     config = project.config
@@ -103,7 +108,7 @@ def read_review(
                 f"{path}: is no file that the page saved; to import a labelled corpus, say whose labels it holds with "
                 "--annotator NAME"
             )
-        return annotator, _of_corpus(path, project, at)
+        return annotator, _of_corpus(path, project, at, table)
     if value["project"] != project.texts_sha256:
         raise PredictionError(
             f"{path}: is a review of other dialogues; import it into the project that it was exported from"
@@ -130,27 +135,36 @@ def _saved(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and value.keys() == _KEYS else None
 
 
-def _of_corpus(path: Path, project: Project, at: str) -> list[ReviewedTurn]:
+def _of_corpus(path: Path, project: Project, at: str, table: Mapping[str, str]) -> list[ReviewedTurn]:
     config = project.config
     lines = []
-    for dialogue in read_corpus(path, table=config.label_table, log=False).dialogues:
+    for dialogue in read_corpus(path, table={**table, **config.label_table}, log=False).dialogues:
         known = project.dialogues.get(dialogue.id)
         if known is None:
             continue
         if known.context_hashes != dialogue.context_hashes:
             raise CorpusError(f"{path}: the dialogue {dialogue.id} has other texts than in this project")
         for utterance in dialogue.utterances:
+            emotion = str(utterance.emotion)
+            if emotion not in config.labels:
+                emotion = table.get(emotion, emotion)
+            if emotion not in config.labels:
+                raise PredictionError(
+                    f"{path}, dialogue {dialogue.id}, turn {utterance.turn}: the emotion {emotion}, expected one of "
+                    f'{", ".join(config.labels)}; a table such as {{"{emotion}": "{config.labels[0]}"}} maps it: '
+                    "--table FILE"
+                )
             longest: dict[int, str] = {}
             for _, turn, span in causes_of(utterance, config.causes_after):
                 if len(span) > len(longest.get(turn, "")):
                     longest[turn] = span
-            is_decided = utterance.emotion == NEUTRAL or utterance.evidence is not None
+            is_decided = emotion == NEUTRAL or utterance.evidence is not None
             causes = [ReviewedCause(turn=turn, span=longest[turn]) for turn in sorted(longest)]
             line = ReviewedTurn(
                 dialogue_id=dialogue.id,
                 turn=utterance.turn,
-                emotion=str(utterance.emotion),
-                causes=([] if utterance.emotion == NEUTRAL else causes) if is_decided else None,
+                emotion=emotion,
+                causes=([] if emotion == NEUTRAL else causes) if is_decided else None,
                 at=at,
             )
             place = f"{path}, dialogue {dialogue.id}"
