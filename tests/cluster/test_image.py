@@ -46,10 +46,11 @@ class Builder:
         self.pip_conf = folder / "pip.conf"
         lines = [f"{name} = {value}" for name, value in found.items() if name in self._HANDED_ON]
         self.pip_conf.write_text("\n".join(["[global]", *lines, ""]))
-        places = [
-            Path(place) for value in found.values() for place in re.findall(r"(?:file://|^)(/\S+)", value)
-        ]
-        shared = [place for place in places if place.is_dir()] + [Path("/etc/resolv.conf")]
+        text = "\n".join(found.values())
+        folders = [Path(place) for place in re.findall(r"(?m)^(/\S+)", text)]
+        # The pages of an index may lead to files beside them.
+        indexes = [Path(place).parent for place in re.findall(r"file://(/\S+)", text)]
+        shared = [place for place in folders + indexes if place.is_dir()] + [Path("/etc/resolv.conf")]
         self._volumes = [option for place in shared for option in ("--volume", f"{place}:{place}:ro")]
 
     _HANDED_ON = ("index-url", "extra-index-url", "find-links", "cert", "timeout", "trusted-host")
