@@ -18,8 +18,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -56,6 +58,12 @@ def _absolute(path: Path) -> Path:
     return Path(_writable(os.path.abspath(os.path.expanduser(path))))
 
 
+def _one_or_several(paths: tuple[Path, ...]) -> Path | tuple[Path, ...]:
+    if repeated := next((path for path in paths if paths.count(path) > 1), None):
+        raise ValueError(f"{repeated} is named twice")
+    return paths[0] if len(paths) == 1 else paths
+
+
 def _local_or_hub(reference: str) -> str:
     # `roberta-base` is a hub name unless a directory of that name is here. What is written as a path never is one, nor
     # what has more than one slash.
@@ -74,6 +82,15 @@ def _writable(path: str) -> str:
 
 InputPath = Annotated[Path, AfterValidator(_absolute)]
 """A file or directory that is read: its content stands for it in the config hash."""
+
+_FILE_TAG, _FILES_TAG = "[file]", "[files]"  # in brackets, which no key has: messages leave them out
+
+InputFiles = Annotated[
+    Annotated[InputPath, Tag(_FILE_TAG)]
+    | Annotated[tuple[InputPath, ...], Field(min_length=1), AfterValidator(_one_or_several), Tag(_FILES_TAG)],
+    Discriminator(lambda value: _FILES_TAG if isinstance(value, list | tuple) else _FILE_TAG),
+]
+"""One input file, or a list of several. A list of one is that file, so that both have one hash."""
 
 OutputPath = Annotated[Path, AfterValidator(_absolute), Unhashed()]
 """A directory that is written: no part of the config hash."""
@@ -323,9 +340,27 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(f"{type(config).__name__}\n{view}".encode()).hexdigest()
 
 
-def input_checksums(**paths: Path | str | None) -> dict[str, str]:
-    """`inputs` of a manifest: name -> content checksum. A hub name stands for itself, and None is left out."""
-    return {name: _checksum(path, name) for name, path in paths.items() if path is not None}
+def files_of(paths: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    """The files of a key that takes one or several (`InputFiles`)."""
+    return paths if isinstance(paths, tuple) else (paths,)
+
+
+def names_of(paths: Path | tuple[Path, ...]) -> str:
+    """The files of such a key as a message names them."""
+    return ", ".join(map(str, files_of(paths)))
+
+
+def input_checksums(**paths: Path | str | tuple[Path, ...] | None) -> dict[str, str]:
+    """`inputs` of a manifest: name -> content checksum. A hub name stands for itself, and None is left out.
+
+    Of several paths under one name, the first has the name itself, the others NAME_1, NAME_2, …
+    """
+    named = {
+        f"{name}_{number}" if number else name: path
+        for name, given in paths.items()
+        for number, path in enumerate(given if isinstance(given, tuple) else (given,))
+    }
+    return {name: _checksum(path, name) for name, path in named.items() if path is not None}
 
 
 def outputs_and_inputs(config: Config) -> tuple[dict[str, Path], list[Path]]:
@@ -439,6 +474,8 @@ def _value_of(text: str, types: list[Any]) -> Any:
     Text and paths are taken whole, since `#`, `: ` or `1.10` mean something else to YAML. Raises Unreadable.
     """
     takes_text = str in types or Path in types
+    if takes_text and not text.startswith("["):  # one of the files that could be a list
+        types = [kind for kind in types if get_origin(kind) is not tuple]
     choices = [value for kind in types for value in _literals(kind)]
     if takes_text and set(types) <= {str, Path, NoneType}:
         # An empty value is no path. Where it is no value either, pydantic refuses it.
@@ -501,7 +538,8 @@ def _describe(error: ValidationError, model: type[Config]) -> str:
     # The first one alone: the others often follow from it, and the message is one line.
     errors = error.errors()
     first = errors[0]
-    field = ".".join(str(part) for part in first["loc"]) or "config"
+    place = [str(part) for part in first["loc"] if part not in (_FILE_TAG, _FILES_TAG)]
+    field = ".".join(place) or "config"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"unknown key; known here: {', '.join(_known_keys(model, first['loc'][:-1]))}"

@@ -9,6 +9,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from kdecs.artifact import content_checksum
 from kdecs.baselines.config import BaselineConfig, MrcConfig, type_of_config
 from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.cli import app
@@ -18,7 +19,9 @@ from kdecs.config import (
     _hash_view,
     config_hash,
     find_config,
+    input_checksums,
     load_config,
+    outputs_and_inputs,
     parse_config,
     read_yaml,
     set_dotted,
@@ -143,6 +146,45 @@ def test_set_takes_a_path_or_a_text_whole(values: dict[str, Any], tmp_path: Path
     assert config.output == config.corpus.train == Path.cwd() / text
     assert config.model.base == text
     assert config.tracking is not None and config.tracking.experiment == text
+
+
+def test_several_training_files_are_a_list_and_a_list_of_one_is_that_file(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    train, valid = (str(tmp_path / f"{split}.json") for split in ("train", "valid"))
+    path = tmp_path / "teacher.yaml"
+    path.write_text(yaml.safe_dump(values))
+    plain = load_config(TeacherConfig, path)
+
+    def given(train_files: object) -> TeacherConfig:
+        text = train_files if isinstance(train_files, str) else json.dumps(train_files)
+        config = load_config(TeacherConfig, path, [f"corpus.train={text}"])
+        in_file = {**values, "corpus": {**values["corpus"], "train": train_files}}
+        assert parse_config(TeacherConfig, in_file, source="test") == config
+        return config
+
+    assert given([train]) == given(train) == plain
+    several = given([train, valid])
+    assert several.corpus.train == (Path(train), Path(valid))
+    assert len({config_hash(config) for config in (plain, several, given([valid, train]))}) == 3
+    assert outputs_and_inputs(several)[1] == [Path(train), Path(valid), Path(valid)]
+    assert input_checksums(train=several.corpus.train, valid=several.corpus.valid) == {
+        "train": content_checksum(Path(train)),
+        "train_1": content_checksum(Path(valid)),
+        "valid": content_checksum(Path(valid)),
+    }
+    write_config(several, tmp_path / "out")
+    assert load_config(TeacherConfig, tmp_path / "out" / "config.json") == several
+    for wrong, message in (
+        ([], r"corpus.train: found \[\]: Tuple should have at least 1 item"),
+        ([train, 5], "corpus.train.1: found 5: .*; in a file, put it in quotes"),
+        (5, "corpus.train: found 5: .*; in a file, put it in quotes"),
+        ([train, train], "train.json is named twice"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config(
+                TeacherConfig, {**values, "corpus": {**values["corpus"], "train": wrong}}, source="test"
+            )
 
 
 def test_set_takes_texts_of_a_sweep_whole_and_parses_the_rest() -> None:

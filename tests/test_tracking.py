@@ -560,6 +560,11 @@ def test_a_dataset_is_known_by_its_pairs_wherever_it_lies(tmp_path):
     for change, same in [*changes, ({"emotions": "coarse"}, [])]:
         changed = datasets(here, **change)
         assert [n for n in range(3) if changed[n].digest == first[n].digest] == same, change
+    several = datasets(here, train=[str(here / "train.json"), str(here / "valid.json")])
+    assert [(made.name, made.split) for made in several[:2]] == [
+        ("sample-train", "train"),
+        ("sample-valid", "train"),
+    ]
     labels = tmp_path / "llama-7b"
     labels.mkdir()
     write_manifest(labels, "soft-labels", config_hash="0" * 64, inputs={}, files=[], details={})

@@ -1,11 +1,12 @@
 """The tokenised cache of one corpus file: built once per node, memory-mapped, shared by all trials.
 
-The cache is an artifact directory of kind corpus-cache, `<cache>/corpus-<key>/`. Its key covers the file's content,
-the tokenizer, the template's version and the maximum length. `pairs.arrow` is one uncompressed Arrow IPC file whose
+Several training files have one cache, in which their dialogues follow one another. The cache is an artifact directory
+of kind corpus-cache, `<cache>/corpus-<key>/`. Its key covers the files' content, the tokenizer, the template's version
+and the maximum length. `pairs.arrow` is one uncompressed Arrow IPC file whose
 rows are the pairs of the universe fold1+neutral by dialogue, target and candidate:
 
     pair_id, pair_hash     string (kdecs.corpus.pairs)
-    dialogue, target, candidate   int32; `dialogue` is the index in the file
+    dialogue, target, candidate   int32; `dialogue` is the index in the file, or in all files together
     emotion                int32, index into the manifest's details["emotions"]
     is_cause               int32, 0 or 1
     token_ids              list<int32>
@@ -42,6 +43,7 @@ from kdecs.artifact import (
     verify_artifact,
     write_manifest,
 )
+from kdecs.config import files_of, input_checksums, names_of
 from kdecs.corpus.encoding import EncodedPair, Layout, PairEncoder
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import open_dialogues
@@ -160,32 +162,40 @@ class CorpusCache:
 
 
 def open_cache(
-    corpus_file: Path, encoder: PairEncoder, cache: Path, emotion_table: Mapping[str, str] | None = None
+    corpus: Path | tuple[Path, ...],
+    encoder: PairEncoder,
+    cache: Path,
+    emotion_table: Mapping[str, str] | None = None,
 ) -> CorpusCache:
-    """The tokenised cache of a corpus file. If it is missing, one process builds it and the others wait.
+    """The tokenised cache of a corpus file, or of several together.
+
+    If it is missing, one process builds it and the others wait.
 
     `emotion_table` maps the emotions (kdecs.corpus.splits.emotion_table); None keeps them.
 
     Raises CorpusError for a faulty corpus, ModelError if the template does not fit into the maximum length.
     """
-    key = cache_key(corpus_file, encoder, emotion_table)
+    key = cache_key(corpus, encoder, emotion_table)
     directory = cache / f"corpus-{key[:16]}"
     # One process builds, the others wait here and find it complete.
     with file_lock(cache / f".corpus-{key[:16]}.lock"):
         # Looked up under the lock, since another process may have built it in the meantime.
         if not is_complete(directory, "corpus-cache", key):
-            _build(corpus_file, encoder, directory, key, emotion_table)
+            _build(corpus, encoder, directory, key, emotion_table)
     manifest = read_manifest(directory, "corpus-cache")
     # Sizes only: all trials of a node start here, and hashing the file would cost each of them a pass over it.
     check_sizes(directory, manifest)
     return CorpusCache(directory, emotions=manifest.details["emotions"])
 
 
-def cache_key(corpus_file: Path, encoder: PairEncoder, emotion_table: Mapping[str, str] | None = None) -> str:
+def cache_key(
+    corpus: Path | tuple[Path, ...], encoder: PairEncoder, emotion_table: Mapping[str, str] | None = None
+) -> str:
     """Hex sha256 over corpus content, tokenizer, template version, maximum length and format version."""
     # The table changes the column `emotion`, so each table has its own cache.
     emotions = json.dumps(emotion_table, sort_keys=True)
-    parts = (sha256_of_file(corpus_file), encoder.fingerprint, emotions, str(CACHE_VERSION))
+    content = "+".join(sha256_of_file(path) for path in files_of(corpus))
+    parts = (content, encoder.fingerprint, emotions, str(CACHE_VERSION))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -197,14 +207,14 @@ def ordered_emotions(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def _build(
-    corpus_file: Path,
+    corpus: Path | tuple[Path, ...],
     encoder: PairEncoder,
     directory: Path,
     key: str,
     emotion_table: Mapping[str, str] | None,
 ) -> None:
     # Two passes over a file that is read on demand: the first one checks it and finds the emotions.
-    dialogues = Split(open_dialogues(corpus_file, emotion_table or NO_TABLE), table=emotion_table)
+    dialogues = Split(open_dialogues(corpus, emotion_table or NO_TABLE), table=emotion_table)
     emotions = ordered_emotions(u.emotion for d in dialogues for u in d.utterances if u.emotion)
     indexed = (
         (index, pair)
@@ -226,7 +236,7 @@ def _build(
     if num_truncated:
         logger.warning(
             "%s: %d of %d prompts are longer than %d tokens even without history; ends of their utterances were cut",
-            corpus_file,
+            names_of(corpus),
             num_truncated,
             num_pairs,
             encoder.max_tokens,
@@ -235,7 +245,7 @@ def _build(
         directory,
         "corpus-cache",
         config_hash=key,
-        inputs={"corpus": sha256_of_file(corpus_file)},
+        inputs=input_checksums(corpus=corpus),
         files=[_FILE],
         rows={_FILE: num_pairs},
         details={"emotions": emotions, "num_truncated": num_truncated},

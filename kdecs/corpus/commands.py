@@ -243,11 +243,17 @@ def convert(
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="Where to write the corpus; - writes to standard output.")
     ],
+    id_prefix: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help="Text to put before the id of each dialogue, such as ecf_."),
+    ] = "",
 ) -> None:
     """Write a corpus in another format; what that format cannot hold is named on standard error.
 
     Emotions and causes may be missing. Free keys of utterances are kept.
     """
+    from dataclasses import replace
+
     from kdecs.corpus.checking import Checker
     from kdecs.corpus.formats.writing import DialogueWriter
     from kdecs.corpus.reading import iter_raw
@@ -255,8 +261,9 @@ def convert(
 
     refuse_inputs(output, [file])
     checker, writer = Checker(str(file), labelled=False), DialogueWriter(to)
+    dialogues = ((replace(d, id=id_prefix + d.id), raw) for d, raw in iter_raw(file, checker))
     with open_output(output) as written:
-        for text in writer.text(iter_raw(file, checker)):
+        for text in writer.text(dialogues):
             written.write(text.encode())
     for loss in writer.losses:
         print(printable(f"{file}: {loss}"), file=sys.stderr)

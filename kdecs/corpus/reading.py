@@ -3,7 +3,8 @@
 Every stage reads its corpus here, and each function suits one purpose:
 
     read_corpus      all dialogues in memory: for evaluation, statistics and small files
-    open_dialogues   a sequence that reads JSON lines on demand: for labelling and training at any size
+    open_dialogues   a sequence that reads JSON lines on demand: for labelling and training at any size; of several
+                     training files, the dialogues follow one another
     iter_dialogues   one pass over a file that may be unlabelled: for prediction
     scan_file        every fault of a file: for `kdecs corpus verify`
     iter_raw         one pass with the values of the file beside each dialogue: for `kdecs corpus convert`
@@ -14,7 +15,7 @@ import logging
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from kdecs.corpus.checking import Checker, NotJson, RepeatedKeys, decode_json, i
 from kdecs.corpus.formats.reccon import read_line
 from kdecs.corpus.formats.recognise import format_of, holds_lines
 from kdecs.corpus.schema import (
+    COARSE_EMOTIONS,
+    FINE_EMOTIONS,
     FINE_TO_COARSE,
     KNOWN_EMOTIONS,
     NO_TABLE,
@@ -81,15 +84,75 @@ def read_corpus(
     return corpus
 
 
-def open_dialogues(path: Path, table: Mapping[str, str] = NO_TABLE) -> Dialogues:
-    """The labelled dialogues of a file: JSON lines are read on demand, other formats are loaded.
+def open_dialogues(path: Path | tuple[Path, ...], table: Mapping[str, str] = NO_TABLE) -> Dialogues:
+    """The labelled dialogues of a file, or of several: JSON lines are read on demand, other formats are loaded.
 
     The labels of `table` are known, too: the caller maps them with it.
     Raises CorpusError for a loaded file that has a fault; JSON lines are checked when they are iterated.
     """
+    if isinstance(path, tuple):
+        return JoinedDialogues(path, table)
     # A missing file goes to read_corpus, which reports it.
     is_lines = path.is_file() and holds_lines(path)
     return LineDialogues(path, table) if is_lines else read_corpus(path, table=table).dialogues
+
+
+class JoinedDialogues:
+    """The labelled dialogues of several files, one file after another.
+
+    Iterating raises CorpusError for an id that two files have, since pairs are known by it. The first complete pass
+    warns if one file has fine labels and another has none.
+    """
+
+    def __init__(self, paths: Sequence[Path], table: Mapping[str, str] = NO_TABLE) -> None:
+        self._paths = paths
+        self._table = table
+        self._parts = [open_dialogues(path, table) for path in paths]
+        self._is_warned = False
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __iter__(self) -> Iterator[Dialogue]:
+        file_of: dict[str, Path] = {}
+        labels: dict[Path, set[str | None]] = {path: set() for path in self._paths}
+        for path, part in zip(self._paths, self._parts, strict=True):
+            for dialogue in part:
+                if (first := file_of.setdefault(dialogue.id, path)) != path:
+                    raise CorpusError(
+                        f"{path}: has a dialogue with the id {shorten(dialogue.id)}, and so has {first}; training "
+                        "files that are used together need different ids: kdecs corpus convert --id-prefix writes a "
+                        "copy with other ones"
+                    )
+                labels[path].update(utterance.emotion for utterance in dialogue.utterances)
+                yield dialogue
+        if not self._is_warned:
+            self._is_warned = True
+            _warn_of_label_sets(labels, self._table)
+
+    def __getitem__(self, position: int, /) -> Dialogue:
+        for part in self._parts:
+            if position < len(part):
+                return part[position]
+            position -= len(part)
+        raise IndexError(position)
+
+
+def _warn_of_label_sets(labels: Mapping[Path, Set[str | None]], table: Mapping[str, str]) -> None:
+    """Warn of files of which one calls "worry" what another calls "fear", unless a table maps both."""
+    if table:
+        return
+    only_fine = set(FINE_EMOTIONS) - set(COARSE_EMOTIONS)
+    fine = [path for path, found in labels.items() if found & only_fine]
+    coarse = [path for path, found in labels.items() if not found & only_fine]
+    if fine and coarse:
+        logger.warning(
+            "%s: has fine emotions (such as %s), and %s has coarse ones alone, so that a student learns two labels for "
+            "one emotion; set corpus.emotions=coarse to map the fine ones",
+            fine[0],
+            min(labels[fine[0]] & only_fine, key=str),
+            coarse[0],
+        )
 
 
 class LineDialogues:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdecs.config import Config, InputPath, Seed
+from kdecs.config import Config, InputFiles, InputPath, Seed, files_of, names_of
 from kdecs.corpus.checking import EVIDENCE_KEY, MAX_UTTERANCES, SPAN_KEY
 from kdecs.corpus.pairs import training_subset
 from kdecs.corpus.reading import Dialogues, iter_dialogues, open_dialogues, read_corpus, read_table
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class CorpusConfig(Config):
     """The corpus files of the three splits, and which part of the training split is used."""
 
-    train: InputPath
+    train: InputFiles = Field(description="the training file, or a list of several")
     valid: InputPath
     test: InputPath | None = None
     train_share: float = Field(default=1.0, gt=0, le=1, description="share of the training dialogues")
@@ -67,7 +67,7 @@ class CandidatesConfig(Config):
 class Split:
     """The dialogues of one split that are in use, with their emotions mapped; read on demand like the file's.
 
-    `places` holds the position of each in the file; None stands for all of them.
+    `places` holds the position of each in the file, or in all training files together; None stands for all of them.
     """
 
     def __init__(
@@ -134,14 +134,14 @@ def training_split(config: CorpusConfig) -> Split:
     if len(kept) < num_all:
         logger.warning(
             "%s: dropped %d of %d dialogues, since their text is part of another split",
-            config.train,
+            names_of(config.train),
             num_all - len(kept),
             num_all,
         )
     if not kept:
         raise CorpusError(
-            f"{config.train}: the text of every dialogue is part of another split, so none is left to train on; "
-            "set drop_cross_split: false, or name other files"
+            f"{names_of(config.train)}: the text of every dialogue is part of another split, so none is left to train "
+            "on; set drop_cross_split: false, or name other files"
         )
     # Of what is left: a share of the whole file would shrink by whatever was dropped.
     chosen = training_subset(ids, config.train_share, config.train_share_seed)
@@ -163,11 +163,11 @@ def emotion_table(config: CorpusConfig) -> dict[str, str] | None:
     return read_table(config.emotion_table) if config.emotion_table else dict(FINE_TO_COARSE)
 
 
-def require_causes(path: Path, is_cause: Iterable[bool]) -> None:
+def require_causes(path: Path | tuple[Path, ...], is_cause: Iterable[bool]) -> None:
     """Raise CorpusError if no pair of a training or validation file is a cause: every epoch would score 0."""
     if not any(is_cause):
         raise CorpusError(
-            f"{path}: no cause to learn from or to validate on in any of the pairs in use; "
+            f"{names_of(path)}: no cause to learn from or to validate on in any of the pairs in use; "
             f'expected targets with the keys "{EVIDENCE_KEY}" and "{SPAN_KEY}"'
         )
 
@@ -187,7 +187,7 @@ def require_spans(corpus: Corpus) -> None:
 def warn_of_shared_texts(config: CorpusConfig) -> None:
     """Warn if validation dialogues are training dialogues, too, by their texts: scores on them promise too much.
 
-    Reads both files once more, the training file dialogue by dialogue.
+    Reads the files once more, the training files dialogue by dialogue.
     """
     if config.drop_cross_split:  # `training_split` leaves them out
         return
@@ -195,7 +195,8 @@ def warn_of_shared_texts(config: CorpusConfig) -> None:
     digests = [text_digest(dialogue) for dialogue in iter_dialogues(config.valid, table=known)]
     # Only the validation split's are held, since a training file may be larger than memory.
     wanted = set(digests)
-    found = {d for d in map(text_digest, iter_dialogues(config.train, table=known)) if d in wanted}
+    training = (dialogue for path in files_of(config.train) for dialogue in iter_dialogues(path, table=known))
+    found = {digest for digest in map(text_digest, training) if digest in wanted}
     if num_shared := sum(digest in found for digest in digests):
         logger.warning(
             "%s: %d of %d validation dialogues have the text of a training dialogue of %s, so their scores promise "
@@ -203,7 +204,7 @@ def warn_of_shared_texts(config: CorpusConfig) -> None:
             config.valid,
             num_shared,
             len(digests),
-            config.train,
+            names_of(config.train),
         )
 
 

@@ -374,13 +374,18 @@ def _compare_semeval(
         seed=seed,
         metrics=metrics_of,
     )
+    above_rule = [
+        _above_rule(of.sums_by_dialogue, of.rule_sums, list(of.known), samples, seed, metrics_of)
+        for of in (a, b)
+    ]
     if as_json:
         found: dict[str, Any] = dict.fromkeys(KEYS)
         found |= {key: asdict(value) for key, value in compared.items()}
         found |= {"protocol": "semeval", "num_gold": a.num_gold, "baselines": a.baselines}
+        found["above_rule"] = dict(zip(("a", "b"), above_rule, strict=True))
         print(json.dumps(found, indent=2))
     else:
-        print_compared_submissions(files, a, b, compared)
+        print_compared_submissions(files, a, b, compared, above_rule)
 
 
 def _released_order(protocol: str, released_rows: Path | None) -> tuple[str, ...] | None:

@@ -15,6 +15,7 @@ from kdecs.tables import figures_table, terminal
 # A confusion matrix of more labels does not fit into 80 columns.
 _MANY_LABELS = 8
 _MOST_WRONG = 3
+_SHOWN_OF_SUBMISSIONS = ("weighted_strict_f1", "weighted_proportional_f1", "weighted_f1")
 
 
 def print_scores(scores: Scores, found: Mapping[str, Any]) -> None:
@@ -69,16 +70,27 @@ def print_comparison(
         table.add_row(name, *figures, _best_rule(scores_a, key))
     console.print(table)
     console.print("rule: the best trivial rule's score")
+    _print_above_rules(console, above_rule, ("macro_f1", "utterance_macro_f1"), 2)
+    for name, path, scores in (("A", a, scores_a), ("B", b, scores_b)):
+        console.print(Text(f"{name} = {path}: {counts_line(scores)}"))
+
+
+def _print_above_rules(
+    console: Console,
+    above_rule: Sequence[Mapping[str, Mapping[str, float]]],
+    keys: Sequence[str],
+    num_digits: int,
+) -> None:
+    """A line each for A and B with the distances of some scores from the rule."""
     for name, distances in zip("AB", above_rule, strict=True):
         parts = [
-            f"{key.replace('_', ' ')} {found['difference']:+.2f} ({found['low']:+.2f} … {found['high']:+.2f})"
-            for key, found in distances.items()
-            if key in ("macro_f1", "utterance_macro_f1")
+            f"{key.replace('_', ' ')} "
+            + "{difference:+.{n}f} ({low:+.{n}f} … {high:+.{n}f})".format(**distances[key], n=num_digits)
+            for key in keys
+            if key in distances
         ]
         if parts:
             console.print(Text(f"{name} above the rule j >= i-1, with its 95% interval: {', '.join(parts)}"))
-    for name, path, scores in (("A", a, scores_a), ("B", b, scores_b)):
-        console.print(Text(f"{name} = {path}: {counts_line(scores)}"))
 
 
 def print_seeds(files: Sequence[Path], runs: Sequence[Scores], summary: Mapping[str, SeedSummary]) -> None:
@@ -208,9 +220,16 @@ def submission_line(scores: SemevalScores) -> str:
 
 
 def print_compared_submissions(
-    files: tuple[Path, Path], a: SemevalScores, b: SemevalScores, compared: Mapping[str, Comparison]
+    files: tuple[Path, Path],
+    a: SemevalScores,
+    b: SemevalScores,
+    compared: Mapping[str, Comparison],
+    above_rule: Sequence[Mapping[str, Mapping[str, float]]],
 ) -> None:
-    """Print A, B, their difference with its interval, and p for each score of two submissions."""
+    """Print A, B, their difference with its interval, and p for each score of two submissions.
+
+    `above_rule` says how far the scores of A and of B are above the rule "j >= i-1".
+    """
     console = terminal(soft_wrap=True)
     columns = ("A", "B", "A − B", "95% interval", "p")
     table = figures_table("A minus B, paired by dialogue", "score", *columns, tight=True)
@@ -219,6 +238,7 @@ def print_compared_submissions(
         figures = (f"{found.a:.4f}", f"{found.b:.4f}", f"{found.difference:+.4f}", interval, f"{found.p:.4f}")
         table.add_row(key.replace("_", " "), *figures)
     console.print(table)
+    _print_above_rules(console, above_rule, _SHOWN_OF_SUBMISSIONS, 4)
     for name, path, scores in zip("AB", files, (a, b), strict=True):
         console.print(Text(f"{name} = {path}: {submission_line(scores)}"))
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from kdecs.artifact import Kind, file_lock, is_complete
-from kdecs.config import CONFIG_NAME, Config, config_hash, write_config
+from kdecs.config import CONFIG_NAME, Config, config_hash, files_of, write_config
 from kdecs.errors import DependencyError, KdecsError
 from kdecs.process import StopSignal, module_command, run_child, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.derive.config import CrossFitConfig
@@ -103,14 +103,14 @@ def finish(config: CrossFitConfig) -> None:
     from kdecs.soft_labels.inspect.show import describe
 
     manifest = merge_folds(config)
-    corpora = [config.corpus.train, config.corpus.valid]
+    corpora = [*files_of(config.corpus.train), config.corpus.valid]
     table = emotion_table(config.corpus) or NO_TABLE
     gold = describe(config.output, corpora, cache_dir=config.work_directory / "joined", table=table)["gold"]
-    held_out, valid = (gold[str(path)]["agreement"]["macro_f1"] for path in corpora)
+    *held_out, valid = (f"{gold[str(path)]['agreement']['macro_f1']:.2f}" for path in corpora)
     print(
         f"soft labels {config.name}: {sum(manifest.details['num_pairs'].values()):,} pairs in "
         f"{len(manifest.files)} shards of {config.num_folds} teachers; agreement with gold: held-out train macro F1 "
-        f"{held_out:.2f}, valid {valid:.2f}; written to {config.output}",
+        f"{', '.join(held_out)}, valid {valid}; written to {config.output}",
         flush=True,
     )
 

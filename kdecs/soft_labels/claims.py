@@ -36,7 +36,7 @@ from kdecs.artifact import (
     is_temporary,
     temporary_path,
 )
-from kdecs.config import CONFIG_NAME, write_config
+from kdecs.config import CONFIG_NAME, files_of, write_config
 from kdecs.errors import ArtifactError
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.format import WORK_DIRECTORY
@@ -74,11 +74,14 @@ def check_teacher_corpus(config: ExportConfig, teacher: Manifest) -> None:
     """Refuse a teacher that was trained on another corpus, unless the config allows it (ArtifactError)."""
     if config.allow_other_corpus:
         return
-    # Teachers train on these two splits; the test split is theirs to label, whichever file it is.
-    for name, path in (("corpus_train", config.corpus.train), ("corpus_valid", config.corpus.valid)):
-        found, expected = teacher.inputs.get(name), content_checksum(path)
-        if found != expected:
-            was = f"sha256 {found[:12]}…" if found else "none on record"
+    # Teachers train on these two splits; the test split is theirs to label, whichever file it is. A teacher of several
+    # training files may label some of them.
+    trained = [digest for name, digest in teacher.inputs.items() if name.startswith("corpus_train")]
+    training = [("corpus_train", path, trained) for path in files_of(config.corpus.train)]
+    valid = [digest for name, digest in teacher.inputs.items() if name == "corpus_valid"]
+    for name, path, found in (*training, ("corpus_valid", config.corpus.valid, valid)):
+        if (expected := content_checksum(path)) not in found:
+            was = ", ".join(f"sha256 {digest[:12]}…" for digest in found) or "none on record"
             raise ArtifactError(
                 f"{config.teacher}: this teacher was trained with another {name} ({was}) than {path} "
                 f"(sha256 {expected[:12]}…); name its corpus, or set allow_other_corpus: true for this one"

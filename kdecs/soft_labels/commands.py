@@ -108,10 +108,10 @@ def combine(
         ),
     ] = None,
     train: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Training corpus with gold labels; gold-correct needs it, no other rule takes it.",
+            help="Training corpus with gold labels; gold-correct needs it, no other rule takes it. Repeatable.",
         ),
     ] = None,
     cache: Cache = None,
@@ -137,7 +137,13 @@ def combine(
         raise typer.BadParameter(
             "found one label directory, expected two or more to combine", param_hint="DIR DIR …"
         )
-    values = {"labels": labels, "weights": weight or [], "rule": rule, "train": train, "output": output}
+    values = {
+        "labels": labels,
+        "weights": weight or [],
+        "rule": rule,
+        "train": train or None,
+        "output": output,
+    }
     config = parse_config(CombineConfig, values, source="soft-labels combine")
     with scratch_folder("labels") as scratch:
         manifest = run(config, cache_dir=cache or scratch)
@@ -155,10 +161,14 @@ def import_table(
             "--corpus",
             metavar="[SPLIT=]FILE",
             help="Corpus file whose pairs the table labels; its split is train, unless it is given as valid=FILE or "
-            "test=FILE; repeatable.",
+            "test=FILE; repeatable, and train for several files.",
         ),
     ],
     scores: Annotated[ScoresKind, typer.Option(help="What the table's scores are.")] = "logits",
+    after: Annotated[
+        int,
+        typer.Option(min=0, help="The table has candidates up to this many turns past their target, too."),
+    ] = 0,
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Leave out rows whose pair is in no corpus.")
     ] = False,
@@ -178,17 +188,20 @@ def import_table(
     from kdecs.soft_labels.derive.importing import import_labels
 
     values: dict[str, object] = {"table": table, "output": output, "scores": scores}
+    train: list[str] = []
     # A = alone does not tell a split, since a file's own name may hold one.
     for item in corpus:
         name, _, file = (
             item.partition("=") if item.startswith(("train=", "valid=", "test=")) else ("", "", item)
         )
-        if (split := name or "train") in values:
+        if (split := name or "train") == "train":
+            train.append(file)
+        elif split in values:
             raise typer.BadParameter(f"{split} is given twice", param_hint="--corpus")
-        values[split] = file
-    config = parse_config(
-        ImportConfig, values | {"ignore_unknown": ignore_unknown}, source="soft-labels import"
-    )
+        else:
+            values[split] = file
+    values |= {"train": train or None, "candidates": {"after": after}, "ignore_unknown": ignore_unknown}
+    config = parse_config(ImportConfig, values, source="soft-labels import")
     manifest = import_labels(config)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.details["num_pairs"].items())
     say(f"soft labels {output.name}: {counts} pairs, written to {output}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdecs.artifact import Manifest, content_checksum
-from kdecs.config import CONFIG_NAME
+from kdecs.config import CONFIG_NAME, files_of
 from kdecs.corpus.pairs import Pair, Universe, pairs_of
 from kdecs.corpus.reading import iter_dialogues
 from kdecs.corpus.schema import NO_TABLE, map_dialogue
@@ -35,22 +35,36 @@ def labelled_corpora(directory: Path, manifest: Manifest) -> list[Path]:
     names = values.get("corpus", values)
     corpora = []
     for split in SPLITS if isinstance(names, dict) else ():
-        expected = manifest.inputs.get(f"corpus_{split}")
-        if not isinstance(names.get(split), str) or expected is None:
-            continue
-        corpus = Path(names[split])
-        with contextlib.suppress(OSError, ValueError, ArtifactError):
-            if corpus.is_file() and content_checksum(corpus) == expected:
-                corpora.append(corpus)
+        found = names.get(split)
+        for number, name in enumerate(found if isinstance(found, list) else [found]):
+            # As `input_checksums` names several files of a split.
+            expected = manifest.inputs.get(f"corpus_{split}_{number}" if number else f"corpus_{split}")
+            if not isinstance(name, str) or expected is None:
+                continue
+            corpus = Path(name)
+            with contextlib.suppress(OSError, ValueError, ArtifactError):
+                if corpus.is_file() and content_checksum(corpus) == expected:
+                    corpora.append(corpus)
     return corpora
 
 
-def pair_batches(path: Path, universe: Universe, table: Mapping[str, str] = NO_TABLE) -> Iterator[list[Pair]]:
-    """The pairs of a labelled corpus file in its order, BATCH_PAIRS at a time, its emotions mapped by `table`.
+def pair_batches(
+    files: Path | tuple[Path, ...],
+    universe: Universe,
+    candidates_after: int,
+    table: Mapping[str, str] = NO_TABLE,
+) -> Iterator[list[Pair]]:
+    """The pairs of labelled corpus files in their order, BATCH_PAIRS at a time, their emotions mapped by `table`.
 
     Raises CorpusError for a fault.
     """
-    dialogues = (map_dialogue(dialogue, table) for dialogue in iter_dialogues(path, table=table))
-    pairs = itertools.chain.from_iterable(pairs_of(dialogue, universe) for dialogue in dialogues)
+    dialogues = (
+        map_dialogue(dialogue, table)
+        for path in files_of(files)
+        for dialogue in iter_dialogues(path, table=table)
+    )
+    pairs = itertools.chain.from_iterable(
+        pairs_of(dialogue, universe, candidates_after) for dialogue in dialogues
+    )
     while batch := list(itertools.islice(pairs, BATCH_PAIRS)):
         yield batch

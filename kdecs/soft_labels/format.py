@@ -44,7 +44,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdecs.artifact import MANIFEST_NAME, FileEntry, Manifest, sha256_of_file, write_json
-from kdecs.corpus.checking import shorten
+from kdecs.corpus.checking import MAX_UTTERANCES, shorten
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.evaluation.counts import PairCounts
 from kdecs.soft_labels.config import MAX_TOP_K
@@ -216,6 +216,21 @@ def answer_words_of(directory: Path, manifest: Manifest) -> tuple[str, ...]:
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
         raise ArtifactError(f"{directory / MANIFEST_NAME}: details.answer_words: expected a list of words")
     return tuple(words)
+
+
+def reach_details(candidates_after: int) -> dict[str, int]:
+    """What a manifest's details say of later candidates: nothing where there are none, as before there could be any."""
+    return {"candidates_after": candidates_after} if candidates_after else {}
+
+
+def candidates_after_of(directory: Path, manifest: Manifest) -> int:
+    """How many turns past their target the labelled candidates reach. Raises ArtifactError for malformed details."""
+    found = manifest.details.get("candidates_after", 0)
+    if type(found) is not int or not 0 <= found <= MAX_UTTERANCES:
+        raise ArtifactError(
+            f"{directory / MANIFEST_NAME}: details.candidates_after: found {shorten(found)}, expected a number of turns"
+        )
+    return found
 
 
 def top_k_of(directory: Path, manifest: Manifest) -> int:

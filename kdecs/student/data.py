@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdecs.config import names_of
 from kdecs.corpus.answer_words import CONNECTIVES, NUM_CAUSAL, answer_words_digest
 from kdecs.corpus.encoding import ENCODERS, EncodedPair
 from kdecs.corpus.pairs import Ints, padded, training_subset
@@ -412,7 +413,7 @@ def training_rows(config: StudentConfig, train: "CorpusCache") -> tuple[Ints, Bo
         is_used_P = is_used_P & (~is_neutral_P | (draw_P < config.neutral_share))
     if not (is_used_P & is_gold_P).any():
         raise CorpusError(
-            f"{corpus.train}: no pair to train on; raise corpus.train_share or distillation.hard_share"
+            f"{names_of(corpus.train)}: no pair to train on; raise corpus.train_share or distillation.hard_share"
         )
     return np.flatnonzero(is_used_P), is_gold_P
 

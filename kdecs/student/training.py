@@ -390,13 +390,12 @@ def _loss_names(config: StudentConfig) -> dict[str, str]:
 
 def _inputs(config: StudentConfig) -> dict[str, Any]:
     """Checksums of what the student was made from, by name."""
-    teachers = {
-        # One teacher's name is the same whether it is given by `labels` or in `teachers`.
-        f"soft_labels_{number}" if number else "soft_labels": teacher.labels
-        for number, teacher in enumerate(config.distillation.used_teachers)
-    }
     return input_checksums(
-        train=config.corpus.train, valid=config.corpus.valid, base=config.model.base, **teachers
+        train=config.corpus.train,
+        valid=config.corpus.valid,
+        base=config.model.base,
+        # One teacher's name is the same whether it is given by `labels` or in `teachers`.
+        soft_labels=tuple(teacher.labels for teacher in config.distillation.used_teachers),
     )
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kdecs.artifact import MANIFEST_NAME, check_output, file_lock, is_complete, write_json, write_manifest
-from kdecs.config import CONFIG_NAME, input_checksums, load_config, write_config
+from kdecs.config import CONFIG_NAME, files_of, input_checksums, load_config, names_of, write_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import iter_dialogues
 from kdecs.corpus.schema import FINE_TO_COARSE, NO_TABLE
@@ -160,15 +160,15 @@ def refuse_equal_emotions(search: Search) -> None:
     corpus = trials[0].config.corpus
     table = emotion_table(corpus) or NO_TABLE
     # The validation split first, since it is small.
-    for path in (corpus.valid, corpus.train):
+    for path in (corpus.valid, *files_of(corpus.train)):
         for dialogue in iter_dialogues(path, table=table):
             labels = (table.get(str(u.emotion), str(u.emotion)) for u in dialogue.utterances)
             if any(FINE_TO_COARSE.get(label, label) != label for label in labels):
                 return
     raise CorpusError(
-        f"{corpus.train}: no emotion that a coarse one would replace, so the students that are given the fine emotion "
-        "(model.given_emotions: fine) and those that are given the coarse one would be the same; name a corpus with "
-        "fine labels, such as FG-RECCON's, or leave one of the two out of the space"
+        f"{names_of(corpus.train)}: no emotion that a coarse one would replace, so the students that are given the "
+        "fine emotion (model.given_emotions: fine) and those that are given the coarse one would be the same; name a "
+        "corpus with fine labels, such as FG-RECCON's, or leave one of the two out of the space"
     )
 
 

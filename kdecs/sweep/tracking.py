@@ -18,7 +18,7 @@ import numpy as np
 
 from kdecs.artifact import content_checksum
 from kdecs.baselines.config import MrcConfig
-from kdecs.config import CONFIG_NAME
+from kdecs.config import CONFIG_NAME, files_of
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, kind_of_trial
 from kdecs.sweep.search import Search
@@ -78,7 +78,7 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
         "kdecs.kind": "trial",
         "kdecs.sweep_name": sweep.name,
         "kdecs.teacher": trial.teacher or "none",
-        "kdecs.corpus": corpus_checksum(config.corpus.train, config.corpus.valid),
+        "kdecs.corpus": corpus_checksum(*files_of(config.corpus.train), config.corpus.valid),
         "kdecs.config_hash": trial.config_hash,
     }
     if result.reused_from:

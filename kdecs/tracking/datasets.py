@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdecs.artifact import content_checksum
+from kdecs.config import files_of
 from kdecs.corpus.splits import CorpusConfig
 from kdecs.tracking.record import DatasetRecord
 
@@ -31,7 +32,10 @@ def corpus_datasets(corpus: CorpusConfig, *, universe: str, has_test: bool = Fal
         others = [path for path in (corpus.valid, corpus.test) if path is not None]
         selection["without_texts_of"] = [content_checksum(path)[:_DIGEST_DIGITS] for path in others]
     datasets = [
-        _dataset(corpus.train, "train", {"universe": universe, **labels, **selection}),
+        *(
+            _dataset(path, "train", {"universe": universe, **labels, **selection})
+            for path in files_of(corpus.train)
+        ),
         _dataset(corpus.valid, "valid", {"universe": VALID_UNIVERSE, **labels}),
     ]
     if has_test and corpus.test is not None:

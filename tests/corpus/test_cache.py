@@ -1,5 +1,6 @@
 """The tokenised cache: same content as encoding afresh, built once, keyed by content, mapped."""
 
+import hashlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from kdecs.artifact import verify_artifact
+from kdecs.artifact import read_manifest, sha256_of_file, verify_artifact
 from kdecs.corpus import cache as cache_module
 from kdecs.corpus.cache import cache_key, open_cache, ordered_emotions
 from kdecs.corpus.encoding import PairEncoder
@@ -78,6 +79,25 @@ def test_the_key_is_the_content(tmp_path, corpus_files, encoder, base):
     assert cache_key(copy, PairEncoder(tokenizer, 128)) != key
     tokenizer.add_tokens(["zzyzx"])
     assert cache_key(copy, PairEncoder(tokenizer, 256)) != key
+
+
+def test_several_files_have_one_cache_and_a_single_one_keeps_its_own(tmp_path, corpus_files, encoder):
+    both = (corpus_files["train"], corpus_files["valid"])
+    cache = open_cache(both, encoder, tmp_path)
+    parts = [open_cache(path, encoder, tmp_path) for path in both]
+    assert cache.identities(range(len(cache)))[0] == [
+        name for part in parts for name in part.identities(range(len(part)))[0]
+    ]
+    last = parts[0].column("dialogue").max() + 1
+    assert cache.column("dialogue").tolist() == [
+        *parts[0].column("dialogue").tolist(),
+        *(parts[1].column("dialogue") + last).tolist(),
+    ]
+    assert set(read_manifest(cache.directory).inputs) == {"corpus", "corpus_1"}
+    # What a key was before there could be several files.
+    single = "\0".join((sha256_of_file(both[0]), encoder.fingerprint, "null", "1"))
+    assert cache_key(both[0], encoder) == hashlib.sha256(single.encode()).hexdigest()
+    assert set(read_manifest(parts[0].directory).inputs) == {"corpus"}
 
 
 def _open(arguments: tuple[Path, Path, Path]) -> float:

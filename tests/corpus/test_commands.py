@@ -12,7 +12,7 @@ from support import child_environment
 from typer.testing import CliRunner
 
 from kdecs.corpus.commands import app
-from kdecs.corpus.reading import bundled_sample
+from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import CorpusError
 
 RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
@@ -144,6 +144,16 @@ def test_dropping_keeps_what_stands_in_one_split(write, valid_document):
     result = run("stats", train, test, "--drop-cross-split", "--json")
     assert [file["dialogues"] for file in json.loads(result.stdout)] == [1, 1]
     assert "tr_1: the same text as te_1" in result.stderr
+
+
+def test_convert_puts_a_prefix_before_ids(write, valid_document, tmp_path):
+    made = tmp_path / "made.jsonl"
+    run("convert", write(valid_document), "--to", "jsonl", "--id-prefix", "mine_", "--output", made)
+    assert [json.loads(line)["id"] for line in made.read_text().splitlines()] == ["mine_tr_1", "mine_tr_2"]
+    plain = read_corpus(write(valid_document), log=False).dialogues
+    found = read_corpus(made, log=False).dialogues
+    assert [d.utterances for d in found] == [d.utterances for d in plain]
+    assert [d.context_hashes for d in found] == [d.context_hashes for d in plain]
 
 
 def test_pairs_of_the_worked_file(write, valid_document):

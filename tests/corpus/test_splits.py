@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdecs.config import ConfigError, parse_config
+from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS
 from kdecs.corpus.splits import (
@@ -108,3 +109,70 @@ def test_a_file_without_spans_is_refused_where_spans_are_learnt(tmp_path: Path) 
     with pytest.raises(CorpusError, match=r"turn 2: found a cause without a span.* task: ecpe"):
         require_spans(read_corpus(path))
     require_spans(read_corpus(bundled_sample("test"), log=False))
+
+
+def ecf(write, first_id: int, **changes: object) -> str:
+    """A conversation as SemEval-2024 Task 3 has it, in a file of its own."""
+    said = [{"utterance_ID": 1, "text": f"We won {first_id} !", "speaker": "A", "emotion": "joy"}]
+    conversation = {
+        "conversation_ID": first_id,
+        "conversation": said,
+        "emotion-cause_pairs": [["1_joy", "1"]],
+    }
+    return str(write([conversation | changes], f"ecf-{first_id}.json"))
+
+
+def test_several_training_files_are_one_split(write, valid_document, caplog) -> None:
+    """One after another, in a share together, with emotions of both under RECCON's names."""
+    reccon, other = str(write(valid_document, "reccon.json")), ecf(write, 7)
+    lines = str(write(json.dumps({"id": "line", "utterances": valid_document["tr_2"][0]}), "lines.jsonl"))
+    split = training_split(config(train=[reccon, other, lines], emotions="coarse"))
+    assert [dialogue.id for dialogue in split] == ["tr_1", "tr_2", "7", "line"]
+    assert [split[place].id for place in range(4)] == ["tr_1", "tr_2", "7", "line"] and len(split) == 4
+    assert {d.utterances[0].emotion for d in (split[0], split[2])} == {"happiness"}
+    alone = training_split(config(train=reccon, emotions="coarse"))
+    assert [p.id for d in alone for p in pairs_of(d)] == [p.id for d in list(split)[:2] for p in pairs_of(d)]
+    half = training_split(config(train=[reccon, other, lines], emotions="coarse", train_share=0.5))
+    assert len(half) == 2 and [split[place] for place in half.places] == list(half)
+    valid = str(write({"te_1": valid_document["tr_2"]}, "valid.json"))
+    kept = training_split(config(train=[reccon, other], valid=valid, drop_cross_split=True))
+    assert [dialogue.id for dialogue in kept] == ["tr_1", "7"]
+    caplog.clear()
+    warn_of_shared_texts(config(train=[other, reccon], valid=valid))
+    assert f"of a training dialogue of {other}, {reccon}" in caplog.text
+
+
+def test_training_files_with_equal_ids_are_refused(write, valid_document) -> None:
+    first, second = (str(write(valid_document, name)) for name in ("a.json", "b.json"))
+    with pytest.raises(
+        CorpusError, match=r"b.json: has a dialogue with the id 'tr_1', .* --id-prefix"
+    ) as refused:
+        list(training_split(config(train=[first, second])))
+    assert "\n" not in str(refused.value)
+
+
+def test_fine_and_coarse_labels_together_are_warned_of(write, caplog) -> None:
+    files = [str(bundled_sample("train")), ecf(write, 7)]
+    list(training_split(config(train=files)))
+    assert "train.json: has fine emotions (such as acceptance), and " in caplog.text
+    assert "set corpus.emotions=coarse" in caplog.text
+    caplog.clear()
+    found = {u.emotion for d in training_split(config(train=files, emotions="coarse")) for u in d.utterances}
+    list(training_split(config(train=[ecf(write, 8), files[1]])))
+    assert found <= set(COARSE_EMOTIONS) and "fine emotions" not in caplog.text
+
+
+def test_a_label_of_no_set_is_refused_unless_a_table_maps_it(write, tmp_path) -> None:
+    odd = ecf(
+        write,
+        9,
+        conversation=[{"utterance_ID": 1, "text": "Oh !", "speaker": "A", "emotion": "awe"}],
+        **{"emotion-cause_pairs": [["1_awe", "1"]]},
+    )
+    files = [str(bundled_sample("train")), odd]
+    with pytest.raises(CorpusError, match=r"ecf-9\.json, dialogue 9, turn 1, field emotion: found 'awe'"):
+        training_split(config(train=files))
+    table = tmp_path / "table.json"
+    table.write_text('{"awe": "surprise"}')
+    split = training_split(config(train=files, emotions="coarse", emotion_table=str(table)))
+    assert list(split)[-1].utterances[0].emotion == "surprise"

@@ -259,10 +259,13 @@ def test_the_command_scores_submissions_and_lines(files, tmp_path):
     assert "runs" in run(*arguments, "--predictions", submission).stdout
     compared = run("compare", submission, submission, "--corpus", gold, "--protocol", "semeval", "--json")
     assert json.loads(compared.stdout)["f1_pair"]["difference"] == 0
+    above = seeds["runs"][0]["above_rule"]
+    assert json.loads(compared.stdout)["above_rule"] == {"a": above, "b": above}
     shown = run(
         "compare", submission, submission, "--corpus", gold, "--protocol", "semeval", "--samples", 100
     )
     assert "A − B" in shown.stdout
+    assert "B above the rule j >= i-1, with its 95% interval: weighted strict f1 " in shown.stdout
     assert run(*arguments, "--universe", "all").exit_code == 2
     hint = run("evaluate", "--corpus", gold, "--predictions", submission).exception
     assert isinstance(hint, PredictionError) and "--protocol semeval" in str(hint)

@@ -14,7 +14,7 @@ from kdecs.artifact import content_checksum, read_manifest, write_manifest
 from kdecs.config import ConfigError, config_hash, input_checksums, load_config, write_config
 from kdecs.corpus.checking import Checker
 from kdecs.corpus.formats.writing import DialogueWriter
-from kdecs.corpus.pairs import Pair
+from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, iter_raw, read_corpus
 from kdecs.corpus.splits import text_digest
 from kdecs.errors import ArtifactError, CorpusError
@@ -165,6 +165,26 @@ def test_folds_cover_the_corpus_and_keep_equal_texts_together(tmp_path: Path, fo
     assert {p: p.read_bytes() for p in config.work_directory.rglob("*.json*")} == before
     other = config_of(tmp_path / "labels", corpus=corpus, fold_seed=1)
     assert fold_of_dialogues(other) != folds
+
+
+def test_folds_of_several_files_divide_all_of_their_dialogues(tmp_path: Path) -> None:
+    files = [bundled_sample("train"), bundled_sample("test")]
+    corpus = {"train": [str(path) for path in files], "valid": str(bundled_sample("valid"))}
+    teacher = {"model": {"family": "causal", "base": "some/hub-name"}, "candidates": {"after": 1}}
+    config = config_of(tmp_path / "labels", corpus=corpus, teacher=teacher)
+    write_folds(config)
+    whole = {d.id: d for path in files for d in read_corpus(path).dialogues}
+    held = [d for fold in range(3) for d in read_corpus(config.fold_corpus(fold, "held-out")).dialogues]
+    assert sorted(d.id for d in held) == sorted(whole) and all(d == whole[d.id] for d in held)
+    for fold in range(3):
+        make_fold(config, fold)
+    merged = merge_folds(config)
+    inputs = [merged.inputs["corpus_train"], merged.inputs["corpus_train_1"]]
+    assert inputs == [content_checksum(path) for path in files]
+    # Its teachers look one turn ahead, so their labels do, too.
+    assert merged.details["candidates_after"] == 1
+    pairs = [pair for d in whole.values() for pair in pairs_of(d, "fold1+neutral", 1)]
+    assert merged.details["num_pairs"]["train"] == len(pairs)
 
 
 def test_holding_files_apart_keeps_no_dialogue(tmp_path: Path) -> None:

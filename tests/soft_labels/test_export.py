@@ -15,6 +15,7 @@ from label_directories import read_shard
 from support import StopAfter
 
 from kdecs.artifact import read_manifest, verify_artifact, write_manifest
+from kdecs.config import input_checksums
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, LabelError, Stopped
@@ -22,6 +23,7 @@ from kdecs.evaluation.counts import PairCounts
 from kdecs.process import StopSignal
 from kdecs.soft_labels import export as exporting
 from kdecs.soft_labels.claims import publish
+from kdecs.soft_labels.corpora import labelled_corpora
 from kdecs.soft_labels.export import (
     ExportResult,
     Progress,
@@ -188,6 +190,28 @@ def test_a_teacher_of_another_corpus_is_refused(teacher: Path, tmp_path: Path) -
         export(teacher, tmp_path / "labels", corpus=other)
     assert not (tmp_path / "labels").exists()
     export(teacher, tmp_path / "labels", corpus=other, allow_other_corpus=True)
+
+
+def test_a_teacher_of_several_training_files_labels_some_of_them(
+    finished: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Its labels of each file are those of an export of that file alone; `show` finds both files again."""
+    joint = tmp_path / "joint"
+    shutil.copytree(teacher, joint)
+    files = (bundled_sample("train"), bundled_sample("test"))
+    inputs = input_checksums(corpus_train=files, corpus_valid=bundled_sample("valid"))
+    write_manifest(joint, "teacher", config_hash="0" * 64, inputs=inputs, files=["adapter.txt"])
+    corpus = {"train": files, "valid": bundled_sample("valid")}
+    export(joint, tmp_path / "both", corpus=corpus)
+    manifest = read_manifest(tmp_path / "both", "soft-labels")
+    assert set(manifest.inputs) == {"teacher", "corpus_train", "corpus_train_1", "corpus_valid"}
+    assert labelled_corpora(tmp_path / "both", manifest) == [*files, bundled_sample("valid")]
+    before = read_manifest(finished, "soft-labels").details["num_pairs"]
+    assert manifest.details["num_pairs"]["train"] == before["train"] + before["test"]
+    for file in files:
+        export(joint, tmp_path / file.stem, corpus={"train": file, "valid": bundled_sample("valid")})
+    with pytest.raises(ArtifactError, match="trained with another corpus_train"):
+        export(teacher, tmp_path / "other", corpus=corpus)
 
 
 def test_a_directory_of_other_work_is_refused(finished: Path, teacher: Path, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from label_directories import WORDS, names_of, sample_pairs
+from scipy.special import log_softmax
 from typer.testing import CliRunner
 
 from kdecs.artifact import content_checksum, read_manifest
 from kdecs.cli import app
-from kdecs.corpus.reading import bundled_sample
+from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import KdecsError
 from kdecs.soft_labels.derive import importing
 from kdecs.soft_labels.labels import SoftLabels
@@ -62,6 +64,43 @@ def test_a_table_becomes_a_directory_like_any_other(rows: Rows, tmp_path: Path, 
     manifest = read_manifest(tmp_path / "labels")
     assert manifest.inputs["table"] == content_checksum(table) == manifest.details["lineage"]["imported"]
     assert run(table, tmp_path / "labels").exit_code == 0
+
+
+def test_later_candidates_of_several_training_files(tmp_path: Path) -> None:
+    """Imported, combined by gold, and compared with gold: with each pair that a teacher with this reach labels."""
+    files = [str(bundled_sample(split)) for split in ("train", "test")]
+    dialogues = [d for path in files for d in read_corpus(path).dialogues]
+    pairs = [pair for d in dialogues for pair in pairs_of(d, "fold1+neutral", 1)]
+    later = [pair.candidate > pair.target for pair in pairs]
+    rng = np.random.default_rng(0)
+    scores = [[float(x) for x in rng.normal(size=5)] for _ in pairs]
+    table = write(
+        tmp_path / "table.parquet",
+        [{"pair_id": p.id, "logits": s} for p, s in zip(pairs, scores, strict=True)],
+    )
+    more = ("--corpus", f"train={files[1]}")
+    refused = run(table, tmp_path / "labels", *more, corpus=files[0])
+    assert f"{sum(later)} rows refer to pairs that are in none" in str(refused.exception)
+    shutil.rmtree(tmp_path / "labels")
+    made = [tmp_path / "labels", tmp_path / "again"]
+    for output in made:
+        result = run(table, output, *more, "--after", "1", corpus=files[0])
+        assert result.exit_code == 0, result.exception
+    assert read_manifest(made[0]).details["candidates_after"] == 1
+    arguments = [*map(str, made), "--rule", "gold-correct", "--output", str(tmp_path / "both")]
+    arguments += [part for path in files for part in ("--train", path)]
+    result = CliRunner().invoke(app, ["soft-labels", "combine", *arguments])
+    assert result.exit_code == 0, result.exception
+    labels = SoftLabels.open(tmp_path / "both", tmp_path / "cache")
+    found = labels.logits(labels.rows_of(*names_of(pairs), split="train"))
+    np.testing.assert_allclose(found, log_softmax(np.array(scores), axis=1), atol=1e-5)
+    shown = CliRunner().invoke(app, ["soft-labels", "show", str(tmp_path / "both"), "--json"])
+    gold = json.loads(shown.stdout)["gold"]
+    assert gold.keys() == set(files) and all(scored["missing"] == 0 for scored in gold.values())
+    num_pairs = sum(len(pairs_of(d, "fold1", 1)) for d in read_corpus(files[0]).dialogues)
+    assert gold[files[0]]["num_pairs"] == num_pairs
+    far = run(table, tmp_path / "far", *more, "--after", "2", corpus=files[0])
+    assert "--universe fold1+neutral --after 2 lists them" in str(far.exception)
 
 
 def test_columns_of_probabilities_of_two_splits_with_hashes(tmp_path: Path) -> None:

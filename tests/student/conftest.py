@@ -53,7 +53,7 @@ def write_labels() -> Callable[..., Path]:
 
 def _write_labels(
     directory: Path,
-    files: dict[str, Path],
+    files: dict[str, Path | list[Path]],
     words: tuple[str, ...] = CONNECTIVES,
     answer_ids: tuple[int, ...] = (),
     top_k: int = 0,
@@ -67,9 +67,12 @@ def _write_labels(
     generator = np.random.default_rng(0)
     directory.mkdir(parents=True)
     pairs, splits = [], []
-    for split, path in files.items():
+    for split, paths in files.items():
         found = [
-            p for d in read_corpus(path).dialogues for p in pairs_of(d, "fold1+neutral", candidates_after)
+            p
+            for path in (paths if isinstance(paths, list) else [paths])
+            for d in read_corpus(path).dialogues
+            for p in pairs_of(d, "fold1+neutral", candidates_after)
         ]
         pairs += found
         splits += [split] * len(found)

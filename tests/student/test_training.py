@@ -9,8 +9,9 @@ import pytest
 import torch
 from support import Killed, StopAfter, kill, weights
 
-from kdecs.artifact import read_manifest, verify_artifact
+from kdecs.artifact import content_checksum, read_manifest, verify_artifact
 from kdecs.config import config_hash
+from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, CorpusError, LabelError, Stopped, TrainingError
 from kdecs.evaluation.metrics import evaluate
@@ -214,6 +215,35 @@ def test_a_student_of_later_candidates_learns_them_and_predicts_them(
     assert json.loads((config.output / "student.json").read_text())["candidates_after"] == 1
     with pytest.raises(LabelError):
         train_student(make_config("far", candidates={"after": 2}, **groups), runtime)
+
+
+def test_a_student_of_two_files_and_their_labels(make_config, runtime, values, write_labels, tmp_path):
+    """What it trains on are the pairs of both, and the labels of both."""
+    conversation = {
+        "conversation_ID": 7,
+        "conversation": [{"utterance_ID": 1, "text": "We won !", "speaker": "A", "emotion": "joy"}],
+        "emotion-cause_pairs": [["1_joy", "1_won"]],
+    }
+    other = tmp_path / "ecf.json"
+    other.write_text(json.dumps([conversation]))
+    first = Path(values["corpus"]["train"])
+    made = write_labels(tmp_path / "labels", {"train": [first, other]})
+    groups = {
+        "corpus": {**values["corpus"], "train": [str(first), str(other)]},
+        "optimization": {"learning_rate": 1e-3, "epochs": 1},
+    }
+    config = make_config("both", distillation={"mode": "kd", "labels": str(made)}, **groups)
+    manifest = read_manifest(train_student(config, runtime))
+    num_pairs = sum(
+        len(pairs_of(d, "fold1+neutral")) for path in (first, other) for d in read_corpus(path).dialogues
+    )
+    assert manifest.details["num_pairs"] == num_pairs
+    assert "happiness" in manifest.details["emotions"] and "joy" not in manifest.details["emotions"]
+    assert [manifest.inputs["train"], manifest.inputs["train_1"]] == [
+        content_checksum(path) for path in (first, other)
+    ]
+    with pytest.raises(LabelError, match="7/1/1"):
+        train_student(make_config("labels-of-one", **groups), runtime)
 
 
 def all_pairs(dialogue):

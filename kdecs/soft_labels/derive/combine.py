@@ -30,7 +30,7 @@ from kdecs.output import refuse_overlaps
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import CombineConfig, CombineRule
 from kdecs.soft_labels.derive.write import LabelDirectory, check_label_output
-from kdecs.soft_labels.format import ShardTable, iter_directory
+from kdecs.soft_labels.format import ShardTable, candidates_after_of, iter_directory, reach_details
 from kdecs.soft_labels.inspect.calibration import require_cause_words
 from kdecs.soft_labels.labels import SoftLabels
 from kdecs.soft_labels.scoring import is_causal
@@ -66,6 +66,7 @@ def combine(config: CombineConfig, *, cache_dir: Path) -> Manifest:
         inputs=input_checksums(**names, corpus_train=config.train),
         details={
             "universe": first.manifest.details.get("universe", EXPORT_UNIVERSE),
+            **reach_details(candidates_after_of(first.directory, first.manifest)),
             "rule": config.rule,
             "lineage": {"rule": config.rule, **input_checksums(**names)},
             "parents": [_parent(teacher, weight) for teacher, weight in zip(teachers, weights, strict=True)],
@@ -145,10 +146,11 @@ def _combined(
             bar.update(len(table))
 
 
-def _gold(labels: SoftLabels, corpus: Path) -> np.ndarray:
+def _gold(labels: SoftLabels, corpus: Path | tuple[Path, ...]) -> np.ndarray:
     """Gold of each row of a joined file, (N,) int8: 1 cause, 0 other, -1 unknown. Raises CorpusError."""
     gold_N = np.full(len(labels), -1, dtype=np.int8)
-    for batch in pair_batches(corpus, EXPORT_UNIVERSE):
+    after = candidates_after_of(labels.directory, labels.manifest)
+    for batch in pair_batches(corpus, EXPORT_UNIVERSE, after):
         rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch], split="train")
         known_n = rows_n >= 0
         gold_N[rows_n[known_n]] = np.array([pair.is_cause for pair in batch])[known_n]

@@ -5,9 +5,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kdecs.config import Config, InputPath, LostRankSeconds, Name, OutputPath, Seed, Unhashed
+from kdecs.config import (
+    Config,
+    HashedUnlessDefault,
+    InputFiles,
+    InputPath,
+    LostRankSeconds,
+    Name,
+    OutputPath,
+    Seed,
+    Unhashed,
+)
 from kdecs.corpus.prompts import PROMPT_VERSION
-from kdecs.corpus.splits import CorpusConfig
+from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.teacher.config import TeacherConfig
 
@@ -20,7 +30,7 @@ class CombineConfig(Config):
     labels: tuple[InputPath, ...] = Field(min_length=2, description="the directories, in order")
     weights: tuple[float, ...] = Field(default=(), description="one per directory; none: all 1")
     rule: CombineRule = "mean-probability"
-    train: InputPath | None = Field(default=None, description="training corpus, for gold-correct")
+    train: InputFiles | None = Field(default=None, description="training corpus, for gold-correct")
     output: OutputPath
 
     @model_validator(mode="after")
@@ -40,9 +50,10 @@ class ImportConfig(Config):
     """`kdecs soft-labels import`: a table of scores made elsewhere (`kdecs.soft_labels.derive.importing`)."""
 
     table: InputPath
-    train: InputPath | None = None
+    train: InputFiles | None = None
     valid: InputPath | None = None
     test: InputPath | None = None
+    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
     scores: Literal["logits", "probabilities"] = "logits"
     ignore_unknown: bool = Field(default=False, description="leave out pairs that the corpora do not have")
     output: OutputPath
@@ -135,7 +146,10 @@ class CrossFitConfig(Config):
 
     def fold_corpus(self, fold: int, part: str) -> Path:
         """The file of a fold's training dialogues (`train`) or of those held out from it (`held-out`)."""
-        return self.fold_directory(fold) / f"{part}{self.corpus.train.suffix or '.json'}"
+        # What several files have in common is written as JSON lines.
+        source = self.corpus.train
+        suffix = ".jsonl" if isinstance(source, tuple) else source.suffix or ".json"
+        return self.fold_directory(fold) / f"{part}{suffix}"
 
     def teacher_config(self, fold: int) -> TeacherConfig:
         """The training of a fold's teacher, on all training dialogues except the fold's."""
@@ -154,6 +168,7 @@ class CrossFitConfig(Config):
         return ExportConfig(
             teacher=self.fold_directory(fold) / "teacher",
             corpus=self._corpus(self.fold_corpus(fold, "held-out"), self.corpus.test if uses_test else None),
+            candidates=self.teacher.candidates,
             output=self.fold_directory(fold) / "labels",
             allow_other_corpus=True,  # the teacher was not trained on what it labels: that is the point
             **self.export.model_dump(),

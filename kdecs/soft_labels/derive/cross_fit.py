@@ -14,7 +14,7 @@ mean`), or the labels of one of them.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdecs.artifact import Manifest, atomic_path, content_checksum, read_manifest
-from kdecs.config import input_checksums
+from kdecs.config import files_of, input_checksums, names_of
 from kdecs.corpus.checking import Checker
 from kdecs.corpus.formats.recognise import format_of
 from kdecs.corpus.formats.writing import DialogueWriter
@@ -34,7 +34,7 @@ from kdecs.errors import ArtifactError, CorpusError
 from kdecs.soft_labels.derive.combine import combined_rows
 from kdecs.soft_labels.derive.config import CrossFitConfig
 from kdecs.soft_labels.derive.write import LabelDirectory, select_rows
-from kdecs.soft_labels.format import ShardTable, iter_directory
+from kdecs.soft_labels.format import ShardTable, iter_directory, reach_details
 from kdecs.soft_labels.labels import SoftLabels
 
 
@@ -49,7 +49,7 @@ def fold_of_dialogues(config: CrossFitConfig) -> dict[str, int]:
     items = sorted(set(digests.values()), key=lambda digest: hashlib.blake2b(seed + b"\0" + digest).digest())
     if len(items) < config.num_folds:
         raise CorpusError(
-            f"{config.corpus.train}: {len(items)} dialogues for {config.num_folds} folds; lower num_folds"
+            f"{names_of(config.corpus.train)}: {len(items)} dialogues for {config.num_folds} folds; lower num_folds"
         )
     # Sorted by hash, so that the order of the file decides nothing, and dealt in turn, so that folds are of equal size.
     rank = {digest: place for place, digest in enumerate(items)}
@@ -63,14 +63,20 @@ def write_folds(config: CrossFitConfig) -> dict[int, int]:
     """
     folds = fold_of_dialogues(config)
     # A fold's file of RECCON's schema keeps the format of the source, and its dialogues the source's bytes or values:
-    # nothing that the schema does not know is lost on the way. Other formats become JSON lines, which hold all of them.
+    # nothing that the schema does not know is lost on the way. Other formats become JSON lines, which hold all of them,
+    # and so do several files together.
     writers = {"jsonl": _write_lines, "reccon": _write_object}
-    write = writers.get(format_of(config.corpus.train).name, _write_converted)
+    sources = files_of(config.corpus.train)
+    write = writers.get(format_of(sources[0]).name) if len(sources) == 1 else None
+    own_labels = emotion_table(config.corpus) or NO_TABLE
     for fold in tqdm(range(config.num_folds), desc="folds", unit="fold", disable=None, delay=1):
         for part in ("train", "held-out"):
             kept = {name for name, number in folds.items() if (number == fold) == (part == "held-out")}
             with atomic_path(config.fold_corpus(fold, part)) as temporary:
-                write(config.corpus.train, kept, temporary)
+                if write:
+                    write(sources[0], kept, temporary)
+                else:
+                    _write_converted(sources, kept, temporary, own_labels)
     return {fold: sum(number == fold for number in folds.values()) for fold in range(config.num_folds)}
 
 
@@ -102,8 +108,13 @@ def _write_object(source: Path, kept: set[str], target: Path) -> None:
     target.write_text(json.dumps(part, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_converted(source: Path, kept: set[str], target: Path) -> None:
-    chosen = (pair for pair in iter_raw(source, Checker(str(source))) if pair[0].id in kept)
+def _write_converted(
+    sources: Sequence[Path], kept: set[str], target: Path, own_labels: Mapping[str, str]
+) -> None:
+    dialogues = (
+        pair for source in sources for pair in iter_raw(source, Checker(str(source), own_labels=own_labels))
+    )
+    chosen = (pair for pair in dialogues if pair[0].id in kept)
     with target.open("w", encoding="utf-8") as file:
         file.writelines(DialogueWriter("jsonl").text(chosen))
 
@@ -139,6 +150,7 @@ def merge_folds(config: CrossFitConfig) -> Manifest:
         ),
         details={
             "universe": EXPORT_UNIVERSE,
+            **reach_details(config.teacher.candidates.after),
             "lineage": {
                 "cross_fit": f"{config.num_folds} folds",
                 "fold_seed": str(config.fold_seed),

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from kdecs.artifact import Manifest, kind_of
-from kdecs.config import config_hash, input_checksums
+from kdecs.config import config_hash, files_of, input_checksums, names_of
 from kdecs.corpus.answer_words import CONNECTIVES
 from kdecs.corpus.checking import RepeatedKeys, is_unicode, shorten
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
@@ -42,7 +42,7 @@ from kdecs.output import refuse_overlaps
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import ImportConfig
 from kdecs.soft_labels.derive.write import LabelDirectory, check_label_output
-from kdecs.soft_labels.format import MAX_ROWS_PER_BYTE, SPLITS, UNKNOWN_REST_MASS, ShardTable
+from kdecs.soft_labels.format import MAX_ROWS_PER_BYTE, SPLITS, UNKNOWN_REST_MASS, ShardTable, reach_details
 from kdecs.soft_labels.labels import KeyIndex, bounds_of, pair_keys, sort_by_key, split_numbers
 from kdecs.soft_labels.verify import verified_labels
 
@@ -72,12 +72,12 @@ def import_labels(config: ImportConfig) -> Manifest:
         return finished
     # Refused now rather than after the table was read; the directory itself is begun only when all rows are checked.
     check_label_output(config, config.output)
-    corpora = {split: path for split in SPLITS if (path := getattr(config, split)) is not None}
+    corpora = {split: files_of(path) for split in SPLITS if (path := getattr(config, split)) is not None}
     table = _ScoreTable.read(config)
     if not table.has["split"]:
         _refuse_shared_ids(corpora, config.table)
     directory = LabelDirectory(config, config.output, CONNECTIVES)
-    directory.write(table.matched(corpora))
+    directory.write(table.matched(corpora, config.candidates.after))
     # Only now is it known which rows no corpus has. A refusal leaves shards without a manifest, and the next run
     # replaces them.
     num_unknown = table.refuse_unknown(allow=config.ignore_unknown)
@@ -87,6 +87,7 @@ def import_labels(config: ImportConfig) -> Manifest:
         ),
         details={
             "universe": EXPORT_UNIVERSE,
+            **reach_details(config.candidates.after),
             "lineage": {"imported": input_checksums(table=config.table)["table"], "scores": config.scores},
             "hashes": "of the table, equal to the corpus'"
             if table.has["pair_hash"]
@@ -138,11 +139,11 @@ class _ScoreTable:
             raise LabelError(f"{config.table}: holds no row, expected one per pair")
         return cls(config.table, has, parts)
 
-    def matched(self, corpora: Mapping[str, Path]) -> Iterator[ShardTable]:
+    def matched(self, corpora: Mapping[str, tuple[Path, ...]], candidates_after: int) -> Iterator[ShardTable]:
         """The corpora's pairs in their order with the table's scores. Raises LabelError for a pair without a row."""
-        for split, path in corpora.items():
+        for split, files in corpora.items():
             with tqdm(desc=f"import {split}", unit="pair", unit_scale=True, disable=None, delay=1) as bar:
-                for batch in pair_batches(path, EXPORT_UNIVERSE):
+                for batch in pair_batches(files, EXPORT_UNIVERSE, candidates_after):
                     ids, hashes = [pair.id for pair in batch], [pair.hash for pair in batch]
                     # Rows without a hash are kept under the empty one: the id alone must then identify the pair.
                     asked = hashes if self.has["pair_hash"] else [""] * len(ids)
@@ -151,11 +152,12 @@ class _ScoreTable:
                     if len(missing):
                         first = int(missing[0])
                         with_hash = f" with the hash {hashes[first]}" if self.has["pair_hash"] else ""
+                        after = f" --after {candidates_after}" if candidates_after else ""
                         raise LabelError(
-                            f"{self.path}: lacks the pair {ids[first]}{with_hash} of {path}, and "
+                            f"{self.path}: lacks the pair {ids[first]}{with_hash} of {names_of(files)}, and "
                             f"{len(missing) - 1} more of the {len(ids)} pairs just read; expected a row "
                             f"for each pair of the universe {EXPORT_UNIVERSE} "
-                            f"(kdecs corpus pairs {path} --universe {EXPORT_UNIVERSE} lists them)"
+                            f"(kdecs corpus pairs {files[0]} --universe {EXPORT_UNIVERSE}{after} lists them)"
                         )
                     self.is_matched_N[rows_n] = True
                     yield ShardTable(
@@ -175,10 +177,11 @@ class _ScoreTable:
         return len(unknown)
 
 
-def _refuse_shared_ids(corpora: Mapping[str, Path], table: Path) -> None:
+def _refuse_shared_ids(corpora: Mapping[str, tuple[Path, ...]], table: Path) -> None:
     """Without a split column an id of two corpora would get one row for both. Raises LabelError naming it."""
     split_of: dict[str, str] = {}
-    for split, path in corpora.items() if len(corpora) > 1 else ():
+    named = [(split, path) for split, files in corpora.items() for path in files]
+    for split, path in named if len(corpora) > 1 else ():
         for dialogue in iter_dialogues(path):
             first = split_of.setdefault(dialogue.id, split)
             if first != split:

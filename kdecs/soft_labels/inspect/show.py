@@ -12,7 +12,7 @@ from kdecs.corpus.pairs import Universe
 from kdecs.corpus.schema import NO_TABLE
 from kdecs.errors import ArtifactError, LabelError
 from kdecs.soft_labels.corpora import labelled_corpora, pair_batches
-from kdecs.soft_labels.format import SPLITS, answer_words_of, iter_directory, num_rows
+from kdecs.soft_labels.format import SPLITS, answer_words_of, candidates_after_of, iter_directory, num_rows
 from kdecs.soft_labels.inspect.calibration import SCORES, GoldSums, LabelSums, require_cause_words
 from kdecs.soft_labels.labels import SoftLabels
 
@@ -89,9 +89,10 @@ def _compare_with_gold(
     labels: SoftLabels, path: Path, universe: Universe, table: Mapping[str, str]
 ) -> dict[str, Any]:
     sums = GoldSums(labels.answer_words)
+    after = candidates_after_of(labels.directory, labels.manifest)
     num_missing = 0
     with _bar(None, path.name) as bar:
-        for batch in pair_batches(path, universe, table):
+        for batch in pair_batches(path, universe, after, table):
             rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch])
             is_cause_n = np.array([pair.is_cause for pair in batch])
             known_n = rows_n >= 0

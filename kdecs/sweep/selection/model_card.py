@@ -5,6 +5,7 @@ from typing import Any
 
 from kdecs import __version__
 from kdecs.artifact import content_checksum, read_manifest
+from kdecs.config import files_of
 from kdecs.evaluation.baselines import SELF_AND_PREVIOUS
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.selection.record import SelectionRecord
@@ -100,10 +101,14 @@ def _choice(record: SelectionRecord) -> str:
 
 
 def _data_rows(config: StudentConfig) -> list[str]:
-    splits = {"train": config.corpus.train, "valid": config.corpus.valid, "test": config.corpus.test}
+    splits = [
+        *(("train", path) for path in files_of(config.corpus.train)),
+        ("valid", config.corpus.valid),
+        ("test", config.corpus.test),
+    ]
     return [
         f"| {split} | {path.name} | `{content_checksum(path)[:16]}` |"
-        for split, path in splits.items()
+        for split, path in splits
         if path is not None and path.is_file()
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from kdecs.config import Config, load_config
+from kdecs.config import Config, files_of, load_config, names_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.splits import read_split, training_split
 from kdecs.errors import ConfigError
@@ -150,12 +150,15 @@ def make_plan(request: PlanRequest) -> LayoutPlan:
         raise ConfigError(
             f"--gpu {gpu.name}: has no bfloat16; add --set zero.dtype=float16 or zero.dtype=float32"
         )
-    corpus, corpus_name = request.corpus or config.corpus.train, ""
+    files, corpus_name = (request.corpus,) if request.corpus else files_of(config.corpus.train), ""
     # A config may name a corpus that is only on the cluster.
-    if request.corpus is None and not corpus.is_file():
-        corpus, corpus_name = bundled_sample("train"), "bundled sample"
+    if request.corpus is None and not all(file.is_file() for file in files):
+        files, corpus_name = (bundled_sample("train"),), "bundled sample"
     counted = count_prompts(
-        read_corpus(corpus).dialogues, config, max_dialogues=MAX_DIALOGUES, show_progress=True
+        [dialogue for file in files for dialogue in read_corpus(file).dialogues],
+        config,
+        max_dialogues=MAX_DIALOGUES,
+        show_progress=True,
     )
     # Memory alone does not say how fast a GPU is.
     known = gpu or GPUS[DEFAULT_GPU]
@@ -180,7 +183,7 @@ def make_plan(request: PlanRequest) -> LayoutPlan:
         planner=planner,
         layouts=planner.all_layouts(budgets),
         limits=Limits(memory_gib * GIB, assumed.host_memory_gib and assumed.host_memory_gib * GIB),
-        corpus=corpus_name or str(corpus),
+        corpus=corpus_name or names_of(files),
         assumptions={
             "GPU": known.name if gpu or assumed.peak_tflops else f"{known.name} (no --gpu given)",
             "peak TFLOP/s": peak,
