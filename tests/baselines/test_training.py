@@ -60,6 +60,8 @@ def test_the_command_writes_a_file_that_evaluate_reads(trained, tmp_path, capsys
     assert read_predictions(output, read_corpus(bundled_sample("test")))
     assert "pairs of" in capsys.readouterr().out
     predict(trained, bundled_sample("unlabelled"), tmp_path / "unlabelled.jsonl", device="cpu")
+    with pytest.raises(ArtifactError, match="only MRC takes others; leave out --emotions"):
+        predict(trained, bundled_sample("test"), tmp_path / "no.jsonl", emotions=output, device="cpu")
     knowledge = tmp_path / "phrases.jsonl"
     line = {"dialogue_id": "a", "turn": 1, "relation": "xReact", "text": "sad", "polarity": "negative"}
     knowledge.write_text(json.dumps(line))

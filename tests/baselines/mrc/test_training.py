@@ -21,6 +21,7 @@ from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.baselines.commands import predict
 from kdecs.baselines.mrc.prediction import MrcBaseline
 from kdecs.baselines.mrc.questions import mrc_text, training_pairs
+from kdecs.baselines.prediction import open_baseline
 from kdecs.baselines.training import train_baseline
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
@@ -51,9 +52,7 @@ def test_a_stopped_training_ends_with_the_same_weights(make_config, runtime, tra
 
 def test_predictions_of_validation_score_as_training_said(trained, corpus_files):
     corpus = read_corpus(corpus_files["valid"])
-    pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue)]
-    found = [item.prediction for item in MrcBaseline.from_pretrained(trained).detail(pairs)]
-    scores = evaluate(corpus, {item.key: item for item in found})
+    scores = evaluate(corpus, open_baseline(trained).predict_pairs(corpus))
     noted = read_manifest(trained, "mrc").details["valid"]
     assert scores.missing == 0
     for key in ("macro_f1", "positive_f1", "exact_match", "utterance_positive_f1"):
@@ -90,6 +89,8 @@ def test_the_command_writes_a_file_that_evaluate_reads(trained, tmp_path, capsys
     with pytest.raises(CorpusError, match="no emotion, which the question names"):
         predict(trained, bundled_sample("unlabelled"), tmp_path / "none.jsonl", device="cpu")
     assert not (tmp_path / "none.jsonl").exists()
+    with pytest.raises(ArtifactError, match="uses no commonsense knowledge; leave out --knowledge"):
+        predict(trained, bundled_sample("test"), tmp_path / "none.jsonl", knowledge=output, device="cpu")
 
 
 def test_emotions_of_another_system_make_a_pipeline(trained, tmp_path):
