@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from kdecs.config import (
     BudgetedOptimization,
     Config,
+    HashedUnlessDefault,
     InputPath,
     LostRankSeconds,
     ModelReference,
@@ -24,7 +25,8 @@ from kdecs.config import (
     set_dotted,
     value_of_text,
 )
-from kdecs.corpus.splits import CorpusConfig
+from kdecs.corpus.checking import MAX_UTTERANCES
+from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
 from kdecs.student.config import StudentBatches
 from kdecs.tracking.record import TrackingConfig
 
@@ -150,6 +152,7 @@ class BaselineConfig(_Training):
     kind: ClassVar[Literal["baseline"]] = "baseline"
     name: Name = "baseline"
     system: SystemConfig
+    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
     task: Task = Field(
         default="ecspe",
         description="ecspe: emotions and cause spans; ecpe: emotions and cause utterances. ueca-prompt has no spans",
@@ -185,9 +188,14 @@ class BaselineConfig(_Training):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _system_has_spans(self) -> "BaselineConfig":
+    def _fits_the_system(self) -> "BaselineConfig":
         if self.system.name == "ueca-prompt" and self.task != "ecpe":
             raise ValueError("system ueca-prompt finds utterances, not spans; set task: ecpe")
+        if self.candidates.after and not isinstance(self.system, Ecpe2d):
+            raise ValueError(
+                f"candidates.after needs system ecpe-2d: {self.system.name} reads no utterance after the target; "
+                "leave it out"
+            )
         return self
 
 
@@ -277,3 +285,11 @@ class BaselineCard(BaseModel):
     neutral_offset: float = Field(
         default=0.0, description="added to neutral's log-probability in the decision"
     )
+    candidates_after: int = Field(default=0, ge=0, le=MAX_UTTERANCES)
+
+    def as_json(self) -> dict[str, Any]:
+        """The values of `baseline.json`; versions without later candidates read the cards that need none."""
+        values = self.model_dump(mode="json")
+        if not self.candidates_after:
+            del values["candidates_after"]
+        return values

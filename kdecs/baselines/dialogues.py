@@ -120,7 +120,7 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TrainingDialogue:
-    """An encoded dialogue with its labels: the pairs j <= i of each target whose causes are known.
+    """An encoded dialogue with its labels: the candidates of each target whose causes are known.
 
     These are the targets with the evidence key and the neutral ones, which have no cause. `places_P2` holds target and
     candidate, 0-based. `emotions_N` and `causes_N` have a label per utterance.
@@ -135,11 +135,13 @@ class TrainingDialogue:
     causes_N: Ints
 
 
-def training_dialogue(encoded: EncodedDialogue, emotions: Sequence[str]) -> TrainingDialogue:
+def training_dialogue(
+    encoded: EncodedDialogue, emotions: Sequence[str], candidates_after: int = 0
+) -> TrainingDialogue:
     """The labels of a dialogue. An emotion that is not among `emotions` counts as not known."""
     dialogue = encoded.dialogue
     places, is_cause, starts, ends = [], [], [], []
-    for pair in pairs_of(dialogue, "all"):
+    for pair in pairs_of(dialogue, "all", candidates_after):
         target = dialogue.utterances[pair.target - 1]
         if target.evidence is None and target.emotion != NEUTRAL:
             continue

@@ -10,7 +10,8 @@ What differs from the paper:
 - The vector of [CLS] comes from the last layer, without BERT's pooler, which RoBERTa's checkpoints do not have.
 - Emotions are a softmax over the corpus' labels (7 or 16), not over emotion and no emotion.
 - Causality: the emotion side has a causal mask, the cause side a forward LSTM of the same width instead of a BiLSTM,
-  the matrix the cells j <= i alone, and a cell interacts with those of its row and of targets up to its own.
+  the matrix the cells j <= i alone, or j <= i + k if candidates may follow their target by k turns, and a cell
+  interacts with those of its row and of targets up to its own.
 - A span head over the cell (kdecs.baselines.model.SpanHead).
 """
 
@@ -47,9 +48,17 @@ class Ecpe2dModel(UtteranceModel):
 
     parts = ("emotion", "cause", "pair", "l2")
 
-    def __init__(self, language_model: Any, system: Ecpe2d, num_emotions: int, task: Task) -> None:
+    def __init__(
+        self,
+        language_model: Any,
+        system: Ecpe2d,
+        num_emotions: int,
+        task: Task,
+        candidates_after: int = 0,
+    ) -> None:
         super().__init__(language_model, task, system.pair_size)
         self.system = system
+        self.after = candidates_after
         size, cell = system.hidden_size, system.pair_size
         self.emotion_side = nn.Linear(self.hidden_size, size)
         self.emotion_layer = nn.TransformerEncoderLayer(
@@ -62,7 +71,7 @@ class Ecpe2dModel(UtteranceModel):
         self.of_emotion, self.of_cause = nn.Linear(size, cell), nn.Linear(size, cell, bias=False)
         self.of_emotion_p = nn.Linear(num_emotions, cell, bias=False)
         self.of_cause_p = nn.Linear(2, cell, bias=False)
-        self.of_distance = nn.Embedding(_DISTANCES, cell)
+        self.of_distance = nn.Embedding(_DISTANCES + candidates_after, cell)
         self.roads = nn.ModuleList(CrossRoad(cell, system.dropout) for _ in range(system.layers))
         self.pair_head = nn.Linear(cell, 1)
         self.dropout = nn.Dropout(system.dropout)
@@ -94,10 +103,14 @@ class Ecpe2dModel(UtteranceModel):
         rows_DNV = self.of_emotion(emotion_DNC) + self.of_emotion_p(emotion_p_DNE)
         columns_DNV = self.of_cause(cause_DNC) + self.of_cause_p(cause_p_DN2)
         place_N = torch.arange(size, device=first_DNH.device)
-        distance_NN = (place_N[:, None] - place_N).clamp(0, _DISTANCES - 1)
+        # From the farthest later candidate, in the first row of the table, to the farthest earlier one.
+        distance_NN = (place_N[:, None] - place_N).clamp(-self.after, _DISTANCES - 1) + self.after
         cells = functional.relu(rows_DNV[:, :, None] + columns_DNV[:, None] + self.of_distance(distance_NN))
+        is_pair_DNN = causal_mask(size, first_DNH.device, self.after)[None]
+        if self.after:  # else what pads a dialogue follows all of its targets
+            is_pair_DNN = is_pair_DNN & inputs.is_real_DN[:, None]
         for road in self.roads:
-            cells = road(cells, sees_NN)
+            cells = road(cells, is_pair_DNN)
         dialogue_P, target_P, candidate_P = pairs_P3.unbind(1)
         cells_PV = cells[dialogue_P, target_P, candidate_P]
         cause_P = self.pair_head(self.dropout(cells_PV)).squeeze(-1)
@@ -133,13 +146,15 @@ class CrossRoad(nn.Module):
         self.first_norm, self.second_norm = nn.LayerNorm(size), nn.LayerNorm(size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, cells: Tensor, sees_NN: Tensor) -> Tensor:
-        """(D, N, N, V) from the same; `sees_NN` says which utterances i may look at."""
-        # In row i the candidates up to i: the same for every query of that row.
-        by_row = _attention(self.along_row(cells), sees_NN[:, None])
-        # In column j the targets from j to i. A cell that is no pair sees itself, or its softmax would be over nothing.
+    def forward(self, cells: Tensor, is_pair_DNN: Tensor) -> Tensor:
+        """(D, N, N, V) from the same; `is_pair_DNN`, or (N, N) for all dialogues, says which cells are pairs."""
+        # In row i the candidates of i: the same for every query of that row.
+        by_row = _attention(self.along_row(cells), is_pair_DNN.unsqueeze(-2))
+        # In column j the targets whose candidate j is, up to i. A cell that is no pair sees itself, or its softmax
+        # would be over nothing.
+        sees_NN = causal_mask(cells.size(1), cells.device)
         itself_NN = torch.eye(len(sees_NN), dtype=torch.bool, device=cells.device)
-        sees_column = (sees_NN & sees_NN.T[:, None]) | itself_NN
+        sees_column = (sees_NN & is_pair_DNN.transpose(-2, -1).unsqueeze(-2)) | itself_NN
         by_column = _attention(self.along_column(cells.transpose(1, 2)), sees_column).transpose(1, 2)
         cells = self.first_norm(cells + self.dropout((by_row + by_column) / 2))
         found: Tensor = self.second_norm(cells + self.dropout(self.feed_forward(cells)))

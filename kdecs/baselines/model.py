@@ -4,7 +4,8 @@
 and joins the vectors. A system is a subclass with its own module, which reads like its paper.
 
 All systems decide about target i from u_1 … u_i alone, as a teacher and a student do, where the papers' documents are
-read as a whole: what looks from one utterance at others has a causal mask.
+read as a whole: what looks from one utterance at others has a causal mask. ECPE-2D alone takes candidates after the
+target, and then reads as far as they reach.
 
 Legend: D dialogues, N utterances of the longest, R utterances in a row, T tokens with [CLS] and [SEP], M tokens of a
 text, S = M + 1 span places (0 = no span), P pairs, Q pairs whose spans are wanted, H hidden, E emotions, V size of a
@@ -226,6 +227,6 @@ def pair_loss(cause_P: Tensor, is_cause_P: Tensor) -> LossPart:
     return LossPart(total, known_P.sum())
 
 
-def causal_mask(size: int, device: torch.device) -> Tensor:
-    """(N, N), True where utterance i may look at j: j <= i."""
-    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+def causal_mask(size: int, device: torch.device, after: int = 0) -> Tensor:
+    """(N, N), True where utterance i may look at j: j <= i + `after`."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril(after)

@@ -61,7 +61,7 @@ def build_model(
     """The system of a card on a language model; what is beside the language model starts with random weights."""
     system = card.system
     if isinstance(system, Ecpe2d):
-        return Ecpe2dModel(language_model, system, len(card.emotions), card.task)
+        return Ecpe2dModel(language_model, system, len(card.emotions), card.task, card.candidates_after)
     if isinstance(system, Mgsag):
         return MgsagModel(language_model, system, len(card.emotions), card.task)
     if isinstance(system, Kec):
@@ -74,7 +74,7 @@ def save_baseline(directory: Path, model: BaselineModel, tokenizer: Any, card: B
     save_pretrained([model.language_model, tokenizer], directory / MODEL_FOLDER)
     with atomic_path(directory / HEADS_NAME) as temporary:
         save_file(model.head_tensors(), temporary)
-    write_json(directory / CARD_NAME, card.model_dump(mode="json"))
+    write_json(directory / CARD_NAME, card.as_json())
 
 
 def load_baseline(directory: Path, knowledge: Knowledge | None) -> tuple[BaselineModel, Any, BaselineCard]:
@@ -125,6 +125,11 @@ class Baseline:
         self.device = device
         self.encoder = DialogueEncoder(tokenizer, card.max_utterance_tokens)
 
+    @property
+    def candidates_after(self) -> int:
+        """How many turns past its target a candidate may lie."""
+        return self.card.candidates_after
+
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, *, device: torch.device | str = "cpu", knowledge: Path | None = None
@@ -141,13 +146,21 @@ class Baseline:
         return cls(*load_baseline(directory, phrases), device=torch.device(device))
 
     def predict(self, dialogues: Iterable[Dialogue], *, max_distance: int | None = None) -> list[Prediction]:
-        """Predictions for every pair j <= i of the dialogues, labelled or not, in order."""
-        pairs = [pair for d in dialogues for pair in candidate_pairs(d, max_distance=max_distance)]
+        """Predictions for every pair j <= i + `candidates_after` of the dialogues, labelled or not, in order."""
+        pairs = [
+            pair
+            for d in dialogues
+            for pair in candidate_pairs(d, max_distance=max_distance, after=self.candidates_after)
+        ]
         return [found.prediction for found in self.detail(pairs)]
 
     def predict_pairs(self, corpus: Corpus) -> dict[PairKey, Prediction]:
         """Predictions for fold1 and the pairs (i, i) of neutral targets, as `evaluate` takes them."""
-        pairs = [pair for dialogue in corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")]
+        pairs = [
+            pair
+            for dialogue in corpus.dialogues
+            for pair in pairs_of(dialogue, "fold1+neutral", self.candidates_after)
+        ]
         return {found.prediction.key: found.prediction for found in self.detail(pairs)}
 
     def detail(

@@ -165,14 +165,16 @@ class JointTask(BaselineTask):
         dialogues = list(training_split(config.corpus))
         self.valid_corpus = read_split(config.corpus, config.corpus.valid)
         self.valid_pairs = [
-            pair for dialogue in self.valid_corpus.dialogues for pair in pairs_of(dialogue, "fold1+neutral")
+            pair
+            for dialogue in self.valid_corpus.dialogues
+            for pair in pairs_of(dialogue, "fold1+neutral", config.candidates.after)
         ]
         emotions = sorted({u.emotion for d in dialogues for u in d.utterances if u.emotion is not None})
         is_hidden = None if runtime.is_main else True  # None: shown on a terminal
         encoded = (
             self.encoder.encode(d) for d in tqdm(dialogues, desc="encode", disable=is_hidden, leave=False)
         )
-        labelled = (training_dialogue(item, emotions) for item in encoded)
+        labelled = (training_dialogue(item, emotions, config.candidates.after) for item in encoded)
         self.train: list[TrainingDialogue] = [item for item in labelled if len(item.places_P2)]
         require_causes(config.corpus.train, (bool(item.is_cause_P.any()) for item in self.train))
         require_causes(config.corpus.valid, (pair.is_cause for pair in self.valid_pairs))
@@ -189,6 +191,7 @@ class JointTask(BaselineTask):
             max_utterance_tokens=max_tokens,
             uses_knowledge=knowledge is not None,
             threshold=DEFAULT_THRESHOLD,
+            candidates_after=config.candidates.after,
         )
         self.model = build_model(language_model, self.tokenizer, self.card, knowledge).to(runtime.device)
         self.parts = self.model.parts
@@ -247,7 +250,12 @@ class JointTask(BaselineTask):
         self.predictions = decide(
             pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold
         )
-        found = evaluate(self.valid_corpus, {p.key: p for p in self.predictions}, universe="fold1")
+        found = evaluate(
+            self.valid_corpus,
+            {p.key: p for p in self.predictions},
+            universe="fold1",
+            candidates_after=config.candidates.after,
+        )
         return {"threshold": threshold, "neutral_offset": offset, **found.values}
 
     def save(self, folder: Path) -> None:

@@ -30,7 +30,7 @@ from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import iter_dialogues
 from kdecs.corpus.schema import FINE_TO_COARSE, NO_TABLE
 from kdecs.corpus.splits import emotion_table, read_split, require_causes
-from kdecs.errors import ArtifactError, CorpusError, KdecsError, Stopped, TrainingError
+from kdecs.errors import ArtifactError, ConfigError, CorpusError, KdecsError, Stopped, TrainingError
 from kdecs.evaluation.metrics import rule_scores
 from kdecs.output import refuse_overlaps
 from kdecs.process import StopSignal, last_error, run_child
@@ -117,6 +117,7 @@ def run_sweep(
     valid = read_split(corpus, corpus.valid).dialogues
     require_causes(corpus.valid, (pair.is_cause for dialogue in valid for pair in pairs_of(dialogue)))
     refuse_equal_emotions(search)
+    refuse_unequal_reaches(search)
     if not missing:
         _refuse_other_sweep(config, search)
     with file_lock(config.output / ".lock", blocking=False) as is_held:
@@ -170,6 +171,21 @@ def refuse_equal_emotions(search: Search) -> None:
         "fine emotion (model.given_emotions: fine) and those that are given the coarse one would be the same; name a "
         "corpus with fine labels, such as FG-RECCON's, or leave one of the two out of the space"
     )
+
+
+def refuse_unequal_reaches(search: Search) -> None:
+    """Raise ConfigError if trials look ahead differently far, since each is validated on the pairs within its reach."""
+    reaches = {reach_of(trial.config) for trial in search.stage().trials}
+    # A search has no trials before its first suggestion.
+    if dimension := search.config.space.get("candidates.after"):
+        reaches |= set(dimension.values)
+    if len(reaches) > 1:
+        found = ", ".join(map(str, sorted(reaches)))
+        raise ConfigError(
+            f"candidates.after: found {found} in one sweep, whose trials would be ranked by scores over different "
+            "pairs; give all students and baselines one value, and compare sweeps of several values by kdecs compare "
+            "with the option --after"
+        )
 
 
 def _refuse_other_sweep(config: SweepConfig, search: Search) -> str:

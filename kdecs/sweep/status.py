@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
+from kdecs.baselines.config import MrcConfig
 from kdecs.errors import ArtifactError, printable
-from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, kind_of_trial
 from kdecs.sweep.control import Wanted
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY, Trial, settings_key, trials_directory
@@ -166,8 +166,8 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def reach_of(config: TrialConfig) -> int:
-    """How many turns past its target a student's candidates reach; the baselines look back alone."""
-    return config.candidates.after if isinstance(config, StudentConfig) else 0
+    """How many turns past its target a trial's candidates reach; MRC looks back alone."""
+    return 0 if isinstance(config, MrcConfig) else config.candidates.after
 
 
 def selection_metric(config: TrialConfig) -> str:

@@ -98,19 +98,20 @@ class Bench:
 
     model: BaselineModel
     encoder: DialogueEncoder
+    after: int = 0
 
     def batch(self, dialogues: Sequence[Dialogue]) -> tuple[object, ...]:
         """Inputs, pairs, which of them have spans, and labels."""
-        found = [training_dialogue(self.encoder.encode(d), EMOTIONS) for d in dialogues]
+        found = [training_dialogue(self.encoder.encode(d), EMOTIONS, self.after) for d in dialogues]
         pairs_P3, spanned_P, labels = batch_labels(found)
         inputs = self.model.inputs([item.encoded for item in found], pairs_P3, self.encoder)
         inputs = moved(inputs, torch.device("cpu"))
         return inputs, pairs_P3, spanned_P, labels
 
     def output(self, dialogues: Sequence[Dialogue]) -> Output:
-        """Logits of every pair j <= i, in order."""
+        """Logits of every pair j <= i + `after`, in order."""
         encoded = [self.encoder.encode(d) for d in dialogues]
-        pairs_P3 = pair_places([candidate_pairs(d) for d in dialogues])
+        pairs_P3 = pair_places([candidate_pairs(d, after=self.after) for d in dialogues])
         self.model.eval()
         with torch.no_grad():
             inputs = self.model.inputs(encoded, pairs_P3, self.encoder)
@@ -153,6 +154,7 @@ def make_bench(base: Path) -> Callable[..., Bench]:
         task: str = "ecspe",
         knowledge: Knowledge | None = None,
         place: Path = base,
+        after: int = 0,
         **settings: object,
     ) -> Bench:
         given = {**SYSTEMS[name], **({} if name == "ueca-prompt" else {"dropout": 0.0}), **settings}
@@ -164,6 +166,7 @@ def make_bench(base: Path) -> Callable[..., Bench]:
                 "emotions": EMOTIONS,
                 "max_utterance_tokens": 64,
                 "threshold": 0.5,
+                "candidates_after": after,
             }
         )
         tokenizer = load_tokenizer(place)
@@ -176,7 +179,9 @@ def make_bench(base: Path) -> Callable[..., Bench]:
             for parameter in language_model.parameters():
                 if parameter.ndim == 2:
                     parameter.mul_(6.0)
-        return Bench(build_model(language_model, tokenizer, card, knowledge), DialogueEncoder(tokenizer, 64))
+        return Bench(
+            build_model(language_model, tokenizer, card, knowledge), DialogueEncoder(tokenizer, 64), after
+        )
 
     return make
 

@@ -32,12 +32,13 @@ def _changed(dialogue: Dialogue, turn: int) -> Dialogue:
     return replace(dialogue, utterances=tuple(utterances))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_target_sees_nothing_that_comes_later(make_bench, dialogues, name):
-    bench, dialogue = make_bench(name), dialogues[0]
+@pytest.mark.parametrize(("name", "reach"), [*((name, 0) for name in NAMES), ("ecpe-2d", 2)])
+def test_a_target_sees_nothing_that_comes_later(make_bench, dialogues, name, reach):
+    """Except for the later candidates that it may have, on which its emotion never depends."""
+    bench, dialogue = make_bench(name, after=reach), dialogues[0]
     before, after = bench.output([dialogue]), bench.output([_changed(dialogue, 5)])
-    pairs = candidate_pairs(dialogue)
-    is_early = torch.tensor([pair.target < 5 for pair in pairs])
+    pairs = candidate_pairs(dialogue, after=reach)
+    is_early = torch.tensor([pair.target + reach < 5 for pair in pairs])
     torch.testing.assert_close(before.cause_P[is_early], after.cause_P[is_early], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(before.emotion_DNE[:, :4], after.emotion_DNE[:, :4], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before.cause_P[~is_early], after.cause_P[~is_early], atol=1e-4), (
@@ -49,14 +50,14 @@ def test_a_target_sees_nothing_that_comes_later(make_bench, dialogues, name):
             torch.testing.assert_close(left[is_early, :width], right[is_early, :width], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_dialogues_of_a_batch_do_not_mix(make_bench, dialogues, name):
-    bench = make_bench(name)
+@pytest.mark.parametrize(("name", "reach"), [*((name, 0) for name in NAMES), ("ecpe-2d", 2)])
+def test_dialogues_of_a_batch_do_not_mix(make_bench, dialogues, name, reach):
+    bench = make_bench(name, after=reach)
     together = bench.output(dialogues)
     start = 0
     for index, dialogue in enumerate(dialogues):
         alone = bench.output([dialogue])
-        count, size = len(candidate_pairs(dialogue)), len(dialogue.utterances)
+        count, size = len(candidate_pairs(dialogue, after=reach)), len(dialogue.utterances)
         torch.testing.assert_close(
             together.cause_P[start : start + count], alone.cause_P, rtol=1e-4, atol=1e-5
         )

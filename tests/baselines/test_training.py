@@ -16,6 +16,7 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError, ConfigError, CorpusError, ModelError, Stopped
 from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import read_predictions
+from kdecs.student.config import VALIDATION_NAME
 
 
 def test_a_stopped_training_ends_with_the_same_weights(make_config, runtime, trained, capsys):
@@ -97,6 +98,38 @@ def test_a_system_is_given_by_its_name_or_with_its_settings(values, tmp_path):
         with pytest.raises(ConfigError, match=message) as caught:
             config(**changes)
         assert "\n" not in str(caught.value)
+
+
+def test_later_candidates_are_learnt_scored_and_predicted(make_config, runtime, tmp_path):
+    said = [
+        {
+            "utterance_ID": n,
+            "text": f"We won {n} .",
+            "speaker": "A",
+            "emotion": ("joy", "fear", "neutral")[n % 3],
+        }
+        for n in range(1, 6)
+    ]
+    pairs = [["3_joy", "4_won 4"], ["1_fear", "2_We"], ["3_joy", "1_We won"], ["4_fear", "4_We won 4"]]
+    path = tmp_path / "ecf.json"
+    path.write_text(json.dumps([{"conversation_ID": 1, "conversation": said, "emotion-cause_pairs": pairs}]))
+    groups = {
+        "corpus": {"train": str(path), "valid": str(path)},
+        "optimization": {"learning_rate": 1e-3, "epochs": 1},
+    }
+    plain, config = make_config("plain", **groups), make_config("later", candidates={"after": 1}, **groups)
+    assert config_hash(make_config("same", candidates={"after": 0}, **groups)) == config_hash(plain)
+    output = train_baseline(config, runtime)
+    assert json.loads((output / "baseline.json").read_text())["candidates_after"] == 1
+    corpus = read_corpus(path, log=False)
+    scores = evaluate(corpus, read_predictions(output / VALIDATION_NAME, corpus), candidates_after=1)
+    assert (scores.num_positive, scores.missing) == (4, 0)
+    metrics = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert scores["macro_f1"] == pytest.approx(metrics["macro_f1"])
+    found = {(p.target, p.candidate) for p in Baseline.from_pretrained(output).predict(corpus.dialogues)}
+    assert found == {(i, j) for i in range(1, 6) for j in range(1, min(5, i + 1) + 1)}
+    with pytest.raises(ConfigError, match=r"candidates.after needs system ecpe-2d: kec reads no utterance"):
+        make_config("kec", system="kec", candidates={"after": 1})
 
 
 def test_a_corpus_without_causes_is_refused(make_config, runtime, tmp_path):

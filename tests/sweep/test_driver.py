@@ -19,7 +19,7 @@ from kdecs.errors import ArtifactError, ConfigError, CorpusError, Stopped, Train
 from kdecs.process import StopSignal
 from kdecs.sweep import driver
 from kdecs.sweep.config import Dimension, SweepConfig
-from kdecs.sweep.driver import refuse_equal_emotions, run_sweep, run_with_ray
+from kdecs.sweep.driver import refuse_equal_emotions, refuse_unequal_reaches, run_sweep, run_with_ray
 from kdecs.sweep.search import Search
 from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.space import Space, sweep_hash
@@ -444,6 +444,18 @@ def test_a_sweep_that_could_only_score_0_is_refused_before_it_begins(make_config
     with pytest.raises(CorpusError, match=r"misspelt\.json: no cause to learn from or to validate on"):
         run_sweep(config, trainer=train, runner=in_process)
     assert not config.output.exists()
+
+
+def test_students_that_look_ahead_differently_far_are_not_ranked_together(make_config, in_process):
+    teachers = {"llama-tiny": str(make_config().teachers["llama-tiny"].labels)}
+    space = {"candidates.after": {"grid": [0, 1]}}
+    for search in ({"method": "grid"}, {"method": "tpe", "num_trials": 4, "grace_epochs": None}):
+        drawn = {"candidates.after": {"choice": [0, 1]}} if search["method"] == "tpe" else space
+        config = make_config(space=drawn, teachers=teachers, search=search)
+        with pytest.raises(ConfigError, match=r"candidates.after: found 0, 1 in one sweep") as caught:
+            run_sweep(config, trainer=train, runner=in_process)
+        assert "\n" not in str(caught.value) and not config.output.exists()
+    refuse_unequal_reaches(Search(make_config(space={"candidates.after": {"grid": [1]}}, teachers=teachers)))
 
 
 def test_given_emotions_need_a_corpus_in_which_fine_and_coarse_differ(make_config, runs):
