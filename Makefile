@@ -22,7 +22,7 @@ help:
 	@echo "make test                the default tests, in two processes"
 	@echo "make test-slow           the long tests: several ranks, kills, Ray"
 	@echo "make test-cluster        the tests that install Slurm, sshd, PostgreSQL and buildah (apt, as root); CLUSTER=quick: a few minutes"
-	@echo "make test-browser        the tests of the served page in Chromium (apt, as root)"
+	@echo "make test-browser        the tests of the pages in Chromium (apt, as root)"
 	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
 	@echo "make bench [BENCH=name]  side-by-side measurements; make bench-gpu: those that need CUDA"
 	@echo "make check               format, lint, types, import rules"
@@ -101,10 +101,10 @@ else
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -s -rs tests/cluster tests/sweep/test_postgres.py
 endif
 
-# Chromium for the tests of the page of `kdecs serve`, which are skipped without it.
+# Chromium for the tests of the pages for people, which are skipped without it.
 test-browser: $(SETUP)
 	bash tests/install_chromium.sh $(BIN)/python
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/serve/test_page_in_browser.py
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/serve/test_page_in_browser.py tests/annotate/test_review.py
 
 test-all: test test-slow
 

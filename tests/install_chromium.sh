@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Chromium and its driver for tests/serve/test_page_in_browser.py, on Debian or Ubuntu, as root:
+# Chromium and its driver for `make test-browser`, on Debian or Ubuntu, as root:
 # tests/install_chromium.sh [PYTHON]. The driver is a package for that Python and comes without a browser.
 set -euo pipefail
 apt-get update -qq
