@@ -428,7 +428,7 @@ def sample(
     refuse_inputs(output, [*project.files, *(predictions or [])])
     if unknown := [reason for reason in by or () if reason not in REASONS]:
         raise typer.BadParameter(f"--by {unknown[0]}: expected one of {', '.join(REASONS)}")
-    chosen = [reason for reason in REASONS[:4] if not by] or [each for each in REASONS if each in (by or ())]
+    chosen = [reason for reason in REASONS if reason in (by or REASONS[:4])]
     if "confidence" in chosen and not predictions:
         raise typer.BadParameter("--by confidence: needs the scores of --predictions FILE")
     names = [*project.reviewers, *project.run_names]

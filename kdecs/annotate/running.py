@@ -102,7 +102,6 @@ class DialogueLabels:
     emotions: dict[int, tuple[str, LabelCall]] = field(default_factory=dict)
     targets: tuple[int, ...] = ()
     causes: dict[int, tuple[Any, LabelCall]] = field(default_factory=dict)
-    answers: list[LabelCall] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     pending: Call | None = None
 
@@ -129,7 +128,6 @@ def label_dialogue(
             if (answer := answered(call)) is None:
                 labelled.pending = call
                 return
-            labelled.answers.append(answer)
             reading = read(answer.text)
             labelled.faults += reading.kinds
             found.update({turn: (label, answer) for turn, label in reading.found.items()})
@@ -182,17 +180,15 @@ class Run:
         """Begin a run or go on with it. Raises ConfigError if it was begun with settings of other answers."""
         path = project.run_folder(name) / "run.json"
         with file_lock(path.with_name(".run.json.lock")):
-            if path.is_file():
-                begun = read_record(RunSettings, path, "start the run again under another name")
-                for key in ("model", "max_answer_tokens", "answers", "options"):
-                    was, now = getattr(begun, key), getattr(settings, key)
-                    if was != now:
-                        raise ConfigError(
-                            f"{path.parent}: was begun with {key} {was!r}, and {now!r} is asked for now; give a run "
-                            "with other settings another name, with --run NAME"
-                        )
-            if not path.is_file() or begun != settings:
-                write_json(path, settings.model_dump())
+            begun = cls.open(project, name).settings if path.is_file() else settings
+            for key in ("model", "max_answer_tokens", "answers", "options"):
+                was, asked_for = getattr(begun, key), getattr(settings, key)
+                if was != asked_for:
+                    raise ConfigError(
+                        f"{path.parent}: was begun with {key} {was!r}, and {asked_for!r} is asked for now; give a run "
+                        "with other settings another name, with --run NAME"
+                    )
+            write_json(path, settings.model_dump())
         return cls.open(project, name)
 
     def endpoint(self, **connection: Any) -> Endpoint:
@@ -349,10 +345,8 @@ class Usage:
 def annotation_of_run(run: Run) -> Annotation:
     """The labels of a run: an open label is there with None, a turn that was not asked about yet is not."""
     labels: dict[TurnKey, TurnLabel] = {}
-    for dialogue in run.project.dialogues.values():
-        found = label_dialogue(
-            run.project, run.settings, dialogue, lambda call: find_answer(run.record, call, run.endpoint())
-        )
+    for name, found in run.labels().items():
+        dialogue = run.project.dialogues[name]
         is_asked = found.pending is None or found.pending.step == "causes"
         for utterance in dialogue.utterances if is_asked else ():
             turn = utterance.turn
