@@ -311,6 +311,7 @@ def merge(
             "--allow-open", help="Leave out dialogues with open emotions, and causes that are open."
         ),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Merge the labels into a corpus, by vote and by the paper's rule for spans, with where each label comes from.
 
@@ -319,6 +320,8 @@ def merge(
 
     Example: kdecs annotate merge mine --output mine.json
     """
+    from dataclasses import asdict
+
     from kdecs.annotate.merging import accuracies, merged_dialogues, provenance
     from kdecs.annotate.merging import merge as merge_labels
     from kdecs.annotate.project import Project
@@ -339,12 +342,15 @@ def merge(
     found = read_annotations(project, annotator or ())
     decisions = merge_labels(found, project.dialogues)
     conflicts = [conflict for decision in decisions.values() for conflict in decision.conflicts]
-    for conflict in conflicts[:_MOST_CONFLICTS]:
-        say(printable(f"open: {conflict}"))
-    if len(conflicts) > _MOST_CONFLICTS:
-        say(
-            f"open: and {len(conflicts) - _MOST_CONFLICTS:,} more; kdecs annotate sample lists them for review"
-        )
+    if as_json and conflicts and not allow_open:
+        print(json.dumps({"conflicts": [asdict(conflict) for conflict in conflicts]}, indent=2))
+    if not as_json:
+        for conflict in conflicts[:_MOST_CONFLICTS]:
+            say(printable(f"open: {conflict}"))
+        if len(conflicts) > _MOST_CONFLICTS:
+            say(
+                f"open: and {len(conflicts) - _MOST_CONFLICTS:,} more; kdecs annotate sample lists them for review"
+            )
     merged = list(merged_dialogues(decisions, project.dialogues))
     if conflicts and not allow_open:
         raise AnnotationError(
@@ -355,27 +361,37 @@ def merge(
         raise AnnotationError(
             f"{directory}: every dialogue has an open emotion, so there is no corpus to write"
         )
-    with open_output(output) as written:
-        for text in DialogueWriter("jsonl" if output.suffix == ".jsonl" else "reccon").text(merged):
-            written.write(text.encode())
     sidecar = output.with_name(f"{output.name}.provenance.jsonl")
     kept = {dialogue.id for dialogue, _ in merged}
-    with open_output(sidecar) as written:
+    # Both appear when both are complete.
+    with open_output(sidecar) as lines, open_output(output) as written:
         for line in provenance(decisions):
             if line["dialogue_id"] in kept:
-                written.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+                lines.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+        for text in DialogueWriter("jsonl" if output.suffix == ".jsonl" else "reccon").text(merged):
+            written.write(text.encode())
+    corpus = Corpus(output, tuple(dialogue for dialogue, _ in merged), Counter(), ())
+    statistics, rows = statistics_of(corpus), accuracies(found, decisions)
+    if as_json:
+        result = {
+            "conflicts": [asdict(conflict) for conflict in conflicts],
+            "annotators": rows,
+            "statistics": statistics.as_dict(),
+            "provenance": str(sidecar),
+        }
+        print(json.dumps(result, indent=2))
+        return
     table = figures_table(
         "Against the merged labels", "annotator", "turns", "votes", "emotions", "cause turn F1", "exact spans",
         "token F1",
     )  # fmt: skip
-    for row in accuracies(found, decisions):
+    for row in rows:
         keys = ("emotion_accuracy", "cause_turn_f1", "exact", "token_f1")
         table.add_row(
             row["annotator"], f"{row['turns']:,}", f"{row['voted']:,}", *(_percent(row[key]) for key in keys)
         )
     terminal().print(table)
-    corpus = Corpus(output, tuple(dialogue for dialogue, _ in merged), Counter(), ())
-    print_statistics([statistics_of(corpus)])
+    print_statistics([statistics])
     left_out = len(project.dialogues) - len(merged)
     num_single = sum(len(decision.voters) == 1 for decision in decisions.values())
     say(

@@ -184,6 +184,11 @@ def test_open_decisions_are_listed_and_refused_or_left_out(
     refused = run("merge", project.root, "--output", output)
     assert isinstance(refused.exception, AnnotationError) and not output.exists()
     assert f"open: {gold[0].id}/1: emotion: ann" in refused.output
+    listed = json.loads(run("merge", project.root, "--output", output, "--json").stdout)
+    assert [(each["turn"], each["what"]) for each in listed["conflicts"]] == [(1, "emotion")]
+    found = json.loads(run("merge", project.root, "--output", output, "--allow-open", "--json").stdout)
+    assert found["statistics"]["dialogues"] == 2 and found["annotators"][1]["emotion_accuracy"] == 1.0
+    output.unlink()
     allowed = run("merge", project.root, "--output", output, "--allow-open")
     assert allowed.exit_code == 0 and "2 dialogues (1 left out)" in allowed.output, allowed.output
     assert [dialogue.id for dialogue in read_corpus(output).dialogues] == [d.id for d in gold[1:]]

@@ -178,6 +178,7 @@ import json, os, random, signal, sys, time
 from kdecs import cli
 import kdecs.annotate.running, kdecs.annotate.planning, kdecs.endpoint.client as client
 client.random.uniform = lambda low, high: 0.0
+assert "torch" not in sys.modules
 seed, most, arguments = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 dice, num_killed, codes = random.Random(seed), 0, []
 while True:
