@@ -117,6 +117,8 @@ class ProjectConfig(Config):
     def _is_consistent(self) -> "ProjectConfig":
         if len({label.casefold() for label in self.labels}) < len(self.labels):
             raise ValueError("labels: expected each label once, whatever its capitals")
+        if odd := [label for label in self.labels if not label or label != " ".join(label.split())]:
+            raise ValueError(f"labels: found {odd[0]!r}, expected words on one line")
         unknown = sorted(set(self.labels) - KNOWN_EMOTIONS - self.label_table.keys())
         if unknown:
             raise ValueError(

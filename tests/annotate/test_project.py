@@ -86,6 +86,7 @@ def test_a_label_set_is_named_or_comes_from_a_file(tmp_path: Path) -> None:
     [
         ("labels: [happiness, joy]", "joy: no labels of kdecs"),
         ("labels: [fear, Fear]", "each label once"),
+        ('labels: [fear, "a\\nb"]', "expected words on one line"),
         ("labels: [fear, neutral]\nmodels: {m: {input_price: 1}}", "both input_price and output_price"),
         ("labels: [fear, neutral]\nmodels: {m: {options: {n: 2}}}", "n has a setting of its own"),
         ("labels: [fear, neutral]\nannotators: [m]\nmodels: {m: {}}", "both an annotator and a run"),
