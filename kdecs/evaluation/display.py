@@ -236,8 +236,11 @@ def print_compared_submissions(
     for key, found in compared.items():
         interval = f"{found.low:+.4f} … {found.high:+.4f}"
         figures = (f"{found.a:.4f}", f"{found.b:.4f}", f"{found.difference:+.4f}", interval, f"{found.p:.4f}")
-        table.add_row(key.replace("_", " "), *figures)
+        # Whole words would leave the figures no room in 80 columns.
+        name = key.replace("_", " ").replace("weighted", "w.").replace("proportional", "prop.")
+        table.add_row(name, *figures)
     console.print(table)
+    console.print("w.: weighted by the gold causes of each emotion; prop.: proportional")
     _print_above_rules(console, above_rule, _SHOWN_OF_SUBMISSIONS, 4)
     for name, path, scores in zip("AB", files, (a, b), strict=True):
         console.print(Text(f"{name} = {path}: {submission_line(scores)}"))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,8 @@ def test_the_command_scores_submissions_and_lines(files, tmp_path):
     shown = run(
         "compare", submission, submission, "--corpus", gold, "--protocol", "semeval", "--samples", 100
     )
-    assert "A − B" in shown.stdout
+    assert "A − B" in shown.stdout and "w. prop. precision" in shown.stdout
+    assert not re.search(r"\d…", shown.stdout), "no figure is cut"
     assert "B above the rule j >= i-1, with its 95% interval: weighted strict f1 " in shown.stdout
     assert run(*arguments, "--universe", "all").exit_code == 2
     hint = run("evaluate", "--corpus", gold, "--predictions", submission).exception
