@@ -70,7 +70,7 @@ def stream(
     group: list[tuple[Dialogue, list[Pair]]] = []
     num_pairs = 0
     for dialogue in dialogues:
-        # The baselines look no turn ahead, and say nothing about it.
+        # MRC looks no turn ahead, and says nothing about it.
         after = getattr(predictor, "candidates_after", 0)
         pairs = candidate_pairs(dialogue, max_distance=max_distance, after=after)
         group.append((dialogue, pairs))
