@@ -63,10 +63,14 @@ class RunSettings(Config):
     @field_validator("options")
     @classmethod
     def _no_own_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in ("model", "messages", "stream", "n", "response_format", "max_tokens"):
-            # To be left out is the one thing that `max_answer_tokens` cannot say.
+        instead = {"model": "model", "max_tokens": "max_answer_tokens", "response_format": "answers"}
+        for key in ("messages", "stream", "n", *instead):
+            # Null leaves a key out, which no setting can say.
             if value.get(key) is not None:
-                raise ValueError(f"{key} has a setting of its own or must stay as it is; leave it out")
+                remedy = (
+                    f"set {instead[key]} of the model" if key in instead else "kdecs sets it; leave it out"
+                )
+                raise ValueError(f"{key} cannot stand here: {remedy}")
         return value
 
 
@@ -221,7 +225,7 @@ def create_project(
             if name in first or other_texts == dialogue.context_hashes[-1]:
                 raise CorpusError(
                     f"{path}: found the dialogue {dialogue.id}, which is also in {other}; give each file once, and "
-                    "each dialogue an id of its own"
+                    "no two dialogues the same id"
                 )
             first[name] = path, dialogue.context_hashes[-1]
             said = [{"turn": u.turn, "speaker": u.speaker, "utterance": u.text} for u in dialogue.utterances]

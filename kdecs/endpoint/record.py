@@ -4,10 +4,10 @@
      "answer_tokens": 31, …}
 
 `call` is the sha256 of everything that the answer depends on, and `source` says who answered: an endpoint's URL, or the
-checksum of a fine-tuned model. The counts of tokens are null where nobody told them. Users of a record add keys that
-say what was asked about. Lines are appended and synced as the answers come, under a lock on the file, so that several
-ranks share one record. A kill can only leave a last line without its end, which does not count. Failures are never
-recorded.
+checksum of a fine-tuned model. The counts of tokens are null where the server does not give them. Users of a record add
+keys that say what was asked about. Lines are appended and synced as the answers come, under a lock on the file, so that
+several ranks share one record. A kill can only leave a last line without its end, which does not count. Failures are
+never recorded.
 """
 
 import contextlib
