@@ -26,6 +26,7 @@ from kdecs.corpus.checking import NotJson, decode_json, is_unicode
 from kdecs.corpus.reading import iter_dialogues, read_corpus, read_table
 from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, KNOWN_EMOTIONS, NEUTRAL, Dialogue
 from kdecs.errors import ConfigError, CorpusError
+from kdecs.output import refuse_inputs
 
 PROJECT_NAME = "project.yaml"
 DIALOGUES_NAME = "dialogues.jsonl"
@@ -207,8 +208,12 @@ def create_project(
 ) -> Project:
     """Make a project of the dialogues of corpus files of any format; their labels, if any, are left out.
 
-    Raises CorpusError for a faulty file or an id that occurs twice, ConfigError if the directory holds a project.
+    Raises CorpusError for a faulty file or an id that occurs twice, ConfigError if the directory holds a project,
+    OutputError if the project would replace one of the files.
     """
+    refuse_inputs(root, [], is_directory=True)
+    for name in (DIALOGUES_NAME, PROJECT_NAME):
+        refuse_inputs(root / name, inputs)
     chosen, table = label_set(labels)
     values: dict[str, Any] = {"labels": list(chosen)}
     if table:

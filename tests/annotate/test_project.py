@@ -16,7 +16,7 @@ from kdecs.annotate.running import Run, run_model
 from kdecs.cli import app
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS, FINE_EMOTIONS, Dialogue
-from kdecs.errors import ConfigError, CorpusError
+from kdecs.errors import ConfigError, CorpusError, OutputError
 from kdecs.process import StopSignal
 
 
@@ -51,6 +51,8 @@ def test_a_project_holds_the_texts_of_any_format_and_none_of_their_labels(
         (["{made}", "--input", "{corpus}"], "holds a project already"),
         (["{new}", "--input", "{corpus}", "--input", "{corpus}"], "is also in"),
         (["{new}", "--input", "{nowhere}"], "No such file"),
+        (["{corpus}", "--input", "{corpus}"], "is a file, expected a directory"),
+        (["{folder}", "--input", "{folder}/dialogues.jsonl"], "is the input"),
         (["{new}", "--input", "{corpus}", "--labels", "finer"], "expected coarse, fine or a file of labels"),
         (["{new}", "--input", "{corpus}", "--annotator", "a b"], "annotators.0"),
         (["{new}", "--input", "{corpus}", "--annotator", "a", "--annotator", "a"], "expected each name once"),
@@ -59,9 +61,13 @@ def test_a_project_holds_the_texts_of_any_format_and_none_of_their_labels(
 def test_init_refuses_in_one_line_and_writes_nothing(
     arguments: list[str], message: str, project: Project, corpus: Path, tmp_path: Path
 ) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "dialogues.jsonl").write_text('{"id": "d", "utterances": []}')
     places = {"made": project.root, "new": tmp_path / "new", "corpus": corpus, "nowhere": tmp_path / "none"}
+    places["folder"] = folder
     result = run("init", *(argument.format(**places) for argument in arguments))
-    assert isinstance(result.exception, ConfigError | CorpusError)
+    assert isinstance(result.exception, ConfigError | CorpusError | OutputError)
     assert message in str(result.exception) and "\n" not in str(result.exception)
     assert not (tmp_path / "new" / "project.yaml").exists()
 
