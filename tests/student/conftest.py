@@ -184,9 +184,9 @@ def directory(trained: Trained) -> Path:
     return trained.config.output
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def student(directory: Path) -> Student:
-    """The trained student."""
+    """The trained student, read once: predictions leave it as it is."""
     return Student.from_pretrained(directory)
 
 

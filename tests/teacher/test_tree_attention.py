@@ -10,7 +10,6 @@ import torch.nn.attention.flex_attention as flex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -271,6 +270,8 @@ def test_an_epoch_compiles_flex_attention_at_most_six_times(
 
     With Dynamo's tracing and guards, but without a code generator: what is counted does not depend on the device.
     """
+    from torch._dynamo.testing import CompileCounter  # takes a second of processor time
+
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # which refuses gradients on a CPU
     trees = [tree.padded_to(FLEX_BLOCK) for tree in trees_of_an_epoch(families("causal"))]
     # Once a length, in the order of the epoch; then the shortest and the longest again.
