@@ -111,7 +111,8 @@ test-all: test test-slow
 campaign: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" KDECS_CAMPAIGN=1 KDECS_CAMPAIGN_RESULTS="$(CURDIR)/benchmarks/results/campaign" \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/campaign tests/corpus/test_reading_fuzz.py \
-	  tests/evaluation/test_independent_metrics.py tests/teacher/test_plan_measured.py
+	  tests/soft_labels/test_interleavings.py tests/evaluation/test_independent_metrics.py \
+	  tests/teacher/test_plan_measured.py
 
 bench: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/run.py $(BENCH)

@@ -3,10 +3,14 @@
 The workers are the export's own. Each runs in a thread that stops before every operation on shared files, and a
 scheduler tries every order of these steps, of the moments at which the leases expire, and of the moment at which a
 worker is killed. Orders that lead to a state already seen (files, ages, each worker's steps so far) are not repeated.
+
+One lease that expires is tried in every order by each run of the default tests. With more events there are too many
+orders for CI: `make campaign` (KDECS_CAMPAIGN=1) tries all of them, `make test-slow` a seeded sample.
 """
 
 import hashlib
 import os
+import random
 import shutil
 import threading
 from collections import Counter
@@ -24,6 +28,8 @@ from kdecs.soft_labels.claims import Claims
 from kdecs.soft_labels.format import ShardTable, published_record, shard_name
 
 LEASE_S = 10.0
+NUM_SAMPLED = 4_000
+"""States that a sample of the orders looks at."""
 
 
 class Abandoned(BaseException):
@@ -292,11 +298,14 @@ def test_no_order_of_events_loses_or_replaces_a_shard(
 
     With `cleans`, a worker also removes temporary files at the end, as if its shard were the last.
     """
+    is_sample = (expiries, kills, cleans) != (1, 0, False) and os.environ.get("KDECS_CAMPAIGN") != "1"
+    rng = random.Random(f"{expiries}/{kills}/{cleans}")
     seen: set[tuple[object, ...]] = set()
     pending: list[list[str]] = [[]]
     ends: Counter[str] = Counter()
-    while pending:
-        prefix = pending.pop()
+    while pending and not (is_sample and len(seen) >= NUM_SAMPLED):
+        # From anywhere, so that a sample is not of orders that begin alike.
+        prefix = pending.pop(rng.randrange(len(pending)) if is_sample else -1)
         world = World(tmp_path / "run", expiries, kills, cleans)
         try:
             for choice in prefix[:-1]:
