@@ -59,7 +59,7 @@ def test_deepspeed_is_imported_without_mlflow(tmp_path, monkeypatch, is_imported
 # Forks the two ranks of each job that its argument describes, once it has imported torch for all of them, and answers
 # with their process ids. A rank works in collectives until a file says "end"; the options change how it does that.
 RANKS = """
-import json, os, sys, time
+import gc, json, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 from kdecs import runtime
@@ -80,6 +80,7 @@ def work(place, options):
             time.sleep(0.02)
 
 runtime.RankWatch._GRACE_S = 1.0
+gc.freeze()  # or each rank, as it exits, copies and looks through all that torch has made
 for place, port, options in json.loads(sys.argv[1]):
     runtime._JOIN_TIMEOUT = timedelta(seconds=options.get("join", 60))
     for rank in "01":
