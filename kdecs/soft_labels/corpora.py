@@ -51,7 +51,7 @@ def labelled_corpora(directory: Path, manifest: Manifest) -> list[Path]:
 def pair_batches(
     files: Path | tuple[Path, ...],
     universe: Universe,
-    candidates_after: int,
+    candidates_after: int = 0,
     table: Mapping[str, str] = NO_TABLE,
 ) -> Iterator[list[Pair]]:
     """The pairs of labelled corpus files in their order, BATCH_PAIRS at a time, their emotions mapped by `table`.
