@@ -15,7 +15,7 @@ from tqdm import tqdm
 from kdecs.artifact import read_manifest
 from kdecs.config import config_hash
 from kdecs.corpus.pairs import EXPORT_UNIVERSE
-from kdecs.process import StopSignal, is_main_rank, run_entry, say_skipped, stage_config
+from kdecs.process import StopSignal, is_main_rank, quick_imports, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.claims import check_export_output, check_teacher_corpus, remove_temporaries
 from kdecs.soft_labels.config import ExportConfig
 from kdecs.soft_labels.export import ExportResult, Progress, export_shards, is_finished
@@ -96,7 +96,8 @@ def main() -> None:
     check_teacher_corpus(config, read_manifest(config.teacher, "teacher"))
     check_export_output(config.output, config_hash(config))
     # Torch takes seconds to import, which a finished or refused export need not wait for.
-    from kdecs.runtime import process_group, start_runtime, warn_of_emulation
+    with quick_imports():
+        from kdecs.runtime import process_group, start_runtime, warn_of_emulation
 
     stop = StopSignal()
     stop.install()
@@ -118,7 +119,8 @@ def export_replica(
     config: ExportConfig, runtime: "Runtime", stop: StopSignal, bar: ExportBar
 ) -> ExportResult:
     """Label with a complete copy of the teacher on this rank's device. Each rank is a worker."""
-    from kdecs.teacher.scoring import TeacherScorer
+    with quick_imports():
+        from kdecs.teacher.scoring import TeacherScorer
 
     scorer = TeacherScorer.load(
         config.teacher,
@@ -136,7 +138,8 @@ def export_partitioned(
     config: ExportConfig, runtime: "Runtime", stop: StopSignal, bar: ExportBar
 ) -> ExportResult:
     """Label with a teacher whose parameters are partitioned over the ranks, which compute in step."""
-    from kdecs.teacher.scoring import load_partitioned
+    with quick_imports():
+        from kdecs.teacher.scoring import load_partitioned
 
     scorer, lockstep = load_partitioned(
         config.teacher,

@@ -3,7 +3,7 @@
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
 from kdecs.demo.config import BaseModelConfig
-from kdecs.process import run_entry, say_skipped, stage_config
+from kdecs.process import StopSignal, quick_imports, run_entry, say_skipped, stage_config
 
 EXAMPLES = """\
   python -m kdecs.launch.pretrain_base --config base_llama
@@ -17,9 +17,9 @@ def main() -> None:
         say_skipped(f"base model {config.name}: complete at {config.output}, skipped")
         return
     # torch takes seconds to import, so it waits until there is work.
-    from kdecs.demo.base_model import train_base_model
-    from kdecs.process import StopSignal
-    from kdecs.runtime import start_runtime
+    with quick_imports():
+        from kdecs.demo.base_model import train_base_model
+        from kdecs.runtime import start_runtime
 
     stop = StopSignal()
     stop.install()

@@ -8,7 +8,7 @@ is then scored on test as well, once, for tables; the choice stays as it is.
 import argparse
 from pathlib import Path
 
-from kdecs.process import run_entry
+from kdecs.process import quick_imports, run_entry
 
 EXAMPLES = """examples:
   python -m kdecs.launch.select_student --sweep runs/sweep
@@ -42,9 +42,10 @@ def main() -> None:
     if arguments.table and (sweep is None or arguments.from_mlflow is not None):
         parser.error("--table: expected --sweep DIR and no --from-mlflow; the choice is on record already")
     # Torch and MLflow take seconds to import, which --help need not wait for.
-    from kdecs.sweep.selection.choose import print_selection, select_student
-    from kdecs.sweep.selection.on_test import print_settings_on_test, score_settings
-    from kdecs.sweep.selection.pick import pick_from_mlflow
+    with quick_imports():
+        from kdecs.sweep.selection.choose import print_selection, select_student
+        from kdecs.sweep.selection.on_test import print_settings_on_test, score_settings
+        from kdecs.sweep.selection.pick import pick_from_mlflow
 
     if arguments.table:
         assert sweep is not None

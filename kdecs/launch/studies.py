@@ -14,7 +14,7 @@ from kdecs.config import COMMITTED, load_config, parse_config, read_yaml
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.splits import CorpusConfig, training_split
 from kdecs.errors import CorpusError, Stopped
-from kdecs.process import StopSignal, run_entry
+from kdecs.process import StopSignal, quick_imports, run_entry
 from kdecs.student.config import StudentBatches
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.space import STEPS_KEY
@@ -50,11 +50,12 @@ def main() -> None:
         "--share", type=float, metavar="S", help="share of the training dialogues (default: the demo's)"
     )
     arguments = parser.parse_args()
-    from kdecs.sweep.driver import refuse_equal_emotions, run_sweep
-    from kdecs.sweep.report.page import write_report
-    from kdecs.sweep.search import Search
-    from kdecs.sweep.selection.choose import print_selection, select_student
-    from kdecs.sweep.selection.on_test import score_settings
+    with quick_imports():
+        from kdecs.sweep.driver import refuse_equal_emotions, run_sweep
+        from kdecs.sweep.report.page import write_report
+        from kdecs.sweep.search import Search
+        from kdecs.sweep.selection.choose import print_selection, select_student
+        from kdecs.sweep.selection.on_test import score_settings
 
     stop = StopSignal()
     stop.install()

@@ -4,7 +4,7 @@ Complete trials are skipped, so the same command resumes after any stop or kill.
 """
 
 from kdecs.config import find_config, load_config
-from kdecs.process import run_entry, stage_parser
+from kdecs.process import StopSignal, quick_imports, run_entry, stage_parser
 from kdecs.sweep.config import SweepConfig
 
 EXAMPLES = """\
@@ -31,12 +31,13 @@ def main() -> None:
     config = load_config(SweepConfig, find_config("spaces", arguments.config), arguments.overrides)
     # Torch and Ray take seconds to import, and --help or a wrong config needs neither.
     if arguments.dry_run:
-        from kdecs.sweep.progress import print_dry_run
+        with quick_imports():
+            from kdecs.sweep.progress import print_dry_run
 
         print_dry_run(config)
         return
-    from kdecs.process import StopSignal
-    from kdecs.sweep.driver import run_sweep
+    with quick_imports():
+        from kdecs.sweep.driver import run_sweep
 
     stop = StopSignal()
     stop.install()

@@ -8,7 +8,7 @@ import functools
 from kdecs.artifact import is_complete
 from kdecs.baselines.config import MrcConfig, type_of_config
 from kdecs.config import config_hash
-from kdecs.process import run_entry, say_skipped, stage_config
+from kdecs.process import StopSignal, quick_imports, run_entry, say_skipped, stage_config
 
 EXAMPLES = """\
   python -m kdecs.launch.train_baseline --config ecpe-2d
@@ -31,10 +31,10 @@ def main(*, is_mrc: bool = False) -> None:
         say_skipped(f"baseline {config.name}: complete at {config.output}, skipped")
         return
     # torch takes seconds to import, so it waits until there is work.
-    from kdecs.baselines.training import baseline_record, train_baseline
-    from kdecs.process import StopSignal
-    from kdecs.runtime import process_group, start_runtime
-    from kdecs.tracking.stage import stage_upload
+    with quick_imports():
+        from kdecs.baselines.training import baseline_record, train_baseline
+        from kdecs.runtime import process_group, start_runtime
+        from kdecs.tracking.stage import stage_upload
 
     stop = StopSignal()
     runtime = start_runtime(threads=config.threads)

@@ -7,7 +7,7 @@ import functools
 
 from kdecs.artifact import is_complete
 from kdecs.config import config_hash
-from kdecs.process import run_entry, say_skipped, stage_config
+from kdecs.process import StopSignal, quick_imports, run_entry, say_skipped, stage_config
 from kdecs.student.config import StudentConfig
 
 EXAMPLES = """\
@@ -24,10 +24,10 @@ def main() -> None:
         say_skipped(f"student {config.name}: complete at {config.output}, skipped")
         return
     # torch takes seconds to import, so it waits until there is work.
-    from kdecs.process import StopSignal
-    from kdecs.runtime import process_group, start_runtime
-    from kdecs.student.training import student_record, train_student
-    from kdecs.tracking.stage import stage_upload
+    with quick_imports():
+        from kdecs.runtime import process_group, start_runtime
+        from kdecs.student.training import student_record, train_student
+        from kdecs.tracking.stage import stage_upload
 
     stop = StopSignal()
     runtime = start_runtime(threads=config.threads)

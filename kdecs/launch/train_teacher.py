@@ -14,6 +14,7 @@ from kdecs.process import (
     StopSignal,
     is_main_rank,
     launched_rank,
+    quick_imports,
     run_entry,
     say_skipped,
     stage_parser,
@@ -40,7 +41,8 @@ def main() -> None:
     config = load_config(TeacherConfig, find_config("teacher", arguments.config), arguments.overrides)
     refuse_overlaps(config)
     if arguments.dry_run:
-        from kdecs.teacher.plan.planning import dry_run
+        with quick_imports():
+            from kdecs.teacher.plan.planning import dry_run
 
         # Under a launcher every rank comes here.
         if is_main_rank():
@@ -74,12 +76,13 @@ def train_under_deepspeed(
         tracking_uri(
             config.tracking, config.output
         )  # a store that MLflow has retired is refused before hours of work
-    from kdecs.runtime import import_deepspeed, process_group, start_runtime
+    with quick_imports():
+        from kdecs.runtime import import_deepspeed, process_group, start_runtime
 
-    # This sets DS_ACCELERATOR on CPUs, which DeepSpeed reads once, when it is imported.
-    runtime = start_runtime(threads=config.threads_per_rank)
-    import_deepspeed()
-    train = trainer()
+        # This sets DS_ACCELERATOR on CPUs, which DeepSpeed reads once, when it is imported.
+        runtime = start_runtime(threads=config.threads_per_rank)
+        import_deepspeed()
+        train = trainer()
 
     stop = StopSignal()
     # DeepSpeed's engine needs a group even for one rank.

@@ -1,6 +1,5 @@
 """`kdecs plan` and `kdecs teacher import`. Slow imports happen inside the functions."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from kdecs.errors import ConfigError, DependencyError
-from kdecs.process import say
+from kdecs.process import quick_imports, say
 
 EPILOG = (
     "Examples:\n\nkdecs plan --teacher llama-7b --gpus 4 --gpu-memory-gib 40\n\n"
@@ -73,18 +72,13 @@ def plan(
     """
     if gpu is None and gpu_memory_gib is None:
         raise typer.BadParameter("give --gpu NAME, --gpu-memory-gib NUMBER, or both")
-    # Torch and Transformers leave a million objects behind, which every full collection would walk again: a quarter
-    # of the whole command's time.
-    gc.disable()
     try:
-        from kdecs.teacher.plan.planning import PlanRequest, make_plan
+        with quick_imports():
+            from kdecs.teacher.plan.planning import PlanRequest, make_plan
     except ModuleNotFoundError as error:
         raise DependencyError(
             f"{error.name} is not installed, but kdecs plan needs it; run: pip install 'kdecs[teacher]'"
         ) from None
-    finally:
-        gc.freeze()
-        gc.enable()
 
     request = PlanRequest(
         teacher=teacher,
