@@ -315,11 +315,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("page", PYTHON_PAGES)
-def test_python_runs_as_printed(page: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs_as_printed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-    for code in re.findall(r"(?ms)^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8")):
-        exec(compile(code, page, "exec"), {})
+    for page in PYTHON_PAGES:  # in this order: the last one reads what the one before it writes
+        for code in re.findall(r"(?ms)^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8")):
+            exec(compile(code, page, "exec"), {})
 
 
 @pytest.mark.parametrize(
