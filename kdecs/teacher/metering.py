@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch import nn
 
 from kdecs.artifact import write_text
-from kdecs.hardware import gpu_of_device
 from kdecs.runtime import Runtime
 from kdecs.teacher.config import TuningConfig
 from kdecs.teacher.data import PromptSet, Unit
+from kdecs.teacher.plan.hardware import gpu_of_device
 from kdecs.teacher.tree.prefix_tree import pack
 from kdecs.tracking.datasets import corpus_datasets
 from kdecs.tracking.record import METRICS_NAME, RunRecord, read_points

@@ -18,11 +18,11 @@ from kdecs.config import load_config
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import KdecsError
-from kdecs.hardware import GPUS, gpu_of_device
 from kdecs.process import exit_code_of
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.metering import peak_flops
 from kdecs.teacher.plan.activations import Activations, ActivationTracer, Shape
+from kdecs.teacher.plan.hardware import GPUS, gpu_of_device
 from kdecs.teacher.plan.planning import DEFAULT_GPU, PlanRequest, dry_run, gpu_here, make_plan
 from kdecs.teacher.plan.search import Planner, Speed, Training, full_tree
 from kdecs.teacher.plan.shapes import resolve_architecture

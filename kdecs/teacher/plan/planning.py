@@ -16,10 +16,10 @@ from kdecs.config import Config, files_of, load_config, names_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.splits import read_split, training_split
 from kdecs.errors import ConfigError
-from kdecs.hardware import GPUS, Gpu, find_gpu, gpu_of_device
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.network import check_family, check_positions
 from kdecs.teacher.plan import report
+from kdecs.teacher.plan.hardware import GPUS, Gpu, find_gpu, gpu_of_device
 from kdecs.teacher.plan.memory import GIB, Limits
 from kdecs.teacher.plan.search import MICRO_BATCH_TOKENS, Layout, Planner, Speed, Training
 from kdecs.teacher.plan.shapes import resolve_architecture
