@@ -29,12 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.hardware import gpu_of_device
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.data import MicroBatch, fixed_batches, make_units, max_pairs_per_tree
 from kdecs.teacher.families import CausalFamily, EncodedPrompt
 from kdecs.teacher.metering import network_flops
 from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, trainable_parameters
+from kdecs.teacher.plan.hardware import gpu_of_device
 from kdecs.teacher.tree.attention import use_tree_attention
 from kdecs.teacher.tree.prefix_tree import pack
 
