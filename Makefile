@@ -82,8 +82,11 @@ models: $(SETUP)
 demo: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" RECCON="$(RECCON)" launch/demo.sh "$(RUN)"
 
+# In memory where there is room: the tests' databases and checkpoints wait for a disk thousands of times.
 test: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"
+	@free=$$(df --output=avail -k /dev/shm 2> /dev/null | tail -n 1); \
+	if [ "$${free:-0}" -gt 4000000 ]; then export PYTEST_DEBUG_TEMPROOT=/dev/shm; fi; \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"
 
 test-slow: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster" --ignore tests/cluster
