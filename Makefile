@@ -93,7 +93,7 @@ test-slow: $(SETUP)
 
 # CLUSTER=quick: only the short scenarios, side by side, which CI runs. Where nothing may be installed, it says so in one
 # line and leaves them out. The limit bounds what a hang costs; the scenarios take a third of it on two idle cores.
-QUICK_LIMIT_S := 360
+QUICK_LIMIT_S := 600
 test-cluster: $(SETUP)
 ifeq ($(CLUSTER),quick)
 	@bash tests/cluster/install.sh || exit 0; \
