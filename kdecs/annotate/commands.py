@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kdecs.endpoint.commands import (
+from kdecs.endpoint.options import (
     Attempts,
     Concurrency,
     KeyVariable,
@@ -527,7 +527,8 @@ def review_import(
     annotator: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Whose labels a corpus holds; for a saved file in place of its own name."
+            metavar="NAME",
+            help="The annotator whose labels these are: needed for a corpus; replaces the name in a saved file.",
         ),
     ] = None,
     table: Annotated[

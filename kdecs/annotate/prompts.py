@@ -88,7 +88,7 @@ def emotional(emotions: Mapping[int, str]) -> list[int]:
 
 
 def repeated_question(faults: Sequence[tuple[str, str]]) -> str:
-    """What is said after a faulty answer: each fault, and that the whole answer is wanted once more."""
+    """The message that names each fault of an answer and asks for the whole answer again."""
     named = [f"- {text}" for _, text in faults[:_MOST_NAMED]]
     if len(faults) > _MOST_NAMED:
         named.append(f"- and {len(faults) - _MOST_NAMED} more")

@@ -74,7 +74,7 @@ class LabelRecord(CallRecord[LabelCall]):
 class Call:
     """A question about a dialogue: its text, and the schema of the answer if there is one to send.
 
-    `more` is empty, or a faulty answer and what is said about it.
+    `more` is empty, or holds a faulty answer and the message that names its faults.
     """
 
     dialogue_id: str

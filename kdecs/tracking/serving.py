@@ -76,7 +76,7 @@ def scoring_app(uri: str) -> App:
 
     registry = default_database(Path.cwd() / "runs" / "sweep")
     is_named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
-    # MLflow would make an empty database, and without a name one of its own in the current directory.
+    # MLflow would create an empty database here, or, without a URI, one in the current directory.
     if uri.startswith(("models:", "runs:")) and not is_named and not registry.is_file():
         raise ModelError(
             f"{uri}: {registry} does not exist; set MLFLOW_TRACKING_URI to the MLflow that has it"

@@ -130,7 +130,7 @@ def test_spans_words_confusions_and_time_by_hand() -> None:
     assert (pair["targets"], pair["spans"]) == (2, 2)
     assert pair["cause_turn_f1"] == pytest.approx(2 * 2 / 5)
     assert (pair["exact"], pair["token_f1"]) == (0.5, pytest.approx((1 + 0.5) / 2))
-    # Target 1 has the four words of its own turn, target 2 those and its own two.
+    # Target 1 has the four words of turn 1, target 2 these and the two words of turn 2.
     words = ["TTT", "TTF", "FFF", "FFF", "FFF", "TFF", "TTF", "FTF", "FFF", "TFT"]
     assert found.words == len(words)
     assert found.word_alpha == pytest.approx(krippendorff_alpha(words))

@@ -168,7 +168,7 @@ def test_a_dialogue_is_labelled_by_keyboard_alone(
         page.goto(page_file.as_uri())
         keys = page.evaluate("Object.fromEntries(data.labels.map((label) => [label, keyOf(label)]))")
         first = gold[0].utterances
-        # Turn 1 is neutral, turn 2 worry because of two words of turn 1 and one of its own.
+        # Turn 1 is neutral, turn 2 worry because of two words of turn 1 and one word of turn 2.
         for key in (
             keys["neutral"],
             "ArrowDown",

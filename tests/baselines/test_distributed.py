@@ -23,7 +23,7 @@ SYSTEMS = {
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_two_ranks_train_what_one_trains(make_config, runtime, base, tmp_path, name):
     plain = shutil.copytree(base, tmp_path / "plain")
-    # Ranks draw masks of their own, so only without dropout are the losses the same.
+    # Each rank draws different dropout masks, so the losses are equal only without dropout.
     change_json(plain / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     groups = {
         "system": {"name": name, **SYSTEMS[name]},

@@ -112,7 +112,7 @@ def test_a_file_without_spans_is_refused_where_spans_are_learnt(tmp_path: Path) 
 
 
 def ecf(write, first_id: int, **changes: object) -> str:
-    """A conversation as SemEval-2024 Task 3 has it, in a file of its own."""
+    """A file with one conversation in the format of SemEval-2024 Task 3."""
     said = [{"utterance_ID": 1, "text": f"We won {first_id} !", "speaker": "A", "emotion": "joy"}]
     conversation = {
         "conversation_ID": first_id,

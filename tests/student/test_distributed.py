@@ -73,7 +73,7 @@ def train_on_two_ranks() -> Iterator[Callable[..., list[str]]]:
 
 @pytest.fixture
 def base_without_dropout(base: Path, tmp_path: Path) -> Path:
-    """Ranks draw masks of their own, so only without dropout are the losses the same."""
+    """Each rank draws different dropout masks, so the losses are equal only without dropout."""
     directory = tmp_path / "plain_base"
     model = RobertaForMaskedLM.from_pretrained(
         base, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0

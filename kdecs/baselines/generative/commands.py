@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kdecs.endpoint.commands import (
+from kdecs.endpoint.options import (
     Attempts,
     Concurrency,
     KeyVariable,
