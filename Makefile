@@ -92,13 +92,13 @@ test-slow: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster" --ignore tests/cluster
 
 # CLUSTER=quick: only the short scenarios, side by side, which CI runs. Where nothing may be installed, it says so in one
-# line and leaves them out. The limit bounds what a hang costs; the scenarios take a third of it on two idle cores.
+# line and leaves them out. The limit bounds what a hang costs; the scenarios take half of it on two idle cores.
 QUICK_LIMIT_S := 600
 test-cluster: $(SETUP)
 ifeq ($(CLUSTER),quick)
-	@bash tests/cluster/install.sh || exit 0; \
+	@bash tests/cluster/install.sh || exit 0; bash tests/install_postgres.sh || true; \
 	PATH="$(abspath $(BIN)):$$PATH" timeout --verbose --signal INT --kill-after 20 $(QUICK_LIMIT_S) \
-	  $(BIN)/python -m pytest -rs -n 2 --maxfail 1 -m "slow and not cluster" tests/cluster
+	  $(BIN)/python -m pytest -rs -n 2 --maxfail 1 -m "slow and not cluster" tests/cluster tests/sweep/test_postgres.py
 else
 	bash tests/cluster/install.sh && bash tests/install_postgres.sh && bash tests/install_buildah.sh
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -s -rs tests/cluster tests/sweep/test_postgres.py

@@ -21,7 +21,7 @@ sys.path.append(str(TESTS / "soft_labels"))
 
 from label_directories import sample_labels
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
+pytestmark = pytest.mark.timeout(3600)
 
 NUM_TRIALS, NUM_EPOCHS = 6, 8
 CACHE = "/tmp/kdecs-cache"  # each host has its /tmp
@@ -126,6 +126,7 @@ def epochs_by_host(sweep: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_ray_refuses_a_user_without_the_token(hosts, place, cluster):
     other = "RAY_AUTH_TOKEN_PATH= RAY_AUTH_TOKEN=" + "f" * 64
     job = on_head(
@@ -135,6 +136,7 @@ def test_ray_refuses_a_user_without_the_token(hosts, place, cluster):
     assert "joined" not in job.text()
 
 
+@pytest.mark.slow
 def test_the_head_starts_ray_again_on_a_worker_whose_processes_were_killed(hosts, place, cluster):
     """Version 1 of the autoscaler restarts Ray over ssh on a worker from which it hears nothing."""
     hosts.run(2, "pkill", "-KILL", "-f", "raylet/raylet")
@@ -145,6 +147,7 @@ def test_the_head_starts_ray_again_on_a_worker_whose_processes_were_killed(hosts
     print(f"\nraylet killed: noticed after {noticed:.0f} s, back after {time.monotonic() - began:.0f} s")
 
 
+@pytest.mark.cluster
 def test_a_sweep_goes_on_without_a_host_and_with_it_again(hosts, place, cluster):
     space, sweep = write_space(place), place / "sweep"
     job = on_head(hosts, place, f"python tune/sweep.py {space}")

@@ -20,7 +20,7 @@ from support import free_port, wait_until
 
 from kdecs.sweep.status import read_results
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 PASSWORD = "f81d4fae7dec"
 SCRIPTS = Path(__file__).parents[2] / "cluster" / "mlflow"
@@ -123,6 +123,7 @@ def status_of(address, *, user=None, host=None):
         return error.code
 
 
+@pytest.mark.cluster
 def test_only_users_are_answered_and_a_restored_backup_has_all(postgres, tmp_path, monkeypatch):
     from mlflow import MlflowClient
     from mlflow.server import get_app_client
@@ -172,6 +173,7 @@ def test_only_users_are_answered_and_a_restored_backup_has_all(postgres, tmp_pat
         assert Path(note).read_text() == "an artifact"
 
 
+@pytest.mark.slow
 def test_a_laptops_experiments_move_to_the_server(postgres, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
@@ -207,6 +209,7 @@ def script(path, argument, *, environment, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.cluster
 def test_twelve_trials_at_once(server, make_config, runs_of, runs, tmp_path):
     uri, log = server
     config = make_config(
