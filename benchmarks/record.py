@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -64,6 +64,37 @@ def alternate(ours: Callable[[], float], baseline: Callable[[], float], *, round
             amount = side()
             taken.append(amount / (time.perf_counter() - started))
             taken_cpu.append(amount / (time.process_time() - started_cpu))
+    return rates
+
+
+def alternate_steps(
+    ours: Callable[[], Iterator[float]], baseline: Callable[[], Iterator[float]], *, rounds: int = 3
+) -> Rates:
+    """Run both sides in turn, step by step: a side yields the units of work of each step when it is done.
+
+    A round is all steps of both sides. For long steps this is steadier than `alternate`: a machine whose speed changes
+    from one minute to the next would be fast for one side and slow for the other.
+    """
+    rates = Rates([], [], [], [])
+    for number in range(rounds):
+        sides = (ours(), baseline())
+        amounts, seconds, cpu_seconds = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
+        running = [number % 2, 1 - number % 2]  # who begins changes from round to round
+        while running:
+            for side in tuple(running):
+                started, started_cpu = time.perf_counter(), time.process_time()
+                amount = next(sides[side], None)
+                if amount is None:
+                    running.remove(side)
+                    continue
+                amounts[side] += amount
+                seconds[side] += time.perf_counter() - started
+                cpu_seconds[side] += time.process_time() - started_cpu
+        for side, (taken, taken_cpu) in enumerate(
+            ((rates.ours, rates.ours_cpu), (rates.baseline, rates.baseline_cpu))
+        ):
+            taken.append(amounts[side] / seconds[side])
+            taken_cpu.append(amounts[side] / cpu_seconds[side])
     return rates
 
 

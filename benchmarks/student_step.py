@@ -14,7 +14,8 @@ those below 32 MiB, in fragments, and at RoBERTa-base's shape the Trainer outgro
 does, so that glibc is left as users have it.
 
 `--against pair` sets our step over trees (`model.layout: tree`) against our step over pairs, and `--layout tree` sets
-it against the Trainer: each side takes batches of about 16 pairs that are like those of an epoch of its layout.
+it against the Trainer: each side takes batches of about 16 pairs that are like those of an epoch of its layout. The
+two layouts take turns at each step.
 `--branch short` gives the trees short branches (`model.branch`).
 
 With one thread (OMP_NUM_THREADS=1) a record counts processor seconds, which other programs do not change.
@@ -34,7 +35,7 @@ import importlib.util
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 from _student_parts import SHAPES, Shape, make_base, some_dialogues
-from record import alternate, corpus_split, write_rates
+from record import alternate, alternate_steps, corpus_split, write_rates
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -158,16 +159,17 @@ def representative(task: StudentTask, batches: list[list[np.ndarray]], num_steps
     return min(draws, key=lambda draw: np.abs(costs_of_a_pair(sizes_BS[draw]) - wanted).sum()).tolist()
 
 
+def our_steps(job: Job) -> Iterator[float]:
+    """Train on the batches as an epoch draws them; yields the pairs of each step."""
+    job.task.model.train()
+    for batch in job.batches:
+        job.loop.step(batch)
+        yield float(sum(map(len, batch)))
+
+
 def our_side(job: Job) -> Callable[[], float]:
-    """Train on the batches as an epoch draws them."""
-
-    def train() -> float:
-        job.task.model.train()
-        for batch in job.batches:
-            job.loop.step(batch)
-        return float(len(job.rows))
-
-    return train
+    """All of these steps at once."""
+    return lambda: sum(our_steps(job))
 
 
 class MaskedWords(torch.utils.data.Dataset):
@@ -361,12 +363,12 @@ def measure_trees(
         named = {branch: "paper", shape_name: "minilm", str(max_tokens): "512"}
         suffix = "".join(f"_{part}" for part, usual in named.items() if part != usual)
         if against == "pair":
-            name, baseline, baseline_name = "student_step_tree_vs_pair", our_side(pair), "our step over pairs"
+            name, baseline_name = "student_step_tree_vs_pair", "our step over pairs"
             target = TREE_TARGETS.get(max_tokens)
+            rates = alternate_steps(lambda: our_steps(tree), lambda: our_steps(pair), rounds=rounds)
         else:
             name, baseline_name, target = "student_step_tree_vs_hf_trainer", "transformers.Trainer", 10.0
-            baseline = hugging_face_side(pair, Path(scratch), at_once)
-        rates = alternate(our_side(tree), baseline, rounds=rounds)
+            rates = alternate(our_side(tree), hugging_face_side(pair, Path(scratch), at_once), rounds=rounds)
         write_rates(
             name + suffix,
             rates,
