@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kdecs.process import say
 
-app = typer.Typer(help="Show, combine and import soft labels.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from kdecs.artifact import Manifest
+
+app = typer.Typer(help="Show, combine and import soft labels, and make controls.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, unrounded.")]
 Cache = Annotated[
@@ -24,6 +27,21 @@ Cache = Annotated[
 Rule = Literal["mean-probability", "mean-logit", "most-confident", "gold-correct"]
 ScoresKind = Literal["logits", "probabilities"]
 GoldUniverse = Literal["fold1", "fold1+neutral"]
+Control = Literal["oracle", "rule", "random"]
+
+Corpora = Annotated[
+    list[str],
+    typer.Option(
+        "--corpus",
+        metavar="[SPLIT=]FILE",
+        help="Corpus file whose pairs are labelled; its split is train, unless it is given as valid=FILE or "
+        "test=FILE; repeatable, and train for several files.",
+    ),
+]
+After = Annotated[
+    int,
+    typer.Option(min=0, help="Label candidates up to this many turns past their target, too."),
+]
 
 
 @app.command("show")
@@ -155,20 +173,9 @@ def combine(
 def import_table(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="Parquet or JSON lines, one row per pair.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the label directory.")],
-    corpus: Annotated[
-        list[str],
-        typer.Option(
-            "--corpus",
-            metavar="[SPLIT=]FILE",
-            help="Corpus file whose pairs the table labels; its split is train, unless it is given as valid=FILE or "
-            "test=FILE; repeatable, and train for several files.",
-        ),
-    ],
+    corpus: Corpora,
     scores: Annotated[ScoresKind, typer.Option(help="What the table's scores are.")] = "logits",
-    after: Annotated[
-        int,
-        typer.Option(min=0, help="The table has candidates up to this many turns past their target, too."),
-    ] = 0,
+    after: After = 0,
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown", help="Leave out rows whose pair is in no corpus.")
     ] = False,
@@ -187,7 +194,69 @@ def import_table(
     from kdecs.soft_labels.derive.config import ImportConfig
     from kdecs.soft_labels.derive.importing import import_labels
 
-    values: dict[str, object] = {"table": table, "output": output, "scores": scores}
+    values = _by_split(corpus) | {
+        "table": table,
+        "output": output,
+        "scores": scores,
+        "candidates": {"after": after},
+        "ignore_unknown": ignore_unknown,
+    }
+    config = parse_config(ImportConfig, values, source="soft-labels import")
+    manifest = import_labels(config)
+    say(f"soft labels {output.name}: {_counts(manifest)} pairs, written to {output}")
+
+
+@app.command("control")
+def control(
+    kind: Annotated[
+        Control,
+        typer.Argument(
+            metavar="oracle|rule|random", help="Gold, the rule j >= i - 1, or p(cause) drawn at random."
+        ),
+    ],
+    corpus: Corpora,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the label directory.")],
+    smoothing: Annotated[
+        float, typer.Option(metavar="S", help="Probability that is left for the other decision.")
+    ] = 0.1,
+    wrong: Annotated[
+        float, typer.Option(metavar="W", help="Share of the pairs that the oracle decides wrongly.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    after: After = 0,
+) -> None:
+    """Make labels that no model made, as controls of a study: from gold, from the distance rule, or at random.
+
+    A student that gains from the oracle but not from a teacher has too weak a teacher; one that gains from neither is
+    limited by itself or by the task. The labels of the oracle hold gold labels: never score them.
+
+    Examples:
+
+    kdecs soft-labels control oracle --corpus data/train.json --output runs/labels/oracle
+
+    kdecs soft-labels control oracle --wrong 0.2 --corpus data/train.json --output runs/labels/oracle-80
+
+    kdecs soft-labels control rule --corpus data/train.json --output runs/labels/rule
+    """
+    from kdecs.config import parse_config
+    from kdecs.soft_labels.derive.config import ControlConfig
+    from kdecs.soft_labels.derive.control import write_control
+
+    values = _by_split(corpus) | {
+        "control": kind,
+        "output": output,
+        "smoothing": smoothing,
+        "wrong_share": wrong,
+        "seed": seed,
+        "candidates": {"after": after},
+    }
+    manifest = write_control(parse_config(ControlConfig, values, source="soft-labels control"))
+    say(f"soft labels {output.name}: {_counts(manifest)} pairs, written to {output}")
+
+
+def _by_split(corpus: list[str]) -> dict[str, object]:
+    """The files of `--corpus [SPLIT=]FILE` by split; those of train are a list, or None."""
+    values: dict[str, object] = {}
     train: list[str] = []
     # A = alone does not tell a split, since a file's own name may hold one.
     for item in corpus:
@@ -200,8 +269,8 @@ def import_table(
             raise typer.BadParameter(f"{split} is given twice", param_hint="--corpus")
         else:
             values[split] = file
-    values |= {"train": train or None, "candidates": {"after": after}, "ignore_unknown": ignore_unknown}
-    config = parse_config(ImportConfig, values, source="soft-labels import")
-    manifest = import_labels(config)
-    counts = ", ".join(f"{split} {count:,}" for split, count in manifest.details["num_pairs"].items())
-    say(f"soft labels {output.name}: {counts} pairs, written to {output}")
+    return values | {"train": train or None}
+
+
+def _counts(manifest: "Manifest") -> str:
+    return ", ".join(f"{split} {count:,}" for split, count in manifest.details["num_pairs"].items())

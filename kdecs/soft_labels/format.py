@@ -55,6 +55,8 @@ WORK_DIRECTORY = ".work"
 QUARANTINE_DIRECTORY = "quarantine"
 UNKNOWN_REST_MASS = -100.0
 """`log_rest_mass` of a label whose maker did not tell it: finite, and less than any model's."""
+NO_REST_MASS = -30.0
+"""`log_rest_mass` of next to nothing, in float32's precision: the format wants a finite number."""
 ROWS_PER_GROUP = 65_536
 """Rows that a writer holds in memory, and that a reader decodes at once."""
 

@@ -141,6 +141,13 @@ class Distillation(Config):
         description="mode kd: train pairs outside hard_share on L_KD alone (distil), or leave them out, as the other "
         "modes do",
     )
+    gold_repeats: Annotated[int, HashedUnlessDefault()] = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="mode kd, outside_share distil: how many times each pair with gold labels occurs in an epoch, so "
+        "that a small hard_share fills more of each batch",
+    )
 
     @model_validator(mode="after")
     def _fits_the_mode(self) -> "Distillation":
@@ -153,6 +160,11 @@ class Distillation(Config):
                 # A setting that the mode ignores would give the same training another hash, and another row in tables.
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} needs mode kd, found mode {self.mode}")
+        if self.gold_repeats > 1 and (self.mode != "kd" or self.outside_share == "drop"):
+            raise ValueError(
+                "gold_repeats needs mode kd and outside_share distil: otherwise all pairs have gold labels, and "
+                "repeats would be epochs"
+            )
         if self.space == "vocabulary" and (self.labels is None or self.dynamic != "none"):
             raise ValueError(
                 "space vocabulary needs one teacher, in labels, and dynamic none: the top logits of several teachers "

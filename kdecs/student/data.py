@@ -213,6 +213,18 @@ class TrainingData:
     has_later: bool
     has_top: bool = False
     """Whether batches hold the teacher's top logits."""
+    gold_repeats: int = 1
+    """How many times the rows with gold labels occur in an epoch."""
+
+    @property
+    def epoch_rows(self) -> Ints:
+        """The rows of an epoch: `rows`, and those with gold labels again for each further repeat."""
+        return np.concatenate([self.rows, *[self.gold_rows] * (self.gold_repeats - 1)])
+
+    @property
+    def gold_rows(self) -> Ints:
+        """The rows in use that have gold labels."""
+        return self.rows[self.is_gold_P[self.rows]]
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -267,7 +279,7 @@ class TrainingData:
 
     def counts(self) -> TrainingCounts:
         """Frequencies over the rows with gold labels, which the priors begin at."""
-        rows = self.rows[self.is_gold_P[self.rows]]
+        rows = self.gold_rows
         column = self.train.column
         distance = column("target")[rows] - column("candidate")[rows]
         return count_training(
@@ -317,7 +329,8 @@ def load_training_data(
     gold_weights_P = np.zeros(len(train), dtype=np.float32)
     # A batch holds rows without gold labels, too. The factor makes the batch mean over all rows, in expectation, the
     # mean over those with gold labels; it is 1 if all have them.
-    gold_weights_P[rows] = is_gold_P[rows] * (len(rows) / is_gold_P[rows].sum())
+    num_gold, repeats = int(is_gold_P[rows].sum()), config.distillation.gold_repeats
+    gold_weights_P[rows] = is_gold_P[rows] * ((len(rows) + (repeats - 1) * num_gold) / (repeats * num_gold))
     return TrainingData(
         train=train,
         valid=valid,
@@ -333,6 +346,7 @@ def load_training_data(
         pad_id=tokenizer.pad_token_id or 0,
         has_top=config.distillation.space == "vocabulary",
         has_later=config.candidates.after > 0,
+        gold_repeats=repeats,
     )
 
 

@@ -110,7 +110,7 @@ def train_student(
                 "threshold": best["threshold"],
                 "emotions": task.data.emotions,
                 "num_pairs": len(task.data.rows),
-                "num_gold_pairs": int(task.data.is_gold_P[task.data.rows].sum()),
+                "num_gold_pairs": len(task.data.gold_rows),
                 "epochs": loop.state.epoch,
                 "mode": config.distillation.mode,
                 "task": config.task,
@@ -146,10 +146,13 @@ def prepare(
     groups = None
     if (targets := cache_targets(train)) is not None:
         groups, _ = groups_of(task.data.rows, train.num_tokens, targets)
+        # The pairs of a target have gold labels together, since a dialogue has.
+        gold = [group for group in groups if task.data.is_gold_P[group[0]]]
+        groups += gold * (task.data.gold_repeats - 1)
     settings = LoopSettings(
         output=config.output,
         config_hash=digest,
-        rows=task.data.rows,
+        rows=task.data.epoch_rows,
         num_tokens=train.num_tokens,
         groups=groups,
         batch_size=config.batches.global_batch_pairs,
@@ -247,7 +250,7 @@ class StudentTask:
         """
         assert self.model.priors is not None
         data = self.data
-        gold = data.rows[data.is_gold_P[data.rows]]
+        gold = data.gold_rows
         # Spread over the split, then sorted by length so that the batches of 16 hold little padding.
         some = gold[np.unique(np.linspace(0, len(gold) - 1, _PROBE_PAIRS).astype(int))]
         some = some[np.argsort(data.train.num_tokens[some], kind="stable")]

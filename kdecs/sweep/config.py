@@ -124,12 +124,30 @@ class StageCommand(Config):
     set: dict[str, Any] = Field(default_factory=dict, description="dotted key -> value")
 
 
+class ControlSource(Config):
+    """Labels that no model made, as `kdecs soft-labels control` writes them."""
+
+    kind: Literal["oracle", "rule", "random"]
+    smoothing: float = Field(default=0.1, description="probability left for the other decision")
+    wrong_share: float = Field(default=0.0, description="share of pairs that the oracle gets wrong")
+    seed: int = 0
+
+
 class TeacherSource(Config):
     """A teacher's soft labels, and how `--build` makes them if they are missing."""
 
     labels: InputPath
     train: StageCommand | None = Field(default=None, description="kdecs.launch.train_teacher")
     export: StageCommand | None = Field(default=None, description="kdecs.launch.export_soft_labels")
+    control: Annotated[ControlSource | None, HashedUnlessDefault()] = Field(
+        default=None, description="labels without a teacher, in the place of train and export"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> "TeacherSource":
+        if self.control is not None and (self.train is not None or self.export is not None):
+            raise ValueError("control: found beside train or export; labels come from one of them")
+        return self
 
     @field_validator("train", "export", mode="before")
     @classmethod
@@ -151,7 +169,8 @@ class SweepConfig(Config):
     name: Name
     output: OutputPath
     teachers: dict[str, TeacherSource] = Field(
-        default_factory=dict, description="name -> soft-label directory, or {labels, train, export}"
+        default_factory=dict,
+        description="name -> soft-label directory, or {labels, train, export}, or {labels, control}",
     )
     student: Annotated[dict[str, Any], KeysOf(StudentConfig)] = Field(
         description="the student's config; cache defaults to <output>/cache, threads to cpus_per_trial"

@@ -341,6 +341,10 @@ def _trained_tokens(config: TrialConfig) -> float:
         share = 1.0 if has_all else distillation.hard_share
         longest, batch = config.model.max_prompt_tokens, config.batches.global_batch_pairs
         number, tokens = _tokens_of_pass(config.corpus, share, config.neutral_share, longest)
+        if distillation.gold_repeats > 1:
+            gold = _tokens_of_pass(config.corpus, distillation.hard_share, config.neutral_share, longest)
+            number += (distillation.gold_repeats - 1) * gold[0]
+            tokens += (distillation.gold_repeats - 1) * gold[1]
     elif isinstance(config, MrcConfig):
         batch = config.batches.global_batch_pairs
         number, tokens = _tokens_of_pass(config.corpus, 1.0, 0.0, config.model.max_tokens)

@@ -6,6 +6,7 @@ The stages skip what is complete and resume what is not, so the same command res
 """
 
 import json
+import sys
 
 from kdecs.artifact import MANIFEST_NAME
 from kdecs.errors import ArtifactError, ConfigError
@@ -15,8 +16,9 @@ from kdecs.sweep.config import StageCommand, SweepConfig, flat_keys
 
 def refuse_missing(config: SweepConfig, names: list[str]) -> None:
     """Raise ArtifactError that names the teachers whose labels are missing, and how to get them."""
-    is_buildable = config.teachers[names[0]].export is not None
-    how = "--build trains and exports them" if is_buildable else "train and export them first"
+    first = config.teachers[names[0]]
+    is_buildable = first.export is not None or first.control is not None
+    how = "--build makes them" if is_buildable else "train and export them first"
     listed = ", ".join(f"{name} ({config.teachers[name].labels})" for name in names)
     raise ArtifactError(f"the soft labels of {len(names)} teachers are missing: {listed}; {how}")
 
@@ -45,12 +47,14 @@ def build_teachers(config: SweepConfig, names: list[str], stop: StopSignal) -> N
 
 
 def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]]:
-    """(stage, command) of a teacher: its training if it has one, then its export.
+    """(stage, command) of a teacher: its training if it has one, then its export; or the making of a control.
 
-    Both read the students' corpus files unless their `set` says otherwise, because labels of another corpus would not
+    All read the students' corpus files unless their `set` says otherwise, because labels of another corpus would not
     cover the students' pairs.
     """
     teacher = config.teachers[name]
+    if teacher.control is not None:
+        return [("control", _control_command(config, name))]
     if teacher.export is None:
         raise ConfigError(
             f"teachers.{name}: its labels are missing and it names no export that --build could run; add one, or "
@@ -79,3 +83,23 @@ def build_commands(config: SweepConfig, name: str) -> list[tuple[str, list[str]]
             arguments += ["--set", f"{key}={text}"]
         commands.append((stage, arguments))
     return commands
+
+
+def _control_command(config: SweepConfig, name: str) -> list[str]:
+    teacher = config.teachers[name]
+    assert teacher.control is not None
+    values = {
+        "smoothing": teacher.control.smoothing,
+        "wrong": teacher.control.wrong_share,
+        "seed": teacher.control.seed,
+        "after": dict(flat_keys(config.student)).get("candidates.after", 0),
+        "output": teacher.labels,
+    }
+    corpus = dict(flat_keys(config.student.get("corpus") or {}))
+    # Labels of test would be gold labels in a directory that a student is never trained on.
+    for split in ("train", "valid"):
+        found = corpus.get(split)
+        files = found if isinstance(found, list | tuple) else [found] if found else []
+        values |= {f"corpus {split} {number}": f"{split}={file}" for number, file in enumerate(files)}
+    options = [part for key, value in values.items() for part in (f"--{key.split()[0]}", str(value))]
+    return [sys.executable, "-m", "kdecs.cli", "soft-labels", "control", teacher.control.kind, *options]

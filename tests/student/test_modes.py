@@ -328,6 +328,12 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
         _, targets = distilled.batch(outside[:8], np.ones(8, dtype=np.float32))
         assert (targets.gold_weights_B == 0).all()
         assert (targets.teacher_weights_B == 1).all()
+        # Repeated, the same rows have gold labels, more often in an epoch and with smaller weights.
+        repeated = data(hard_share=share, gold_repeats=3)
+        counts = np.bincount(repeated.epoch_rows, minlength=len(repeated.is_gold_P))
+        assert (counts[repeated.rows] == np.where(repeated.is_gold_P[repeated.rows], 3, 1)).all()
+        assert counts.sum() == len(repeated.epoch_rows)
+        assert repeated.gold_weights_P[repeated.epoch_rows].mean() == pytest.approx(1.0, rel=1e-5)
     assert gold[0] < gold[1] < gold[2]
 
 
@@ -337,6 +343,7 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
         ({"distillation": {"mode": "kd"}}, "mode kd needs labels"),
         ({"distillation": {"mode": "joint", "hard_weight": 0.5}}, "hard_weight needs mode kd"),
         ({"distillation": {"mode": "cls", "dynamic": "weight"}}, "dynamic needs mode kd"),
+        ({"distillation": {"mode": "joint", "gold_repeats": 2}}, "gold_repeats needs mode kd"),
         ({"distillation": {"mode": "span_only"}, "task": "ecpe"}, "task ecpe has no span loss"),
         (
             {"distillation": {"mode": "joint"}, "model": {"base": "b", "given_emotions": "fine"}}

@@ -281,6 +281,13 @@ def test_missing_teachers_are_built_by_their_scripts(
         "the teacher learns from the coarse corpus"
     )
     assert "corpus.train=data/fg_reccon/train.json" in export_command
+    control = {"labels": str(labels), "control": {"kind": "oracle", "wrong_share": 0.25}}
+    [(stage_of_control, command)] = build_commands(make_config(teachers={"later": control}), "later")
+    assert stage_of_control == "control" and command[3:6] == ["soft-labels", "control", "oracle"]
+    assert command[command.index("--wrong") + 1] == "0.25"
+    assert f"train={bundled_sample('train')}" in command and f"test={bundled_sample('test')}" not in command
+    with pytest.raises(ConfigError, match="control: found beside train or export"):
+        make_config(teachers={"later": control | {"export": {"config": "x.yaml"}}})
     monkeypatch.setattr(
         "kdecs.sweep.teachers.build_commands", lambda *a: [(stage, [sys.executable, str(script)])]
     )

@@ -1,4 +1,4 @@
-"""The configs of label directories that are derived from others: combined, imported and cross-fitted ones."""
+"""The configs of label directories that no single export wrote: combined, imported, cross-fitted ones and controls."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -62,6 +62,30 @@ class ImportConfig(Config):
     def _names_a_corpus(self) -> "ImportConfig":
         if self.train is None and self.valid is None and self.test is None:
             raise ValueError("no corpus: name the file whose pairs the table labels")
+        return self
+
+
+class ControlConfig(Config):
+    """`kdecs soft-labels control`: labels that no model made (`kdecs.soft_labels.derive.control`)."""
+
+    control: Literal["oracle", "rule", "random"]
+    train: InputFiles | None = None
+    valid: InputPath | None = None
+    test: InputPath | None = None
+    candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
+    smoothing: float = Field(default=0.1, ge=0, lt=0.5, description="probability left for the other decision")
+    wrong_share: float = Field(
+        default=0.0, ge=0, le=1, description="share of pairs that the oracle gets wrong"
+    )
+    seed: Seed = 0
+    output: OutputPath
+
+    @model_validator(mode="after")
+    def _fits_the_control(self) -> "ControlConfig":
+        if self.train is None and self.valid is None and self.test is None:
+            raise ValueError("no corpus: name the file whose pairs are to be labelled")
+        if self.wrong_share and self.control != "oracle":
+            raise ValueError("wrong_share is of the oracle; the other controls do not read gold labels")
         return self
 
 

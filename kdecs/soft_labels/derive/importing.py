@@ -42,11 +42,17 @@ from kdecs.output import refuse_overlaps
 from kdecs.soft_labels.corpora import pair_batches
 from kdecs.soft_labels.derive.config import ImportConfig
 from kdecs.soft_labels.derive.write import LabelDirectory, check_label_output
-from kdecs.soft_labels.format import MAX_ROWS_PER_BYTE, SPLITS, UNKNOWN_REST_MASS, ShardTable, reach_details
+from kdecs.soft_labels.format import (
+    MAX_ROWS_PER_BYTE,
+    NO_REST_MASS,
+    SPLITS,
+    UNKNOWN_REST_MASS,
+    ShardTable,
+    reach_details,
+)
 from kdecs.soft_labels.labels import KeyIndex, bounds_of, pair_keys, sort_by_key, split_numbers
 from kdecs.soft_labels.verify import verified_labels
 
-_NO_REST_MASS = -30.0  # log of next to nothing, in float32's precision: the format wants a finite number
 _MAX_SUM = 1.001  # of probabilities, which float16 rounds
 # A file of a few bytes could stand for billions of values otherwise. Pair ids of an export differ and have at most 500
 # characters, and a row has five scores.
@@ -337,7 +343,7 @@ def _checked_rows(config: ImportConfig, batch: Mapping[str, list[Any]], first_ro
     elif config.scores == "probabilities":
         # Rounded probabilities may add up to a little more than 1, which leaves less than nothing.
         left_n = 1 - np.exp(scores_nA).sum(axis=1)
-        log_rest_n = np.log(np.maximum(left_n, np.exp(_NO_REST_MASS))).astype(np.float32)
+        log_rest_n = np.log(np.maximum(left_n, np.exp(NO_REST_MASS))).astype(np.float32)
     else:
         log_rest_n = np.full(num_rows, UNKNOWN_REST_MASS, dtype=np.float32)
     return ShardTable(
