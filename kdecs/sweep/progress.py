@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdecs.baselines.config import MrcConfig
+from kdecs.corpus.encoding import Layout
 from kdecs.corpus.pairs import pairs_of, training_subset
 from kdecs.corpus.schema import NEUTRAL
 from kdecs.corpus.splits import CorpusConfig, training_split
@@ -340,9 +341,11 @@ def _trained_tokens(config: TrialConfig) -> float:
         has_all = distillation.mode == "kd" and distillation.outside_share == "distil"
         share = 1.0 if has_all else distillation.hard_share
         longest, batch = config.model.max_prompt_tokens, config.batches.global_batch_pairs
-        number, tokens = _tokens_of_pass(config.corpus, share, config.neutral_share, longest)
+        layout = config.model.layout
+        number, tokens = _tokens_of_pass(config.corpus, share, config.neutral_share, longest, layout)
         if distillation.gold_repeats > 1:
-            gold = _tokens_of_pass(config.corpus, distillation.hard_share, config.neutral_share, longest)
+            gold_share = distillation.hard_share
+            gold = _tokens_of_pass(config.corpus, gold_share, config.neutral_share, longest, layout)
             number += (distillation.gold_repeats - 1) * gold[0]
             tokens += (distillation.gold_repeats - 1) * gold[1]
     elif isinstance(config, MrcConfig):
@@ -359,9 +362,12 @@ def _trained_tokens(config: TrialConfig) -> float:
 
 @cache
 def _tokens_of_pass(
-    corpus: CorpusConfig, share: float, neutral_share: float, longest: int
+    corpus: CorpusConfig, share: float, neutral_share: float, longest: int, layout: Layout = "pair"
 ) -> tuple[float, float]:
-    """The pairs of a pass over a share of the training dialogues, and their tokens by the characters of each prompt."""
+    """The pairs of a pass over a share of the training dialogues, and their tokens by the characters of each prompt.
+
+    In the layout tree the pairs of a target share its history.
+    """
     split = training_split(corpus)
     kept = set(training_subset([d.id for d in split], share, corpus.train_share_seed)) if share < 1 else None
     num_pairs = tokens = 0.0
@@ -370,10 +376,14 @@ def _tokens_of_pass(
             continue
         lengths = [len(utterance.text) for utterance in dialogue.utterances]
         for pair in pairs_of(dialogue, "fold1+neutral"):
-            characters = sum(lengths[: pair.target]) + lengths[pair.candidate - 1] + _TEMPLATE_CHARACTERS
+            trunk, branch = sum(lengths[: pair.target]), lengths[pair.candidate - 1] + _TEMPLATE_CHARACTERS
             weight = neutral_share if pair.emotion == NEUTRAL else 1.0
             num_pairs += weight
-            tokens += weight * min(characters / _CHARACTERS_PER_TOKEN, longest)
+            read = min((trunk + branch) / _CHARACTERS_PER_TOKEN, longest)
+            # The pair (i, i), which every target has, stands for the trunk.
+            if layout == "tree" and pair.candidate != pair.target:
+                read = min(branch / _CHARACTERS_PER_TOKEN, longest)
+            tokens += weight * read
     return num_pairs, tokens
 
 

@@ -429,7 +429,10 @@ def test_plan_says_what_is_there(make_config, in_process, capsys):
 
 
 def test_plan_counts_the_pairs_that_each_training_reads(make_config, capsys):
-    """KD passes over all pairs, whatever the share, joint over the share alone. Equal steps cost the same."""
+    """KD passes over all pairs, whatever the share, joint over the share alone. Equal steps cost the same.
+
+    Repeats of gold pairs make an epoch longer, and trees make it shorter.
+    """
     variants = {"KD": {}, "KD on the share": {"distillation.outside_share": "drop"}}
     variants["joint"] = {"distillation.mode": "joint"}
 
@@ -445,6 +448,11 @@ def test_plan_counts_the_pairs_that_each_training_reads(make_config, capsys):
     assert estimated("KD", 0.25) == whole == estimated("joint", 1.0)
     part = estimated("joint", 0.25)
     assert part == estimated("KD on the share", 0.25) and 0.05 * whole < part < 0.6 * whole
+    variants["KD, repeated"] = {"distillation.gold_repeats": 3}
+    assert estimated("KD, repeated", 1.0) == pytest.approx(3 * whole)
+    assert estimated("KD, repeated", 0.25) == pytest.approx(whole + 2 * part)
+    trees = make_config().student["model"] | {"layout": "tree"}
+    assert 0.3 * whole < estimated("KD", 1.0, model=trees) < 0.8 * whole
     steps = {"optimization": {"steps": 30}}
     assert estimated("KD", 0.25, **steps) == estimated("KD", 1.0, **steps)
     assert estimated("joint", 0.25, **steps) == pytest.approx(estimated("joint", 1.0, **steps), rel=0.4)
