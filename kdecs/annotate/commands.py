@@ -475,7 +475,15 @@ def sample(
 @review_app.command("export")
 def review_export(
     directory: Directory,
-    html: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the page.")] = None,
+    label_studio: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where to write tasks for Label Studio: a name that ends in .json. Their labelling configuration is "
+            "written beside it, in .xml.",
+        ),
+    ] = None,
     dialogues: Annotated[
         Path | None,
         typer.Option("--list", metavar="FILE", help="A list of kdecs annotate sample; default: all."),
@@ -483,52 +491,84 @@ def review_export(
     annotator: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="The one whose page it is, with the dialogues that the list gives them."
+            metavar="NAME",
+            help="The one whose page or tasks these are, with the dialogues that the list gives them.",
         ),
     ] = None,
     suggest: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="NAME", help="Run whose labels the page shows as suggestions. Default: none are shown."
+            metavar="NAME",
+            help="Run whose labels are shown as suggestions; repeatable for Label Studio. Default: none are shown.",
         ),
     ] = None,
 ) -> None:
-    """Write a page on which people label dialogues in a browser, by keyboard alone and without a network.
+    """Write dialogues for people to label: a page for their browser, by keyboard alone and without a network, or tasks
+    for Label Studio.
 
     Examples:
 
     kdecs annotate review export mine --html review.html
 
     kdecs annotate review export mine --html ann.html --list first.jsonl --annotator ann --suggest gpt-4o-mini
+
+    kdecs annotate review export mine --label-studio tasks.json --list first.jsonl --suggest gpt-4o-mini
     """
+    from kdecs.annotate.label_studio import label_studio_tasks, labelling_configuration
     from kdecs.annotate.project import Project
     from kdecs.annotate.review import listed_dialogues, review_page
     from kdecs.annotate.running import read_annotations
     from kdecs.output import open_output, refuse_inputs
     from kdecs.process import say
 
+    if html is None and label_studio is None:
+        raise typer.BadParameter("name what to write: --html FILE or --label-studio FILE")
+    if html is not None and len(suggest or ()) > 1:
+        raise typer.BadParameter("--suggest: the page shows the suggestions of one run; give it once")
+    if label_studio is not None and label_studio.suffix != ".json":
+        raise typer.BadParameter(
+            f"--label-studio {label_studio}: expected a name that ends in .json, by which Label Studio reads it"
+        )
     project = Project.open(directory)
-    refuse_inputs(html, [*project.files, dialogues])
+    configuration = label_studio.with_suffix(".xml") if label_studio else None
+    for output in (html, label_studio, configuration):
+        if output is not None:
+            refuse_inputs(output, [*project.files, dialogues])
     names = list(project.dialogues) if dialogues is None else listed_dialogues(dialogues, project, annotator)
-    suggestions = read_annotations(project, [suggest])[0] if suggest else None
+    suggestions = read_annotations(project, suggest) if suggest else []
     chosen = [project.dialogues[name] for name in names]
-    page = review_page(project, chosen, [annotator] if annotator else project.config.annotators, suggestions)
-    with open_output(html) as written:
-        written.write(page.encode())
-    say(f"{html}: {len(chosen):,} dialogues")
+    if html is not None:
+        reviewers = [annotator] if annotator else project.config.annotators
+        page = review_page(project, chosen, reviewers, suggestions[0] if suggestions else None)
+        with open_output(html) as written:
+            written.write(page.encode())
+        say(f"{html}: {len(chosen):,} dialogues")
+    if label_studio is not None and configuration is not None:
+        tasks = label_studio_tasks(project, chosen, suggestions)
+        with open_output(configuration) as settings, open_output(label_studio) as written:
+            settings.write(labelling_configuration(project.config.labels).encode())
+            written.write(f"{json.dumps(tasks, ensure_ascii=False, indent=1)}\n".encode())
+        say(
+            f"{label_studio}: {len(chosen):,} dialogues; labelling configuration of the project: {configuration}"
+        )
 
 
 @review_app.command("import")
 def review_import(
     directory: Directory,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE…", help="Files that the page saved, or labelled corpora.")
+        list[Path],
+        typer.Argument(
+            metavar="FILE…",
+            help="Files that the page saved, Label Studio's exports as JSON, or labelled corpora.",
+        ),
     ],
     annotator: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="NAME",
-            help="The annotator whose labels these are: needed for a corpus; replaces the name in a saved file.",
+            metavar="[USER=]NAME",
+            help="The annotator whose labels these are: needed for a corpus; replaces the name in a saved file. With "
+            "USER=, the name of a user of Label Studio, given by number or e-mail address; repeatable.",
         ),
     ] = None,
     table: Annotated[
@@ -541,7 +581,11 @@ def review_import(
 ) -> None:
     """Take the decisions of people into the project. All files are checked first; a file may be imported twice.
 
-    Example: kdecs annotate review import mine review-ann.json review-ben.json
+    Examples:
+
+    kdecs annotate review import mine review-ann.json review-ben.json
+
+    kdecs annotate review import mine project-1.json --annotator 1=ann --annotator 2=ben
     """
     from kdecs.annotate.labels import add_reviews
     from kdecs.annotate.project import Project
@@ -552,21 +596,30 @@ def review_import(
     from kdecs.errors import ConfigError
     from kdecs.process import say
 
+    users = dict(name.rsplit("=", 1) for name in annotator or () if "=" in name)
+    names = [name for name in annotator or () if "=" not in name]
+    if len(names) + bool(users) > 1:
+        raise typer.BadParameter(
+            "--annotator: expected one NAME, or a USER=NAME for each user of Label Studio"
+        )
     project = Project.open(directory)
     mapping = read_table(table) if table else NO_TABLE
-    read = [(path, *read_review(path, project, annotator, now(), mapping)) for path in files]
-    for path, name, _ in read:
-        if not re.fullmatch(_NAME, name):
+    whose = names[0] if names else None
+    read = [
+        (path, found) for path in files for found in read_review(path, project, whose, now(), mapping, users)
+    ]
+    for path, found in read:
+        if not re.fullmatch(_NAME, found.annotator):
             raise ConfigError(
-                f"{path}: the annotator {name!r}, expected letters, digits, dots, dashes and underscores"
+                f"{path}: the annotator {found.annotator!r}, expected letters, digits, dots, dashes and underscores"
             )
-        if name in project.run_names or name in project.config.models:
+        if found.annotator in project.run_names or found.annotator in project.config.models:
             raise ConfigError(
-                f"{path}: {name} is the name of a run; give the annotator another one, with --annotator"
+                f"{path}: {found.annotator} is the name of a run; give the annotator another one, with --annotator"
             )
-    for path, name, lines in read:
-        num_new = add_reviews(project.review_file(name), lines)
-        say(f"{path}: {num_new:,} new of {len(lines):,} decisions of {name}")
+    for path, found in read:
+        num_new = add_reviews(project.review_file(found.annotator), found.lines)
+        say(f"{path}: {num_new:,} new of {len(found.lines):,} decisions of {found.annotator}{found.note}")
 
 
 def _figure(value: float | None) -> str:

@@ -10,7 +10,7 @@ that agreement can be followed over time.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +69,15 @@ class ReviewedTurn(BaseModel):
     emotion: str
     causes: list[ReviewedCause] | None
     at: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What an annotator decided in an imported file; `note` says what of it does not count."""
+
+    annotator: str
+    lines: Sequence[ReviewedTurn] = field(repr=False)
+    note: str = ""
 
 
 def checked_turn(

@@ -1,4 +1,4 @@
-"""What people decide: a page for their browser, and the files that it saves.
+"""What people decide: a page for their browser, and the files that `kdecs annotate review import` takes.
 
 The page needs no network and is `review.html` with the dialogues, the labels and, if wanted, the suggestions of a run
 in its element `data`. It saves one JSON object, which `kdecs annotate review import` reads:
@@ -8,9 +8,11 @@ in its element `data`. It saves one JSON object, which `kdecs annotate review im
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from kdecs.annotate.labels import Annotation, ReviewedCause, ReviewedTurn, checked_turn
+from kdecs.annotate.label_studio import decisions_of_export, is_export
+from kdecs.annotate.labels import Annotation, Decisions, ReviewedCause, ReviewedTurn, checked_turn
 from kdecs.annotate.project import Project
 from kdecs.corpus.checking import NotJson, decode_json, iter_lines, shorten
 from kdecs.corpus.pairs import causes_of
@@ -19,6 +21,7 @@ from kdecs.corpus.schema import NEUTRAL, NO_TABLE, Dialogue
 from kdecs.errors import ConfigError, CorpusError, PredictionError
 from kdecs.pages import NO_DATA, content_security_policy, json_in_script, page_template
 
+NO_USERS: Mapping[str, str] = MappingProxyType({})
 _KEYS = {"project", "annotator", "labels"}
 
 
@@ -93,22 +96,29 @@ def read_review(
     annotator: str | None,
     at: str,
     table: Mapping[str, str] = NO_TABLE,
-) -> tuple[str, list[ReviewedTurn]]:
-    """The annotator and the decisions in a file: one that the page saved, or a labelled corpus of the same dialogues.
+    users: Mapping[str, str] = NO_USERS,
+) -> list[Decisions]:
+    """The decisions in a file, by annotator: one that the page saved, an export of Label Studio, or a labelled corpus.
 
     A corpus has neither a name, which `annotator` gives, nor times, which `at` gives. `table` maps those of its labels
-    that the project does not have. Raises PredictionError or
-    CorpusError, one line, for a file that does not fit the project.
+    that the project does not have, and `users` gives the annotators of an export by number or e-mail address. Raises
+    PredictionError or CorpusError, one line, for a file that does not fit the project.
     """
     config = project.config
-    value = _saved(path)
-    if value is None:
+    value = _json(path)
+    if is_export(value, path):
+        return decisions_of_export(value, path, project, annotator, users)
+    if users:
+        raise PredictionError(
+            f"{path}: is no export of Label Studio, whose users alone --annotator USER=NAME names; use --annotator NAME"
+        )
+    if not (isinstance(value, dict) and value.keys() == _KEYS):
         if annotator is None:
             raise PredictionError(
-                f"{path}: is no file that the page saved; to import a labelled corpus, say whose labels it holds with "
-                "--annotator NAME"
+                f"{path}: is no file that the page saved, and no export of Label Studio; to import a labelled corpus, "
+                "say whose labels it holds with --annotator NAME"
             )
-        return annotator, _of_corpus(path, project, at, table)
+        return [Decisions(annotator, _of_corpus(path, project, at, table))]
     if value["project"] != project.texts_sha256:
         raise PredictionError(
             f"{path}: is a review of other dialogues; import it into the project that it was exported from"
@@ -121,18 +131,17 @@ def read_review(
         checked_turn(item, f"{path}, label {number}", project.dialogues, config.labels, config.causes_after)
         for number, item in enumerate(labels, start=1)
     ]
-    return name, lines
+    return [Decisions(name, lines)]
 
 
-def _saved(path: Path) -> dict[str, Any] | None:
-    """The object of a file that the page saved, or None for a file of another kind."""
+def _json(path: Path) -> Any:
+    """The value in a file of JSON, or None for a file of another kind."""
     try:
-        value = decode_json(path.read_bytes()).value
+        return decode_json(path.read_bytes()).value
     except OSError as error:
         raise PredictionError(f"{path}: {error.strerror}, expected a review or a labelled corpus") from None
     except NotJson:
         return None
-    return value if isinstance(value, dict) and value.keys() == _KEYS else None
 
 
 def _of_corpus(path: Path, project: Project, at: str, table: Mapping[str, str]) -> list[ReviewedTurn]:
