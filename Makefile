@@ -94,8 +94,8 @@ test-slow: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster" --ignore tests/cluster
 
 # CLUSTER=quick: only the short scenarios, side by side, which CI runs. Where nothing may be installed, it says so in one
-# line and leaves them out. The limit bounds what a hang costs; the scenarios take half of it on two idle cores.
-QUICK_LIMIT_S := 600
+# line and leaves them out. The limit bounds what a hang costs; the scenarios take a third of it on two idle cores.
+QUICK_LIMIT_S := 900
 test-cluster: $(SETUP)
 ifeq ($(CLUSTER),quick)
 	@bash tests/cluster/install.sh || exit 0; bash tests/install_postgres.sh || true; \

@@ -79,7 +79,7 @@ def cluster(hosts: Hosts, place: Path) -> Path:
     began = time.monotonic()
     up = on_head(hosts, place, f"ray up --yes --no-config-cache {path}")
     assert up.wait(900) == 0, up.text()[-5000:]
-    wait_until(lambda: num_nodes(hosts, place) == 2, "the worker has joined", 180, poll_s=3)
+    wait_until(lambda: num_nodes(hosts, place) == 2, "the worker has joined", 420, poll_s=3)
     print(f"\nray up: both nodes after {time.monotonic() - began:.0f} s")
     return path
 
