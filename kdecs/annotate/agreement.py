@@ -6,8 +6,10 @@ Everything is computed in nominal form, from the textbooks' definitions:
     PABAK                  (k p_o - 1) / (k - 1) for k labels: kappa as if every label were equally frequent
     Fleiss' kappa          mean agreement within turns against that of the pooled label shares; turns that all labelled
     Krippendorff's alpha   1 - D_o / D_e over all turns that at least two labelled, whoever they are
+    Krippendorff's alpha_U 1 - D_o / D_e of two annotators' spans as units of one text: how far their ends lie apart
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +69,62 @@ def krippendorff_alpha(units: Iterable[Sequence[str]]) -> float | None:
     return 1 - (size - 1) * observed / expected if expected else None
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a text of which an annotator has made a unit, or a gap between units; `start` counts from 0."""
+
+    start: int
+    length: int
+    is_unit: bool
+
+    @property
+    def end(self) -> int:
+        """Where the next section begins."""
+        return self.start + self.length
+
+
+def krippendorff_alpha_u(first: Sequence[Section], second: Sequence[Section]) -> float | None:
+    """Krippendorff's alpha_U of two annotators' units of one category; None if it is 0/0.
+
+    The sections of each cover the same text without a break. For sections g and h that overlap, each from b to e with
+    the length l:
+
+        delta² = (b_g - b_h)² + (e_g - e_h)²  of two units;  l²  of a unit that lies within a gap;  0  otherwise
+        D_o = sum delta² / (m (m - 1) L²), each pair from both sides
+        D_e = 2/L sum_g [(N - 1)/3 (2 l³ - 3 l² + l) + l² sum_h max(0, l_h - l + 1)] / (m L (m L - 1) - sum_g l (l - 1))
+
+    with m = 2 annotators, a text of length L, and the N units g and the gaps h of both. Source: Krippendorff 2004,
+    "Measuring the Reliability of Qualitative Text Analysis Data". With more than two annotators the coefficient is
+    known to misbehave (Krippendorff et al. 2016).
+    """
+    length = first[-1].end if first else 0
+    assert length == (second[-1].end if second else 0)
+    distance = 0
+    here = there = 0
+    while here < len(first) and there < len(second):  # sections that overlap; the others add nothing
+        g, h = first[here], second[there]
+        if g.is_unit and h.is_unit:
+            distance += (g.start - h.start) ** 2 + (g.end - h.end) ** 2
+        elif g.is_unit != h.is_unit:
+            unit, gap = (g, h) if g.is_unit else (h, g)
+            is_within = gap.start <= unit.start and unit.end <= gap.end
+            distance += unit.length**2 if is_within else 0
+        here, there = here + (g.end <= h.end), there + (h.end <= g.end)
+    lengths = Counter(each.length for each in (*first, *second) if each.is_unit)
+    gaps = Counter(each.length for each in (*first, *second) if not each.is_unit)
+    num_units = lengths.total()
+    expected = 0.0
+    for size, count in lengths.items():
+        places = sum(number * (gap - size + 1) for gap, number in gaps.items() if gap >= size)
+        within = (num_units - 1) / 3 * (2 * size**3 - 3 * size**2 + size)
+        expected += count * (within + size**2 * places)
+    if not expected:
+        return None
+    both = 2 * length
+    expected *= 2 / length / (both * (both - 1) - sum(n * size * (size - 1) for size, n in lengths.items()))
+    return 1 - 2 * distance / (2 * length**2) / expected
+
+
 @dataclass(frozen=True)
 class Agreement:
     """The figures of `kdecs annotate agreement`; shares and coefficients are of 1, None where nothing is shared."""
@@ -123,7 +181,7 @@ def agreement_of(
         fleiss_turns=len(shared_by_all),
         alpha=krippendorff_alpha(pairable),
         alpha_turns=len(pairable),
-        span_pairs=[_span_pair(a, b) for a, b in combinations(annotations, 2)],
+        span_pairs=[_span_pair(a, b, dialogues, after) for a, b in combinations(annotations, 2)],
         word_alpha=krippendorff_alpha(words),
         words=len(words),
         confusions=_confusions(by_turn.values()),
@@ -153,11 +211,15 @@ def decided_causes(label: TurnLabel) -> dict[int, str] | None:
     return {cause.turn: cause.span for cause in label.causes}
 
 
-def _span_pair(first: Annotation, second: Annotation) -> dict[str, Any]:
+def _span_pair(
+    first: Annotation, second: Annotation, dialogues: Mapping[str, Dialogue], after: int
+) -> dict[str, Any]:
     """Cause turns and spans of the targets that both find emotional."""
     num_targets = num_named = num_both = num_exact = 0
     overlaps: list[float] = []
-    for key in first.labels.keys() & second.labels.keys():
+    # The words that may be in a span of these targets, one target after another, are the text of alpha_U.
+    sections: tuple[list[Section], list[Section]] = [], []
+    for key in sorted(first.labels.keys() & second.labels.keys()):
         left, right = (decided_causes(each.labels[key]) for each in (first, second))
         if left is None or right is None:
             continue
@@ -167,6 +229,14 @@ def _span_pair(first: Annotation, second: Annotation) -> dict[str, Any]:
         num_both += len(both)
         num_exact += sum(left[turn] == right[turn] for turn in both)
         overlaps += [squad_f1(left[turn], right[turn]) for turn in both]
+        for utterance in dialogues[key[0]].utterances[: key[1] + after]:
+            words = _word_places(utterance.text)
+            for found, causes in zip(sections, (left, right), strict=True):
+                place = span_place(utterance.text, causes.get(utterance.turn, ""))
+                inside = [n for n, word in enumerate(words) if _overlap(word, place)]
+                _extend(found, inside[0] if inside else len(words), is_unit=False)
+                _extend(found, len(inside), is_unit=True)
+                _extend(found, len(words) - inside[-1] - 1 if inside else 0, is_unit=False)
     return {
         "first": first.name,
         "second": second.name,
@@ -175,7 +245,19 @@ def _span_pair(first: Annotation, second: Annotation) -> dict[str, Any]:
         "spans": num_both,
         "exact": _share(num_exact, num_both),
         "token_f1": _mean(overlaps),
+        "alpha_u": krippendorff_alpha_u(*sections),
     }
+
+
+def _extend(sections: list[Section], length: int, *, is_unit: bool) -> None:
+    """Add a section to the end; a gap that follows a gap is one with it."""
+    start = sections[-1].end if sections else 0
+    if not length:
+        return
+    if sections and not is_unit and not sections[-1].is_unit:
+        last = sections.pop()
+        start, length = last.start, last.length + length
+    sections.append(Section(start, length, is_unit))
 
 
 def _words(
@@ -194,12 +276,17 @@ def _words(
             continue
         for utterance in dialogues[dialogue_id].utterances[: target + after]:
             places = [span_place(utterance.text, causes.get(utterance.turn, "")) for causes in decided]
-            start = 0
-            for word in utterance.text.split():
-                start = utterance.text.index(word, start)
-                end = start + len(word)
-                yield [str(place is not None and place[0] < end and start < place[1]) for place in places]
-                start = end
+            for word in _word_places(utterance.text):
+                yield [str(_overlap(word, place)) for place in places]
+
+
+def _word_places(text: str) -> list[tuple[int, int]]:
+    """The characters [start, end) of each word of a text."""
+    return [match.span() for match in re.finditer(r"\S+", text)]
+
+
+def _overlap(word: tuple[int, int], place: tuple[int, int] | None) -> bool:
+    return place is not None and place[0] < word[1] and word[0] < place[1]
 
 
 def span_place(text: str, span: str) -> tuple[int, int] | None:

@@ -19,8 +19,12 @@ from kdecs.endpoint.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdecs.annotate.labels import Annotation, TurnKey
     from kdecs.annotate.planning import StepPlan
     from kdecs.annotate.project import ModelConfig, Project
+    from kdecs.annotate.sampling import Scored
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -271,9 +275,11 @@ def agreement(
         f"Fleiss' kappa {_figure(result.fleiss_kappa)} ({result.fleiss_turns:,} turns that all of them labelled); "
         f"Krippendorff's alpha {_figure(result.alpha)} ({result.alpha_turns:,} turns that two or more labelled)"
     )
-    table = figures_table("Causes", "pair", "emotional turns", "cause turn F1", "spans", "exact", "token F1")
+    table = figures_table(
+        "Causes", "pair", "emotional turns", "cause turn F1", "spans", "exact", "token F1", "alpha_U"
+    )
     for row in result.span_pairs:
-        figures = (_figure(row[key]) for key in ("exact", "token_f1"))
+        figures = (_figure(row[key]) for key in ("exact", "token_f1", "alpha_u"))
         table.add_row(
             f"{row['first']}, {row['second']}", f"{row['targets']:,}", _figure(row["cause_turn_f1"]),
             f"{row['spans']:,}", *figures,
@@ -435,10 +441,8 @@ def sample(
     Example: kdecs annotate sample mine --output first.jsonl --number 100 --each 3
     """
     from kdecs.annotate.project import Project
-    from kdecs.annotate.running import read_annotations
-    from kdecs.annotate.sampling import REASONS, annotation_of_predictions, ranked, work_list
-    from kdecs.output import open_output, refuse_inputs
-    from kdecs.process import say
+    from kdecs.annotate.sampling import REASONS, ranked
+    from kdecs.output import refuse_inputs
 
     project = Project.open(directory)
     refuse_inputs(output, [*project.files, *(predictions or [])])
@@ -447,29 +451,256 @@ def sample(
     chosen = [reason for reason in REASONS if reason in (by or REASONS[:4])]
     if "confidence" in chosen and not predictions:
         raise typer.BadParameter("--by confidence: needs the scores of --predictions FILE")
+    annotations, unsure = _sources(project, predictions or [], has_scores="confidence" in chosen)
+    _write_list(
+        output, project, ranked(annotations, project.dialogues, chosen, unsure), _reviewed(project, annotations),
+        number=number, each=each, by=", ".join(chosen),
+    )  # fmt: skip
+
+
+@app.command("next")
+def next_command(
+    directory: Directory,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many dialogues.")] = 20,
+    by: Annotated[
+        Literal["disagreement", "uncertainty", "random"],
+        typer.Option(
+            help="disagreement of runs, predictions and the distance rule; uncertainty of a student about causes; or "
+            "random."
+        ),
+    ] = "disagreement",
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Predictions of a student, of its teacher or of any other system; repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides random, and between dialogues that are equal.")] = 0,
+    each: Annotated[
+        int | None, typer.Option(min=1, help="Annotators per dialogue; default: all of project.yaml.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the list; - is standard output.")
+    ] = Path("-"),
+) -> None:
+    """Choose the dialogues that people should label next, among those that nobody has labelled yet.
+
+    Train a student on what is labelled, have it predict all dialogues, and give its predictions: it learns most from
+    dialogues about which it is unsure, or differs from other systems. The list is one of kdecs annotate sample.
+
+    Examples:
+
+    kdecs annotate next mine -n 20 --predictions student.jsonl --output next.jsonl
+
+    kdecs annotate next mine -n 20 --by uncertainty --predictions student.jsonl --output next.jsonl
+    """
+    from kdecs.annotate.project import Project
+    from kdecs.annotate.sampling import STRATEGIES, ranked_by
+    from kdecs.output import refuse_inputs
+
+    project = Project.open(directory)
+    refuse_inputs(output, [*project.files, *(predictions or [])])
+    has_scores = "confidence" in STRATEGIES[by]
+    if has_scores and not predictions:
+        raise typer.BadParameter("--by uncertainty: needs the scores of a student; add --predictions FILE")
+    # Chance needs nobody's labels.
+    annotations, unsure = _sources(
+        project, predictions or [], has_scores=has_scores, may_be_none=by == "random"
+    )
+    reviewed = _reviewed(project, annotations)
+    labelled: set[str] = set().union(*reviewed.values())
+    left = {name: dialogue for name, dialogue in project.dialogues.items() if name not in labelled}
+    _write_list(
+        output, project, ranked_by(by, annotations, left, unsure, seed), reviewed, number=number, each=each, by=by
+    )  # fmt: skip
+
+
+def _sources(
+    project: "Project", predictions: "Sequence[Path]", *, has_scores: bool, may_be_none: bool = False
+) -> "tuple[list[Annotation], dict[TurnKey, float]]":
+    """The labels of all people, runs and prediction files, and how unsure the latter are of each turn's causes.
+
+    Raises PredictionError if scores are needed and there are none, ConfigError if nobody has labelled anything.
+    """
+    from kdecs.annotate.running import read_annotations
+    from kdecs.annotate.sampling import annotation_of_predictions
+    from kdecs.errors import PredictionError
+
     names = [*project.reviewers, *project.run_names]
-    annotations = read_annotations(project) if names or not predictions else []
-    unsure: dict[tuple[str, int], float] = {}
-    for path in predictions or []:
+    annotations = read_annotations(project) if names or not (predictions or may_be_none) else []
+    unsure: dict[TurnKey, float] = {}
+    for path in predictions:
         annotation, found = annotation_of_predictions(path, project.dialogues, project.config.labels)
         annotations.append(annotation)
         unsure |= {key: max(value, unsure.get(key, 0.0)) for key, value in found.items()}
+    if has_scores and not unsure:
+        raise PredictionError(
+            f"{', '.join(map(str, predictions))}: found no line with a score, expected the predictions of a student "
+            "with scores; write them with kdecs predict --offsets"
+        )
+    return annotations, unsure
+
+
+def _reviewed(project: "Project", annotations: "Sequence[Annotation]") -> dict[str, set[str]]:
+    """For each person of the project the dialogues of which they labelled every turn."""
     people = {each.name: each for each in annotations if each.kind == "person"}
-    reviewers = {}
+    reviewed = {}
     for name in dict.fromkeys((*project.config.annotators, *project.reviewers)):
         done = people[name].labels.keys() if name in people else set()
-        reviewers[name] = {
+        reviewed[name] = {
             dialogue.id
             for dialogue in project.dialogues.values()
             if all((dialogue.id, u.turn) in done for u in dialogue.utterances)
         }
-    lines = list(
-        work_list(ranked(annotations, project.dialogues, chosen, unsure), reviewers, number=number, each=each)
-    )
+    return reviewed
+
+
+def _write_list(
+    output: Path,
+    project: "Project",
+    scored: "Sequence[Scored]",
+    reviewed: dict[str, set[str]],
+    *,
+    number: int | None,
+    each: int | None,
+    by: str,
+) -> None:
+    from kdecs.annotate.sampling import work_list
+    from kdecs.output import is_standard_output, open_output
+    from kdecs.process import say
+
+    lines = list(work_list(scored, reviewed, number=number, each=each))
     with open_output(output) as written:
         for line in lines:
             written.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
-    say(f"{output}: {len(lines):,} of {len(project.dialogues):,} dialogues, by {', '.join(chosen)}")
+    if not is_standard_output(output):
+        say(f"{output}: {len(lines):,} of {len(project.dialogues):,} dialogues, by {by}")
+
+
+@app.command()
+def simulate(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to keep the rounds and the result.")
+    ],
+    corpus: Annotated[
+        Path, typer.Option(metavar="FILE", help="Labelled dialogues, whose labels stand in for people.")
+    ],
+    valid: Annotated[
+        Path, typer.Option(metavar="FILE", help="Other labelled dialogues, on which students are scored.")
+    ],
+    student: Annotated[
+        str,
+        typer.Option(
+            metavar="CONFIG", help="Config of the students: a file, or a name of kdecs configs student."
+        ),
+    ] = "minilm-joint",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one dotted key of the config; repeatable."),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="STRATEGY",
+            help="random, disagreement or uncertainty; repeatable. Default: all three.",
+        ),
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="How many dialogues are labelled in a round; repeatable. Default: 25, 50, 100 and 200.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often all of it is done.")] = 3,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most dialogues that a student predicts to choose from, drawn at random; default: all.",
+        ),
+    ] = None,
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Predictions of another system for the corpus, for disagreement; repeatable."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try how much labelling each strategy of kdecs annotate next saves, on a corpus that is labelled already.
+
+    All strategies begin with the same random dialogues. Round by round a student is trained on what is labelled so far,
+    and its predictions say what is labelled next. The same command goes on after any stop. It ends with a table, CSV
+    files and a figure of the scores by the number of labelled dialogues.
+
+    Example: kdecs annotate simulate runs/simulation --corpus data/dailydialog_train.json
+    --valid data/dailydialog_valid.json --set optimization.steps=200
+    """
+    from kdecs.annotate.sampling import STRATEGIES
+    from kdecs.annotate.simulating import SHOWN, Simulation, Study, result_of, write_result
+    from kdecs.process import StopSignal, say
+
+    if unknown := [each for each in by or () if each not in STRATEGIES]:
+        raise typer.BadParameter(f"--by {unknown[0]}: expected one of {', '.join(STRATEGIES)}")
+    study = Study(
+        directory,
+        corpus,
+        valid,
+        student,
+        tuple(overrides or ()),
+        tuple(each for each in STRATEGIES if each in (by or STRATEGIES)),
+        tuple(size or (25, 50, 100, 200)),
+        seeds,
+        candidates,
+        tuple(predictions or ()),
+    )
+    simulation = Simulation(study)
+    stop = StopSignal()
+    stop.install()
+    simulation.run(stop, (lambda line: typer.echo(line, err=True)) if as_json else say)
+    result = result_of(simulation)
+    paths = write_result(study, result)
+    if as_json:
+        print(
+            json.dumps(
+                {"scores": result.rows, "comparisons": result.comparisons, "rule": result.rule}, indent=2
+            )
+        )
+        return
+    from kdecs.tables import figures_table, terminal
+
+    console = terminal()
+    for key, name in SHOWN.items():
+        table = figures_table(
+            f"{name} on validation: mean (standard deviation) over seeds", "dialogues", *study.strategies
+        )
+        for number in study.sizes:
+            found = [result.summaries[strategy, number, key] for strategy in study.strategies]
+            cells = [
+                f"{each.mean:.2f}" + ("" if each.std is None else f" ({each.std:.2f})") for each in found
+            ]
+            table.add_row(str(number), *cells)
+        table.add_section()
+        table.add_row("rule j >= i-1", *[f"{result.rule[key]:.2f}"] * len(study.strategies))
+        console.print(table)
+    table = figures_table(
+        "Minus random choice, paired (95% intervals)", "strategy, dialogues", "difference", "over seeds",
+        "over dialogues", "p", tight=True,
+    )  # fmt: skip
+    for row in result.comparisons:
+        seeds_range = (
+            "–" if row["seeds_low"] is None else f"{row['seeds_low']:+.2f} to {row['seeds_high']:+.2f}"
+        )
+        table.add_row(
+            f"{SHOWN[row['score']]}: {row['strategy']}, {row['size']}", f"{row['difference']:+.2f}", seeds_range,
+            f"{row['dialogues_low']:+.2f} to {row['dialogues_high']:+.2f}", f"{row['dialogues_p']:.3f}",
+        )  # fmt: skip
+    if result.comparisons:
+        console.print(table)
+    say(f"written: {', '.join(map(str, paths))}")
 
 
 @review_app.command("export")
@@ -486,7 +717,7 @@ def review_export(
     ] = None,
     dialogues: Annotated[
         Path | None,
-        typer.Option("--list", metavar="FILE", help="A list of kdecs annotate sample; default: all."),
+        typer.Option("--list", metavar="FILE", help="A list of kdecs annotate sample or next; default: all."),
     ] = None,
     annotator: Annotated[
         str | None,

@@ -1,7 +1,8 @@
 """Which dialogues are worth a person's time, the most instructive first, and who should look at each.
 
 Every turn gets a number from 0 to 1 for each reason asked for; a dialogue's score is the mean over its turns of the
-mean over the reasons. A list is JSON lines:
+mean over the reasons. `kdecs annotate sample` takes reasons, `kdecs annotate next` a strategy, which stands for some of
+them. A list is JSON lines:
 
     {"rank": 1, "dialogue_id": "tr_1", "score": 0.41, "annotators": ["ann", "ben"],
      "turns": [{"turn": 3, "score": 0.8, "reasons": {"disagreement": 1.0, "rare": 0.6}}]}
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args
 from kdecs.annotate.agreement import decided_causes
 from kdecs.annotate.labels import Annotation, TurnKey, TurnLabel
 from kdecs.corpus.checking import decode_json, iter_lines
+from kdecs.corpus.pairs import random_order
 from kdecs.corpus.schema import NEUTRAL, Corpus, Dialogue
 from kdecs.endpoint.answers import Cause
 from kdecs.errors import PredictionError
@@ -31,6 +33,14 @@ rare: 1 minus the frequency of the turn's label, against that of the most freque
 rule: the share of those that differ from the rule that the turn itself and the turn before it are the causes.
 confidence: how close a prediction's score is to one half (`kdecs predict --offsets` writes scores).
 """
+
+Strategy = Literal["random", "disagreement", "uncertainty"]
+STRATEGIES: dict[Strategy, tuple[Reason, ...]] = {
+    "random": (),
+    "disagreement": ("disagreement", "causes", "rule"),
+    "uncertainty": ("confidence",),
+}
+"""The reasons by which a strategy chooses the dialogues to label next. Between equal ones chance decides."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,13 @@ def ranked(
             key = dialogue.id, utterance.turn
             labels = [each.labels[key] for each in annotations if key in each.labels]
             emotions = Counter(label.emotion for label in labels if label.emotion is not None)
-            named = [set(causes) for label in labels if (causes := decided_causes(label)) is not None]
+            named = [causes for label in labels if (causes := _cause_turns(label)) is not None]
             top, num_top = emotions.most_common(1)[0] if emotions else (None, 0)
             rule = {turn for turn in (utterance.turn - 1, utterance.turn) if turn >= 1}
             values: dict[Reason, float] = {
                 "disagreement": 1 - num_top / emotions.total() if emotions else 0.0,
                 "causes": _mean([1 - _f1(a, b) for a, b in combinations(named, 2)]),
-                "open": float(not labels or any(_is_open(label) for label in labels)),
+                "open": float(not labels or any(label.causes is None for label in labels)),
                 "rare": 1 - counts[top] / most if top is not None else 0.0,
                 "rule": _mean([float(causes != rule) for causes in named]),
                 "confidence": unsure.get(key, 0.0),
@@ -98,6 +108,19 @@ def ranked(
             turns.append((utterance.turn, _mean(list(chosen.values())), chosen))
         scored.append(Scored(dialogue, _mean([score for _, score, _ in turns]), turns))
     return sorted(scored, key=lambda each: -each.score)
+
+
+def ranked_by(
+    strategy: Strategy,
+    annotations: Sequence[Annotation],
+    dialogues: Mapping[str, Dialogue],
+    unsure: Mapping[TurnKey, float],
+    seed: int,
+) -> list[Scored]:
+    """The dialogues in the order in which a strategy would have them labelled."""
+    names = list(dialogues)
+    shuffled = {names[place]: dialogues[names[place]] for place in random_order(names, seed)}
+    return ranked(annotations, shuffled, STRATEGIES[strategy], unsure)
 
 
 def work_list(
@@ -139,8 +162,13 @@ def work_list(
         }
 
 
-def _is_open(label: TurnLabel) -> bool:
-    return label.emotion is None or label.causes is None
+def _cause_turns(label: TurnLabel) -> set[int] | None:
+    """The turns that a label names as causes, or None if it does not say."""
+    if label.emotion is None and label.causes is not None:
+        # A system that predicts causes alone; an annotator whose emotion is open has open causes.
+        return {cause.turn for cause in label.causes}
+    causes = decided_causes(label)
+    return None if causes is None else set(causes)
 
 
 def _f1(first: set[int], second: set[int]) -> float:

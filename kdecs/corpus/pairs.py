@@ -126,9 +126,14 @@ def training_subset(ids: Sequence[str], share: float, seed: int) -> list[int]:
         raise ConfigError(f"share: found {share}, expected a number above 0 and up to 1")
     # 0.07 of 100 is 7.000000000000001 in floating point, which must not become 8.
     keep = math.ceil(share * len(ids) - 1e-9)
-    # By hash, so that neither the order of the file nor added dialogues reshuffle the choice.
+    return sorted(random_order(ids, seed)[:keep])
+
+
+def random_order(ids: Sequence[str], seed: int) -> list[int]:
+    """Positions of the dialogue ids in a random order, which a hash of seed and id decides."""
+    # By hash, so that neither the order of the file nor added dialogues reshuffle what comes first.
     ranks = [hashlib.blake2b(f"{seed}\0{id}".encode()).digest() for id in ids]
-    return sorted(sorted(range(len(ids)), key=ranks.__getitem__)[:keep])
+    return sorted(range(len(ids)), key=ranks.__getitem__)
 
 
 def _last_candidate(dialogue: Dialogue, target: int, after: int) -> int:

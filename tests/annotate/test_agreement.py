@@ -1,6 +1,9 @@
 """Agreement: textbooks' worked examples, the figures of other libraries, and spans and change over time by hand."""
 
 import json
+import random
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kdecs.annotate.agreement import (
+    Section,
     agreement_of,
     cohen_kappa,
     fleiss_kappa,
     krippendorff_alpha,
+    krippendorff_alpha_u,
     majority,
     pabak,
 )
@@ -93,6 +98,68 @@ def test_figures_are_those_of_the_textbooks() -> None:
     assert krippendorff_alpha(units) == pytest.approx(0.743, abs=5e-4)
 
 
+def sections_of(length: int, *units: tuple[int, int]) -> list[Section]:
+    """The units (start, length) with the gaps between them."""
+    found = []
+    end = 0
+    for start, size in (*units, (length, 0)):
+        found += [Section(end, start - end, False)] * (start > end) + [Section(start, size, True)] * (
+            size > 0
+        )
+        end = start + size
+    return found
+
+
+def slow_alpha_u(annotators: Iterable[list[Section]]) -> float | None:
+    """The published formulas, term by term, over all pairs of sections."""
+    both = list(annotators)
+    length, every = both[0][-1].end, [section for sections in both for section in sections]
+    observed = 0.0
+    for g, h in [*product(both[0], both[1]), *product(both[1], both[0])]:
+        if g.is_unit and h.is_unit and -g.length < g.start - h.start < h.length:
+            observed += (g.start - h.start) ** 2 + (g.start + g.length - h.start - h.length) ** 2
+        elif g.is_unit and not h.is_unit and h.length - g.length >= g.start - h.start >= 0:
+            observed += g.length**2
+        elif h.is_unit and not g.is_unit and g.length - h.length >= h.start - g.start >= 0:
+            observed += h.length**2
+    units, gaps = ([each for each in every if each.is_unit is wanted] for wanted in (True, False))
+    expected = 0.0
+    for g in units:
+        expected += (len(units) - 1) / 3 * (2 * g.length**3 - 3 * g.length**2 + g.length)
+        expected += g.length**2 * sum(h.length - g.length + 1 for h in gaps if h.length >= g.length)
+    if not expected:
+        return None
+    expected *= 2 / length
+    expected /= 2 * length * (2 * length - 1) - sum(g.length * (g.length - 1) for g in units)
+    return 1 - observed / (2 * length**2) / expected
+
+
+def test_alpha_u_is_that_of_the_textbook_and_of_a_slow_oracle() -> None:
+    # Krippendorff 2004, p. 254: a text from 150 to 450, the category c; D_o = 0.0144, D_e = 0.0532.
+    first = sections_of(300, (75, 70), (220, 30))
+    second = sections_of(300, (70, 80), (205, 20), (250, 20))
+    assert krippendorff_alpha_u(first, second) == pytest.approx(0.7286, abs=1e-4)
+    same = sections_of(300, (30, 60), (150, 50))
+    assert krippendorff_alpha_u(same, same) == 1
+    # By hand: "two three" against "three four" in five words. Both ends differ by 1: D_o = 2 (1 + 1) / (2 * 25) = 0.08.
+    # Each unit has 1/3 (16 - 12 + 2) = 2 and 4 times one place in two gaps: D_e = 2/5 * 2 (2 + 8) / (10 * 9 - 2 * 2).
+    first, second = sections_of(5, (1, 2)), sections_of(5, (2, 2))
+    assert krippendorff_alpha_u(first, second) == pytest.approx(1 - 0.08 / (8 / 86))
+    draw = random.Random(0)
+    for _ in range(200):
+        length = draw.randint(1, 40)
+        pair = []
+        for _ in range(2):
+            ends = sorted(draw.sample(range(length + 1), draw.randint(0, min(6, length + 1)) // 2 * 2))
+            pair.append(
+                sections_of(length, *((a, b - a) for a, b in zip(ends[::2], ends[1::2], strict=True)))
+            )
+        found = krippendorff_alpha_u(*pair)
+        assert found == krippendorff_alpha_u(*reversed(pair))
+        assert found == (None if (slow := slow_alpha_u(pair)) is None else pytest.approx(slow, abs=1e-12))
+    assert krippendorff_alpha_u([], []) is krippendorff_alpha_u(*[sections_of(4)] * 2) is None
+
+
 def test_nothing_shared_and_nothing_to_distinguish_give_no_figure() -> None:
     assert cohen_kappa([], []) is fleiss_kappa([]) is krippendorff_alpha([]) is pabak([], [], 3) is None
     assert cohen_kappa("aa", "aa") is fleiss_kappa(["aa"]) is krippendorff_alpha(["aa", "a"]) is None
@@ -130,6 +197,9 @@ def test_spans_words_confusions_and_time_by_hand() -> None:
     assert (pair["targets"], pair["spans"]) == (2, 2)
     assert pair["cause_turn_f1"] == pytest.approx(2 * 2 / 5)
     assert (pair["exact"], pair["token_f1"]) == (0.5, pytest.approx((1 + 0.5) / 2))
+    # The text of alpha_U: the four words of turn 1 for target 1, then these and the two words of turn 2 for target 2.
+    ann_units, ben_units = sections_of(10, (0, 2), (5, 2), (9, 1)), sections_of(10, (0, 2), (6, 2))
+    assert pair["alpha_u"] == pytest.approx(slow_alpha_u([ann_units, ben_units]))
     # Target 1 has the four words of turn 1, target 2 these and the two words of turn 2.
     words = ["TTT", "TTF", "FFF", "FFF", "FFF", "TFF", "TTF", "FTF", "FFF", "TFT"]
     assert found.words == len(words)
