@@ -9,6 +9,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from kdecs import strict_yaml
 from kdecs.artifact import content_checksum
 from kdecs.baselines.config import BaselineConfig, MrcConfig, type_of_config
 from kdecs.baselines.generative.config import GenerativeConfig
@@ -308,6 +309,50 @@ def test_yaml_that_loses_or_hides_something_is_refused_in_one_line(
     with pytest.raises(ConfigError) as caught:
         read_yaml(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_json_is_read_as_yaml_would_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a faster reader, which leaves to YAML what it would read otherwise and what is refused."""
+    texts = [
+        *(
+            "{}",
+            '{"a": 1}\n',
+            '{"a": 1} # a comment',
+            '{"a": 1} x',
+            "{a: 1}",
+            "[1]",
+            '{"a": 01}',
+            '{"a": .5}',
+        ),
+        '{"a": -0, "b": 1E+3, "c": 1.50, "d": 12345678901234567890, "e": 1e400, "f": [null, true, {}], "": ""}',
+        '{"a": "no", "b": "2024-01-01", "c": "1e-5", "<<": "a merge", "d": "\\u00e9 \\n \\/ né"}',
+        *(
+            '{"a": NaN}',
+            '{"a": -Infinity}',
+            f'{{"a": {"9" * 5000}}}',
+            '{"a": ' + "[" * 3000 + "]" * 3000 + "}",
+        ),
+        *('{"a": "\x7f"}', '{"a": "\u2028 b"}', '{"a": "two\nlines"}', '{"a": "b \x85 c"}'),
+        *('{"a": 1, "a": 2}', '{"x": {"a": 1, "a": 2}}', '{"<<": {"a": 1}, "a": 2}'),
+        *(
+            '{"a.b": 1, "a": {"b": 2}}',
+            '{"x": {"a": {"b.c": 1}, "a.b": {"c": 2}}}',
+            '{"a.b": 1, "a": {"c": 2}}',
+        ),
+    ]
+
+    def read(text: str) -> str:
+        try:
+            return repr(strict_yaml.parse_yaml(text))
+        except strict_yaml.Unreadable as error:
+            return str(error)
+
+    found = [read(text) for text in texts]
+    with monkeypatch.context() as without:
+        without.setattr(strict_yaml, "_json_mapping", lambda text: json.loads(""))
+        assert found == [read(text) for text in texts]
+    monkeypatch.setattr(strict_yaml, "_Loader", None)
+    assert strict_yaml.parse_yaml('{"a": {"b.c": [1]}}') == ({"a": {"b.c": [1]}}, False)
 
 
 def test_anchors_and_merge_keys_keep_working(tmp_path: Path) -> None:
