@@ -333,7 +333,7 @@ class RankWatch:
             self._selector.unregister(peer.link)
             peer.close()
 
-    def _lose(self, peer: "_Peer", how: str, *, grace_s: float = _GRACE_S) -> None:
+    def _lose(self, peer: "_Peer", how: str, *, grace_s: float | None = None) -> None:
         if peer.link is None:
             self.peers.pop(peer.rank, None)
         else:
@@ -353,10 +353,10 @@ class RankWatch:
         for peer in list(self.peers.values()):
             peer.send(f"{'lost' if self._is_resumable else 'erred'} {reason}")
 
-    def _tell(self, reason: str, *, grace_s: float = _GRACE_S) -> None:
+    def _tell(self, reason: str, *, grace_s: float | None = None) -> None:
         if self.reason is None:
             self.reason = reason
-        self._ends_at = min(self._ends_at, time.monotonic() + grace_s)
+        self._ends_at = min(self._ends_at, time.monotonic() + (self._GRACE_S if grace_s is None else grace_s))
         self._is_known.set()
 
     def _end(self, line: str) -> NoReturn:
