@@ -606,8 +606,10 @@ def file_faults(
 
 def _in_threads(action: Callable[[_Given], _Made], items: Sequence[_Given]) -> list[_Made]:
     """The results of an action that hashes a file, in the order of the items, several files at a time."""
-    # At least one: an artifact may list no files, and a pool of no threads is refused.
-    with ThreadPoolExecutor(max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(items)))) as pool:
+    # A thread costs more than a small file, and most artifacts that are looked at have few files or one that matters.
+    if len(items) < 2:
+        return [action(item) for item in items]
+    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(items))) as pool:
         return list(pool.map(action, items))
 
 

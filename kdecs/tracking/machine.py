@@ -5,6 +5,7 @@ system.jsonl       one JSON object per sample: time (unix s) and the load of the
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -12,9 +13,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -43,15 +45,21 @@ def environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpus": len(os.sched_getaffinity(0)),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "packages": {},
+        "packages": dict(_versions()),
     }
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found["packages"][package] = version(package)
     cuda = _cuda()
     if cuda is not None:
         found["gpu"] = cuda.get_device_name(0)
     return found
+
+
+@functools.cache  # a process has imported one version of each, and a sweep asks for every trial
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return MappingProxyType(found)
 
 
 def _cuda() -> Any:
