@@ -85,13 +85,14 @@ demo: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" RECCON="$(RECCON)" launch/demo.sh "$(RUN)"
 
 # In memory where there is room: the tests' databases and checkpoints wait for a disk thousands of times.
+IN_MEMORY := free=$$(df --output=avail -k /dev/shm 2> /dev/null | tail -n 1); \
+	if [ "$${free:-0}" -gt 4000000 ]; then export PYTEST_DEBUG_TEMPROOT=/dev/shm; fi;
+
 test: $(SETUP)
-	@free=$$(df --output=avail -k /dev/shm 2> /dev/null | tail -n 1); \
-	if [ "$${free:-0}" -gt 4000000 ]; then export PYTEST_DEBUG_TEMPROOT=/dev/shm; fi; \
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"
+	@$(IN_MEMORY) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not cluster"
 
 test-slow: $(SETUP)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster" --ignore tests/cluster
+	@$(IN_MEMORY) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not cluster" --ignore tests/cluster
 
 # CLUSTER=quick: only the short scenarios, side by side, which CI runs. Where nothing may be installed, it says so in one
 # line and leaves them out. The limit bounds what a hang costs; the scenarios take a third of it on two idle cores.

@@ -12,6 +12,26 @@ import pytest
 
 SLOW_TIMEOUT_S = 1800
 ROOT = Path(__file__).resolve().parent.parent
+# The files with the most seconds, so that no worker begins with one of them while the other has nothing left to do: of
+# the long tests first, then of the default ones. `--durations 0` shows the seconds; only the order of size matters.
+LONGEST = (
+    "tests/test_end_to_end.py",
+    "tests/sweep/test_real_ray.py",
+    "tests/soft_labels/test_interleavings.py",
+    "tests/campaign/test_sweep_faults.py",
+    "tests/student/test_modes.py",
+    "tests/teacher/test_plan_command.py",
+    "tests/student/test_onnx.py",
+    "tests/sweep/test_driver.py",
+    "tests/teacher/test_plan_memory.py",
+    "tests/sweep/test_report.py",
+    "tests/sweep/test_selection.py",
+    "tests/sweep/test_endings.py",
+    "tests/teacher/test_adapter_kinds.py",
+    "tests/student/test_trees.py",
+    "tests/teacher/test_load_checks.py",
+    "tests/teacher/test_tree_attention.py",
+)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Tiny networks gain nothing from threads, and two workers would fight for the cores. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,14 +41,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# No garbage is collected while the libraries are imported, by conftest files or tests. Nearly all that they make lives
+# until the end, and looking through it takes half of the processor time of an import, again and again.
+gc.disable()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect garbage neither while the libraries are imported nor in what they made.
-
-    Nearly all of it lives until the end, and looking through it takes half of the processor time of an import, again
-    and again; every full collection of a test would look through it, too.
-    """
-    gc.disable()
+    """Collect garbage again once all tests are imported, but not in what they made, for the same reason."""
     try:
         return (yield)
     finally:
@@ -37,7 +57,9 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests their time limit."""
+    """Put the longest files first, and give slow tests their time limit."""
+    places = {ROOT / path: place for place, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
@@ -51,6 +73,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     time would take far longer than one after the other.
     """
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # by the number of tests, which says nothing of their length
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
