@@ -1,6 +1,7 @@
 """Tiny bases of the three families, made by the project's own pretraining in a few steps."""
 
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from kdecs.process import StopSignal
 from kdecs.runtime import Runtime, process_group
 from kdecs.teacher.config import ModelConfig, TeacherConfig
 from kdecs.teacher.families import Family, make_family
+from kdecs.teacher.network import meta_network
+from kdecs.teacher.plan import search
+from kdecs.teacher.plan.activations import Activations, ActivationTracer, Shape
 
 sys.path.insert(0, str(Path(__file__).parent))  # for many_starts, which a launcher starts too
 
@@ -104,6 +108,34 @@ def some_pairs() -> list[Pair]:
 def group(runtime: Runtime) -> Iterator[None]:
     """A process group of one, as every start of a single process makes it."""
     with process_group(runtime, single=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def planned_once() -> Iterator[None]:
+    """Plans of one teacher share its networks on the meta device and their traces, which take most of a plan's time."""
+    made: dict[object, Any] = {}
+
+    def once(key: object, make: Callable[[], Any]) -> Any:
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    class Tracer(ActivationTracer):
+        def memory(self, shape: Shape, *, checkpointing: bool) -> Activations:
+            key = (id(self), pickle.dumps(shape), checkpointing)
+            return once(key, lambda: super(Tracer, self).memory(shape, checkpointing=checkpointing))
+
+    def whole(config: Any, lora: Any) -> Any:
+        return once((config.to_json_string(), repr(lora)), lambda: meta_network(config, lora))
+
+    def traced(config: Any, lora: Any, **options: Any) -> Tracer:
+        key = (config.to_json_string(), repr(lora), repr(options))
+        return once(key, lambda: Tracer(config, lora, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "meta_network", whole)
+        patch.setattr(search, "ActivationTracer", traced)
         yield
 
 

@@ -2,10 +2,9 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +20,14 @@ from kdecs.errors import KdecsError
 from kdecs.process import exit_code_of
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.metering import peak_flops
-from kdecs.teacher.plan.activations import Activations, ActivationTracer, Shape
+from kdecs.teacher.plan.activations import Shape
 from kdecs.teacher.plan.hardware import GPUS, gpu_of_device
 from kdecs.teacher.plan.planning import DEFAULT_GPU, PlanRequest, dry_run, gpu_here, make_plan
 from kdecs.teacher.plan.search import Planner, Speed, Training, full_tree
 from kdecs.teacher.plan.shapes import resolve_architecture
 from kdecs.teacher.plan.workload import CountedPrompts, estimated_prompts, measure_workload
+
+pytestmark = pytest.mark.usefixtures("planned_once")
 
 
 def run_plan(*arguments: str) -> int:
@@ -37,26 +38,8 @@ def run_plan(*arguments: str) -> int:
         return int(error.code or 0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Traces of the network take most of a plan's time; plans of one network and micro-batch share theirs here."""
-    found: dict[bytes, Activations] = {}
-    trace = ActivationTracer.memory
-
-    def memory(self: ActivationTracer, shape: Shape, *, checkpointing: bool) -> Activations:
-        of = (self.config.to_dict(), self.lora, self.dtype, self.attention, shape, checkpointing)
-        key = pickle.dumps(of)
-        if key not in found:
-            found[key] = trace(self, shape, checkpointing=checkpointing)
-        return found[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ActivationTracer, "memory", memory)
-        yield
-
-
 @pytest.fixture(scope="module")
-def llama_7b() -> dict[str, Any]:
+def llama_7b(planned_once: None) -> dict[str, Any]:
     """The plan of the documentation's example, as JSON has it."""
     return make_plan(PlanRequest("llama-7b", gpus=4, gpu_memory_gib=40)).as_record()
 

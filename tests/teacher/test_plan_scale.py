@@ -19,8 +19,8 @@ BUDGET = "batches.micro_batch_tokens=4096"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_plans() -> Iterator[None]:
-    """Traces of the network take most of a plan's time, and how much memory they find is no matter here."""
+def quick_plans(planned_once: None) -> Iterator[None]:
+    """How much memory a network's traces find is no matter here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ActivationTracer, "memory", lambda *_, **__: Activations(10**9, 10**8, 1000))
         patch.setattr(scale, "_EVENTS", 20_000)
