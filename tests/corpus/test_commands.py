@@ -11,9 +11,11 @@ import pytest
 from support import child_environment
 from typer.testing import CliRunner
 
+from kdecs.cli import app as cli
 from kdecs.corpus.commands import app
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import CorpusError
+from kdecs.process import exit_code_of
 
 RECCON = Path(os.environ.get("KDECS_RECCON", Path(__file__).parents[2].parent / "shared" / "reccon"))
 needs_reccon = pytest.mark.skipif(not RECCON.is_dir(), reason="the RECCON files are not here (KDECS_RECCON)")
@@ -232,25 +234,37 @@ def test_commands_start_without_heavy_imports():
 
 
 def kdecs(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "kdecs.cli", *(str(argument) for argument in arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_what_is_sound_exits_with_0():
+def kdecs_here(*arguments: object) -> int:
+    """The exit code of the same command in this process, which has imported what it needs."""
+    try:
+        return exit_code_of(lambda: cli([str(argument) for argument in arguments]))
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_what_is_sound_exits_with_0(capfd):
     done = kdecs("corpus", "verify", bundled_sample("test"))
     assert (done.returncode, done.stderr) == (0, "")
+    assert kdecs_here("corpus", "verify", bundled_sample("test")) == 0
+    assert capfd.readouterr() == (done.stdout, "")
 
 
-@pytest.mark.parametrize("command", [("corpus", "verify"), ("corpus", "stats"), ("corpus", "pairs")])
-def test_what_is_refused_exits_with_1_and_one_line(tmp_path, command):
+def test_what_is_refused_exits_with_1_and_one_line(tmp_path, capfd):
     broken = tmp_path / "broken.json"
     broken.write_text('{"tr_1": [[{"turn": 1, "speaker": "A", "utterance": "a", "emotion": "bliss"}]]}')
-    for path in (broken, tmp_path / "nowhere.json"):
-        done = kdecs(*command, path)
-        assert done.returncode == 1
-        assert done.stderr.startswith("kdecs: error: ")
-        assert len(done.stderr.splitlines()) == 1
-        assert str(path) in done.stderr
+    for command in ("verify", "stats", "pairs"):
+        for path in (broken, tmp_path / "nowhere.json"):
+            assert kdecs_here("corpus", command, path) == 1
+            error = capfd.readouterr().err
+            assert error.startswith("kdecs: error: ") and len(error.splitlines()) == 1
+            assert str(path) in error
+    done = kdecs("corpus", command, path)
+    assert (done.returncode, done.stderr) == (1, error)
 
 
 def test_a_refusal_is_one_line_where_the_corpus_has_notes_too(tmp_path):
@@ -268,22 +282,40 @@ def test_a_refusal_is_one_line_where_the_corpus_has_notes_too(tmp_path):
 
 def test_usage_errors_exit_with_2():
     assert kdecs("corpus", "verify").returncode == 2
-    assert kdecs("evaluate", "--corpus", bundled_sample("test")).returncode == 2
-    assert kdecs("corpus", "pairs", bundled_sample("test"), "--universe", "none").returncode == 2
+    for arguments in (
+        ("corpus", "verify"),
+        ("evaluate", "--corpus", bundled_sample("test")),
+        ("corpus", "pairs", bundled_sample("test"), "--universe", "none"),
+    ):
+        assert kdecs_here(*arguments) == 2
 
 
-@pytest.mark.parametrize("command", ["", "corpus", "corpus stats", "evaluate", "compare"])
-def test_help_imports_little(command):
+HELPS = r"""
+import sys
+from kdecs.cli import main
+
+for command in sys.argv[1].split(","):
+    sys.argv = ["kdecs", *command.split(), "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, end="\0")
+print(*sys.modules, file=sys.stderr)
+"""
+
+
+def test_help_imports_little():
     """How long a start takes is how much it imports: a time would be the machine's."""
-    code = (
-        "import sys; from kdecs.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-    )
-    arguments = [*command.split(), "--help"]
+    commands = ["", "corpus", "corpus stats", "evaluate", "compare"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", HELPS, ",".join(commands)], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0
-    assert "xample" in done.stdout or " " not in command
+    assert done.returncode == 0, done.stderr
+    *pages, rest = done.stdout.split("\0")
+    for command, page in zip(commands, pages, strict=True):
+        assert page.endswith("0"), "its exit code"
+        assert "xample" in page or " " not in command
+    assert not rest
     imported = done.stderr.split()
     assert len(imported) < 800, "590 modules take 0.3 s on an idle machine"
     heavy = {"torch", "transformers", "scipy", "matplotlib", "ray", "mlflow", "pyarrow", "pandas"}

@@ -28,6 +28,11 @@ def run_command(config: ExportConfig, folder: Path) -> int:
     """The exit code of `launch/export_soft_labels.py --config FILE`; the file is written into a folder."""
     path = folder / "export.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return run_script(path)
+
+
+def run_script(path: Path) -> int:
+    """The exit code of `launch/export_soft_labels.py --config PATH`."""
     scoring = ModuleType("kdecs.teacher.scoring")
     scoring.TeacherScorer = StandInScorer  # type: ignore[attr-defined]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

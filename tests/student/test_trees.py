@@ -94,7 +94,7 @@ def test_a_tree_gives_what_trunk_and_branch_give_alone(base, dialogues, variant,
     encoder = TreeEncoder(load_tokenizer(base), 128, variant)
     pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
     generator = np.random.default_rng(0)
-    chosen = generator.choice(len(pairs), size=24, replace=False)
+    chosen = generator.choice(len(pairs), size=12, replace=False)
     # Encoded together, so that the pairs of a target share their trunk, then taken in any order.
     encoded = list(encoder.encode(pairs))
     batch = encoded_batch([encoded[index] for index in chosen], pad_id=1)

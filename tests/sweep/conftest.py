@@ -15,6 +15,7 @@ from kdecs.corpus.reading import bundled_sample
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.driver import run_sweep
+from kdecs.sweep.selection.choose import select_student
 from kdecs.sweep.space import trials_directory
 from kdecs.sweep.trial import run_trial
 from kdecs.tracking.mlflow import Tracker
@@ -170,19 +171,22 @@ def asked():
     return RuleStudent.asked
 
 
-@pytest.fixture
-def _rule_students(monkeypatch):
+def predict_by_rule(patch):
+    """Put the distance rule in the place of every student and baseline, and a word in that of the registry."""
     from kdecs.baselines.mrc.prediction import MrcBaseline
     from kdecs.baselines.prediction import Baseline
     from kdecs.student.predict.predictor import Student
 
     RuleStudent.asked.clear()
-    monkeypatch.setattr(Baseline, "from_pretrained", lambda directory, device, knowledge: RuleStudent())
-    monkeypatch.setattr(MrcBaseline, "from_pretrained", lambda directory, device, emotions: RuleStudent())
-    monkeypatch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
-    monkeypatch.setattr(
-        "kdecs.sweep.selection.choose.register_student", lambda *a, **k: "kdecs-student version 1"
-    )
+    patch.setattr(Baseline, "from_pretrained", lambda directory, device, knowledge: RuleStudent())
+    patch.setattr(MrcBaseline, "from_pretrained", lambda directory, device, emotions: RuleStudent())
+    patch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
+    patch.setattr("kdecs.sweep.selection.choose.register_student", lambda *a, **k: "kdecs-student version 1")
+
+
+@pytest.fixture
+def _rule_students(monkeypatch):
+    predict_by_rule(monkeypatch)
 
 
 @pytest.fixture
@@ -205,3 +209,26 @@ def finished_once(tmp_path_factory):
 def finished(finished_once, tmp_path, _rule_students):
     """The directory of such a sweep, for one test alone; its labels are those of all."""
     return shutil.copytree(finished_once / "sweep", tmp_path / "finished" / "sweep")
+
+
+@pytest.fixture(scope="session")
+def selected_once(finished_once, tmp_path_factory):
+    """The directory of such a sweep with a selected student, not to be changed."""
+    sweep = shutil.copytree(finished_once / "sweep", tmp_path_factory.mktemp("selected") / "sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "sync", lambda *arguments, **values: True)
+        predict_by_rule(patch)
+        select_student(sweep)
+    return sweep
+
+
+@pytest.fixture
+def selected(selected_once, tmp_path, _rule_students):
+    """The directory of a sweep with a selected student, for one test alone."""
+    return shutil.copytree(selected_once, tmp_path / "selected" / "sweep")
+
+
+@pytest.fixture
+def _coarse_figures(monkeypatch):
+    """Figures of a sixteenth of the dots, which are drawn sooner and hold the same."""
+    monkeypatch.setattr("kdecs.sweep.report.figures._DPI", 40)

@@ -19,6 +19,7 @@ from kdecs.sweep.space import trials_directory
 from kdecs.sweep.status import TrialNote
 from kdecs.tracking.mlflow import Tracker
 
+pytestmark = pytest.mark.usefixtures("_coarse_figures")
 TWO_TRIALS = {"optimization.seed": {"grid": [0, 1]}, "teacher": {"grid": ["t5-tiny"]}}
 
 

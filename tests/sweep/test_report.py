@@ -27,10 +27,12 @@ from kdecs.sweep.selection.pick import Pick
 from kdecs.sweep.selection.record import rank_settings
 from kdecs.sweep.status import read_results
 
+pytestmark = pytest.mark.usefixtures("_coarse_figures")
+
 
 @pytest.fixture(scope="module")
 def reported(finished_once, tmp_path_factory):
-    """A finished sweep with its report, before any selection; not to be changed."""
+    """A finished sweep with its report at its full size, before any selection; not to be changed."""
     sweep = shutil.copytree(finished_once / "sweep", tmp_path_factory.mktemp("reported") / "sweep")
     write_report(sweep)
     return sweep
@@ -61,8 +63,6 @@ def test_report_has_its_figures_and_scores(finished, reported):
 def test_a_report_that_is_killed_amid_its_figures_is_unfinished_and_keeps_them_whole(
     reported, tmp_path, monkeypatch
 ):
-    from kdecs.sweep.report import figures
-
     sweep = shutil.copytree(reported, tmp_path / "sweep")
     digest = read_manifest(sweep, "sweep").config_hash
     assert is_report_of(sweep, digest)
@@ -127,7 +127,7 @@ def test_latex_table_compiles_to_its_parts(reported):
     assert latex_escaped("a~b^") == "a\\textasciitilde{}b\\textasciicircum{}"
 
 
-def test_ablation_has_significance(finish, make_labels, runs):
+def test_ablation_has_significance(finish, make_labels, runs, undrawn):
     sweep = finish(
         teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
         variants={"KD-ECS": {}, "w/o KD": {"distillation.mode": "joint"}},
@@ -228,14 +228,13 @@ def test_tables_of_the_paper_have_published_figures_rules_and_ours(finish, make_
 
 
 def test_a_sweep_on_cause_utterances_fills_the_other_half_of_table_4(
-    finished, finish, make_config, runs, undrawn
+    selected, finish, make_config, runs, undrawn
 ):
     student = {**make_config().student, "task": "ecpe"}
     ecpe = finish(output=str(runs / "ecpe"), student=student, space={"teacher": {"grid": ["llama-tiny"]}})
-    for sweep in (finished, ecpe):
-        select_student(sweep)
-    write_report(finished, [ecpe])
-    rows = table_of(finished / "report" / "table4.csv")
+    select_student(ecpe)
+    write_report(selected, [ecpe])
+    rows = table_of(selected / "report" / "table4.csv")
     halves = "spans (ECSPE): macro_f1", "cause utterances (ECPE): utterance_macro_f1"
     by_name = {row["system"]: tuple(row[half] for half in halves) for row in rows}
     assert by_name["KD-ECS"] == ("74.16", "76.69") and by_name["UECA"] == ("", "73.92")
@@ -244,21 +243,19 @@ def test_a_sweep_on_cause_utterances_fills_the_other_half_of_table_4(
     assert by_name["j >= i-1 (test)"] == (spans, utterances), "our students predict by this rule here"
     assert spans and utterances and spans != utterances
     assert [row["source"] for row in rows] == ["paper"] * 10 + ["trivial rule"] * 4 + ["ours"]
-    manifest = read_manifest(finished / "report", "report")
+    manifest = read_manifest(selected / "report", "report")
     assert manifest.inputs["beside.small"] == read_manifest(ecpe, "sweep").config_hash
     damaged = ecpe / "baselines.json"
     damaged.write_text("{}")
     with pytest.raises(ArtifactError, match=re.escape(str(damaged))):
-        write_report(finished, [ecpe])
+        write_report(selected, [ecpe])
 
 
-def test_figures_of_studies_show_test_beside_validation(finished, monkeypatch):
+def test_figures_of_studies_show_test_beside_validation(selected):
     """Pos F1 as in the paper, and how the teachers were trained, as far as their labels lead to it."""
-    monkeypatch.setattr(figures, "_DPI", 40)
-    select_student(finished)
-    score_settings(finished)
-    write_report(finished)
-    first, second = table_of(finished / "report" / "teachers.csv")
+    score_settings(selected)
+    write_report(selected)
+    first, second = table_of(selected / "report" / "teachers.csv")
     assert float(first["valid_positive_f1"]) == pytest.approx(68.15 - 15)
     assert float(first["test_positive_f1"]) == float(second["test_positive_f1"]) > 0
     assert "learning_rate" not in first, "made-up labels lead to no teacher"
@@ -266,7 +263,6 @@ def test_figures_of_studies_show_test_beside_validation(finished, monkeypatch):
 
 def test_each_budget_has_a_figure_of_shares(finish, make_labels, runs, monkeypatch):
     """Equal epochs, in which KD takes more steps, and equal steps; the lines of the two are never mixed."""
-    monkeypatch.setattr(figures, "_DPI", 40)
     for name in ("leaderboard", "alpha_temperature", "teacher", "spread", "curves", "time"):
         monkeypatch.setattr(page, f"{name}_figure", lambda *arguments: None)
     sweep = finish(
@@ -358,7 +354,6 @@ def test_names_of_every_kind_are_names_in_figures_tables_and_on_the_terminal(
         return draw(text, renderer, *arguments, **options)
 
     monkeypatch.setattr(Text, "draw", noted)
-    monkeypatch.setattr(figures, "_DPI", 40)  # faster, and what is drawn stays the same
     print_selection(sweep, select_student(sweep))
     page = write_report(sweep)
     out, err = capfd.readouterr()
@@ -384,7 +379,7 @@ def test_a_label_is_one_short_line_that_no_legend_drops(name, shown):
     assert figure_label(name) == shown and len(shown) <= 48
 
 
-def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels, runs):
+def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels, runs, undrawn):
     sweep = finish(
         teachers={"llama-tiny": str(make_labels(runs / "other" / "llama-tiny"))},
         variants={"given": {"model.given_emotions": "coarse"}},

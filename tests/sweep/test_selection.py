@@ -72,18 +72,18 @@ def test_winner_is_scored_on_test_once(finished, asked):
     assert asked == ["valid"] * 4 + ["test"], "two settings of two seeds, then the winner on test"
 
 
-def test_emotions_that_were_given_are_no_score(finished, capsys):
-    record = select_student(finished)
-    config = load_config(StudentConfig, finished / record.winner.directory / "config.json")
+def test_emotions_that_were_given_are_no_score(selected, capsys):
+    record = read_selection(selected)
+    config = load_config(StudentConfig, selected / record.winner.directory / "config.json")
     given = config.model_copy(update={"model": config.model.model_copy(update={"given_emotions": "fine"})})
     assert scores_of_student(record.test, config) == record.test
     scores = scores_of_student(record.test, given)
     assert scores.keys() >= {"macro_f1", "exact_match", "baselines"}
     assert not [key for key in scores if key.startswith(("emotion_accuracy", "strict_"))]
     record = record.model_copy(update={"test": scores})
-    print_selection(finished, record)
+    print_selection(selected, record)
     assert "emotion accuracy" not in capsys.readouterr().out
-    card = model_card(finished, record, given)
+    card = model_card(selected, record, given)
     assert "| emotion accuracy |" not in card and "| macro F1 |" in card
 
 
@@ -145,20 +145,19 @@ def test_a_kill_while_test_is_read_leaves_it_open(finished, monkeypatch):
     assert select_student(finished).test_opened_at == left.test_opened_at
 
 
-def test_a_record_is_read_and_written_byte_for_byte(finished):
-    select_student(finished)
-    score_settings(finished)
-    text = (finished / "selection.json").read_text()
+def test_a_record_is_read_and_written_byte_for_byte(selected):
+    score_settings(selected)
+    text = (selected / "selection.json").read_text()
     record = SelectionRecord.model_validate_json(text)
     assert json.dumps(record.as_json(), indent=2, sort_keys=True) + "\n" == text
     assert list(json.loads(text)) == sorted(SelectionRecord.model_fields)
 
 
-def test_a_record_of_an_earlier_version_gets_its_comparisons(finished):
-    record = select_student(finished)
+def test_a_record_of_an_earlier_version_gets_its_comparisons(selected):
+    record = read_selection(selected)
     earlier = {key: value for key, value in record.as_json().items() if key not in ("runner_up", "variants")}
-    (finished / "selection.json").write_text(json.dumps({**earlier, "registered": None}))
-    assert select_student(finished) == record
+    (selected / "selection.json").write_text(json.dumps({**earlier, "registered": None}))
+    assert select_student(selected) == record
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"test": null}'])
@@ -179,12 +178,11 @@ def test_a_damaged_record_is_refused_in_one_line(finished, text):
         ("runner_up", {"label": "a", "against": "b", "tests": {}}),
     ],
 )
-def test_a_record_that_says_half_is_refused_in_one_line(finished, key, value):
-    select_student(finished)
-    path = finished / "selection.json"
+def test_a_record_that_says_half_is_refused_in_one_line(selected, key, value):
+    path = selected / "selection.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ArtifactError, match="the test split may have been opened") as caught:
-        read_selection(finished)
+        read_selection(selected)
     assert "\n" not in str(caught.value)
 
 
@@ -208,13 +206,12 @@ def test_results_that_cannot_be_ranked_or_drawn_are_refused(finished, monkeypatc
     assert "\n" not in str(caught.value)
 
 
-def test_test_opened_for_another_state_is_refused(finished):
-    select_student(finished)
-    path = finished / "selection.json"
+def test_test_opened_for_another_state_is_refused(selected):
+    path = selected / "selection.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "sweep": "0" * 64}))
     with pytest.raises(ArtifactError, match="the test split was opened on"):
-        select_student(finished)
+        select_student(selected)
 
 
 def test_unfinished_sweep_is_refused(finished):
@@ -259,12 +256,12 @@ def test_forged_results_are_refused_in_one_line(finished, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_winner_of_no_trial_is_refused(finished):
-    record = select_student(finished).as_json()
+def test_a_winner_of_no_trial_is_refused(selected):
+    record = read_selection(selected).as_json()
     record["winner"]["id"] = "../../elsewhere"
-    (finished / "selection.json").write_text(json.dumps(record))
+    (selected / "selection.json").write_text(json.dumps(record))
     with pytest.raises(ArtifactError, match=r"winner .* is no trial of this sweep"):
-        select_student(finished)
+        select_student(selected)
 
 
 def test_a_table_scores_the_chosen_seed_of_each_setting_once(finished, asked, monkeypatch, capsys):

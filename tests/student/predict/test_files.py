@@ -106,13 +106,13 @@ def test_a_long_dialogue_is_encoded_within_its_reach(base, monkeypatch):
     assert first > 100 and tokens < 60
 
 
-def test_five_hundred_utterances_are_bounded_by_the_distance(directory, tmp_path, capsys):
+def test_a_long_dialogue_is_bounded_by_the_distance(directory, tmp_path, capsys):
     path, output = tmp_path / "long.jsonl", tmp_path / "out.jsonl"
-    path.write_text(line_of(dialogue_of("long", 500)))
+    path.write_text(line_of(dialogue_of("long", 150)))
     predict(directory, path, output, max_distance=1, device="cpu", example=False)
     shown = capsys.readouterr()
-    assert "dialogue long has 500 utterances: --max-distance 1 leaves 999 of its 125250 pairs" in shown.err
-    assert "999 pairs of 1 dialogues" in shown.out
+    assert "dialogue long has 150 utterances: --max-distance 1 leaves 299 of its 11325 pairs" in shown.err
+    assert "299 pairs of 1 dialogues" in shown.out
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(r["target"], r["candidate"]) for r in rows[:4]] == [(1, 1), (2, 1), (2, 2), (3, 2)]
 
