@@ -16,7 +16,7 @@ export TORCH_INDEX
 # Modules are compiled once, not by each of the processes that tests and demo start: containers often forbid the files.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-browser test-all campaign bench bench-gpu check format ui sweep select study clean
+.PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-browser test-label-studio test-all campaign bench bench-gpu check format ui sweep select study clean
 
 help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-slow           the long tests: several ranks, kills, Ray"
 	@echo "make test-cluster        the tests that install Slurm, sshd, PostgreSQL and buildah (apt, as root); CLUSTER=quick: a few minutes"
 	@echo "make test-browser        the tests of the pages in Chromium (apt, as root)"
+	@echo "make test-label-studio   the way to a real Label Studio and back; installs it below .cache/, out of kdecs' environment"
 	@echo "make campaign            the whole fault campaigns (CI runs a seeded fifth of each in test-slow)"
 	@echo "make bench [BENCH=name]  side-by-side measurements; make bench-gpu: those that need CUDA"
 	@echo "make check               format, lint, types, import rules"
@@ -111,6 +112,13 @@ endif
 test-browser: $(SETUP)
 	bash tests/install_chromium.sh $(BIN)/python
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/serve/test_page_in_browser.py tests/annotate/test_review.py
+
+# Three people on a server that runs for the test alone, on loopback and with a database in a temporary folder.
+LABEL_STUDIO := .cache/label-studio
+test-label-studio: $(SETUP)
+	@PATH="$(abspath $(BIN)):$$PATH" bash tests/install_label_studio.sh $(LABEL_STUDIO)
+	@PATH="$(abspath $(BIN)):$$PATH" KDECS_LABEL_STUDIO="$(abspath $(LABEL_STUDIO))/bin/label-studio" \
+	  $(BIN)/python -m pytest -rs tests/annotate/test_label_studio_server.py
 
 test-all: test test-slow
 

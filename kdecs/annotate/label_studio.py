@@ -6,7 +6,7 @@ cause of it (`no_cause`): without either, its causes are open.
 
     {"data": {"dialogue_id": "tr_1",
               "dialogue": [{"name": "1 A", "text": "I missed the last bus ."}, …],
-              "turns": [{"value": "1 A: I missed the last bus .", "alias": "1"}, …]},
+              "turns": [{"value": "1"}, …]},
      "predictions": [{"model_version": "gpt-4o-mini", "result": [
          {"id": "emotion-1", "from_name": "emotion", "to_name": "dialogue", "type": "paragraphlabels",
           "value": {"start": "0", "end": "0", "startOffset": 0, "endOffset": 23, "paragraphlabels": ["worry"]}}, …]}]}
@@ -38,38 +38,39 @@ from kdecs.errors import ConfigError, PredictionError
 
 EMOTION, CAUSE, EFFECT, NO_CAUSE = "emotion", "cause", "effect", "no_cause"
 _UTF16 = "utf-16-le"
-_MOST_CHARACTERS = 60
-# Light, since dark text stands on them.
+# Dark enough to be read as text on white: Label Studio fills regions with a lighter shade. Red is for causes.
 _COLOURS = (
-    "#ffd591", "#b7eb8f", "#91d5ff", "#ffadd2", "#d3adf7", "#87e8de", "#fffb8f", "#ffa39e", "#adc6ff", "#eaff8f",
-    "#ffbb96", "#d9d9d9",
+    "#0958d9", "#389e0d", "#d46b08", "#531dab", "#08979c", "#c41d7f", "#7c6a00", "#1d39c4", "#5b8c00", "#ad4e00",
+    "#9254de", "#006d75", "#595959", "#eb2f96", "#3f6600", "#874d00",
 )  # fmt: skip
 # Label Studio asks the last two questions about the region that is selected, and it takes no annotation in which a
-# cause has no effect.
+# cause has no effect. They stay in sight below a long dialogue.
 _CONFIGURATION = """\
 <View>
-  <Header value="$dialogue_id" size="4"/>
-  <Header value="Emotion: mark any part of the turn that has it" size="6"/>
+  <Header value="$dialogue_id" size="5"/>
+  <Header value="Emotion of a turn" size="6"/>
   <ParagraphLabels name="emotion" toName="dialogue">
 {emotions}
   </ParagraphLabels>
-  <Header value="Cause: mark the words, select them and choose whose emotion they caused" size="6"/>
+  <Header value="Words that caused it" size="6"/>
   <ParagraphLabels name="cause" toName="dialogue">
     <Label value="cause" background="#f5222d"/>
   </ParagraphLabels>
-  <Paragraphs name="dialogue" value="$dialogue" layout="dialogue" nameKey="name" textKey="text"/>
-  <View visibleWhen="region-selected" whenTagName="cause">
-    <Header value="These words caused the emotion of" size="6"/>
-    <Choices name="effect" toName="dialogue" value="$turns" choice="multiple" perRegion="true"
-             visibleWhen="region-selected" whenTagName="cause" required="true"
-             requiredMessage="Choose for each cause whose emotion it caused."/>
-  </View>
-  <View visibleWhen="region-selected" whenTagName="emotion">
-    <Header value="If the dialogue names no cause of this emotion" size="6"/>
-    <Choices name="no_cause" toName="dialogue" choice="multiple" perRegion="true"
-             visibleWhen="region-selected" whenTagName="emotion">
-      <Choice value="no cause"/>
-    </Choices>
+  <Paragraphs name="dialogue" value="$dialogue" layout="dialogue" nameKey="name" textKey="text" showLabels="true"/>
+  <View style="position: sticky; bottom: 0; background: var(--color-neutral-background, white)">
+    <View visibleWhen="region-selected" whenTagName="cause">
+      <Header value="These words caused the emotion of turn" size="6"/>
+      <Choices name="effect" toName="dialogue" value="$turns" choice="multiple" layout="inline" perRegion="true"
+               visibleWhen="region-selected" whenTagName="cause" required="true"
+               requiredMessage="Choose for each cause the turns whose emotion it caused."/>
+    </View>
+    <View visibleWhen="region-selected" whenTagName="emotion">
+      <Header value="Does the dialogue say why?" size="6"/>
+      <Choices name="no_cause" toName="dialogue" choice="multiple" perRegion="true"
+               visibleWhen="region-selected" whenTagName="emotion">
+        <Choice value="no cause"/>
+      </Choices>
+    </View>
   </View>
 </View>
 """
@@ -103,20 +104,10 @@ def label_studio_tasks(
         data = {
             "dialogue_id": dialogue.id,
             "dialogue": [{"name": f"{u.turn} {u.speaker}", "text": u.text} for u in dialogue.utterances],
-            "turns": [
-                {"value": _choice(f"{u.turn} {u.speaker}: {u.text}"), "alias": str(u.turn)}
-                for u in dialogue.utterances
-            ],
+            "turns": [{"value": str(u.turn)} for u in dialogue.utterances],
         }
         tasks.append({"data": data, "predictions": predictions} if predictions else {"data": data})
     return tasks
-
-
-def _choice(text: str) -> str:
-    """The beginning of a turn, as a choice shows it."""
-    # Label Studio takes a word after a dollar sign for the name of a field.
-    text = " ".join(text.replace("$", "＄").split())
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1].rstrip()}…"
 
 
 def _regions(dialogue: Dialogue, annotation: Annotation) -> list[dict[str, Any]]:
@@ -361,7 +352,6 @@ def _turns(
         elif control == NO_CAUSE and result.value.choices:
             unexplained.add(turn)
         elif control == EFFECT:
-            # A browser sends the alias of a choice: the number of its turn.
             effects[result.id] = [
                 int(c) if re.fullmatch("[0-9]{1,9}", c) else 0 for c in result.value.choices
             ]

@@ -121,9 +121,9 @@ def test_words_that_cause_two_emotions_are_one_region(chat: Project) -> None:
     [task] = label_studio_tasks(chat, list(chat.dialogues.values()), [both, labels(t1=("anger", None))])
     assert [prediction["model_version"] for prediction in task["predictions"]] == ["model", "model"]
     [effect] = [item for item in task["predictions"][0]["result"] if item["from_name"] == "effect"]
-    shown = [choice["value"] for choice in task["data"]["turns"]]
-    assert effect["value"]["choices"] == [choice["alias"] for choice in task["data"]["turns"]][1:]
-    assert shown[1:] == ["2 A: I lost my job , I lost it .", "3 B: Oh no ! Again ?"]
+    assert (
+        effect["value"]["choices"] == [choice["value"] for choice in task["data"]["turns"]][1:] == ["2", "3"]
+    )
     assert [item["id"] for item in task["predictions"][0]["result"]].count(effect["id"]) == 2
     with pytest.raises(ConfigError, match="no dialogue is left"):
         label_studio_tasks(chat, [], [])
