@@ -125,6 +125,11 @@ class DialogueBatches(Config):
     # Unhashed: which dialogues are scored together moves a score by rounding alone.
     evaluation_batch_tokens: Annotated[int, Unhashed()] = Field(default=8192, ge=32)
 
+    @property
+    def size(self) -> dict[str, int]:
+        """The key that says how much a step trains on, with its value."""
+        return {"global_batch_dialogues": self.global_batch_dialogues}
+
 
 class _Training(Config):
     """What the training of every baseline has."""
@@ -150,6 +155,7 @@ class BaselineConfig(_Training):
 
     method_versions: ClassVar[dict[str, int]] = {"baseline": BASELINE_VERSION}
     kind: ClassVar[Literal["baseline"]] = "baseline"
+    is_given_emotions: ClassVar[bool] = False
     name: Name = "baseline"
     system: SystemConfig
     candidates: Annotated[CandidatesConfig, HashedUnlessDefault()] = CandidatesConfig()
@@ -179,6 +185,11 @@ class BaselineConfig(_Training):
     def system_name(self) -> str:
         """The name of the system."""
         return self.system.name
+
+    @property
+    def candidates_after(self) -> int:
+        """How many turns past its target a candidate may lie."""
+        return self.candidates.after
 
     @field_validator("system", mode="before")
     @classmethod
@@ -216,6 +227,8 @@ class MrcConfig(_Training):
 
     method_versions: ClassVar[dict[str, int]] = {"question": QUESTION_VERSION}
     kind: ClassVar[Literal["mrc"]] = "mrc"
+    is_given_emotions: ClassVar[bool] = True
+    candidates_after: ClassVar[int] = 0  # the context of a question ends with the target
     name: Name = "mrc"
     # Unhashed: the hash holds the name of the class, and configs from before this key stay the same work.
     system: Annotated[Literal["mrc"], Unhashed()] = "mrc"

@@ -188,11 +188,17 @@ class StudentBatches(Config):
     # Unhashed: which pairs are scored together moves a score by rounding alone.
     evaluation_batch_tokens: Annotated[int, Unhashed()] = Field(default=8192, ge=32)
 
+    @property
+    def size(self) -> dict[str, int]:
+        """The key that says how much a step trains on, with its value."""
+        return {"global_batch_pairs": self.global_batch_pairs}
+
 
 class StudentConfig(Config):
     """Joint training of emotions, connectives and spans with distillation (Eq. 5-13)."""
 
     method_versions: ClassVar[dict[str, int]] = {"prompt": PROMPT_VERSION}
+    kind: ClassVar[Literal["student"]] = "student"
     name: Name = "student"
     output: OutputPath
     cache: OutputPath = Field(description="tokenised corpus and label files, shared by all trials of a node")
@@ -275,7 +281,7 @@ class StudentConfig(Config):
             raise ValueError(
                 "distillation.space vocabulary needs model.priors none: priors belong to the answer words alone"
             )
-        if self.model.given_emotions != "none" and self.neutral_decision != "argmax":
+        if self.is_given_emotions and self.neutral_decision != "argmax":
             raise ValueError("neutral_decision needs predicted emotions, but model.given_emotions gives them")
         return self
 
@@ -285,6 +291,16 @@ class StudentConfig(Config):
         return super().versions | (
             {"tree_batches": TREE_BATCHES_VERSION} if self.model.layout == "tree" else {}
         )
+
+    @property
+    def is_given_emotions(self) -> bool:
+        """Whether the prompt gives the target's gold emotion, so that none is predicted."""
+        return self.model.given_emotions != "none"
+
+    @property
+    def candidates_after(self) -> int:
+        """How many turns past its target a candidate may lie."""
+        return self.candidates.after
 
     @property
     def emotion_table(self) -> dict[str, str] | None:

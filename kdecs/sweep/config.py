@@ -26,7 +26,8 @@ from kdecs.tracking.record import TrackingConfig
 BASELINES_NAME = "baselines.json"
 REPORT_FOLDER = "report"
 TrialConfig = StudentConfig | AnyBaseline
-"""What a trial trains."""
+"""What a trial trains. Each of them says what the sweep asks of all: `kind`, the artifact that a trial's directory
+becomes, `task`, `is_given_emotions`, `candidates_after`, `batches.size` and `optimization`."""
 TrialKind = Literal["student", "baseline", "mrc"]
 TRIAL_KINDS: tuple[TrialKind, ...] = ("student", "baseline", "mrc")
 MAX_POINTS = 100_000
@@ -254,11 +255,6 @@ class SweepConfig(Config):
             # Every draw would give the same points, and equal points are one trial: the number would do nothing.
             raise ValueError("search.num_samples: every key of space is a grid, so there is nothing to draw")
         return self
-
-
-def kind_of_trial(config: TrialConfig) -> TrialKind:
-    """The kind of the artifact that a trial's directory becomes."""
-    return "student" if isinstance(config, StudentConfig) else config.kind
 
 
 def load_trial_config(path: Path) -> TrialConfig:

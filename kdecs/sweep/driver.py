@@ -45,7 +45,6 @@ from kdecs.sweep.status import (
     TRIALS_NAME,
     TrialResult,
     is_trained,
-    reach_of,
     selection_metric,
     write_results,
 )
@@ -175,7 +174,7 @@ def refuse_equal_emotions(search: Search) -> None:
 
 def refuse_unequal_reaches(search: Search) -> None:
     """Raise ConfigError if trials look ahead differently far, since each is validated on the pairs within its reach."""
-    reaches = {reach_of(trial.config) for trial in search.stage().trials}
+    reaches = {trial.config.candidates_after for trial in search.stage().trials}
     # A search has no trials before its first suggestion.
     if dimension := search.config.space.get("candidates.after"):
         reaches |= set(dimension.values)
@@ -471,7 +470,9 @@ class _Sweep:
         # Students that are compared are validated on the same files, so those of the first trial stand for all.
         configs = [trial.config for trial, _ in self.search.trials().values()]
         corpus = configs[0].corpus
-        rules = rule_scores(read_split(corpus, corpus.valid), max(map(reach_of, configs)))
+        rules = rule_scores(
+            read_split(corpus, corpus.valid), max(config.candidates_after for config in configs)
+        )
         write_json(output / BASELINES_NAME, rules)
         # A student's manifest stands for its files, so the sweep's manifest is short and quick to check.
         manifests = [

@@ -340,8 +340,7 @@ def _trained_tokens(config: TrialConfig) -> float:
         # Pairs without gold labels are distilled; every other training leaves them out.
         has_all = distillation.mode == "kd" and distillation.outside_share == "distil"
         share = 1.0 if has_all else distillation.hard_share
-        longest, batch = config.model.max_prompt_tokens, config.batches.global_batch_pairs
-        layout = config.model.layout
+        longest, layout = config.model.max_prompt_tokens, config.model.layout
         number, tokens = _tokens_of_pass(config.corpus, share, config.neutral_share, longest, layout)
         if distillation.gold_repeats > 1:
             gold_share = distillation.hard_share
@@ -349,13 +348,12 @@ def _trained_tokens(config: TrialConfig) -> float:
             number += (distillation.gold_repeats - 1) * gold[0]
             tokens += (distillation.gold_repeats - 1) * gold[1]
     elif isinstance(config, MrcConfig):
-        batch = config.batches.global_batch_pairs
         number, tokens = _tokens_of_pass(config.corpus, 1.0, 0.0, config.model.max_tokens)
     else:
-        batch = config.batches.global_batch_dialogues
         number, tokens = _tokens_of_dialogues(config.corpus, by_target=config.system_name == "ueca-prompt")
     optimization = config.optimization
     if optimization.steps:
+        (batch,) = config.batches.size.values()
         return optimization.steps * batch * tokens / max(1.0, number)
     return optimization.num_epochs * tokens
 

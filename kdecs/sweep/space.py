@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kdecs.artifact import MANIFEST_NAME, read_manifest
-from kdecs.baselines.config import MrcConfig, baseline_type
+from kdecs.baselines.config import baseline_type
 from kdecs.config import config_hash, has_key, parse_config, set_dotted
 from kdecs.errors import ConfigError, printable
 from kdecs.student.config import StudentConfig
@@ -277,7 +277,7 @@ class Space:
             return None
         shown = {key: value for key, value in settings.items() if key != SEED_KEY}
         # Nobody should take its scores for those of a student that has to predict the emotions.
-        given = ["(gold emotions)"] if isinstance(baseline, MrcConfig) else []
+        given = ["(gold emotions)"] if baseline.is_given_emotions else []
         parts = [name, *given, *(f"{key.rpartition('.')[2]}={_shown(value)}" for key, value in shown.items())]
         label = printable(" ".join([*parts, f"s{baseline.optimization.seed}"]))
         digest = config_hash(baseline)

@@ -17,9 +17,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
-from kdecs.baselines.config import MrcConfig
 from kdecs.errors import ArtifactError, printable
-from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, kind_of_trial
+from kdecs.sweep.config import TRIAL_KINDS, TrialConfig
 from kdecs.sweep.control import Wanted
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY, Trial, settings_key, trials_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
@@ -165,11 +164,6 @@ _RESULTS = TypeAdapter(list[TrialResult])
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def reach_of(config: TrialConfig) -> int:
-    """How many turns past its target a trial's candidates reach; MRC looks back alone."""
-    return 0 if isinstance(config, MrcConfig) else config.candidates.after
-
-
 def selection_metric(config: TrialConfig) -> str:
     """What trials are chosen by on validation: macro F1 with spans, or of utterances if the task has no spans."""
     return "utterance_macro_f1" if config.task == "ecpe" else SELECTION_METRIC
@@ -184,7 +178,7 @@ def best_point(points: list[dict[str, Any]], metric: str = SELECTION_METRIC) -> 
 
 def is_trained(trial: Trial) -> bool:
     """Whether the trial's student or baseline is complete."""
-    return is_complete(trial.directory, kind_of_trial(trial.config), trial.config_hash)
+    return is_complete(trial.directory, trial.config.kind, trial.config_hash)
 
 
 def trial_result(

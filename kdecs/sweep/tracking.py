@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from kdecs.artifact import content_checksum
-from kdecs.baselines.config import MrcConfig
 from kdecs.config import CONFIG_NAME, files_of
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import SweepConfig, kind_of_trial
+from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import SEED_KEY, Trial, settings_key
 from kdecs.sweep.status import TrialResult
@@ -92,7 +91,7 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
     if result.is_settled:
         model = ModelRecord(
             name=trial.label,
-            kind=kind_of_trial(config),
+            kind=config.kind,
             directory=trial.directory,
             checksum=content_checksum(trial.directory)[:16],
             epoch=result.best_epoch or 0,
@@ -180,17 +179,16 @@ def _params(trial: Trial) -> dict[str, Any]:
         "base": Path(config.model.base).name,
         "learning_rate": config.optimization.learning_rate,
         **config.optimization.budget,
+        **config.batches.size,
     }
     if isinstance(config, StudentConfig):
         params |= {
             "alpha": config.distillation.alpha,
             "temperature": config.distillation.temperature,
             "mode": config.distillation.mode,
-            "global_batch_pairs": config.batches.global_batch_pairs,
         }
     else:
-        key = "global_batch_pairs" if isinstance(config, MrcConfig) else "global_batch_dialogues"
-        params |= {"system": config.system_name, key: getattr(config.batches, key)}
+        params["system"] = config.system_name
     extra = {
         key: value
         for key, value in trial.settings.items()

@@ -41,7 +41,7 @@ from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
 from kdecs.runtime import start_runtime
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, kind_of_trial, load_trial_config
+from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, load_trial_config
 from kdecs.sweep.control import wanted_of
 from kdecs.sweep.status import DIED, LOG_NAME, SELECTION_METRIC, TrialNote, read_note, trial_status
 from kdecs.tracking.machine import sampled_load, write_environment
@@ -161,7 +161,7 @@ def _train_or_skip(attempt: "_Attempt", config: TrialConfig, digest: str, report
     directory, run = attempt.directory, attempt.run
     restore_metrics(directory, digest)
     points = read_points(directory / METRICS_NAME)
-    is_trained = is_complete(directory, kind_of_trial(config), digest)
+    is_trained = is_complete(directory, config.kind, digest)
     # Epochs that this trial trained may be in MLflow already, and those of another training differ from them.
     has_own_epochs = bool(points) and not attempt.note.reused_from
     if run.reuse_students and not is_trained and not has_own_epochs and attempt.take_from_store(digest):

@@ -16,11 +16,10 @@ import torch
 from kdecs.artifact import atomic_path, write_manifest, write_text
 from kdecs.config import config_hash, write_config
 from kdecs.errors import Stopped, TrainingError
-from kdecs.sweep.config import kind_of_trial
 
 
 def score_of(config, epoch):
-    if kind_of_trial(config) != "student":
+    if config.kind != "student":
         return 70 + 0.3 * config.optimization.seed + 2 * epoch  # better than any student
     bend = 8 * (config.distillation.alpha - 0.6) ** 2 + 0.1 * (config.distillation.temperature - 2) ** 2
     teacher = 2.0 if "llama" in str(config.distillation.labels) else 0.0
@@ -51,7 +50,7 @@ def train(config, on_epoch, stop):
     print(
         f"seed {seed}: from epoch {len(points)} with {os.environ.get('OMP_NUM_THREADS')} threads", flush=True
     )
-    alpha = config.distillation.alpha if kind_of_trial(config) == "student" else None
+    alpha = config.distillation.alpha if config.kind == "student" else None
     if seed in behaviour.get("refuse", []) or alpha == behaviour.get("refuse_alpha", -1):
         raise TrainingError(f"{output}: the loss is not finite\nat step 3")
     if behaviour.get("raise_early"):
@@ -92,7 +91,7 @@ def train(config, on_epoch, stop):
     (output / "weights.bin").write_bytes(os.urandom(16))
     write_manifest(
         output,
-        kind_of_trial(config),
+        config.kind,
         config_hash=digest,
         inputs={},
         files=["config.json", "metrics.jsonl", "weights.bin"],

@@ -15,7 +15,6 @@ from kdecs.sweep.config import (
     GridSearch,
     SweepConfig,
     TeacherSource,
-    kind_of_trial,
     load_trial_config,
 )
 from kdecs.sweep.driver import run_sweep
@@ -158,7 +157,7 @@ def test_studies_set_what_they_compare(make_config):
     given = {
         t.settings["variant"]: t.config.model.given_emotions
         for t in trials_of("given_emotions")
-        if kind_of_trial(t.config) == "student"
+        if t.config.kind == "student"
     }
     assert given == {"predicted": "none", "given fine": "fine", "given coarse": "coarse"}
     trials = trials_of("data_share")
@@ -526,6 +525,34 @@ def test_a_baseline_is_a_variant_beside_the_students(make_config):
     assert make_config(variants={"KD": {}}).model_dump()["baselines"] == {}
 
 
+def test_every_kind_of_trial_says_what_a_sweep_asks_of_all(make_config):
+    config = make_config(
+        variants={
+            "KD": {"batches.global_batch_pairs": 4},
+            "given": {"model.given_emotions": "fine", "candidates.after": 1},
+        },
+        baselines={
+            "ECPE-2D": {"system": "ecpe-2d", "candidates.after": 2, "batches.global_batch_dialogues": 3},
+            "MRC": {"system": "mrc", "batches.global_batch_pairs": 8},
+        },
+        space={
+            "variant": {"grid": ["KD", "given", "ECPE-2D", "MRC"]},
+            "teacher": {"grid": ["t5-tiny"]},
+            "optimization.seed": {"grid": [0]},
+        },
+    )
+    said = [
+        (each.kind, each.is_given_emotions, each.candidates_after, each.batches.size)
+        for each in (trial.config for trial in Space(config).trials())
+    ]
+    assert said == [
+        ("student", False, 0, {"global_batch_pairs": 4}),
+        ("student", True, 1, {"global_batch_pairs": 16}),
+        ("baseline", False, 2, {"global_batch_dialogues": 3}),
+        ("mrc", True, 0, {"global_batch_pairs": 8}),
+    ]
+
+
 def test_mrc_takes_what_it_has_of_the_students_and_says_that_emotions_are_given(make_config):
     config = make_config(
         baselines={"MRC": {"system": "mrc", "negative_share": 0.5}},
@@ -541,7 +568,7 @@ def test_mrc_takes_what_it_has_of_the_students_and_says_that_emotions_are_given(
     first = trials[0].config
     assert isinstance(first, MrcConfig) and first.negative_share == 0.5 and first.optimization.epochs == 12
     assert str(first.corpus.train) == config.student["corpus"]["train"]
-    assert first.model.base == config.student["model"]["base"] and kind_of_trial(first) == "mrc"
+    assert first.model.base == config.student["model"]["base"] and first.kind == "mrc"
     trials[0].directory.mkdir(parents=True)
     write_config(first, trials[0].directory)
     assert load_trial_config(trials[0].directory / "config.json") == first

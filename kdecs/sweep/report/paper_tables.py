@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 from kdecs.artifact import write_text
-from kdecs.baselines.config import MrcConfig
 from kdecs.config import CONFIG_NAME
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, TrialConfig, load_trial_config
@@ -251,7 +250,7 @@ def _table_6(sweep: ScoredSweep) -> PaperTable | None:
             given.setdefault(config.model.given_emotions, setting)
     if not {"fine", "coarse"} <= given.keys():
         return None
-    asked = [each for each in sweep.baselines_tried if isinstance(_trial_config(sweep, each), MrcConfig)]
+    asked = [each for each in sweep.baselines_tried if _trial_config(sweep, each).is_given_emotions]
     shown = [given["fine"], given["coarse"], *asked]
     split, scores = sweep.scores_of(shown)
     fine, coarse = "fine emotion given", "coarse emotion given"

@@ -30,7 +30,6 @@ from kdecs.artifact import (
     write_json,
     write_text,
 )
-from kdecs.baselines.config import MrcConfig
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split
@@ -60,7 +59,7 @@ from kdecs.sweep.selection.record import (
     rank_settings,
 )
 from kdecs.sweep.space import VARIANT_KEY, Trial, settings_key
-from kdecs.sweep.status import TrialResult, reach_of, read_results, student_file, trial_directory
+from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
 from kdecs.sweep.tracking import TRIAL_TAG, sweep_record, sweep_records, trial_record
 from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
@@ -192,10 +191,10 @@ def compare_settings(
         for group in (first, second)
     ]
     corpus = read_split(configs[0].corpus, configs[0].corpus.valid)
-    are_given = any(_is_given_emotions(config) for config in configs)
+    are_given = any(config.is_given_emotions for config in configs)
     keys = [key for key in COMPARED if not (are_given and key == _EMOTIONS)]
     # The same rows for both: who looks less far ahead finds no cause there.
-    reach = max(map(reach_of, configs))
+    reach = max(config.candidates_after for config in configs)
 
     def sums(group: Sequence[TrialResult]) -> NDArray[np.float64]:
         """(D, K) contributions of the students' predictions, summed over seeds (kdecs.evaluation.rows)."""
@@ -305,7 +304,7 @@ def score_on_test(sweep: Path, result: TrialResult, target: Path, note_opened: C
     corpus = read_split(config.corpus, config.corpus.test)
     predictions = student.predict_pairs(corpus)
     write_predictions(target, predictions.values())
-    scores = evaluate(corpus, predictions, candidates_after=reach_of(config))
+    scores = evaluate(corpus, predictions, candidates_after=config.candidates_after)
     return OnTest(
         corpus,
         scores_of_student(scores.as_dict() | scores.values, config),
@@ -314,7 +313,7 @@ def score_on_test(sweep: Path, result: TrialResult, target: Path, note_opened: C
         distance_from_rule(
             scores.sums_by_dialogue, scores.rule_sums(), [key for key in COMPARED if key != _EMOTIONS]
         ),
-        reach_of(config),
+        config.candidates_after,
     )
 
 
@@ -345,15 +344,9 @@ def _best_student(sweep: Path, ranked: Sequence[SettingScore]) -> SettingScore:
     return found
 
 
-def _is_given_emotions(config: TrialConfig) -> bool:
-    return isinstance(config, MrcConfig) or (
-        isinstance(config, StudentConfig) and config.model.given_emotions != "none"
-    )
-
-
 def scores_of_student(scores: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
     """The scores, without those of emotions if the student was given them, which would be those of the gold."""
-    if not _is_given_emotions(config):
+    if not config.is_given_emotions:
         return scores
     return {key: value for key, value in scores.items() if key != _EMOTIONS and not key.startswith(_STRICT)}
 

@@ -169,6 +169,6 @@ def _limits(record: SelectionRecord, config: StudentConfig) -> list[str]:
         f"- It was tested on {config.corpus.test.name if config.corpus.test else 'one corpus'} alone. Other sources, "
         "registers and languages were not tested.",
     ]
-    if config.model.given_emotions != "none":
+    if config.is_given_emotions:
         found.append("- It expects the target's emotion to be given, and does not predict it.")
     return found
