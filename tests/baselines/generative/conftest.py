@@ -59,11 +59,13 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(base: Path, few: Path, tmp_path: Path) -> Callable[..., GenerativeConfig]:
-    def make(output: str = "out", corpus: Path = few, **groups: Any) -> GenerativeConfig:
+    def make(
+        output: str = "out", corpus: Path = few, *, train: Path | None = None, **groups: Any
+    ) -> GenerativeConfig:
         values: dict[str, Any] = {
             "name": "test",
             "output": str(tmp_path / output),
-            "corpus": {"train": str(corpus), "valid": str(corpus)},
+            "corpus": {"train": str(train or corpus), "valid": str(corpus)},
             "model": {"family": "causal", "base": str(base)},
             "lora": {"rank": 4},
             "zero": {"stage": 2, "dtype": "float32"},

@@ -20,6 +20,7 @@ from kdecs.baselines.generative.training import targets_of
 from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import DialogueError, ModelError
+from kdecs.teacher.tree.prefix_tree import common_prefix_length
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2}  # fmt: skip
@@ -100,6 +101,45 @@ def test_greedy_answers_are_those_without_a_cache(
     assert len(set(expected)) == 3
     for batch_tokens in (100_000, 16) if shares else (100_000,):
         assert decoder.answers(dialogues[0], [1, 3, 4], batch_tokens=batch_tokens) == expected
+
+
+def test_a_dialogue_is_read_once_for_all_of_its_targets(
+    base: Path, network_of: Callable[..., AnswerNetwork], dialogues: tuple[Dialogue, ...]
+) -> None:
+    model = network_of(base)
+    dialogue = dialogues[0]
+    turns = [utterance.turn for utterance in dialogue.utterances]
+    read: list[int] = []
+    hook = model.network.register_forward_pre_hook(
+        lambda module, arguments, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+
+    def tokens_read(answer: Callable[[], list[str]]) -> tuple[list[str], int]:
+        read.clear()
+        return answer(), sum(read)
+
+    answers, again = tokens_read(lambda: [without_cache(model, dialogue, turn) for turn in turns])
+    alone, one_by_one = tokens_read(
+        lambda: Decoder(model, shares=False).answers(dialogue, turns, batch_tokens=10**6)
+    )
+    shared, side_by_side = tokens_read(
+        lambda: Decoder(model, shares=True).answers(dialogue, turns, batch_tokens=10**6)
+    )
+    hook.remove()
+    assert answers == alone == shared
+    # Without a cache all tokens again for each token of an answer; with one each question once, and each of its
+    # answer's tokens but the last; over shared keys a dialogue once, and of each question what no other one has.
+    size = model.family.max_answer_tokens
+    lengths = [len(model.family.question(dialogue, turn)) for turn in turns]
+    assert again == sum(size * length + sum(range(size)) for length in lengths), "no answer ends early"
+    assert one_by_one == sum(lengths) + len(turns) * (size - 1)
+    longest = model.family.question(dialogue, turns[-1])
+    common = [common_prefix_length(model.family.question(dialogue, turn), longest) for turn in turns[:-1]]
+    own = max(
+        length - min(found, max(common)) for length, found in zip(lengths, [*common, 10**6], strict=True)
+    )
+    assert side_by_side == max(common) + len(turns) * (own + size - 1)
+    assert side_by_side < 0.4 * one_by_one < 0.1 * again
 
 
 def test_an_over_long_question_loses_its_oldest_turns(

@@ -11,6 +11,7 @@ from support import StopAfter, assert_same_weights, run_forked_ranks
 
 from kdecs.artifact import read_manifest, verify_artifact
 from kdecs.baselines.generative import prediction
+from kdecs.baselines.generative.answers import gold_answer, predictions_of
 from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.baselines.generative.prediction import GenerativeBaseline, answer_corpus
 from kdecs.baselines.generative.record import AnswerRecord
@@ -79,6 +80,65 @@ def test_a_stopped_training_and_prediction_go_on_exactly(
     second = answer("two.jsonl", ranks[0], StopSignal())
     assert sorted(asked) == sorted({(d.id, u.turn) for d in corpus.dialogues for u in d.utterances})
     assert second == whole
+
+
+FIVE = (
+    (("A", "We won the game today !", "happiness", {1: "We won the game"}),
+     ("B", "Congratulations , I am so glad .", "happiness", {1: "We won the game", 2: "I am so glad"})),
+    (("A", "My bike was stolen last night .", "sadness", {1: "My bike was stolen"}),
+     ("B", "Did you call the police ?", "neutral", {})),
+    (("A", "There is a spider on your coat .", "neutral", {}),
+     ("B", "Take it away , please !", "fear", {1: "a spider on your coat"})),
+    (("A", "You are late again , and you forgot the keys .", "anger", {1: "You are late again"}),
+     ("B", "I am sorry , the bus broke down .", "sadness", {1: "you forgot the keys", 2: "the bus broke down"})),
+    (("A", "Guess who called me this morning .", "neutral", {}),
+     ("B", "Your old teacher ? I don't believe it !", "surprise", {1: "who called me", 2: "Your old teacher"})),
+)  # fmt: skip
+"""Five dialogues: speaker, text, emotion, and the span in each turn that is a cause."""
+
+
+def five_dialogues(path: Path, copies: int) -> Path:
+    """A corpus file with so many copies of each."""
+    raw = {}
+    for number, lines in enumerate(FIVE, start=1):
+        utterances = [
+            {"turn": turn, "speaker": speaker, "utterance": text, "emotion": emotion}
+            | ({"expanded emotion cause evidence": list(causes), "expanded emotion cause span": [*causes.values()]}
+               if causes else {})
+            for turn, (speaker, text, emotion, causes) in enumerate(lines, start=1)
+        ]  # fmt: skip
+        raw |= {f"d{number}_{copy}": [utterances] for copy in range(copies)}
+    path.write_text(json.dumps(raw))
+    return path
+
+
+@pytest.mark.slow
+def test_it_learns_five_dialogues_by_heart(
+    make_config: Callable[..., GenerativeConfig], runtime: Runtime, group: None, tmp_path: Path
+) -> None:
+    corpus = five_dialogues(tmp_path / "valid.json", 1)
+    # A pass over forty copies, since each pass ends with a validation and a checkpoint.
+    copies = five_dialogues(tmp_path / "train.json", 40)
+    config = make_config(
+        corpus=corpus,
+        train=copies,
+        lora=None,
+        batches={"global_batch_pairs": 10, "micro_batch_tokens": 4096, "max_prompt_tokens": 1024},
+        optimization={"learning_rate": 0.003, "warmup_share": 0.1, "epochs": 3},
+        max_answer_tokens=128,
+    )
+    baseline = GenerativeBaseline.load(train_generative(config, runtime, StopSignal()), runtime=runtime)
+    dialogues = read_corpus(corpus).dialogues
+    record = AnswerRecord(tmp_path / "answers.jsonl")
+    found = answer_corpus(baseline, dialogues, record, batch_tokens=4096, runtime=runtime, stop=StopSignal())
+    assert not found.faults and found.num_answers == 10
+    gold = [
+        prediction
+        for dialogue in dialogues
+        for turn in (1, 2)
+        for prediction in predictions_of(gold_answer(dialogue, turn), dialogue, turn)
+    ]
+    assert found.predictions == gold
 
 
 def test_other_directories_and_settings_are_refused(
