@@ -1,20 +1,29 @@
 """MGSAG: utterances joined by their keywords (fine) and with one another (coarse).
 
 Bao et al., "Multi-Granularity Semantic Aware Graph Model for Reducing Position Bias in Emotion Cause Pair Extraction",
-Findings of ACL 2022. No code of the authors is public. From the description: a fine graph of utterances and keywords of
-the document gives each utterance a keyword-enhanced vector, a coarse graph joins all utterances, without a window and
-without positions, so that the model cannot learn that causes are near; emotions, causes and pairs are trained jointly.
+Findings of ACL 2022. The authors have published no code, and this module follows the abstract alone, so a score of it
+is that of a system in MGSAG's manner. The abstract says four things, and all four hold here:
 
-Choices made here, where the description gives no details, or for dialogues:
+- Clauses depend on keywords that are extracted from the document. This fine graph gives keyword-enhanced clause vectors.
+- A coarse graph joins the clauses with one another.
+- Both take part jointly in finding emotions, causes and pairs.
+- Nothing limits or counts the distance of two clauses, so that the model cannot learn that causes are near.
+
+All else is a choice made here:
 
 - Keywords are the words of three letters or more that are no English stop words; two utterances share a keyword if they
   have the same word, in whatever case. Keywords are not ranked: a rank would depend on utterances that come later.
 - Fine graph: graph attention (LeakyReLU of two projections) from the utterances that hold a keyword to the keyword,
   then from the keywords of an utterance to it. A keyword begins as the mean of its tokens' word vectors.
-- Coarse graph: one layer of multi-head attention over the utterances.
+- Coarse graph: one layer of multi-head attention over the utterances, which begin as the encoder's [CLS].
 - Fusion: the sum of utterance and fine vector, concatenated with the coarse one.
-- Pair: an MLP over [e_i ; c_j ; f_ij], with f_ij the share of j in what i receives through shared keywords.
-- Emotions are a softmax over the corpus' labels (7 or 16); a span head over the pair (kdecs.baselines.model.SpanHead).
+- Heads: one for emotions and one for causes per utterance. A pair is scored by an MLP over [e_i ; c_j ; f_ij], with
+  f_ij the share of j in what i receives through shared keywords. The three cross-entropies have equal weights.
+
+What differs for dialogues and spans, as in the other systems:
+
+- Emotions are a softmax over the corpus' labels (7 or 16).
+- A span head over the pair (kdecs.baselines.model.SpanHead).
 - Causality: target i receives from u_1 … u_i alone, in both graphs.
 
 Legend: K keywords of a dialogue, L tokens of a keyword.
