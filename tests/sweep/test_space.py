@@ -135,6 +135,7 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, r
         "search": 3 * 4 * 3 * 2,
         "minilm": 4 * 3,
         "table4": 4 * 5,
+        "table4_minilm": 5 * 3,
         "table4_ecpe": 5 * 5,
     }
     assert len(trials) == expected[path.stem]
