@@ -128,17 +128,14 @@ def test_a_dialogue_is_read_once_for_all_of_its_targets(
     hook.remove()
     assert answers == alone == shared
     # Without a cache all tokens again for each token of an answer; with one each question once, and each of its
-    # answer's tokens but the last; over shared keys a dialogue once, and of each question what no other one has.
+    # answer's tokens but the last; over shared keys the longest question once, and of each what it does not share.
     size = model.family.max_answer_tokens
-    lengths = [len(model.family.question(dialogue, turn)) for turn in turns]
+    questions = [model.family.question(dialogue, turn) for turn in turns]
+    lengths = list(map(len, questions))
     assert again == sum(size * length + sum(range(size)) for length in lengths), "no answer ends early"
     assert one_by_one == sum(lengths) + len(turns) * (size - 1)
-    longest = model.family.question(dialogue, turns[-1])
-    common = [common_prefix_length(model.family.question(dialogue, turn), longest) for turn in turns[:-1]]
-    own = max(
-        length - min(found, max(common)) for length, found in zip(lengths, [*common, 10**6], strict=True)
-    )
-    assert side_by_side == max(common) + len(turns) * (own + size - 1)
+    own = max(len(one) - common_prefix_length(one, questions[-1]) for one in questions[:-1])
+    assert side_by_side == lengths[-1] - 1 + len(turns) * (own + size - 1)
     assert side_by_side < 0.4 * one_by_one < 0.1 * again
 
 
