@@ -4,8 +4,8 @@ Bao et al., "Multi-Granularity Semantic Aware Graph Model for Reducing Position 
 Findings of ACL 2022. The authors have published no code, and this module follows the abstract alone, so a score of it
 is that of a system in MGSAG's manner. The abstract says four things, and all four hold here:
 
-- Clauses depend on keywords that are extracted from the document. This fine graph gives keyword-enhanced clause vectors.
-- A coarse graph joins the clauses with one another.
+- Clauses depend on keywords that are extracted from the document, which gives keyword-enhanced clause vectors (fine).
+- A graph joins the clauses with one another (coarse).
 - Both take part jointly in finding emotions, causes and pairs.
 - Nothing limits or counts the distance of two clauses, so that the model cannot learn that causes are near.
 
