@@ -214,15 +214,20 @@ class Decoder:
         """The tokens of the answers to all questions, one more of each at a time."""
         inputs = self._begin(questions)
         found: list[list[int]] = [[] for _ in questions]
-        is_open = [True] * len(questions)
+        open_rows = list(range(len(questions)))
         for _ in range(self.family.max_answer_tokens):
             next_B = self._logits(inputs).argmax(dim=-1)
-            for row, token in enumerate(next_B.tolist()):
-                is_open[row] &= token != self.family.tokenizer.eos_token_id
-                if is_open[row]:
-                    found[row].append(token)
-            if not any(is_open):
-                break
+            kept_B = (next_B != self.family.tokenizer.eos_token_id).nonzero().squeeze(1)
+            if len(kept_B) < len(open_rows):
+                open_rows = [open_rows[place] for place in kept_B.tolist()]
+                if not open_rows:
+                    break
+                # An answer that has ended is read no further, while the longest one goes on.
+                next_B = next_B[kept_B]
+                inputs["past_key_values"].batch_select_indices(kept_B)
+                inputs |= {name: inputs[name][kept_B] for name in ("position_ids", "attention_mask")}
+            for row, token in zip(open_rows, next_B.tolist(), strict=True):
+                found[row].append(token)
             inputs |= {
                 "input_ids": next_B[:, None],
                 "position_ids": inputs["position_ids"][:, -1:] + 1,

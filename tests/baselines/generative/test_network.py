@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(
 
 
 @torch.no_grad()
-def without_cache(model: AnswerNetwork, dialogue: Dialogue, target: int) -> str:
+def tokens_without_cache(model: AnswerNetwork, dialogue: Dialogue, target: int) -> list[int]:
     """Greedy decoding that reads the whole text again for every token."""
     tokens = model.family.question(dialogue, target).tolist()
     size = len(tokens)
@@ -80,7 +80,13 @@ def without_cache(model: AnswerNetwork, dialogue: Dialogue, target: int) -> str:
         if token == model.family.tokenizer.eos_token_id:
             break
         tokens.append(token)
-    return model.family.tokenizer.decode(tokens[size:], skip_special_tokens=True)
+    return tokens[size:]
+
+
+def without_cache(model: AnswerNetwork, dialogue: Dialogue, target: int) -> str:
+    """The same in words."""
+    tokens = tokens_without_cache(model, dialogue, target)
+    return str(model.family.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("window", [None, 16, 2100])
@@ -125,7 +131,6 @@ def test_a_dialogue_is_read_once_for_all_of_its_targets(
     shared, side_by_side = tokens_read(
         lambda: Decoder(model, shares=True).answers(dialogue, turns, batch_tokens=10**6)
     )
-    hook.remove()
     assert answers == alone == shared
     # Without a cache all tokens again for each token of an answer; with one each question once, and each of its
     # answer's tokens but the last; over shared keys the longest question once, and of each what it does not share.
@@ -135,8 +140,20 @@ def test_a_dialogue_is_read_once_for_all_of_its_targets(
     assert again == sum(size * length + sum(range(size)) for length in lengths), "no answer ends early"
     assert one_by_one == sum(lengths) + len(turns) * (size - 1)
     own = max(len(one) - common_prefix_length(one, questions[-1]) for one in questions[:-1])
-    assert side_by_side == lengths[-1] - 1 + len(turns) * (own + size - 1)
+    begun = lengths[-1] - 1 + len(turns) * own
+    assert side_by_side == begun + len(turns) * (size - 1)
     assert side_by_side < 0.4 * one_by_one < 0.1 * again
+    # An answer that ends early is read no further, though others go on.
+    tokenizer = model.family.tokenizer
+    second = tokens_without_cache(model, dialogue, turns[0])[1]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(second)
+    expected = [without_cache(model, dialogue, turn) for turn in turns]
+    shared, side_by_side = tokens_read(
+        lambda: Decoder(model, shares=True).answers(dialogue, turns, batch_tokens=10**6)
+    )
+    hook.remove()
+    assert shared == expected != answers
+    assert side_by_side < begun + len(turns) * (size - 1)
 
 
 def test_an_over_long_question_loses_its_oldest_turns(
