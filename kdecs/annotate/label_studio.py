@@ -259,16 +259,22 @@ def decisions_of_export(
             if other is None or other[0].updated_at <= found.updated_at:
                 done[dialogue.id] = found, place
     read = []
+    faults = []
     for name, done in newest.items():
-        lines = [
-            line
-            for dialogue in project.dialogues.values()
-            if dialogue.id in done
-            for line in _turns(*done[dialogue.id], name, dialogue, project)
-        ]
+        lines: list[ReviewedTurn] = []
+        for dialogue in project.dialogues.values():
+            if dialogue.id in done:
+                try:
+                    lines += _turns(*done[dialogue.id], name, dialogue, project)
+                except PredictionError as error:
+                    faults.append(error)
         left_out = [(older[name], "older than another of the same dialogue"), (skipped[name], "skipped")]
         note = ", ".join(f"{number} {reason}" for number, reason in left_out if number)
         read.append(Decisions(name, lines, f" (annotations left out: {note})" if note else ""))
+    if len(faults) > 1:
+        raise PredictionError(f"{faults[0]}; further annotations with faults: {len(faults) - 1:,}")
+    if faults:
+        raise faults[0]
     return read
 
 

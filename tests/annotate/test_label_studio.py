@@ -262,6 +262,17 @@ def test_a_wrong_export_is_refused_in_one_line_and_nothing_is_kept(
     assert str(result.exception).startswith(str(file)) and chat.reviewers == []
 
 
+def test_the_number_of_faulty_annotations_is_told(chat: Project, tmp_path: Path) -> None:
+    export = exported(label_studio_tasks(chat, list(chat.dialogues.values()), [ALL]), user=1)
+    export = results("emotion", paragraphlabels=["joy"])(export)
+    other = [export[0]["annotations"][0] | {"id": 99, "completed_by": 2}]
+    file = tmp_path / "export.json"
+    file.write_text(json.dumps([export[0] | {"annotations": export[0]["annotations"] + other}]))
+    refused = run("review", "import", chat.root, file, "--annotator", "1=ann", "--annotator", "2=ben")
+    assert "the emotion 'joy'" in str(refused.exception) and chat.reviewers == []
+    assert str(refused.exception).endswith("; further annotations with faults: 1")
+
+
 def test_users_whose_addresses_begin_alike_are_asked_about(chat: Project, tmp_path: Path) -> None:
     tasks = label_studio_tasks(chat, list(chat.dialogues.values()), [ALL])
     users = [{"id": 3, "email": "ann@a.org"}, {"id": 4, "email": "ann@b.org"}]
