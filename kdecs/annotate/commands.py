@@ -766,7 +766,8 @@ def review_export(
         if output is not None:
             refuse_inputs(output, [*project.files, dialogues])
     names = list(project.dialogues) if dialogues is None else listed_dialogues(dialogues, project, annotator)
-    suggestions = read_annotations(project, suggest) if suggest else []
+    found = {each.name: each for each in read_annotations(project, suggest)} if suggest else {}
+    suggestions = [found[name] for name in dict.fromkeys(suggest or ())]
     chosen = [project.dialogues[name] for name in names]
     if html is not None:
         reviewers = [annotator] if annotator else project.config.annotators

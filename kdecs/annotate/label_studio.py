@@ -90,6 +90,7 @@ def label_studio_tasks(
 ) -> list[dict[str, Any]]:
     """The tasks, in order. Each annotation in `suggestions` becomes the prediction of a model of its name.
 
+    People start from the first one: Label Studio takes the last model of an import for the project's.
     Raises ConfigError if there is nothing to review.
     """
     if not dialogues:
@@ -98,7 +99,7 @@ def label_studio_tasks(
     for dialogue in dialogues:
         predictions = [
             {"model_version": annotation.name, "result": result}
-            for annotation in suggestions
+            for annotation in reversed(suggestions)
             if (result := _regions(dialogue, annotation))
         ]
         data = {

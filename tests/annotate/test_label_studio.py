@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -118,13 +119,16 @@ def test_offsets_count_as_in_a_browser_and_open_causes_stay_open(chat: Project, 
 
 def test_words_that_cause_two_emotions_are_one_region(chat: Project) -> None:
     both = labels(t2=("worry", [(1, "last")]), t3=("worry", [(1, "last")]))
-    [task] = label_studio_tasks(chat, list(chat.dialogues.values()), [both, labels(t1=("anger", None))])
-    assert [prediction["model_version"] for prediction in task["predictions"]] == ["model", "model"]
-    [effect] = [item for item in task["predictions"][0]["result"] if item["from_name"] == "effect"]
+    [task] = label_studio_tasks(
+        chat, list(chat.dialogues.values()), [both, replace(labels(t1=("anger", None)), name="other")]
+    )
+    assert [prediction["model_version"] for prediction in task["predictions"]] == ["other", "model"]
+    result = task["predictions"][1]["result"]
+    [effect] = [item for item in result if item["from_name"] == "effect"]
     assert (
         effect["value"]["choices"] == [choice["value"] for choice in task["data"]["turns"]][1:] == ["2", "3"]
     )
-    assert [item["id"] for item in task["predictions"][0]["result"]].count(effect["id"]) == 2
+    assert [item["id"] for item in result].count(effect["id"]) == 2
     with pytest.raises(ConfigError, match="no dialogue is left"):
         label_studio_tasks(chat, [], [])
 
