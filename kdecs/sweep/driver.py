@@ -411,7 +411,7 @@ class _Sweep:
         print(
             f"sweep {self.config.name}: {len(results) - num_dropped} trials complete{dropped} in "
             f"{duration(time.monotonic() - self.began)}, best on validation {best.label} "
-            f"(macro F1 {best.score:.2f}) -> {output}",
+            f"({best.metric_title} {best.score:.2f}) -> {output}",
             flush=True,
         )
         if self.config.report:

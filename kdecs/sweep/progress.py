@@ -142,7 +142,7 @@ class SweepProgress:
         scored = [r for r in results if r.status == "complete" and r.has_score]
         if scored:
             best = max(scored, key=lambda result: result.score)
-            parts.append(f"best macro F1 {best.score:.2f} ({best.label})")
+            parts.append(f"best {best.metric_title} {best.score:.2f} ({best.label})")
         parts.append(duration(time.monotonic() - self._began))
         if left := self.seconds_left(results):
             parts.append(f"about {duration(left)} left")
@@ -178,7 +178,9 @@ class SweepProgress:
         line = f"trial {len(self._printed)}/{self.num_trials} {result.label}: "
         if result.status == "failed":
             return f"{line}failed ({result.error}); log: {result.log}"
-        shown = f"validation macro F1 {_score(result)}" if _score(result) else "no validation score"
+        shown = (
+            f"validation {result.metric_title} {_score(result)}" if _score(result) else "no validation score"
+        )
         if result.status == "pruned":
             return f"{line}{shown}, stopped by the search after {result.epoch} of {result.epochs} epochs"
         if result.reused_from:

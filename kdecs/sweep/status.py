@@ -145,6 +145,11 @@ class TrialResult:
         return self.metrics[self.metric]
 
     @property
+    def metric_title(self) -> str:
+        """The name of that score for people, such as "utterance macro F1"."""
+        return self.metric.replace("_", " ").replace("f1", "F1")
+
+    @property
     def has_score(self) -> bool:
         """Whether an epoch has ended."""
         return self.metric in self.metrics

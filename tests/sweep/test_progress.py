@@ -64,6 +64,16 @@ def test_a_log_gets_one_line_a_trial_that_ended(states):
     ]
 
 
+def test_a_log_names_the_score_that_trials_are_ranked_by(states):
+    config, results = states
+    found = dataclasses.replace(results[0], metric="utterance_macro_f1", metrics={"utterance_macro_f1": 70.0})
+    out = console(is_terminal=False)
+    with SweepProgress(config, 8, [], console=out) as progress:
+        progress.update([found])
+        assert "best utterance macro F1 70.00 (llama-tiny α0.3 τ2 s0)" in progress.summary([found])
+    assert "validation utterance macro F1 70.00, 1m30s" in out.file.getvalue()
+
+
 def test_what_had_ended_before_is_not_printed_again(states):
     config, results = states
     out = console(is_terminal=False)
