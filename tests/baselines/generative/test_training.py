@@ -117,14 +117,14 @@ def test_it_learns_five_dialogues_by_heart(
     make_config: Callable[..., GenerativeConfig], runtime: Runtime, group: None, tmp_path: Path
 ) -> None:
     corpus = five_dialogues(tmp_path / "valid.json", 1)
-    # A pass over forty copies, since each pass ends with a validation and a checkpoint.
-    copies = five_dialogues(tmp_path / "train.json", 40)
+    # A pass over thirty copies, since each pass ends with a validation and a checkpoint.
+    copies = five_dialogues(tmp_path / "train.json", 30)
     config = make_config(
         corpus=corpus,
         train=copies,
         lora=None,
         batches={"global_batch_pairs": 10, "micro_batch_tokens": 4096, "max_prompt_tokens": 1024},
-        optimization={"learning_rate": 0.003, "warmup_share": 0.1, "epochs": 3},
+        optimization={"learning_rate": 0.004, "warmup_share": 0.1, "epochs": 3},
         max_answer_tokens=128,
     )
     baseline = GenerativeBaseline.load(train_generative(config, runtime, StopSignal()), runtime=runtime)
