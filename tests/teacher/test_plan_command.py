@@ -20,7 +20,8 @@ from kdecs.errors import KdecsError
 from kdecs.process import exit_code_of
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.metering import peak_flops
-from kdecs.teacher.plan.activations import Shape
+from kdecs.teacher.plan import search
+from kdecs.teacher.plan.activations import Activations, Shape
 from kdecs.teacher.plan.hardware import GPUS, gpu_of_device
 from kdecs.teacher.plan.planning import DEFAULT_GPU, PlanRequest, dry_run, gpu_here, make_plan
 from kdecs.teacher.plan.search import Planner, Speed, Training, full_tree
@@ -36,6 +37,13 @@ def run_plan(*arguments: str) -> int:
         return exit_code_of(lambda: app(["plan", *arguments], standalone_mode=True))
     except SystemExit as error:
         return int(error.code or 0)
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans without traces, for tests to which it does not matter how much memory they find."""
+    found = SimpleNamespace(memory=lambda *_, **__: Activations(10**9, 10**8, 1000))
+    monkeypatch.setattr(search, "ActivationTracer", lambda *_, **__: found)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,12 @@ def test_the_command_prints_the_plan_as_json(capsys: pytest.CaptureFixture[str])
     [(3, ["model.load_in_4bit=true"]), (0, ["zero.dtype=float16"])],
 )
 def test_the_configs_stage_excludes_no_setting(
-    stage: int, settings: list[str], tmp_path: Path, bases: Callable[[str], Path], few_dialogues: Path
+    stage: int,
+    settings: list[str],
+    tmp_path: Path,
+    bases: Callable[[str], Path],
+    few_dialogues: Path,
+    untraced: None,
 ) -> None:
     path = _config_file(tmp_path, str(bases("causal")), train=few_dialogues)
     path.write_text(path.read_text().replace("stage: 2", f"stage: {stage}"))
@@ -70,7 +83,7 @@ def test_the_configs_stage_excludes_no_setting(
 
 
 def test_a_plan_at_scale_is_printed_as_tables_or_json(
-    few_dialogues: Path, capsys: pytest.CaptureFixture[str]
+    few_dialogues: Path, untraced: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--scale", "--teacher", "smollm2-135m", "--gpu", "a100-40g", "--gpus", "16")
     arguments += (
@@ -129,7 +142,7 @@ def test_more_checkpointing_less_memory_more_time(llama_7b: dict[str, Any]) -> N
     assert recomputed["epoch"]["compute_s"] > 1.3 * plain["epoch"]["compute_s"]
 
 
-def test_nothing_fits(few_dialogues: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_fits(few_dialogues: Path, untraced: None, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--gpu-memory-gib", "2", "--set", "batches.micro_batch_tokens=4096")
     arguments += ("--corpus", str(few_dialogues))
     assert run_plan("--teacher", "llama-13b", *arguments) == 1
@@ -186,7 +199,7 @@ def test_refusals_are_one_line(
 
 
 def test_a_model_directory_needs_no_weights(
-    tmp_path: Path, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, bases: Callable[[str], Path], untraced: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((bases("causal") / name).read_bytes())
