@@ -45,6 +45,7 @@ from kdecs.sweep.status import (
     TRIALS_NAME,
     TrialResult,
     is_trained,
+    metric_title,
     selection_metric,
     write_results,
 )
@@ -411,7 +412,7 @@ class _Sweep:
         print(
             f"sweep {self.config.name}: {len(results) - num_dropped} trials complete{dropped} in "
             f"{duration(time.monotonic() - self.began)}, best on validation {best.label} "
-            f"({best.metric_title} {best.score:.2f}) -> {output}",
+            f"({metric_title(best.metric)} {best.score:.2f}) -> {output}",
             flush=True,
         )
         if self.config.report:

@@ -33,7 +33,7 @@ from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, TrialConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial, missing_teachers
-from kdecs.sweep.status import TrialResult, is_trained, read_note
+from kdecs.sweep.status import TrialResult, is_trained, metric_title, read_note
 from kdecs.sweep.teachers import build_commands
 from kdecs.sweep.trial import find_student
 from kdecs.tables import duration, terminal
@@ -142,7 +142,7 @@ class SweepProgress:
         scored = [r for r in results if r.status == "complete" and r.has_score]
         if scored:
             best = max(scored, key=lambda result: result.score)
-            parts.append(f"best {best.metric_title} {best.score:.2f} ({best.label})")
+            parts.append(f"best {metric_title(best.metric)} {best.score:.2f} ({best.label})")
         parts.append(duration(time.monotonic() - self._began))
         if left := self.seconds_left(results):
             parts.append(f"about {duration(left)} left")
@@ -179,7 +179,9 @@ class SweepProgress:
         if result.status == "failed":
             return f"{line}failed ({result.error}); log: {result.log}"
         shown = (
-            f"validation {result.metric_title} {_score(result)}" if _score(result) else "no validation score"
+            f"validation {metric_title(result.metric)} {_score(result)}"
+            if _score(result)
+            else "no validation score"
         )
         if result.status == "pruned":
             return f"{line}{shown}, stopped by the search after {result.epoch} of {result.epochs} epochs"

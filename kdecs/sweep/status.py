@@ -145,11 +145,6 @@ class TrialResult:
         return self.metrics[self.metric]
 
     @property
-    def metric_title(self) -> str:
-        """The name of that score for people, such as "utterance macro F1"."""
-        return self.metric.replace("_", " ").replace("f1", "F1")
-
-    @property
     def has_score(self) -> bool:
         """Whether an epoch has ended."""
         return self.metric in self.metrics
@@ -172,6 +167,11 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def selection_metric(config: TrialConfig) -> str:
     """What trials are chosen by on validation: macro F1 with spans, or of utterances if the task has no spans."""
     return "utterance_macro_f1" if config.task == "ecpe" else SELECTION_METRIC
+
+
+def metric_title(metric: str) -> str:
+    """The name of a metric for people, such as "utterance macro F1"."""
+    return metric.replace("_", " ").replace("f1", "F1")
 
 
 def best_point(points: list[dict[str, Any]], metric: str = SELECTION_METRIC) -> dict[str, Any] | None:

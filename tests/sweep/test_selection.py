@@ -82,7 +82,12 @@ def test_emotions_that_were_given_are_no_score(selected, capsys):
     assert not [key for key in scores if key.startswith(("emotion_accuracy", "strict_"))]
     record = record.model_copy(update={"test": scores})
     print_selection(selected, record)
-    assert "emotion accuracy" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "emotion accuracy" not in shown and " rows): macro F1 " in shown and ", EM " in shown
+    # Cause utterances have no spans to score.
+    print_selection(selected, record.model_copy(update={"metric": "utterance_macro_f1"}))
+    shown = capsys.readouterr().out
+    assert " rows): utterance macro F1 " in shown and ", EM " not in shown
     card = model_card(selected, record, given)
     assert "| emotion accuracy |" not in card and "| macro F1 |" in card
 

@@ -59,7 +59,14 @@ from kdecs.sweep.selection.record import (
     rank_settings,
 )
 from kdecs.sweep.space import VARIANT_KEY, Trial, settings_key
-from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
+from kdecs.sweep.status import (
+    SELECTION_METRIC,
+    TrialResult,
+    metric_title,
+    read_results,
+    student_file,
+    trial_directory,
+)
 from kdecs.sweep.tracking import TRIAL_TAG, sweep_record, sweep_records, trial_record
 from kdecs.tables import terminal
 from kdecs.tracking.mlflow import Tracker, tracking_uri
@@ -457,7 +464,8 @@ def print_selection(sweep: Path, record: SelectionRecord) -> None:
     """Print the ranked settings, then the winner's test scores beside those of the trivial rules."""
     assert record.test is not None
     console = terminal(highlight=False)
-    table = Table("setting", "seeds", "macro F1", "sd", "95% interval", title="validation, fold1, percent")
+    ranked_by = metric_title(record.metric)
+    table = Table("setting", "seeds", ranked_by, "sd", "95% interval", title="validation, fold1, percent")
     for setting in record.settings:
         table.add_row(
             setting.label,
@@ -480,9 +488,12 @@ def print_selection(sweep: Path, record: SelectionRecord) -> None:
     scores = record.test
     rule, rule_values = max(scores["baselines"].items(), key=lambda item: item[1]["utterance_macro_f1"])
     emotions = f"emotion accuracy {scores[_EMOTIONS]:.2f}, " if scores.get(_EMOTIONS) is not None else ""
+    # Where students find cause utterances alone, these would count each cause as a span that was missed.
+    has_spans = record.metric == SELECTION_METRIC
+    spans = f"macro F1 {scores['macro_f1']:.2f}, EM {scores['exact_match']:.2f}, " if has_spans else ""
     console.print(
         f"winner {record.winner.label} on test ({scores['num_positive']} positive, {scores['num_negative']} negative "
-        f"rows): macro F1 {scores['macro_f1']:.2f}, EM {scores['exact_match']:.2f}, {emotions}"
+        f"rows): {spans}{emotions}"
         f"utterance macro F1 {scores['utterance_macro_f1']:.2f} "
         f'(best trivial rule "{rule}": {rule_values["utterance_macro_f1"]:.2f})',
         soft_wrap=True,
