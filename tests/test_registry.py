@@ -82,6 +82,7 @@ def test_the_version_is_the_checkpoint_that_the_run_logged(tmp_path, tmp_path_fa
     )
     tracker = Tracker(config, tmp_path / "sweep")
     values = {"score": 60.0, "corpus_checksum": "c", "metric": "macro_f1", "card": "card"}
+    values["reads_emotions"] = True
     for _ in range(2):
         assert register_student(tracker, record, tmp_path / "student", **values).endswith(
             "version 1, alias champion"
@@ -91,6 +92,8 @@ def test_the_version_is_the_checkpoint_that_the_run_logged(tmp_path, tmp_path_fa
     [logged] = client.search_logged_models([client.get_run(version.run_id).info.experiment_id])
     assert version.source == f"models:/{logged.model_id}" and logged.metrics[0].value == 60.0
     assert "mlflow.model.isExternal" not in logged.tags, "it has files now"
+    [example] = tmp_path.rglob("input_example.json")
+    assert "happiness" in example.read_text(), "without an emotion this student could not predict its example"
     run = client.get_run(version.run_id)
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
 

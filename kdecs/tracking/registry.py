@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from kdecs import __version__
 from kdecs.tracking.mlflow import Tracker, import_mlflow
@@ -14,13 +13,10 @@ from kdecs.tracking.record import RunRecord
 from kdecs.tracking.run import MODEL_TAG
 
 _URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-_EXAMPLE_DIALOGUE: dict[str, Any] = {
-    "id": "example",
-    "utterances": [
-        {"speaker": "A", "utterance": "I got the job!"},
-        {"speaker": "B", "utterance": "That is wonderful news."},
-    ],
-}
+_EXAMPLE_UTTERANCES = (
+    {"speaker": "A", "utterance": "I got the job!"},
+    {"speaker": "B", "utterance": "That is wonderful news."},
+)
 
 
 def register_student(
@@ -33,13 +29,14 @@ def register_student(
     metric: str,
     card: str,
     lineage: Mapping[str, str] | None = None,
+    reads_emotions: bool = False,
 ) -> str | None:
     """Log a student to its run as a pyfunc model, register it and give it its alias. Returns version and alias.
 
     The alias is `champion` if there is no champion yet or the student beats it on the same validation corpus, otherwise
     `challenger`. Returns None if MLflow does not answer. A student is registered once. `card` (Markdown) becomes the
     version's description, and `lineage`, which says where the student comes from, its tags; the record's `scores` and
-    `results` go to its run.
+    `results` go to its run. A student that `reads_emotions` gets an example whose utterances have them.
     """
 
     def register() -> str:
@@ -48,7 +45,7 @@ def register_student(
         # By its run: a registration that was interrupted finds its version and adds what it lacks.
         versions = client.search_model_versions(f"name = '{name}'")
         version = next((found.version for found in versions if found.run_id == run_id), None)
-        version = version or _log_student(tracker, record, run_id, directory)
+        version = version or _log_student(tracker, record, run_id, directory, reads_emotions)
         tracker.log_final(record)
         # Before the alias: whoever becomes champion is compared with the next student by these tags.
         # `repr` keeps every digit of the score, which is read back for the comparison.
@@ -99,11 +96,16 @@ def find_runs(tracker: Tracker, tags: Mapping[str, str]) -> list[dict[str, str]]
     return tracker.ask(search)
 
 
-def _log_student(tracker: Tracker, record: RunRecord, run_id: str, directory: Path) -> str:
+def _log_student(
+    tracker: Tracker, record: RunRecord, run_id: str, directory: Path, reads_emotions: bool
+) -> str:
     mlflow = import_mlflow()
     import pandas
 
-    example = pandas.DataFrame({"dialogue": [json.dumps(_EXAMPLE_DIALOGUE)]})
+    # MLflow predicts the example when it logs the model.
+    emotion = {"emotion": "happiness"} if reads_emotions else {}
+    dialogue = {"id": "example", "utterances": [{**item, **emotion} for item in _EXAMPLE_UTTERANCES]}
+    example = pandas.DataFrame({"dialogue": [json.dumps(dialogue)]})
     # The run has the kept checkpoint as a LoggedModel, with its metrics. It gets the files, rather than a second one.
     tags = tracker.client.get_run(run_id).data.tags
     model_id = next((tags[key] for key in tags if key.startswith(MODEL_TAG)), None)

@@ -388,6 +388,7 @@ def _register(
             metric=winner.metric,
             card=card,
             lineage=_lineage(sweep, config, winner, record),
+            reads_emotions=student.is_given_emotions,
         )
 
 
