@@ -486,8 +486,8 @@ def next_command(
 ) -> None:
     """Choose the dialogues that people should label next, among those that nobody has labelled yet.
 
-    Train a student on what is labelled, have it predict all dialogues, and give its predictions: it learns most from
-    dialogues about which it is unsure, or differs from other systems. The list is one of kdecs annotate sample.
+    Train a student on what is labelled, have it predict all dialogues, and give its predictions: dialogues about which
+    it is unsure, or differs from other systems, come first. kdecs annotate review export takes the list.
 
     Examples:
 
