@@ -34,7 +34,7 @@ from kdecs.endpoint.answers import Cause
 LABEL_STUDIO = os.environ.get("KDECS_LABEL_STUDIO", "")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not LABEL_STUDIO, reason="no Label Studio; make test-label-studio installs it"),
 ]
 PEOPLE = ("ann", "ben", "cem")
@@ -115,7 +115,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Brows
 
     try:
         # The first start makes the database, in some hundred migrations.
-        wait_until(answers, "Label Studio answers", timeout_s=600, poll_s=0.5)
+        wait_until(answers, "Label Studio answers", timeout_s=900, poll_s=0.5)
         browsers = {name: Browser(url) for name in PEOPLE}
         for name, browser in browsers.items():
             browser.sign_up(f"{name}@example.org")
