@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kdecs.corpus.checking import Checker
+from kdecs.corpus.checking import OUTSIDE, Checker
 from kdecs.corpus.commands import app
 from kdecs.corpus.formats.recognise import format_of
 from kdecs.corpus.formats.writing import DialogueWriter
@@ -282,6 +282,15 @@ def test_what_a_format_cannot_hold_is_said(write, valid_document):
     assert losses == ["causes without a span, which this format needs, get their whole utterance: 4"]
     assert json.loads(spanless)["utterances"][2]["expanded emotion cause span"] == ["Why_ ?"]
     assert convert(write(BLOCKS), "semeval")[1] == []
+    said = [{"utterance_ID": 1, "text": "plan b", "speaker": "Ann", "emotion": "joy"}]
+    pairs = [["1_joy", "1_b"], ["1_joy", "1_plan"]]
+    conversation = {"conversation_ID": 1, "conversation": said, "emotion-cause_pairs": pairs}
+    text, losses = convert(write([conversation]), "reccon")
+    assert losses == [
+        'causes with the span "b", which here stands for a cause outside the dialogue, are left out: 1'
+    ]
+    [utterance] = read_corpus(write(text, "reccon")).dialogues[0].utterances
+    assert [cause.span for cause in utterance.evidence] == ["plan"]
 
 
 _TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
@@ -307,7 +316,9 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
                 text = said[cause - 1]["text"]
                 start = draw(st.integers(0, len(text) - 1))
                 span = text[start : draw(st.integers(start + 1, len(text)))]
-                pairs.append([f"{target}_{emotion}", f"{cause}_{span if span.strip() else text}"])
+                span = span if span.strip() else text
+                if span != OUTSIDE:  # which RECCON cannot hold: the test above has its loss
+                    pairs.append([f"{target}_{emotion}", f"{cause}_{span}"])
         found.append({"conversation_ID": number, "conversation": said, "emotion-cause_pairs": pairs})
     return found
 
