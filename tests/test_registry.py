@@ -23,7 +23,7 @@ def register(tmp_path, tmp_path_factory, monkeypatch):
     config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     client = MlflowClient(config.uri, registry_uri=config.uri)
 
-    def log(tracker, record, run_id, directory):
+    def log(tracker, record, run_id, directory, reads_emotions):
         if not client.search_registered_models(f"name = '{NAME}'"):
             client.create_registered_model(NAME)
         return client.create_model_version(NAME, str(directory), run_id).version
