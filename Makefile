@@ -166,7 +166,7 @@ select: $(SETUP)
 	@test -n "$(SWEEP)" || { echo "make select SWEEP=runs/sweeps/main" >&2; exit 2; }
 	$(BIN)/python tune/select_student.py --sweep "$(SWEEP)"
 
-# SIZE=small: pretrained models and RECCON, three hours on two cores. Each step skips what is complete.
+# SIZE=small: pretrained models and RECCON, hours on two cores. Each step skips what is complete.
 study: $(if $(filter small,$(SIZE)),models,demo)
 ifeq ($(SIZE),small)
 	@test -n "$(RECCON)" || { echo "make study SIZE=small RECCON=dir (kdecs corpus fetch DIR downloads the files)" >&2; exit 2; }

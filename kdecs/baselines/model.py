@@ -12,6 +12,7 @@ text, S = M + 1 span places (0 = no span), P pairs, Q pairs whose spans are want
 pair's vector.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class PairView(NamedTuple):
     own: Any = None
 
 
-class BaselineModel(nn.Module):
+class BaselineModel(nn.Module, ABC):
     """A masked language model and what a system puts on it. The subclass names its losses (`parts`), in order."""
 
     parts: tuple[str, ...] = ("emotion", "pair")
@@ -92,17 +93,17 @@ class BaselineModel(nn.Module):
             if not name.startswith("language_model.")
         }
 
+    @abstractmethod
     def inputs(self, dialogues: Sequence[EncodedDialogue], pairs_P3: Tensor, encoder: DialogueEncoder) -> Any:
         """The dialogues as nested named tuples of tensors, for the pairs (dialogue, target, candidate)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, inputs: Any, pairs_P3: Tensor, spanned_P: Tensor) -> Output:
         """Logits of all utterances' emotions and of the pairs; spans for the pairs that `spanned_P` marks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, output: Output, labels: Labels, spanned_P: Tensor) -> list[LossPart]:
         """The parts of the loss in the order of `parts`, each over what has a label; the sum of means is trained."""
-        raise NotImplementedError
 
     def states_of(self, group: RowGroup) -> Tensor:
         """The encoder's states (G, T, H) of a group of rows."""
@@ -156,9 +157,9 @@ class UtteranceModel(BaselineModel):
         batch: UtteranceBatch = inputs
         return batch
 
+    @abstractmethod
     def view(self, inputs: Any, states_RTH: Tensor, pairs_P3: Tensor) -> PairView:
         """The system itself, from the states of the tokens of each utterance."""
-        raise NotImplementedError
 
     def forward(self, inputs: Any, pairs_P3: Tensor, spanned_P: Tensor) -> Output:
         """Logits of all utterances' emotions and of the pairs; spans for the pairs that `spanned_P` marks."""

@@ -234,7 +234,7 @@ def test_commands_start_without_heavy_imports():
 
 
 def kdecs(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command as a separate process."""
     command = [sys.executable, "-m", "kdecs.cli", *(str(argument) for argument in arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
