@@ -111,14 +111,14 @@ endif
 # Chromium for the tests of the pages for people, which are skipped without it.
 test-browser: $(SETUP)
 	bash tests/install_chromium.sh $(BIN)/python
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/serve/test_page_in_browser.py tests/annotate/test_review.py
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/serve/test_page_in_browser.py tests/annotate/review/test_review.py
 
 # Three people on a server that runs for the test alone, on loopback and with a database in a temporary folder.
 LABEL_STUDIO := .cache/label-studio
 test-label-studio: $(SETUP)
 	@PATH="$(abspath $(BIN)):$$PATH" bash tests/install_label_studio.sh $(LABEL_STUDIO)
 	@PATH="$(abspath $(BIN)):$$PATH" KDECS_LABEL_STUDIO="$(abspath $(LABEL_STUDIO))/bin/label-studio" \
-	  $(BIN)/python -m pytest -rs tests/annotate/test_label_studio_server.py
+	  $(BIN)/python -m pytest -rs tests/annotate/review/test_label_studio_server.py
 
 test-all: test test-slow
 

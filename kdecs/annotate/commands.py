@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from kdecs.annotate.options import Directory, Json
+from kdecs.annotate.review import commands as review_commands
+from kdecs.annotate.simulation import commands as simulation_commands
 from kdecs.endpoint.options import (
     Attempts,
     Concurrency,
@@ -30,16 +33,9 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Label your own dialogues as the paper did: by language models, people and rules, in one project directory.",
 )
-
-review_app = typer.Typer(
-    no_args_is_help=True, help="Have people label dialogues on a page, and take in what they saved."
-)
-app.add_typer(review_app, name="review")
+app.add_typer(review_commands.app, name="review")
 
 _MOST_CONFLICTS = 20
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the project.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 InputPrice = Annotated[
     float | None,
     typer.Option("--input-price", min=0, help="Dollars per million prompt tokens, if project.yaml has none."),
@@ -578,280 +574,8 @@ def _write_list(
         say(f"{output}: {len(lines):,} of {len(project.dialogues):,} dialogues, by {by}")
 
 
-@app.command()
-def simulate(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to keep the rounds and the result.")
-    ],
-    corpus: Annotated[
-        Path, typer.Option(metavar="FILE", help="Labelled dialogues, whose labels stand in for people.")
-    ],
-    valid: Annotated[
-        Path, typer.Option(metavar="FILE", help="Other labelled dialogues, on which students are scored.")
-    ],
-    student: Annotated[
-        str,
-        typer.Option(
-            metavar="CONFIG", help="Config of the students: a file, or a name of kdecs configs student."
-        ),
-    ] = "minilm-joint",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one dotted key of the config; repeatable."),
-    ] = None,
-    by: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--by",
-            metavar="STRATEGY",
-            help="random, disagreement or uncertainty; repeatable. Default: all three.",
-        ),
-    ] = None,
-    size: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1,
-            help="How many dialogues are labelled in a round; repeatable. Default: 25, 50, 100 and 200.",
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How often all of it is done.")] = 3,
-    candidates: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Most dialogues that a student predicts to choose from, drawn at random; default: all.",
-        ),
-    ] = None,
-    predictions: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="Predictions of another system for the corpus, for disagreement; repeatable."
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Try how much labelling each strategy of kdecs annotate next saves, on a corpus that is labelled already.
-
-    All strategies begin with the same random dialogues. Round by round a student is trained on what is labelled so far,
-    and its predictions say what is labelled next. The same command goes on after any stop. It ends with a table, CSV
-    files and a figure of the scores by the number of labelled dialogues.
-
-    Example: kdecs annotate simulate runs/simulation --corpus data/dailydialog_train.json
-    --valid data/dailydialog_valid.json --set optimization.steps=200
-    """
-    from kdecs.annotate.sampling import STRATEGIES
-    from kdecs.annotate.simulating import SHOWN, Simulation, Study, result_of, write_result
-    from kdecs.process import StopSignal, say
-
-    if unknown := [each for each in by or () if each not in STRATEGIES]:
-        raise typer.BadParameter(f"--by {unknown[0]}: expected one of {', '.join(STRATEGIES)}")
-    study = Study(
-        directory,
-        corpus,
-        valid,
-        student,
-        tuple(overrides or ()),
-        tuple(each for each in STRATEGIES if each in (by or STRATEGIES)),
-        tuple(size or (25, 50, 100, 200)),
-        seeds,
-        candidates,
-        tuple(predictions or ()),
-    )
-    simulation = Simulation(study)
-    stop = StopSignal()
-    stop.install()
-    simulation.run(stop, (lambda line: typer.echo(line, err=True)) if as_json else say)
-    result = result_of(simulation)
-    paths = write_result(study, result)
-    if as_json:
-        print(
-            json.dumps(
-                {"scores": result.rows, "comparisons": result.comparisons, "rule": result.rule}, indent=2
-            )
-        )
-        return
-    from kdecs.tables import figures_table, terminal
-
-    console = terminal()
-    for key, name in SHOWN.items():
-        table = figures_table(
-            f"{name} on validation: mean (standard deviation) over seeds", "dialogues", *study.strategies
-        )
-        for number in study.sizes:
-            found = [result.summaries[strategy, number, key] for strategy in study.strategies]
-            cells = [
-                f"{each.mean:.2f}" + ("" if each.std is None else f" ({each.std:.2f})") for each in found
-            ]
-            table.add_row(str(number), *cells)
-        table.add_section()
-        table.add_row("rule j >= i-1", *[f"{result.rule[key]:.2f}"] * len(study.strategies))
-        console.print(table)
-    table = figures_table(
-        "Minus random choice, paired (95% intervals)", "strategy, dialogues", "difference", "over seeds",
-        "over dialogues", "p", tight=True,
-    )  # fmt: skip
-    for row in result.comparisons:
-        seeds_range = (
-            "–" if row["seeds_low"] is None else f"{row['seeds_low']:+.2f} to {row['seeds_high']:+.2f}"
-        )
-        table.add_row(
-            f"{SHOWN[row['score']]}: {row['strategy']}, {row['size']}", f"{row['difference']:+.2f}", seeds_range,
-            f"{row['dialogues_low']:+.2f} to {row['dialogues_high']:+.2f}", f"{row['dialogues_p']:.3f}",
-        )  # fmt: skip
-    if result.comparisons:
-        console.print(table)
-    say(f"written: {', '.join(map(str, paths))}")
-
-
-@review_app.command("export")
-def review_export(
-    directory: Directory,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the page.")] = None,
-    label_studio: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Where to write tasks for Label Studio: a name that ends in .json. Their labelling configuration is "
-            "written beside it, in .xml.",
-        ),
-    ] = None,
-    dialogues: Annotated[
-        Path | None,
-        typer.Option("--list", metavar="FILE", help="A list of kdecs annotate sample or next; default: all."),
-    ] = None,
-    annotator: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The one whose page or tasks these are, with the dialogues that the list gives them.",
-        ),
-    ] = None,
-    suggest: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Run whose labels are shown as suggestions; repeatable for Label Studio. Default: none are shown.",
-        ),
-    ] = None,
-) -> None:
-    """Write dialogues for people to label: a page for their browser, by keyboard alone and without a network, or tasks
-    for Label Studio.
-
-    Examples:
-
-    kdecs annotate review export mine --html review.html
-
-    kdecs annotate review export mine --html ann.html --list first.jsonl --annotator ann --suggest gpt-4o-mini
-
-    kdecs annotate review export mine --label-studio tasks.json --list first.jsonl --suggest gpt-4o-mini
-    """
-    from kdecs.annotate.label_studio import label_studio_tasks, labelling_configuration
-    from kdecs.annotate.project import Project
-    from kdecs.annotate.review import listed_dialogues, review_page
-    from kdecs.annotate.running import read_annotations
-    from kdecs.output import open_output, refuse_inputs
-    from kdecs.process import say
-
-    if html is None and label_studio is None:
-        raise typer.BadParameter("name what to write: --html FILE or --label-studio FILE")
-    if html is not None and len(suggest or ()) > 1:
-        raise typer.BadParameter("--suggest: the page shows the suggestions of one run; give it once")
-    if label_studio is not None and label_studio.suffix != ".json":
-        raise typer.BadParameter(
-            f"--label-studio {label_studio}: expected a name that ends in .json, by which Label Studio reads it"
-        )
-    project = Project.open(directory)
-    configuration = label_studio.with_suffix(".xml") if label_studio else None
-    for output in (html, label_studio, configuration):
-        if output is not None:
-            refuse_inputs(output, [*project.files, dialogues])
-    names = list(project.dialogues) if dialogues is None else listed_dialogues(dialogues, project, annotator)
-    found = {each.name: each for each in read_annotations(project, suggest)} if suggest else {}
-    suggestions = [found[name] for name in dict.fromkeys(suggest or ())]
-    chosen = [project.dialogues[name] for name in names]
-    if html is not None:
-        reviewers = [annotator] if annotator else project.config.annotators
-        page = review_page(project, chosen, reviewers, suggestions[0] if suggestions else None)
-        with open_output(html) as written:
-            written.write(page.encode())
-        say(f"{html}: {len(chosen):,} dialogues")
-    if label_studio is not None and configuration is not None:
-        tasks = label_studio_tasks(project, chosen, suggestions)
-        with open_output(configuration) as settings, open_output(label_studio) as written:
-            settings.write(labelling_configuration(project.config.labels).encode())
-            written.write(f"{json.dumps(tasks, ensure_ascii=False, indent=1)}\n".encode())
-        say(
-            f"{label_studio}: {len(chosen):,} dialogues; labelling configuration of the project: {configuration}"
-        )
-
-
-@review_app.command("import")
-def review_import(
-    directory: Directory,
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE…",
-            help="Files that the page saved, Label Studio's exports as JSON, or labelled corpora.",
-        ),
-    ],
-    annotator: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[USER=]NAME",
-            help="The annotator whose labels these are: needed for a corpus; replaces the name in a saved file. With "
-            "USER=, the name of a user of Label Studio, given by number or e-mail address; repeatable.",
-        ),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="JSON object {label: label} for labels of a corpus that the project does not have.",
-        ),
-    ] = None,
-) -> None:
-    """Take the decisions of people into the project. All files are checked first; a file may be imported twice.
-
-    Examples:
-
-    kdecs annotate review import mine review-ann.json review-ben.json
-
-    kdecs annotate review import mine project-1.json --annotator 1=ann --annotator 2=ben
-    """
-    from kdecs.annotate.labels import add_reviews
-    from kdecs.annotate.project import Project
-    from kdecs.annotate.review import read_review
-    from kdecs.annotate.running import now
-    from kdecs.corpus.reading import read_table
-    from kdecs.corpus.schema import NO_TABLE
-    from kdecs.errors import ConfigError
-    from kdecs.process import say
-
-    users = dict(name.rsplit("=", 1) for name in annotator or () if "=" in name)
-    names = [name for name in annotator or () if "=" not in name]
-    if len(names) + bool(users) > 1:
-        raise typer.BadParameter(
-            "--annotator: expected one NAME, or a USER=NAME for each user of Label Studio"
-        )
-    project = Project.open(directory)
-    mapping = read_table(table) if table else NO_TABLE
-    whose = names[0] if names else None
-    read = [
-        (path, found) for path in files for found in read_review(path, project, whose, now(), mapping, users)
-    ]
-    for path, found in read:
-        if not re.fullmatch(_NAME, found.annotator):
-            raise ConfigError(
-                f"{path}: the annotator {found.annotator!r}, expected letters, digits, dots, dashes and underscores"
-            )
-        if found.annotator in project.run_names or found.annotator in project.config.models:
-            raise ConfigError(
-                f"{path}: {found.annotator} is the name of a run; give the annotator another one, with --annotator"
-            )
-    for path, found in read:
-        num_new = add_reviews(project.review_file(found.annotator), found.lines)
-        say(f"{path}: {num_new:,} new of {len(found.lines):,} decisions of {found.annotator}{found.note}")
+# Last, since --help lists the commands in the order in which they are added.
+app.command()(simulation_commands.simulate)
 
 
 def _figure(value: float | None) -> str:
@@ -864,14 +588,14 @@ def _percent(value: float | None) -> str:
 
 def _chosen_model(project: "Project", model: str, run: str | None, **given: Any) -> "tuple[str, ModelConfig]":
     """The name of a run and its settings: those of project.yaml, under what the command line gives."""
-    from kdecs.annotate.project import ModelConfig
+    from kdecs.annotate.project import NAME_PATTERN, ModelConfig
     from kdecs.config import parse_config
     from kdecs.errors import ConfigError
 
     known = project.config.models.get(model, ModelConfig())
     # A model's name may hold slashes and colons, which a folder's name should not.
     name = run or re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model"
-    if not re.fullmatch(_NAME, name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(f"--run {name}: expected letters, digits, dots, dashes and underscores")
     if name in project.reviewers or name in project.config.annotators:
         raise ConfigError(f"{name}: is the name of an annotator; give the run another name, with --run NAME")

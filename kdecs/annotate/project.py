@@ -30,6 +30,8 @@ from kdecs.output import refuse_inputs
 
 PROJECT_NAME = "project.yaml"
 DIALOGUES_NAME = "dialogues.jsonl"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What the name of an annotator or a run looks like, which is also that of a file or folder."""
 _NO_PROJECT = "is no annotation project; make one with: kdecs annotate init DIR --input FILE"
 _COMMENT = """\
 # The settings of an annotation project. Add the models that label its dialogues, each under the name of its run:

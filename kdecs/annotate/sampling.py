@@ -17,7 +17,8 @@ from typing import Any, Literal, get_args
 
 from kdecs.annotate.agreement import decided_causes
 from kdecs.annotate.labels import Annotation, TurnKey, TurnLabel
-from kdecs.corpus.checking import decode_json, iter_lines
+from kdecs.annotate.project import Project
+from kdecs.corpus.checking import NotJson, decode_json, iter_lines, shorten
 from kdecs.corpus.pairs import random_order
 from kdecs.corpus.schema import NEUTRAL, Corpus, Dialogue
 from kdecs.endpoint.answers import Cause
@@ -160,6 +161,30 @@ def work_list(
                 if score
             ],
         }
+
+
+def listed_dialogues(path: Path, project: Project, annotator: str | None) -> list[str]:
+    """The dialogue ids of a list, in its order; those of one annotator if named.
+
+    Raises PredictionError for a line that is no line of a list of this project.
+    """
+    names = []
+    for number, line in iter_lines(path):
+        try:
+            value = decode_json(line).value
+        except NotJson as error:
+            raise PredictionError(
+                f"{path}, line {number}: found {error.found}, expected {error.expected}"
+            ) from None
+        name = value.get("dialogue_id") if isinstance(value, dict) else None
+        if name not in project.dialogues:
+            raise PredictionError(
+                f"{path}, line {number}: {shorten(name)} is no dialogue of this project, expected a line of kdecs "
+                "annotate sample"
+            )
+        if annotator is None or annotator in value.get("annotators", [annotator]):
+            names.append(name)
+    return names
 
 
 def _cause_turns(label: TurnLabel) -> set[int] | None:

@@ -1,93 +1,28 @@
-"""What people decide: a page for their browser, and the files that `kdecs annotate review import` takes.
+"""What people decided, from the files that `kdecs annotate review import` takes.
 
-The page needs no network and is `review.html` with the dialogues, the labels and, if wanted, the suggestions of a run
-in its element `data`. It saves one JSON object, which `kdecs annotate review import` reads:
+The page saves one JSON object:
 
     {"project": "sha256 of dialogues.jsonl", "annotator": "ann", "labels": [lines as in kdecs.annotate.labels]}
+
+Exports of Label Studio (`kdecs.annotate.review.label_studio`) and labelled corpora are taken as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from kdecs.annotate.label_studio import decisions_of_export, is_export
-from kdecs.annotate.labels import Annotation, Decisions, ReviewedCause, ReviewedTurn, checked_turn
+from kdecs.annotate.labels import Decisions, ReviewedCause, ReviewedTurn, checked_turn
 from kdecs.annotate.project import Project
-from kdecs.corpus.checking import NotJson, decode_json, iter_lines, shorten
+from kdecs.annotate.review.label_studio import decisions_of_export, is_export
+from kdecs.corpus.checking import NotJson, decode_json
 from kdecs.corpus.pairs import causes_of
 from kdecs.corpus.reading import read_corpus
-from kdecs.corpus.schema import NEUTRAL, NO_TABLE, Dialogue
-from kdecs.errors import ConfigError, CorpusError, PredictionError
-from kdecs.pages import NO_DATA, content_security_policy, json_in_script, page_template
+from kdecs.corpus.schema import NEUTRAL, NO_TABLE
+from kdecs.errors import CorpusError, PredictionError
 
 NO_USERS: Mapping[str, str] = MappingProxyType({})
 _KEYS = {"project", "annotator", "labels"}
-
-
-def review_page(
-    project: Project, dialogues: Sequence[Dialogue], annotators: Sequence[str], suggestions: Annotation | None
-) -> str:
-    """The page for these dialogues and annotators. Raises ConfigError if there is nobody or nothing to review."""
-    if not annotators:
-        raise ConfigError(
-            f"{project.root}: project.yaml names no annotators; add them there, or name one with --annotator"
-        )
-    if not dialogues:
-        raise ConfigError(f"{project.root}: no dialogue is left to review")
-    found: Mapping[Any, Any] = suggestions.labels if suggestions else {}
-    data = {
-        "project": project.texts_sha256,
-        "labels": list(project.config.labels),
-        "annotators": list(annotators),
-        "causes_after": project.config.causes_after,
-        "suggested_by": suggestions.name if suggestions else None,
-        "dialogues": [
-            {
-                "id": dialogue.id,
-                "utterances": [
-                    {
-                        "speaker": u.speaker,
-                        "utterance": u.text,
-                        "suggestion": _suggestion(found.get((dialogue.id, u.turn))),
-                    }
-                    for u in dialogue.utterances
-                ],
-            }
-            for dialogue in dialogues
-        ],
-    }
-    template = page_template("kdecs.annotate", "review.html")
-    page = template.replace("POLICY", content_security_policy(template), 1)
-    return page.replace(NO_DATA, NO_DATA.replace("null", json_in_script(data)), 1)
-
-
-def _suggestion(label: Any) -> dict[str, Any] | None:
-    if label is None or label.emotion is None:
-        return None
-    causes = None if label.causes is None else [{"turn": c.turn, "span": c.span} for c in label.causes]
-    return {"emotion": label.emotion, "causes": causes}
-
-
-def listed_dialogues(path: Path, project: Project, annotator: str | None) -> list[str]:
-    """The dialogue ids of a list that `kdecs annotate sample` wrote, in its order; those of one annotator if named."""
-    names = []
-    for number, line in iter_lines(path):
-        try:
-            value = decode_json(line).value
-        except NotJson as error:
-            raise PredictionError(
-                f"{path}, line {number}: found {error.found}, expected {error.expected}"
-            ) from None
-        name = value.get("dialogue_id") if isinstance(value, dict) else None
-        if name not in project.dialogues:
-            raise PredictionError(
-                f"{path}, line {number}: {shorten(name)} is no dialogue of this project, expected a line of kdecs "
-                "annotate sample"
-            )
-        if annotator is None or annotator in value.get("annotators", [annotator]):
-            names.append(name)
-    return names
 
 
 def read_review(

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from kdecs.annotate.label_studio import label_studio_tasks, labelling_configuration
 from kdecs.annotate.labels import Annotation, TurnLabel
 from kdecs.annotate.project import Project, create_project
+from kdecs.annotate.review.label_studio import label_studio_tasks, labelling_configuration
 from kdecs.annotate.running import read_annotations
 from kdecs.cli import app
 from kdecs.corpus.schema import FINE_EMOTIONS, Dialogue

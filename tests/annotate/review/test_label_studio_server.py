@@ -23,9 +23,9 @@ import pytest
 from support import free_port, wait_until
 from typer.testing import CliRunner
 
-from kdecs.annotate.label_studio import label_studio_tasks, labelling_configuration
 from kdecs.annotate.labels import Annotation, TurnLabel
 from kdecs.annotate.project import Project, create_project
+from kdecs.annotate.review.label_studio import label_studio_tasks, labelling_configuration
 from kdecs.annotate.running import read_annotations
 from kdecs.cli import app
 from kdecs.corpus.schema import NEUTRAL, Dialogue

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kdecs.annotate.labels import ReviewedTurn, add_reviews
 from kdecs.annotate.project import Project, create_project
-from kdecs.annotate.review import review_page
+from kdecs.annotate.review.page import review_page
 from kdecs.annotate.running import read_annotations
 from kdecs.cli import app
 from kdecs.corpus.schema import Dialogue

@@ -12,9 +12,9 @@ import pytest
 from support import made_once, run_forked, save_tiny_encoder
 from typer.testing import CliRunner
 
-from kdecs.annotate import simulating
 from kdecs.annotate.sampling import Strategy
-from kdecs.annotate.simulating import Round, Simulation, Study, result_of
+from kdecs.annotate.simulation import study as simulation_study
+from kdecs.annotate.simulation.study import Round, Simulation, Study, result_of
 from kdecs.artifact import verify_artifact
 from kdecs.cli import app
 from kdecs.corpus.pairs import pairs_of, random_order
@@ -104,7 +104,7 @@ def study_of(files: dict[str, Path], tmp_path: Path) -> Callable[..., Study]:
 @pytest.fixture
 def stages(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     fake = FakeStages(files["train"], enough=6)
-    monkeypatch.setattr(simulating, "run_child", fake)
+    monkeypatch.setattr(simulation_study, "run_child", fake)
     return fake
 
 
@@ -187,7 +187,7 @@ def test_a_study_goes_on_where_it_stopped_and_may_grow(
         stop.requested = True
         return 3
 
-    monkeypatch.setattr(simulating, "run_child", stopped)
+    monkeypatch.setattr(simulation_study, "run_child", stopped)
     with pytest.raises(Stopped, match="run the same command again to resume"):
         run(study_of(strategies=("random", "uncertainty"), num_seeds=3))
 
@@ -255,7 +255,7 @@ def test_a_small_study_for_real(
         calls.append(command[2])
         return ended.returncode
 
-    monkeypatch.setattr(simulating, "run_child", forked)
+    monkeypatch.setattr(simulation_study, "run_child", forked)
     words = [
         "annotate",
         "simulate",
