@@ -1,8 +1,9 @@
 """Pages for people in one HTML file each, which load nothing from anywhere and run no script but their own.
 
-A template has one `<style>`, one `<script>`, the word POLICY in its Content-Security-Policy, and an element `data` for
-JSON, `NO_DATA`. The policy names script and style by their hashes, so that the browser runs that script and no other,
-whatever the texts in the data hold.
+A template has one `<style>`, in which a comment marks the place of the rules that all pages share (`pages.css`), one
+`<script>`, the word POLICY in its Content-Security-Policy, and an element `data` for JSON, `NO_DATA`. The policy names
+script and style by their hashes, so that the browser runs that script and no other, whatever the texts in the data
+hold.
 """
 
 import base64
@@ -12,15 +13,16 @@ import json
 import re
 from importlib import resources
 
+_SHARED_STYLE = "/* pages.css */\n"
 NO_DATA = '<script type="application/json" id="data">null</script>'
 
 
 @functools.cache
 def page_template(package: str, name: str) -> str:
-    """The text of a template that comes with a package of kdecs."""
+    """The text of a template that comes with a package of kdecs, with the rules of style that all pages share."""
     text = (resources.files(package) / name).read_text(encoding="utf-8")
-    assert text.count(NO_DATA) == 1
-    return text
+    assert text.count(NO_DATA) == text.count(_SHARED_STYLE) == 1
+    return text.replace(_SHARED_STYLE, (resources.files("kdecs") / "pages.css").read_text(encoding="utf-8"))
 
 
 @functools.cache
