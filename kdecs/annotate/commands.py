@@ -483,11 +483,14 @@ def next_command(
     """Choose the dialogues that people should label next, among those that nobody has labelled yet.
 
     Train a student on what is labelled, have it predict all dialogues, and give its predictions: dialogues about which
-    it is unsure, or differs from other systems, come first. kdecs annotate review export takes the list.
+    it is unsure, or differs from other systems, come first. kdecs soft-labels predict writes a teacher's soft labels as
+    predictions. kdecs annotate review export takes the list.
 
     Examples:
 
     kdecs annotate next mine -n 20 --predictions student.jsonl --output next.jsonl
+
+    kdecs annotate next mine -n 20 --predictions student.jsonl --predictions teacher.jsonl --output next.jsonl
 
     kdecs annotate next mine -n 20 --by uncertainty --predictions student.jsonl --output next.jsonl
     """

@@ -94,7 +94,13 @@ def ranked(
             key = dialogue.id, utterance.turn
             labels = [each.labels[key] for each in annotations if key in each.labels]
             emotions = Counter(label.emotion for label in labels if label.emotion is not None)
-            named = [causes for label in labels if (causes := _cause_turns(label)) is not None]
+            # A system that predicts causes alone cannot say that a turn is neutral, and so has none to name.
+            is_neutral = set(emotions) == {NEUTRAL}
+            named = [
+                causes
+                for label in labels
+                if not (is_neutral and label.emotion is None) and (causes := _cause_turns(label)) is not None
+            ]
             top, num_top = emotions.most_common(1)[0] if emotions else (None, 0)
             rule = {turn for turn in (utterance.turn - 1, utterance.turn) if turn >= 1}
             values: dict[Reason, float] = {

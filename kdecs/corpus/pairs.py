@@ -26,9 +26,11 @@ if TYPE_CHECKING:  # prediction runs without pyarrow
 Ints = npt.NDArray[np.integer[Any]]
 
 _PAD_MULTIPLE = 8  # tensor cores want multiples of 8
-Universe = Literal["fold1", "fold1+neutral", "all"]
+Universe = Literal["fold1", "fold1+neutral", "emotional+neutral", "all"]
 EXPORT_UNIVERSE: Universe = "fold1+neutral"
 """The pairs that an export labels in every split: students train on them, and are scored on them."""
+UNANNOTATED_UNIVERSE: Universe = "emotional+neutral"
+"""The pairs that an export labels where nobody has annotated causes: those of EXPORT_UNIVERSE, had somebody done so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,17 @@ def pairs_of(dialogue: Dialogue, universe: Universe = "fold1", after: int = 0) -
     """The pairs of a labelled dialogue, by target, then candidate.
 
     fold1: every candidate up to the target, for targets that have the evidence key. fold1+neutral: also (i, i) of
-    neutral targets. all: every target. Candidates may follow the target by `after` turns. A cause outside the dialogue
+    neutral targets. emotional+neutral: the same, and every candidate for emotional targets without the key. all: every
+    target. Candidates may follow the target by `after` turns. A cause outside the dialogue
     or farther in the future makes no pair.
     """
     pairs: list[Pair] = []
     for target in dialogue.utterances:
-        if universe == "all" or target.evidence is not None:
+        is_neutral = target.emotion == NEUTRAL
+        has_all = universe == "all" or (universe == "emotional+neutral" and not is_neutral)
+        if has_all or target.evidence is not None:
             pairs.extend(_pairs_of_target(dialogue, target, after))
-        elif universe == "fold1+neutral" and target.emotion == NEUTRAL:
+        elif universe != "fold1" and is_neutral:
             # One pair is enough to learn and score its emotion. It has no cause, so fold 1 knows none of its pairs.
             pairs.append(Pair(dialogue, target.turn, target.turn, False, ()))
     return pairs

@@ -84,30 +84,37 @@ def read_corpus(
     return corpus
 
 
-def open_dialogues(path: Path | tuple[Path, ...], table: Mapping[str, str] = NO_TABLE) -> Dialogues:
-    """The labelled dialogues of a file, or of several: JSON lines are read on demand, other formats are loaded.
+def open_dialogues(
+    path: Path | tuple[Path, ...], table: Mapping[str, str] = NO_TABLE, *, labelled: bool = True
+) -> Dialogues:
+    """The dialogues of a file, or of several: JSON lines are read on demand, other formats are loaded.
 
-    The labels of `table` are known, too: the caller maps them with it.
+    The labels of `table` are known, too: the caller maps them with it. `labelled=False` accepts utterances without
+    emotion and evidence.
     Raises CorpusError for a loaded file that has a fault; JSON lines are checked when they are iterated.
     """
     if isinstance(path, tuple):
-        return JoinedDialogues(path, table)
+        return JoinedDialogues(path, table, labelled=labelled)
     # A missing file goes to read_corpus, which reports it.
     is_lines = path.is_file() and holds_lines(path)
-    return LineDialogues(path, table) if is_lines else read_corpus(path, table=table).dialogues
+    if is_lines:
+        return LineDialogues(path, table, labelled=labelled)
+    return read_corpus(path, labelled=labelled, table=table).dialogues
 
 
 class JoinedDialogues:
-    """The labelled dialogues of several files, one file after another.
+    """The dialogues of several files, one file after another.
 
     Iterating raises CorpusError for an id that two files have, since pairs are known by it. The first complete pass
     warns if one file has fine labels and another has none.
     """
 
-    def __init__(self, paths: Sequence[Path], table: Mapping[str, str] = NO_TABLE) -> None:
+    def __init__(
+        self, paths: Sequence[Path], table: Mapping[str, str] = NO_TABLE, *, labelled: bool = True
+    ) -> None:
         self._paths = paths
         self._table = table
-        self._parts = [open_dialogues(path, table) for path in paths]
+        self._parts = [open_dialogues(path, table, labelled=labelled) for path in paths]
         self._is_warned = False
 
     def __len__(self) -> int:
@@ -115,7 +122,7 @@ class JoinedDialogues:
 
     def __iter__(self) -> Iterator[Dialogue]:
         file_of: dict[str, Path] = {}
-        labels: dict[Path, set[str | None]] = {path: set() for path in self._paths}
+        labels: dict[Path, set[str]] = {path: set() for path in self._paths}
         for path, part in zip(self._paths, self._parts, strict=True):
             for dialogue in part:
                 if (first := file_of.setdefault(dialogue.id, path)) != path:
@@ -124,7 +131,7 @@ class JoinedDialogues:
                         "files that are used together need different ids: kdecs corpus convert --id-prefix writes a "
                         "copy with other ones"
                     )
-                labels[path].update(utterance.emotion for utterance in dialogue.utterances)
+                labels[path].update(u.emotion for u in dialogue.utterances if u.emotion is not None)
                 yield dialogue
         if not self._is_warned:
             self._is_warned = True
@@ -138,38 +145,39 @@ class JoinedDialogues:
         raise IndexError(position)
 
 
-def _warn_of_label_sets(labels: Mapping[Path, Set[str | None]], table: Mapping[str, str]) -> None:
+def _warn_of_label_sets(labels: Mapping[Path, Set[str]], table: Mapping[str, str]) -> None:
     """Warn of files of which one calls "worry" what another calls "fear", unless a table maps both."""
     if table:
         return
     only_fine = set(FINE_EMOTIONS) - set(COARSE_EMOTIONS)
     fine = [path for path, found in labels.items() if found & only_fine]
-    coarse = [path for path, found in labels.items() if not found & only_fine]
+    coarse = [path for path, found in labels.items() if found and not found & only_fine]
     if fine and coarse:
         logger.warning(
             "%s: has fine emotions (such as %s), and %s has coarse ones alone, so that a student learns two labels for "
             "one emotion; set corpus.emotions=coarse to map the fine ones",
             fine[0],
-            min(labels[fine[0]] & only_fine, key=str),
+            min(labels[fine[0]] & only_fine),
             coarse[0],
         )
 
 
 class LineDialogues:
-    """The labelled dialogues of a JSON-lines file, each parsed when it is needed; memory holds 8 bytes for each.
+    """The dialogues of a JSON-lines file, each parsed when it is needed; memory holds 8 bytes for each.
 
     Iterating checks the file as a whole (repeated ids, for instance), and the first complete pass logs its notes.
     Access by position parses that line alone. Threads may share an instance.
     """
 
-    def __init__(self, path: Path, table: Mapping[str, str] = NO_TABLE) -> None:
+    def __init__(self, path: Path, table: Mapping[str, str] = NO_TABLE, *, labelled: bool = True) -> None:
         self.path = path
         self._table = table
+        self._labelled = labelled
         self._starts: array[int] | None = None
         self._is_logged = False
 
     def __iter__(self) -> Iterator[Dialogue]:
-        checker = Checker(str(self.path), own_labels=self._table)
+        checker = self._checker()
         yield from _dialogues(self.path, checker, None, on_dialogue=lambda: _refuse(checker))
         _refuse(checker)
         if not self._is_logged:
@@ -188,7 +196,7 @@ class LineDialogues:
         with self.path.open("rb") as file:
             file.seek(starts[position])
             line = file.readline()
-        checker, dialogue = Checker(str(self.path), own_labels=self._table), None
+        checker, dialogue = self._checker(), None
         # Checked again as when it was iterated: the file may have been replaced since, and positions mean nothing then.
         for identifier, utterances in read_line(line, f"at byte {starts[position]}", checker):
             part = corpus_part(identifier if isinstance(identifier, str) else "")
@@ -196,6 +204,9 @@ class LineDialogues:
         if checker.faults or dialogue is None:
             raise CorpusError(f"{checker.faults[0]}; {_CHANGED}")
         return dialogue
+
+    def _checker(self) -> Checker:
+        return Checker(str(self.path), labelled=self._labelled, own_labels=self._table)
 
     def _line_starts(self) -> "array[int]":
         """The byte at which each line that is not blank begins: a scan for line ends, without parsing."""

@@ -64,10 +64,36 @@ class CandidatesConfig(Config):
     )
 
 
+@dataclass(frozen=True)
+class GivenEmotions:
+    """Emotions from a file, such as another system's predictions, for the utterances of a corpus that have none."""
+
+    path: Path
+    by_turn: Mapping[tuple[str, int], str]
+    """Emotions by dialogue id and turn."""
+
+    def fill(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue with an emotion for every utterance. Raises CorpusError where neither it nor the file has one.
+
+        Emotions of the dialogue's own stay.
+        """
+        filled = []
+        for utterance in dialogue.utterances:
+            emotion = utterance.emotion or self.by_turn.get((dialogue.id, utterance.turn))
+            if emotion is None:
+                raise CorpusError(
+                    f"dialogue {dialogue.id}, turn {utterance.turn}: found no emotion in the corpus and none in "
+                    f"{self.path}, expected one for each utterance; predict the emotions of this very corpus"
+                )
+            filled.append(replace(utterance, emotion=emotion))
+        return replace(dialogue, utterances=tuple(filled))
+
+
 class Split:
     """The dialogues of one split that are in use, with their emotions mapped; read on demand like the file's.
 
     `places` holds the position of each in the file, or in all training files together; None stands for all of them.
+    `given` fills in the emotions that are missing, before `table` maps them.
     """
 
     def __init__(
@@ -76,10 +102,12 @@ class Split:
         *,
         places: Sequence[int] | None = None,
         table: Mapping[str, str] | None = None,
+        given: GivenEmotions | None = None,
     ) -> None:
         self._dialogues = dialogues
         self._places = places
         self._table = table
+        self._given = given
 
     @property
     def places(self) -> Sequence[int]:
@@ -99,32 +127,43 @@ class Split:
         return self._mapped(self._dialogues[position if self._places is None else self._places[position]])
 
     def _mapped(self, dialogue: Dialogue) -> Dialogue:
+        if self._given is not None:
+            dialogue = self._given.fill(dialogue)
         return dialogue if self._table is None else map_dialogue(dialogue, self._table)
 
 
-def open_splits(config: CorpusConfig) -> dict[str, Split]:
-    """Every split of a config by name, the training split as `training_split` selects it. Raises CorpusError."""
+def open_splits(config: CorpusConfig, given: GivenEmotions | None = None) -> dict[str, Split]:
+    """Every split of a config by name, the training split as `training_split` selects it. Raises CorpusError.
+
+    With `given`, utterances may lack emotion and evidence: these are their emotions.
+    """
     table = emotion_table(config)
-    splits = {"train": training_split(config)}
+    splits = {"train": training_split(config, given)}
     for name, path in (("valid", config.valid), ("test", config.test)):
         if path is not None:
-            splits[name] = Split(open_dialogues(path, table or NO_TABLE), table=table)
+            dialogues = open_dialogues(path, table or NO_TABLE, labelled=given is None)
+            splits[name] = Split(dialogues, table=table, given=given)
     return splits
 
 
-def training_split(config: CorpusConfig) -> Split:
+def training_split(config: CorpusConfig, given: GivenEmotions | None = None) -> Split:
     """The training dialogues without those that `drop_cross_split` removes, then a seeded share of the rest.
 
-    Raises CorpusError if a file is missing or breaks the schema, or if no dialogue is left.
+    `given` is as in `open_splits`. Raises CorpusError if a file is missing or breaks the schema, or if no dialogue is
+    left.
     """
     table = emotion_table(config)
     known = table or NO_TABLE
-    dialogues = open_dialogues(config.train, known)
+    dialogues = open_dialogues(config.train, known, labelled=given is None)
     if not config.drop_cross_split and config.train_share == 1:
-        return Split(dialogues, table=table)
+        return Split(dialogues, table=table, given=given)
     others = [path for path in (config.valid, config.test) if path is not None and config.drop_cross_split]
     # Digests, since the texts of a large split would fill the memory.
-    elsewhere = {text_digest(dialogue) for path in others for dialogue in open_dialogues(path, known)}
+    elsewhere = {
+        text_digest(dialogue)
+        for path in others
+        for dialogue in open_dialogues(path, known, labelled=given is None)
+    }
     num_all, kept, ids = 0, array("q"), []
     for place, dialogue in enumerate(dialogues):
         num_all += 1
@@ -146,7 +185,7 @@ def training_split(config: CorpusConfig) -> Split:
     # Of what is left: a share of the whole file would shrink by whatever was dropped.
     chosen = training_subset(ids, config.train_share, config.train_share_seed)
     places = array("q", (kept[position] for position in chosen))
-    return Split(dialogues, places=places, table=table)
+    return Split(dialogues, places=places, table=table, given=given)
 
 
 def read_split(config: CorpusConfig, path: Path) -> Corpus:

@@ -69,15 +69,17 @@ def read_predictions(
     return predictions
 
 
-def read_emotions(path: Path | str) -> dict[tuple[str, int], str]:
+def read_emotions(
+    path: Path | str, emotion_table: Mapping[str, str] = NO_TABLE
+) -> dict[tuple[str, int], str]:
     """The emotion of each target of a prediction file, by (dialogue id, turn). Raises PredictionError, as above.
 
-    No corpus is needed: the file may be of dialogues without labels.
+    No corpus is needed: the file may be of dialogues without labels. The labels of `emotion_table` are known, too.
     """
     path = Path(path)
     emotions: dict[tuple[str, int], str] = {}
     for place, line in _lines(path):
-        _check_emotion(_parse(line, place, NO_TABLE), emotions, place, NO_TABLE)
+        _check_emotion(_parse(line, place, emotion_table), emotions, place, emotion_table)
     if not emotions:
         raise PredictionError(
             f"{path}: holds no emotion, expected the predictions of a system that predicts emotions"

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from kdecs.artifact import read_manifest
 from kdecs.config import config_hash
-from kdecs.corpus.pairs import EXPORT_UNIVERSE
 from kdecs.process import StopSignal, is_main_rank, quick_imports, run_entry, say_skipped, stage_config
 from kdecs.soft_labels.claims import check_export_output, check_teacher_corpus, remove_temporaries
 from kdecs.soft_labels.config import ExportConfig
@@ -60,7 +59,7 @@ def export_record(config: ExportConfig) -> RunRecord:
         output=config.output,
         name=f"labels of {config.output.name}",
         config_hash=config_hash(config),
-        datasets=corpus_datasets(config.corpus, universe=EXPORT_UNIVERSE, has_test=True),
+        datasets=corpus_datasets(config.corpus, universe=config.universe, has_test=True),
         points=[],
     )
     if has_identity(config.teacher):

@@ -71,13 +71,18 @@ def check_export_output(output: Path, work_hash: str) -> None:
 
 
 def check_teacher_corpus(config: ExportConfig, teacher: Manifest) -> None:
-    """Refuse a teacher that was trained on another corpus, unless the config allows it (ArtifactError)."""
+    """Refuse a teacher that was trained on another corpus, unless the config allows it (ArtifactError).
+
+    Files to label without gold labels, for which the config gives emotions, are of no teacher's training. The
+    validation file must be the teacher's even so.
+    """
     if config.allow_other_corpus:
         return
     # Teachers train on these two splits; the test split is theirs to label, whichever file it is. A teacher of several
     # training files may label some of them.
     trained = [digest for name, digest in teacher.inputs.items() if name.startswith("corpus_train")]
-    training = [("corpus_train", path, trained) for path in files_of(config.corpus.train)]
+    has_gold = config.emotions is None
+    training = [("corpus_train", path, trained) for path in files_of(config.corpus.train) if has_gold]
     valid = [digest for name, digest in teacher.inputs.items() if name == "corpus_valid"]
     for name, path, found in (*training, ("corpus_valid", config.corpus.valid, valid)):
         if (expected := content_checksum(path)) not in found:

@@ -11,7 +11,10 @@ from kdecs.process import say
 if TYPE_CHECKING:
     from kdecs.artifact import Manifest
 
-app = typer.Typer(help="Show, combine and import soft labels, and make controls.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show, combine and import soft labels, write them as predictions, and make controls.",
+    no_args_is_help=True,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, unrounded.")]
 Cache = Annotated[
@@ -110,6 +113,47 @@ def show(
         print_labels(found)
     if output is not None:
         typer.echo(f"reliability plot: {output}", err=as_json)
+
+
+@app.command("predict")
+def predict(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A finished label directory.")],
+    input: Annotated[
+        Path,
+        typer.Option(
+            "--input", metavar="FILE", help="Dialogues that were labelled; they need no gold labels."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", metavar="FILE", help="Where to write the predictions; - is standard output."
+        ),
+    ],
+    cache: Cache = None,
+) -> None:
+    """Write what the labels decide as predictions, with p(cause) as their score: a teacher beside other systems.
+
+    Pairs are found by id and texts. Labels hold neither emotions nor spans: the predictions have none.
+
+    Examples:
+
+    kdecs soft-labels predict runs/labels/llama-7b --input mine/dialogues.jsonl --output teacher.jsonl
+
+    kdecs soft-labels predict runs/labels/llama-7b --input data/dailydialog_valid.json --output teacher.jsonl
+    """
+    from kdecs.output import is_standard_output, open_output, refuse_inputs
+    from kdecs.soft_labels.inspect.decisions import write_decisions
+
+    refuse_inputs(output, [directory, input])
+    with open_output(output) as file:
+        counts = write_decisions(directory, input, file, cache_dir=cache)
+    missing = f"; {counts.missing:,} dialogues have no label, the first is {counts.first_missing}"
+    typer.echo(
+        f"{output}: {counts.pairs:,} pairs of {counts.dialogues:,} dialogues, {counts.causes:,} causes"
+        f"{missing if counts.missing else ''}",
+        err=is_standard_output(output),
+    )
 
 
 @app.command("combine")

@@ -13,6 +13,7 @@ from kdecs.config import (
     OutputPath,
     Unhashed,
 )
+from kdecs.corpus.pairs import EXPORT_UNIVERSE, UNANNOTATED_UNIVERSE, Universe
 from kdecs.corpus.prompts import PROMPT_VERSION
 from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
 from kdecs.tracking.record import TrackingConfig
@@ -64,3 +65,13 @@ class ExportConfig(Config):
     allow_other_corpus: bool = Field(
         default=False, description="label a corpus the teacher was not trained on"
     )
+    emotions: Annotated[InputPath | None, HashedUnlessDefault()] = Field(
+        default=None,
+        description="predictions whose emotions the teacher is shown where the corpus has none: labels dialogues "
+        "without gold labels; null: every utterance has its emotion",
+    )
+
+    @property
+    def universe(self) -> Universe:
+        """The pairs that are labelled."""
+        return EXPORT_UNIVERSE if self.emotions is None else UNANNOTATED_UNIVERSE

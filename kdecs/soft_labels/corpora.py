@@ -53,15 +53,18 @@ def pair_batches(
     universe: Universe,
     candidates_after: int = 0,
     table: Mapping[str, str] = NO_TABLE,
+    *,
+    labelled: bool = True,
 ) -> Iterator[list[Pair]]:
-    """The pairs of labelled corpus files in their order, BATCH_PAIRS at a time, their emotions mapped by `table`.
+    """The pairs of corpus files in their order, BATCH_PAIRS at a time, their emotions mapped by `table`.
 
-    Raises CorpusError for a fault.
+    `labelled=False` accepts utterances without emotion and evidence, which have no pairs in fold1. Raises CorpusError
+    for a fault.
     """
     dialogues = (
         map_dialogue(dialogue, table)
         for path in files_of(files)
-        for dialogue in iter_dialogues(path, table=table)
+        for dialogue in iter_dialogues(path, labelled=labelled, table=table)
     )
     pairs = itertools.chain.from_iterable(
         pairs_of(dialogue, universe, candidates_after) for dialogue in dialogues

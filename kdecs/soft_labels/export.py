@@ -25,10 +25,11 @@ from kdecs.artifact import (
     temporary_path,
 )
 from kdecs.config import config_hash, input_checksums
-from kdecs.corpus.pairs import EXPORT_UNIVERSE
-from kdecs.corpus.splits import open_splits
+from kdecs.corpus.schema import NO_TABLE
+from kdecs.corpus.splits import GivenEmotions, emotion_table, open_splits
 from kdecs.errors import ArtifactError, Stopped
 from kdecs.evaluation.counts import PairCounts
+from kdecs.evaluation.predictions import read_emotions
 from kdecs.process import StopSignal
 from kdecs.soft_labels.claims import (
     KIND,
@@ -123,13 +124,15 @@ def export_shards(
     work_hash = config_hash(config)
     check_teacher_corpus(config, scorer.manifest)
     check_export_output(config.output, work_hash)
-    splits = open_splits(config.corpus)
+    splits = open_splits(config.corpus, _given_emotions(config))
     # The job comes before all other files: a plan of other work would replace that of a worker already here.
     open_job(config, work_hash, lineage=scorer.lineage, answer_words=scorer.answer_words)
     claims = Claims(config.output / WORK_DIRECTORY / LEASES_DIRECTORY, lease_s=config.lease_s)
 
     plan_directory = config.output / WORK_DIRECTORY / PLAN_DIRECTORY
-    kind = PlanKind(work_hash, config.num_shards, batching_of(scorer.manifest), config.candidates.after)
+    kind = PlanKind(
+        work_hash, config.num_shards, batching_of(scorer.manifest), config.candidates.after, config.universe
+    )
     while (plan := open_plan(plan_directory, kind, splits)) is None:
         # One worker plans, since a plan is a pass over the whole corpus, and the others look for its result.
         with claims.holding("plan") as claim:
@@ -156,6 +159,14 @@ def export_shards(
     remove_temporaries(config.output, config.lease_s, claims)
     manifest = manifest or read_manifest(config.output, KIND)
     return ExportResult(manifest, plan.num_pairs - pairs_before, time.monotonic() - started)
+
+
+def _given_emotions(config: ExportConfig) -> GivenEmotions | None:
+    """The emotions of utterances that have none. Raises PredictionError for a file that holds no predictions."""
+    if config.emotions is None:
+        return None
+    table = emotion_table(config.corpus)
+    return GivenEmotions(config.emotions, read_emotions(config.emotions, table or NO_TABLE))
 
 
 class _ClaimLost(Exception):
@@ -356,7 +367,7 @@ class _Worker:
         details: dict[str, Any] = {
             "answer_words": list(self.scorer.answer_words),
             "temperature": 1,
-            "universe": EXPORT_UNIVERSE,
+            "universe": config.universe,
             **reach_details(config.candidates.after),
             "num_pairs": self.plan.record.pairs_by_split,
             "lineage": dict(self.scorer.lineage),
@@ -380,6 +391,7 @@ class _Worker:
                 corpus_train=config.corpus.train,
                 corpus_valid=config.corpus.valid,
                 corpus_test=config.corpus.test,
+                emotions=config.emotions,
             ),
             files=[
                 FileEntry(path=shard_name(shard), bytes=record.bytes, sha256=record.sha256, rows=record.rows)

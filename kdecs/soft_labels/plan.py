@@ -17,7 +17,7 @@ import hashlib
 import heapq
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdecs.artifact import Manifest, atomic_path
-from kdecs.corpus.pairs import EXPORT_UNIVERSE, Pair, pairs_of
+from kdecs.corpus.pairs import EXPORT_UNIVERSE, Pair, Universe, pairs_of
 from kdecs.corpus.reading import Dialogues
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import CorpusError
@@ -57,7 +57,8 @@ class PlanKind:
     num_shards: int
     batching: Batching = "tree"
     candidates_after: int = 0
-    """A part of the work, so its hash tells one plan from another."""
+    universe: Universe = EXPORT_UNIVERSE
+    """Reach and universe are a part of the work, so its hash tells one plan from another."""
 
 
 class PlanRecord(BaseModel):
@@ -89,10 +90,10 @@ class Plan:
         record: PlanRecord,
         entries: np.ndarray,
         splits: Mapping[str, Dialogues],
-        candidates_after: int = 0,
+        kind: PlanKind,
     ) -> None:
         self.record = record
-        self._after = candidates_after
+        self._kind = kind
         self._entries = entries
         self._splits = splits
 
@@ -112,7 +113,7 @@ class Plan:
         for entry in self._entries[start:end]:
             split = SPLITS[entry["split"]]
             dialogue = self._splits[split][int(entry["position"])]
-            pairs = pairs_of(dialogue, EXPORT_UNIVERSE, self._after)
+            pairs = pairs_of(dialogue, self._kind.universe, self._kind.candidates_after)
             # A corpus that was edited or sorted meanwhile would put pairs into other shards than the plan says.
             if len(pairs) != entry["num_pairs"] or _key(split, dialogue) != tuple(entry["key"].tolist()):
                 raise CorpusError(
@@ -149,12 +150,10 @@ def open_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
         return None
     # The two files may be of two plans if a worker was killed between their writes.
     is_undamaged = hashlib.sha256(entries).hexdigest() == record.entries_sha256
-    if (
-        not is_undamaged
-        or PlanKind(record.work_hash, len(record.pairs), record.batching, kind.candidates_after) != kind
-    ):
+    found = replace(kind, work_hash=record.work_hash, num_shards=len(record.pairs), batching=record.batching)
+    if not is_undamaged or found != kind:
         return None
-    return Plan(record, np.frombuffer(entries, ENTRY), splits, kind.candidates_after)
+    return Plan(record, np.frombuffer(entries, ENTRY), splits, kind)
 
 
 def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) -> Plan:
@@ -164,7 +163,7 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
     plan at the same time write the same bytes.
     Raises CorpusError for a faulty corpus.
     """
-    entries = _entries_of(splits, _COSTS[kind.batching], kind.candidates_after)
+    entries = _entries_of(splits, kind)
     loads = [(0, shard) for shard in range(kind.num_shards)]  # a heap of (cost, shard)
     shards = np.empty(len(entries), np.uint32)
     for first in range(0, len(entries), BLOCK_DIALOGUES):
@@ -199,7 +198,7 @@ def make_plan(directory: Path, kind: PlanKind, splits: Mapping[str, Dialogues]) 
         if (found := open_plan(directory, kind, splits)) is None:
             raise
         return found
-    return Plan(record, entries, splits, kind.candidates_after)
+    return Plan(record, entries, splits, kind)
 
 
 def tree_characters(pairs: Sequence[Pair]) -> int:
@@ -233,17 +232,16 @@ _COSTS: dict[Batching, Callable[[Sequence[Pair]], int]] = {
 }
 
 
-def _entries_of(
-    splits: Mapping[str, Dialogues], cost_of: Callable[[Sequence[Pair]], int], candidates_after: int
-) -> np.ndarray:
+def _entries_of(splits: Mapping[str, Dialogues], kind: PlanKind) -> np.ndarray:
     """The ENTRY of every dialogue that has pairs, by split and position."""
+    cost_of = _COSTS[kind.batching]
     blocks = [np.empty(0, ENTRY)]
     held: list[tuple[int, int, int, int, tuple[int, int]]] = []
     for number, split in enumerate(SPLITS):
         if split not in splits:
             continue
         for position, dialogue in enumerate(splits[split]):
-            if pairs := pairs_of(dialogue, EXPORT_UNIVERSE, candidates_after):
+            if pairs := pairs_of(dialogue, kind.universe, kind.candidates_after):
                 key = _key(split, dialogue)
                 held.append((number, len(pairs), position, cost_of(pairs), key))
             # Python's tuples take ten times the memory of their array.

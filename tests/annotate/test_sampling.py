@@ -87,6 +87,20 @@ def test_a_system_that_predicts_causes_alone_has_a_say_about_them() -> None:
     assert reasons == {"calm": {"open": 0.0, "rule": 0.5}, "tense": {"open": 0.0, "rule": 0.5}}
 
 
+def test_a_system_that_predicts_causes_alone_has_no_say_about_neutral_turns() -> None:
+    """It has no word for neutral: without a cause it agrees, and yet its causes are not those of the rule."""
+    teacher = run_of("teacher", {("calm", 1): (None, ()), ("tense", 1): (None, ())})
+    student = run_of("student", {("calm", 1): ("neutral", ()), ("tense", 1): ("worry", (1,))})
+    reasons = {
+        item.dialogue.id: item.turns[0][2] for item in ranked([student, teacher], DIALOGUES, ["rule"], {})
+    }
+    assert reasons == {"calm": {"rule": 0.0}, "tense": {"rule": 0.5}}
+    # Where somebody else finds the turn emotional, all count again.
+    other = run_of("other", {("calm", 1): ("hope", (1,))})
+    scored = ranked([student, teacher, other], DIALOGUES, ["rule"], {})
+    assert {item.dialogue.id: item.turns[0][2] for item in scored}["calm"] == {"rule": 0.5}
+
+
 def test_strategies_order_by_their_reasons_and_chance_decides_the_rest() -> None:
     many = {str(n): Dialogue(str(n), CALM.utterances) for n in range(8)}
     unsure = {("5", 1): 0.5, ("2", 2): 0.9}

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_universes_of_a_worked_dialogue(write, valid_document):
     assert set(fold1) < set(trained) < set(everything)
     assert count_rows(everything)[0] == count_rows(fold1)[0] == 6
     assert [p.is_cause for p in fold1 if p.target == 5] == [False] * 5
+
+
+def test_emotional_targets_need_no_annotation_where_nobody_has_annotated(write, valid_document):
+    dialogue = read_corpus(write(valid_document)).dialogues[0]
+    assert pairs_of(dialogue, "emotional+neutral") == pairs_of(dialogue, "fold1+neutral")
+    bare = replace(dialogue, utterances=tuple(replace(u, evidence=None) for u in dialogue.utterances))
+    assert [pair.id for pair in pairs_of(bare, "fold1+neutral")] == ["tr_1/3/3"]
+    found, same = (pairs_of(d, "emotional+neutral") for d in (bare, dialogue))
+    assert [pair.id for pair in found] == [pair.id for pair in same]
+    assert not any(pair.is_cause for pair in found)
 
 
 def test_candidates_of_an_unlabelled_dialogue():

@@ -11,7 +11,9 @@ from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import COARSE_EMOTIONS
 from kdecs.corpus.splits import (
     CorpusConfig,
+    GivenEmotions,
     find_duplicates,
+    open_splits,
     read_split,
     require_causes,
     require_spans,
@@ -38,6 +40,40 @@ def test_share_is_of_what_is_left_after_dropping(tmp_path: Path) -> None:
     assert {d.id for d in kept} - {d.id for d in dropped} == {"twin"}
     half = training_split(config(train=str(path), drop_cross_split=True, train_share=0.5))
     assert len(half) == len(train) // 2
+
+
+def test_given_emotions_stand_for_those_that_are_missing_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one file or several, of any format, with twins left out or not; mapped as the corpus' own are."""
+    gold = {d.id: d for d in read_corpus(bundled_sample("train")).dialogues[:3]}
+    raw: dict[str, list[dict[str, object]]] = {
+        d.id: [{"turn": u.turn, "speaker": u.speaker, "utterance": u.text} for u in d.utterances]
+        for d in gold.values()
+    }
+    first, *others = raw
+    raw[first][0]["emotion"] = "anger"
+    valid_twin = {"twin": json.loads(bundled_sample("valid").read_text(encoding="utf-8")).popitem()[1]}
+    one, two = tmp_path / "one.json", tmp_path / "two.jsonl"
+    one.write_text(json.dumps({first: [raw[first]], **valid_twin}))
+    two.write_text("".join(json.dumps({"id": name, "utterances": raw[name]}) + "\n" for name in others))
+    by_turn = {(d.id, u.turn): "worry" for d in gold.values() for u in d.utterances}
+    given = GivenEmotions(tmp_path / "student.jsonl", by_turn)
+    files = config(train=[str(one), str(two)], drop_cross_split=True)
+    found = {d.id: d for d in training_split(files, given)}
+    assert list(found) == list(gold) and "has coarse ones alone" not in caplog.text
+    emotions = {(d.id, u.turn): u.emotion for d in found.values() for u in d.utterances}
+    assert emotions == by_turn | {(first, 1): "anger"}
+    assert {d.id: d.context_hashes for d in found.values()} == {n: d.context_hashes for n, d in gold.items()}
+    coarse = open_splits(config(train=str(two), emotions="coarse"), given)["train"]
+    assert {u.emotion for dialogue in coarse for u in dialogue.utterances} == {"fear"}
+    with pytest.raises(CorpusError, match="field emotion: found no such key"):
+        list(training_split(config(train=str(two))))
+    del by_turn[others[0], 2]
+    with pytest.raises(
+        CorpusError, match=rf"{others[0]}, turn 2: found no emotion .* none in .*student.jsonl"
+    ):
+        list(training_split(config(train=str(two)), given))
 
 
 def test_training_dialogues_of_another_split_are_left_out(write, valid_document, caplog) -> None:

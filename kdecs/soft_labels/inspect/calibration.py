@@ -34,7 +34,7 @@ def require_cause_words(directory: Path, answer_words: Sequence[str]) -> None:
     if len(set(answer_words)) != expected or len(answer_words) != expected:
         raise LabelError(
             f"{directory}: labels over {len(answer_words)} answer words, expected {expected} different ones, "
-            f"such as {', '.join(CONNECTIVES)}: they cannot be compared with gold"
+            f"such as {', '.join(CONNECTIVES)}: which of them mean a cause is not known"
         )
 
 

@@ -61,11 +61,11 @@ def describe(
         with scratch_folder("labels") as scratch:
             labels = SoftLabels.open(directory, cache_dir or scratch)
             for path in compared:
-                against_gold = _compare_with_gold(labels, path, universe, table)
+                against_gold = _compare_with_gold(labels, path, universe, table, labelled=bool(corpora))
                 if against_gold["num_pairs"]:
                     found["gold"][str(path)] = against_gold
-                # A file that `labelled_corpora` found may simply hold no pair with gold. One that the user named is
-                # meant to be compared.
+                # A file that `labelled_corpora` found may hold no pair with gold, or no gold labels at all. One that
+                # the user named is meant to be compared.
                 elif corpora:
                     raise LabelError(
                         f"{directory}: labels none of the {against_gold['missing']} pairs of {path}; "
@@ -86,13 +86,13 @@ def _agreement_of(directory: Path, manifest: Manifest) -> dict[str, dict[str, fl
 
 
 def _compare_with_gold(
-    labels: SoftLabels, path: Path, universe: Universe, table: Mapping[str, str]
+    labels: SoftLabels, path: Path, universe: Universe, table: Mapping[str, str], *, labelled: bool
 ) -> dict[str, Any]:
     sums = GoldSums(labels.answer_words)
     after = candidates_after_of(labels.directory, labels.manifest)
     num_missing = 0
     with _bar(None, path.name) as bar:
-        for batch in pair_batches(path, universe, after, table):
+        for batch in pair_batches(path, universe, after, table, labelled=labelled):
             rows_n = labels.find([pair.id for pair in batch], [pair.hash for pair in batch])
             is_cause_n = np.array([pair.is_cause for pair in batch])
             known_n = rows_n >= 0
