@@ -475,6 +475,21 @@ def test_what_joins_the_history_is_part_of_the_hash_of_t5_alone(tmp_path, monkey
     assert [a == b for a, b in zip(hashes(), before, strict=True)] == [False, True, True]
 
 
+def test_the_wording_of_hints_is_part_of_the_hash_with_hints_alone(values, monkeypatch):
+    """A teacher without hints has the hash that it had before there were any."""
+
+    def hashes() -> list[str]:
+        given = [values, {**values, "gold_hint_share": 0.0}, {**values, "gold_hint_share": 0.1}]
+        return [config_hash(parse_config(TeacherConfig, each, source="x")) for each in given]
+
+    before = hashes()
+    assert before[0] == before[1] != before[2]
+    monkeypatch.setattr("kdecs.teacher.config.GOLD_HINT_VERSION", 9)
+    assert [a == b for a, b in zip(hashes(), before, strict=True)] == [True, True, False]
+    with pytest.raises(ConfigError, match=r"gold_hint_share: .*less than or equal to 1"):
+        parse_config(TeacherConfig, {**values, "gold_hint_share": 1.5}, source="x")
+
+
 def test_hash_follows_content_not_place(values: dict[str, Any], tmp_path: Path) -> None:
     reference = config_hash(parse_config(TeacherConfig, values, source="x"))
     moved = tmp_path / "moved.json"

@@ -137,9 +137,19 @@ def history_text(dialogue: Dialogue, target: int, separator: str, last: int | No
 
 
 def teacher_prompt(
-    dialogue: Dialogue, target: int, candidate: int, *, emotion: str, separator: str = "\n"
+    dialogue: Dialogue,
+    target: int,
+    candidate: int,
+    *,
+    emotion: str,
+    separator: str = "\n",
+    shown_relation: bool | None = None,
 ) -> TeacherPrompt:
-    """Eq. 1 up to the word `is`; the model family then adds the mask or reads the logits of the next token."""
+    """Eq. 1 up to the word `is`; the model family then adds the mask or reads the logits of the next token.
+
+    Unless `shown_relation` is None, a sentence before the question says whether the relation is causal. Such hints are
+    CP-KD's (Wu et al., ACL 2023), and the wording is our own.
+    """
     u_i, u_j = dialogue.utterances[target - 1], dialogue.utterances[candidate - 1]
     writer = _Writer()
     writer.add(history_text(dialogue, target, separator))
@@ -150,6 +160,10 @@ def teacher_prompt(
     writer.add(f". {candidate} {u_j.speaker} says ")
     candidate_start = writer.add(u_j.text)
     candidate_range = (candidate_start, writer.length)
+    if shown_relation is not None:
+        # Behind the candidate, so that hinted prompts share trunks and prefixes with all others of their target.
+        verb = "is" if shown_relation else "is not"
+        writer.add(f". The relation between {target} and {candidate} {verb} causal")
     # No space at the end: tokenizers join it to the word that follows, and that word is the answer.
     writer.add(f". The connective word between {target} and {candidate} is")
     return TeacherPrompt(writer.text(), history_end, target_range, candidate_range)

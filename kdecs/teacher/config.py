@@ -25,6 +25,8 @@ TREE_BATCHES_VERSION = 2
 """The same for target trees alone, which are dealt in random order; part of the hash only with the layout tree."""
 SEPARATOR_VERSION = 2
 """Version of what joins the history: part of the hash of the family seq2seq alone, since T5 drops newlines."""
+GOLD_HINT_VERSION = 1
+"""Version of the hint's wording and of its draw: part of the hash only with a `gold_hint_share` above 0."""
 
 
 class LoraConfig(Config):
@@ -176,13 +178,20 @@ class TeacherConfig(TuningConfig):
             description="what a causal pair is trained towards: any causal word (their summed probability) or this one",
         )
     )
+    gold_hint_share: Annotated[float, HashedUnlessDefault()] = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the training pairs whose prompt says whether the pair is causal, drawn by seed and pair",
+    )
 
     @property
     def versions(self) -> dict[str, int]:
-        """Of target trees also how batches are dealt, and of T5 what joins the history."""
+        """Of target trees also how batches are dealt, of T5 what joins the history, and of hints their wording."""
         is_tree = getattr(self.model, "layout", "pair") == "tree"
         return (
             super().versions
             | ({"tree_batches": TREE_BATCHES_VERSION} if is_tree else {})
             | ({"separator": SEPARATOR_VERSION} if self.model.family == "seq2seq" else {})
+            | ({"gold_hint": GOLD_HINT_VERSION} if self.gold_hint_share else {})
         )

@@ -4,7 +4,8 @@ Pairs are grouped into units (a prefix tree, or a single prompt), units into the
 each rank's share of that into micro-batches of at most `micro_batch_tokens` tokens.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -278,12 +279,34 @@ def connective_pairs(config: TeacherConfig) -> tuple[list[Pair], list[Pair]]:
     return train_pairs, valid_pairs
 
 
+def has_hint(config: TeacherConfig, pair: Pair) -> bool:
+    """Whether a training pair is one of the `gold_hint_share` whose prompt shows the gold relation.
+
+    A hash of seed and pair id decides, so that a resume, other ranks and other dialogues of the corpus change nothing.
+    With one seed the pairs of a smaller share are among those of a larger one.
+    """
+    drawn = hashlib.blake2b(f"{config.optimization.seed}\0{pair.id}".encode(), digest_size=8).digest()
+    return int.from_bytes(drawn) < config.gold_hint_share * 2**64
+
+
+def training_encoder(config: TeacherConfig, family: Family) -> Callable[[Pair], EncodedPrompt]:
+    """What encodes a teacher's training pairs: a share of them with a hint. All else is encoded by the family alone."""
+    return lambda pair: (family.encode_with_hint if has_hint(config, pair) else family.encode)(pair)
+
+
 def prepare_data(
     config: TeacherConfig, family: Family, *, use_tree: bool, world_size: int, show_progress: bool
 ) -> TeacherData:
     """Read a teacher's corpus, and prepare what it trains on (`deal`)."""
-    pairs = connective_pairs(config)
-    return deal(config, family, pairs, use_tree=use_tree, world_size=world_size, show_progress=show_progress)
+    return deal(
+        config,
+        family,
+        connective_pairs(config),
+        encode=training_encoder(config, family),
+        use_tree=use_tree,
+        world_size=world_size,
+        show_progress=show_progress,
+    )
 
 
 def deal(
@@ -291,22 +314,38 @@ def deal(
     family: Family,
     pairs: tuple[list[Pair], list[Pair]],
     *,
+    encode: Callable[[Pair], EncodedPrompt],
     use_tree: bool,
     world_size: int,
     show_progress: bool,
 ) -> TeacherData:
-    """Encode the prompts of the training and validation pairs, and deal the pairs to every step of every epoch."""
+    """Encode the prompts of the training and validation pairs, and deal the pairs to every step of every epoch.
+
+    `encode` encodes a training pair. Those of validation are encoded by the family, as for scoring.
+    """
     corpus = config.corpus
     train_pairs, valid_pairs = pairs
     for path, of_split in ((corpus.train, train_pairs), (corpus.valid, valid_pairs)):
         require_causes(path, (pair.is_cause for pair in of_split))
     tree_pairs = max_pairs_per_tree(config.batches.global_batch_pairs)
     train = _prompt_set(
-        config, family, train_pairs, use_tree, max_pairs=tree_pairs, show_progress=show_progress
+        config,
+        family,
+        train_pairs,
+        use_tree,
+        encode=encode,
+        max_pairs=tree_pairs,
+        show_progress=show_progress,
     )
     # Validation has no optimizer step to mix, so its trees may hold whole dialogues.
     valid = _prompt_set(
-        config, family, valid_pairs, use_tree, max_pairs=len(valid_pairs), show_progress=False
+        config,
+        family,
+        valid_pairs,
+        use_tree,
+        encode=family.encode,
+        max_pairs=len(valid_pairs),
+        show_progress=False,
     )
     has_prefix_trees = use_tree and family.can_share_prefixes
     padded = not has_prefix_trees and is_padded(train.prompts)
@@ -344,12 +383,13 @@ def _prompt_set(
     pairs: list[Pair],
     use_tree: bool,
     *,
+    encode: Callable[[Pair], EncodedPrompt],
     max_pairs: int,
     show_progress: bool,
 ) -> PromptSet:
     """Encode every pair's prompt and form units."""
     progress = tqdm(pairs, desc="prompts", unit="pair", disable=None if show_progress else True)
-    prompts = [family.encode(pair) for pair in progress]
+    prompts = [encode(pair) for pair in progress]
     units = make_units(
         family,
         pairs,

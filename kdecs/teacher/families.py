@@ -79,6 +79,13 @@ class Family(ABC):
 
     def encode(self, pair: Pair) -> EncodedPrompt:
         """The tokens of a pair's prompt, cut to `max_prompt_tokens` by dropping the oldest history."""
+        return self._encode(pair, shown_relation=None)
+
+    def encode_with_hint(self, pair: Pair) -> EncodedPrompt:
+        """As `encode`, but the prompt also says whether the pair is causal: for training alone."""
+        return self._encode(pair, shown_relation=pair.is_cause)
+
+    def _encode(self, pair: Pair, *, shown_relation: bool | None) -> EncodedPrompt:
         if pair.emotion is None:
             raise ModelError(
                 f"pair {pair.id}: the target has no emotion, but the teacher's prompt has to show one; "
@@ -88,7 +95,12 @@ class Family(ABC):
         if self.emotions_shown == "coarse":
             emotion = FINE_TO_COARSE.get(emotion, emotion)
         prompt = teacher_prompt(
-            pair.dialogue, pair.target, pair.candidate, emotion=emotion, separator=self.separator
+            pair.dialogue,
+            pair.target,
+            pair.candidate,
+            emotion=emotion,
+            separator=self.separator,
+            shown_relation=shown_relation,
         )
         # The prompt is tokenised as a whole: tokenizers merge characters across the seams of separate pieces.
         encoded = self.tokenizer(prompt.text + self.answer_suffix, return_offsets_mapping=True)
@@ -265,9 +277,9 @@ class CausalFamily(_LinearHead):
         # `right > left` skips special tokens, whose range is empty.
         return max(n for n, (left, right) in enumerate(offsets) if right > left and right <= text_end)
 
-    def encode(self, pair: Pair) -> EncodedPrompt:
+    def _encode(self, pair: Pair, *, shown_relation: bool | None) -> EncodedPrompt:
         """Encode as the base class does, and drop everything after the last token of the text."""
-        encoded = super().encode(pair)
+        encoded = super()._encode(pair, shown_relation=shown_relation)
         return replace(encoded, tokens=encoded.tokens[: encoded.answer + 1])
 
     def hidden_at_answers(

@@ -42,6 +42,7 @@ from kdecs.teacher.data import (
     fixed_batches,
     prompts_and_gold,
     share_among_ranks,
+    training_encoder,
 )
 from kdecs.teacher.engine import check_device, start_engine
 from kdecs.teacher.families import EncodedPrompt, Family, make_family
@@ -73,6 +74,9 @@ class Objective(Protocol[_Config]):
 
     def pairs(self, config: _Config) -> tuple[list[Pair], list[Pair]]:
         """The training and the validation pairs."""
+
+    def encoder(self, config: _Config, family: Any) -> Callable[[Pair], EncodedPrompt]:
+        """What encodes a training pair; the family itself encodes those of validation."""
 
     def check(self, engine: Any, prompt: EncodedPrompt, base: str) -> None:
         """Raise ModelError if the network computes something else than the model. Collective."""
@@ -111,6 +115,10 @@ class Connectives:
     def pairs(self, config: TeacherConfig) -> tuple[list[Pair], list[Pair]]:
         """See `Objective`, as for all methods."""
         return connective_pairs(config)
+
+    def encoder(self, config: TeacherConfig, family: Family) -> Callable[[Pair], EncodedPrompt]:
+        """A share of the prompts has a hint."""
+        return training_encoder(config, family)
 
     def check(self, engine: Any, prompt: EncodedPrompt, base: str) -> None:
         """The answer words' logits come from the head's rows alone."""
@@ -199,6 +207,7 @@ def _start(
         config,
         family,
         objective.pairs(config),
+        encode=objective.encoder(config, family),
         use_tree=use_tree,
         world_size=runtime.world_size,
         show_progress=runtime.is_main,

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from kdecs.config import Optimization
-from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import (
     Unit,
     fixed_batches,
     global_batches,
+    has_hint,
     max_pairs_per_tree,
     pair_units,
+    prepare_data,
     share_among_ranks,
     tree_units,
 )
@@ -115,6 +118,52 @@ def test_scoring_batches_hold_every_pair_once(encoded: tuple[list, list]) -> Non
     units = pair_units(encoded[1])
     batches = fixed_batches(units, micro_batch_tokens=500, padded=True)
     assert sorted(n for batch in batches for n in batch.pairs) == list(range(len(units)))
+
+
+def test_hints_are_drawn_by_seed_and_pair(
+    many_dialogues: tuple[list, list], make_config: Callable[..., TeacherConfig]
+) -> None:
+    pairs, _ = many_dialogues
+
+    def drawn(share: float, seed: int, of: list[Pair] = pairs) -> set[str]:
+        config = make_config(gold_hint_share=share, optimization__seed=seed)
+        return {pair.id for pair in of if has_hint(config, pair)}
+
+    every = {pair.id for pair in pairs}
+    assert len(every) == len(pairs) > 2000
+    assert (drawn(0.0, 3), drawn(1.0, 3)) == (set(), every)
+    for share in (0.1, 0.5):
+        expected, deviation = share * len(pairs), (share * (1 - share) * len(pairs)) ** 0.5
+        for seed in (0, 3):
+            assert abs(len(drawn(share, seed)) - expected) < 4 * deviation
+            # The draw knows neither the label nor the other pairs.
+            causes = [pair for pair in pairs if pair.is_cause]
+            assert abs(len(drawn(share, seed, causes)) - share * len(causes)) < 4 * deviation
+            assert drawn(share, seed, pairs[::-7]) == drawn(share, seed) & {p.id for p in pairs[::-7]}
+    assert drawn(0.1, 3) < drawn(0.5, 3)
+    assert drawn(0.1, 0) != drawn(0.1, 3)
+
+
+@pytest.mark.parametrize("family", ["causal", "seq2seq", "masked"])
+def test_only_training_prompts_have_hints_whatever_the_number_of_ranks(
+    family: str, families: Callable[..., Family], make_config: Callable[..., TeacherConfig]
+) -> None:
+    config, read_by = make_config(family=family, gold_hint_share=0.4), families(family, max_prompt_tokens=400)
+    one, three = (
+        prepare_data(config, read_by, use_tree=True, world_size=ranks, show_progress=False)
+        for ranks in (1, 3)
+    )
+    num_hinted = 0
+    for pair, prompt, again in zip(one.train.pairs, one.train.prompts, three.train.prompts, strict=True):
+        encode = read_by.encode_with_hint if has_hint(config, pair) else read_by.encode
+        assert prompt.tokens.tolist() == again.tokens.tolist() == encode(pair).tokens.tolist()
+        num_hinted += has_hint(config, pair)
+    assert 0 < num_hinted < len(one.train.pairs)
+    assert one.steps == three.steps
+    # The validation file is the training file, and its pairs are drawn, too: they just have no hint.
+    assert any(has_hint(config, pair) for pair in one.valid.pairs)
+    for pair, prompt in zip(one.valid.pairs, one.valid.prompts, strict=True):
+        assert prompt.tokens.tolist() == read_by.encode(pair).tokens.tolist()
 
 
 def test_learning_rate_warms_up_and_ends_near_zero() -> None:

@@ -14,16 +14,19 @@ from support import StopAfter, weights
 from transformers import LlamaConfig
 
 from kdecs.corpus.pairs import Pair
+from kdecs.corpus.prompts import TeacherPrompt, teacher_prompt
 from kdecs.errors import ArtifactError, ConfigError, DeviceError, Stopped
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
 from kdecs.teacher import checkpoint, engine, training
+from kdecs.teacher import families as families_module
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import Unit, share_among_ranks
 from kdecs.teacher.engine import check_device, deepspeed_config, join_deepspeed, start_engine
 from kdecs.teacher.families import Family, language_model
 from kdecs.teacher.metering import Meter, MetricsFile, network_flops, peak_flops
 from kdecs.teacher.network import check_config, meta_network
+from kdecs.teacher.scoring import TeacherScorer
 from kdecs.teacher.training import train_teacher
 from kdecs.tracking.datasets import corpus_datasets
 
@@ -93,6 +96,46 @@ def test_a_crash_between_product_and_state_changes_nothing(
     assert [line["train_loss"] for line in points(config)] == [
         line["train_loss"] for line in points(straight)
     ]
+
+
+@pytest.mark.slow
+def test_a_training_with_hints_resumes_exactly_and_scores_without(
+    make_config: Callable[..., TeacherConfig],
+    runtime: Runtime,
+    group: None,
+    some_pairs: list[Pair],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[bool | None] = []
+
+    def prompt(*place: Any, shown_relation: bool | None, **options: Any) -> TeacherPrompt:
+        shown.append(shown_relation)
+        return teacher_prompt(*place, shown_relation=shown_relation, **options)
+
+    monkeypatch.setattr(families_module, "teacher_prompt", prompt)
+    straight = make_config("straight", gold_hint_share=0.5, optimization__epochs=1)
+    train(straight, runtime)
+    assert set(shown) == {None, True, False}
+    stopped = make_config("stopped", gold_hint_share=0.5, optimization__epochs=1)
+    with pytest.raises(Stopped):
+        train(stopped, runtime, steps=2)
+    train(stopped, runtime)
+    assert same(weights(stopped.output), weights(straight.output))
+    assert [line["train_loss"] for line in points(stopped)] == [
+        line["train_loss"] for line in points(straight)
+    ]
+    plain = make_config("plain", optimization__epochs=1)
+    train(plain, runtime)
+    assert points(plain)[0]["train_loss"] != points(straight)[0]["train_loss"]
+    # What a teacher is asked after its training has no hint, and its labels the lineage of any other's prompts.
+    shown.clear()
+    scorers = [
+        TeacherScorer.load(config.output, runtime=runtime, dtype="float32", micro_batch_tokens=512)
+        for config in (straight, plain)
+    ]
+    scorers[0].score(some_pairs)
+    assert shown == [None] * len(some_pairs)
+    assert scorers[0].lineage["prompt_template"] == scorers[1].lineage["prompt_template"]
 
 
 @pytest.mark.slow

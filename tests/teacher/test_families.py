@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
+from kdecs.corpus.prompts import teacher_prompt
+from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ArtifactError, ModelError
 from kdecs.teacher.config import LoraConfig
 from kdecs.teacher.data import target_units
@@ -146,6 +148,59 @@ def test_prompt_ends_as_the_family_wants(
     assert ending in text.replace(" <mask>", "<mask>")
     if name == "causal":
         assert text.endswith(question)  # no trailing space, mask or full stop
+
+
+def test_a_hint_is_a_sentence_between_the_candidate_and_the_question() -> None:
+    turns = (Utterance(1, "A", "We won !", "neutral", ()), Utterance(2, "B", "Great .", "happiness", ()))
+    texts = [
+        teacher_prompt(Dialogue("d", turns), 2, 1, emotion="happiness", shown_relation=shown).text
+        for shown in (None, True, False)
+    ]
+    begin = "We won !\n2 B feels happiness and says Great .. 1 A says We won !."
+    question = " The connective word between 2 and 1 is"
+    assert texts == [
+        begin + question,
+        f"{begin} The relation between 2 and 1 is causal.{question}",
+        f"{begin} The relation between 2 and 1 is not causal.{question}",
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_hint_says_what_is_gold_and_changes_nothing_else(
+    name: str, families: Callable[..., Family], some_pairs: list[Pair]
+) -> None:
+    family = families(name)
+    for is_cause, verb in ((True, "is"), (False, "is not")):
+        pair = next(p for p in some_pairs if p.is_cause == is_cause and p.target > 1)
+        plain, hinted = family.encode(pair), family.encode_with_hint(pair)
+        place = f"between {pair.target} and {pair.candidate}"
+        assert family.tokenizer.decode(hinted.tokens) == family.tokenizer.decode(plain.tokens).replace(
+            f"The connective word {place}", f"The relation {place} {verb} causal. The connective word {place}"
+        )
+        if name != "seq2seq":  # whose answer is a place of the decoder
+            assert hinted.tokens[hinted.answer :].tolist() == plain.tokens[plain.answer :].tolist()
+        # An over-long prompt keeps the hint and loses its oldest history.
+        cut = families(name, max_prompt_tokens=len(hinted.tokens) - 1).encode_with_hint(pair)
+        assert cut.cut == "history"
+        assert f"{place} {verb} causal." in family.tokenizer.decode(cut.tokens)
+
+
+@pytest.mark.parametrize("name", ["causal", "masked"])
+def test_no_prompt_of_a_tree_sees_the_hint_of_another(
+    name: str, families: Callable[..., Family], bases: Callable[[str], Path], some_pairs: list[Pair]
+) -> None:
+    family = families(name)
+    family.layout = "tree" if name == "masked" else "pair"
+    network = network_of(family, bases(name), use_tree=name == "causal")
+    plain = [family.encode(pair) for pair in some_pairs]
+    hinted = [family.encode_with_hint(pair) for pair in some_pairs]
+    assert [prompt.trunk for prompt in hinted] == [prompt.trunk for prompt in plain]
+    mixed = [hinted[n] if n % 2 else plain[n] for n in range(len(plain))]
+    with torch.no_grad():
+        plain_PA, hinted_PA, mixed_PA = (network(prompts) for prompts in (plain, hinted, mixed))
+    torch.testing.assert_close(mixed_PA[::2], plain_PA[::2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(mixed_PA[1::2], hinted_PA[1::2], atol=1e-4, rtol=0)
+    assert float((hinted_PA - plain_PA).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

@@ -247,6 +247,10 @@ def test_estimated_prompts_are_cut_and_share_what_texts_share() -> None:
     )
     assert work.tokens < sum(len(prompt.tokens) for prompt in prompts)
     assert max(len(p.tokens) for p in estimated_prompts(pairs, max_prompt_tokens=16)) == 16
+    hinted = estimated_prompts(pairs, max_prompt_tokens=2048, is_hinted=lambda pair: pair is pairs[1])
+    longer = [len(b.tokens) - len(a.tokens) for a, b in zip(prompts, hinted, strict=True)]
+    # ". The relatio n between 6 and 2 is not causal", as pieces
+    assert longer == [0, 10 if pairs[1].is_cause else 11]
 
 
 @pytest.mark.parametrize("use_tree", [True, False])
@@ -286,13 +290,15 @@ def _config_file(directory: Path, base: str, *, train: Path | None = None, atten
     return path
 
 
+@pytest.mark.parametrize("hints", [0.0, 0.5])
 def test_dry_run_counts_the_steps_of_the_training(
-    tmp_path: Path, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    hints: float, tmp_path: Path, bases: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kdecs.teacher.data import prepare_data
     from kdecs.teacher.families import make_family
 
-    config = load_config(TeacherConfig, _config_file(tmp_path, str(bases("causal"))))
+    path = _config_file(tmp_path, str(bases("causal")))
+    config = load_config(TeacherConfig, path, [f"gold_hint_share={hints}"])
     candidate = dry_run(config, world_size=3)
     shown = capsys.readouterr().out
     family = make_family(config.model, max_prompt_tokens=512, emotions_shown="coarse")

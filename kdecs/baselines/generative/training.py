@@ -10,7 +10,7 @@ validation split for its macro F1 would gather every layer once per token under 
     manifest.json                  kind generative; details: the labels that the questions offer
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +75,11 @@ class Answers:
             [pair for dialogue in training_split(config.corpus) for pair in targets_of(dialogue)],
             [pair for dialogue in valid for pair in targets_of(dialogue)],
         )
+
+    def encoder(self, config: GenerativeConfig, family: AnswerFamily) -> Callable[[Pair], EncodedPrompt]:
+        """All prompts are the family's own."""
+        del config
+        return family.encode
 
     def check(self, engine: Any, prompt: EncodedPrompt, base: str) -> None:
         """The probabilities come from the decoder and the head, one after the other."""

@@ -4,8 +4,9 @@ Prompts are encoded with the teacher's own tokenizer if it is on this machine; o
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -21,10 +22,12 @@ from kdecs.teacher.data import (
     MicroBatch,
     Unit,
     global_batches,
+    has_hint,
     is_padded,
     max_pairs_per_tree,
     share_among_ranks,
     single_units,
+    training_encoder,
     tree_units,
 )
 from kdecs.teacher.families import EncodedPrompt, make_family
@@ -75,12 +78,22 @@ class Workload:
 
 
 def estimated_prompts(
-    pairs: Sequence[Pair], *, max_prompt_tokens: int, has_trunks: bool = False
+    pairs: Sequence[Pair],
+    *,
+    max_prompt_tokens: int,
+    has_trunks: bool = False,
+    is_hinted: Callable[[Pair], bool] = lambda _: False,
 ) -> list[EncodedPrompt]:
     """Stand-ins for encoded prompts: about as long, and with equal tokens wherever the texts are equal."""
     prompts = []
     for pair in pairs:
-        prompt = teacher_prompt(pair.dialogue, pair.target, pair.candidate, emotion=str(pair.emotion))
+        prompt = teacher_prompt(
+            pair.dialogue,
+            pair.target,
+            pair.candidate,
+            emotion=str(pair.emotion),
+            shown_relation=pair.is_cause if is_hinted(pair) else None,
+        )
         # Equal pieces have equal ids, so that estimated prompts share the prefixes that real ones would.
         ids = [0, *(crc32(piece.encode()) & 0x7FFFFFFF for piece in _PIECES.findall(prompt.text))]
         # From the left, like a real prompt, which loses its oldest history first.
@@ -250,13 +263,17 @@ def count_prompts(
     longest = config.batches.max_prompt_tokens
     if not has_tokenizer(config.model.base):
         has_trunks = isinstance(config.model, MaskedModel) and config.model.layout == "tree"
-        estimated = estimated_prompts(pairs, max_prompt_tokens=longest, has_trunks=has_trunks)
+        estimated = estimated_prompts(
+            pairs,
+            max_prompt_tokens=longest,
+            has_trunks=has_trunks,
+            is_hinted=partial(has_hint, config),
+        )
         return CountedPrompts(pairs, estimated, True, longest, scale)
     family = make_family(config.model, max_prompt_tokens=longest, emotions_shown=config.emotions_shown)
+    encode = training_encoder(config, family)
     shown = tqdm(pairs, desc="prompts", unit="pair", disable=None if show_progress else True, leave=False)
-    return CountedPrompts(
-        pairs, [family.encode(pair) for pair in shown], False, family.max_prompt_tokens, scale
-    )
+    return CountedPrompts(pairs, [encode(pair) for pair in shown], False, family.max_prompt_tokens, scale)
 
 
 def has_tokenizer(reference: str) -> bool:
