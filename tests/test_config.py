@@ -476,7 +476,7 @@ def test_what_joins_the_history_is_part_of_the_hash_of_t5_alone(tmp_path, monkey
 
 
 def test_the_wording_of_hints_is_part_of_the_hash_with_hints_alone(values, monkeypatch):
-    """A teacher without hints has the hash that it had before there were any."""
+    """A teacher without hints and without a loss over targets has the hash that it had before there were any."""
 
     def hashes() -> list[str]:
         given = [values, {**values, "gold_hint_share": 0.0}, {**values, "gold_hint_share": 0.1}]
@@ -484,6 +484,8 @@ def test_the_wording_of_hints_is_part_of_the_hash_with_hints_alone(values, monke
 
     before = hashes()
     assert before[0] == before[1] != before[2]
+    without = parse_config(TeacherConfig, {**values, "target_loss_weight": 0.0}, source="x")
+    assert config_hash(without) == before[0]
     monkeypatch.setattr("kdecs.teacher.config.GOLD_HINT_VERSION", 9)
     assert [a == b for a, b in zip(hashes(), before, strict=True)] == [True, True, False]
     with pytest.raises(ConfigError, match=r"gold_hint_share: .*less than or equal to 1"):
@@ -501,7 +503,9 @@ def test_hash_follows_content_not_place(values: dict[str, Any], tmp_path: Path) 
     assert config_hash(parse_config(TeacherConfig, same, source="x")) != reference
 
 
-@pytest.mark.parametrize("key", ["optimization.seed", "batches.global_batch_pairs", "lora.rank"])
+@pytest.mark.parametrize(
+    "key", ["optimization.seed", "batches.global_batch_pairs", "lora.rank", "target_loss_weight"]
+)
 def test_hash_follows_every_setting_of_the_work(values: dict[str, Any], key: str) -> None:
     reference = config_hash(parse_config(TeacherConfig, values, source="x"))
     set_dotted(values, key, 9)

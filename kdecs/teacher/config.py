@@ -184,6 +184,27 @@ class TeacherConfig(TuningConfig):
         le=1,
         description="share of the training pairs whose prompt says whether the pair is causal, drawn by seed and pair",
     )
+    target_loss_weight: Annotated[float, HashedUnlessDefault()] = Field(
+        default=0.0,
+        ge=0,
+        description="of the cross-entropy over the candidates of a target, beside that of each pair; needs trees",
+    )
+
+    @model_validator(mode="after")
+    def _targets_are_in_trees(self) -> "TeacherConfig":
+        if not self.target_loss_weight:
+            return self
+        if self.model.family == "causal" and self.batches.batching == "pairs":
+            raise ValueError(
+                "target_loss_weight needs trees, found batches.batching pairs; set batches.batching=tree"
+            )
+        if self.model.family == "masked" and self.model.layout == "pair":
+            raise ValueError("target_loss_weight needs trees, found model.layout pair; set model.layout=tree")
+        if self.model.family == "seq2seq":
+            raise ValueError(
+                "target_loss_weight needs trees, which teachers of the family seq2seq do not have; set it to 0"
+            )
+        return self
 
     @property
     def versions(self) -> dict[str, int]:

@@ -234,6 +234,35 @@ class PromptSet:
         """Index of the shortest prompt."""
         return min(range(len(self.prompts)), key=lambda n: len(self.prompts[n].tokens))
 
+    @cached_property
+    def target_of_pair(self) -> torch.Tensor:
+        """A number per pair (int64): equal for the pairs of a target that are in one unit.
+
+        A target is in several units, with a number in each, only if its candidates exceed the limits of a unit, or if
+        the trunks of its prompts in the layout tree were cut to unequal lengths.
+        Micro-batches hold whole units, so whatever the number of ranks, pairs with one number are computed together.
+        """
+        numbers: dict[tuple[int, int, int], int] = {}
+        of_pair = torch.zeros(len(self.pairs), dtype=torch.int64)
+        for unit_number, unit in enumerate(self.units):
+            for n in unit.pairs:
+                # By identity, as in `tree_units`.
+                key = (unit_number, id(self.pairs[n].dialogue), self.pairs[n].target)
+                of_pair[n] = numbers.setdefault(key, len(numbers))
+        return of_pair
+
+    @property
+    def num_split_targets(self) -> int:
+        """How many targets with a cause have candidates in several units."""
+        units_of: dict[tuple[int, int], set[int]] = {}
+        has_cause: set[tuple[int, int]] = set()
+        for pair, number in zip(self.pairs, self.target_of_pair.tolist(), strict=True):
+            key = (id(pair.dialogue), pair.target)
+            units_of.setdefault(key, set()).add(number)
+            if pair.is_cause:
+                has_cause.add(key)
+        return sum(len(units_of[key]) > 1 for key in has_cause)
+
     @property
     def num_cut(self) -> dict[str, int]:
         """How many over-long prompts lost only history, and how many lost text of an utterance."""

@@ -98,6 +98,27 @@ def connective_loss(logits_PA: Tensor, is_cause_P: Tensor, gold: str = "any") ->
     return -torch.where(is_cause_P, log_causal_P, log_p_PA[:, NUM_CAUSAL]).sum()
 
 
+def target_loss(logits_PA: Tensor, is_cause_P: Tensor, target_P: Tensor) -> Tensor:
+    """Sum over targets of the cross-entropy between a softmax over their candidates and the gold causes, in float32.
+
+    `target_P` (int64, on the CPU) numbers the target of each prompt. With the log-odds s_j = log p(causal) - log
+    p(other) of candidate j, and the gold causes G of a target, its term is
+
+        -1/|G| sum_{j in G} log(exp(s_j) / sum_k exp(s_k)) = log sum_k exp(s_k) - 1/|G| sum_{j in G} s_j,
+
+    k over all prompts of the target; the gold distribution is uniform over G. A target without a cause has no term.
+    """
+    logits_PA = logits_PA.float()
+    log_odds_P = torch.logsumexp(logits_PA[:, :NUM_CAUSAL], dim=-1) - logits_PA[:, NUM_CAUSAL]
+    # A row per target: sums by index would add in another order at each run on a GPU.
+    is_of_GP = (target_P.unique()[:, None] == target_P).to(logits_PA.device)
+    is_gold_GP = is_of_GP & is_cause_P
+    num_gold_G = is_gold_GP.sum(dim=-1)
+    log_sum_G = torch.where(is_of_GP, log_odds_P, float("-inf")).logsumexp(dim=-1)
+    mean_gold_G = torch.where(is_gold_GP, log_odds_P, 0.0).sum(dim=-1) / num_gold_G.clamp(min=1)
+    return torch.where(num_gold_G > 0, log_sum_G - mean_gold_G, 0.0).sum()
+
+
 def is_causal(logits_PA: Tensor) -> Tensor:
     """Boolean (P,): whether the causal words together are more probable than `other`."""
     log_causal_P = torch.logsumexp(logits_PA[:, :NUM_CAUSAL].float(), dim=-1)

@@ -53,6 +53,7 @@ from kdecs.teacher.network import (
     check_head,
     connective_loss,
     is_causal,
+    target_loss,
     tree_is_exact,
     tree_probes,
 )
@@ -71,6 +72,8 @@ class Objective(Protocol[_Config]):
     universe: str
     """What is trained on, for tracking."""
     network: type[TeacherNetwork]
+    needs_trees: bool
+    """Whether the loss is none over single prompts."""
 
     def pairs(self, config: _Config) -> tuple[list[Pair], list[Pair]]:
         """The training and the validation pairs."""
@@ -103,7 +106,11 @@ class Objective(Protocol[_Config]):
 
 
 class Connectives:
-    """Eq. 4: the cross-entropy of the connective, judged by the macro F1 of the pairs that are called causal."""
+    """Eq. 4: the cross-entropy of the connective, judged by the macro F1 of the pairs that are called causal.
+
+    With `target_loss_weight` w, the loss of a step is (Eq. 4 summed over its pairs + w times `target_loss`, summed over
+    its targets) / its number of pairs. Validation reports Eq. 4 alone, so that losses of any w compare.
+    """
 
     kind: Literal["teacher", "generative"] = "teacher"
     network = TeacherNetwork
@@ -111,6 +118,8 @@ class Connectives:
     def __init__(self, config: TeacherConfig) -> None:
         self.universe: str = config.train_pairs
         self.gold = config.gold_connective
+        self.target_weight = config.target_loss_weight
+        self.needs_trees = config.target_loss_weight > 0
 
     def pairs(self, config: TeacherConfig) -> tuple[list[Pair], list[Pair]]:
         """See `Objective`, as for all methods."""
@@ -130,9 +139,18 @@ class Connectives:
         return len(list(indices))
 
     def loss(self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime) -> torch.Tensor:
-        """The sum over pairs."""
+        """The sum over pairs, and that over targets, with its weight.
+
+        Of a target that is in several units (`PromptSet.target_of_pair`), each part with a gold cause counts as a
+        target of its own.
+        """
         prompts, is_cause_P = prompts_and_gold(data, micro, runtime)
-        return connective_loss(engine(prompts), is_cause_P, self.gold)
+        logits_PA = engine(prompts)
+        loss = connective_loss(logits_PA, is_cause_P, self.gold)
+        if self.target_weight and micro.pairs:
+            of_targets = target_loss(logits_PA, is_cause_P, data.target_of_pair[list(micro.pairs)])
+            loss = loss + self.target_weight * of_targets
+        return loss
 
     def judge(
         self, engine: Any, data: PromptSet, micro: MicroBatch, runtime: Runtime
@@ -160,6 +178,7 @@ class Connectives:
         return {
             "emotions_shown": config.emotions_shown,
             "majority_macro_f1": PairCounts.of(labels, majority).scores()["macro_f1"],
+            **({"split_targets": data.train.num_split_targets} if self.target_weight else {}),
             **separator_details(family),
         }
 
@@ -181,10 +200,11 @@ def prepare(
     if tree_is_exact(engine, engine.module, probes, runtime):
         engine.module.use_tree = True
         return data, engine
-    if config.batches.batching == "tree":
+    if config.batches.batching == "tree" or objective.needs_trees:
+        without = " and target_loss_weight=0, which needs trees" if objective.needs_trees else ""
         raise ModelError(
             f"model {config.model.base}: gives other logits over a prefix tree than over single prompts (it may use "
-            "a sliding window or ALiBi); set batches.batching=pairs"
+            f"a sliding window or ALiBi); set batches.batching=pairs{without}"
         )
     if runtime.is_main:
         print(

@@ -1,15 +1,18 @@
 """Batches: every pair once, budgets kept, composition independent of world size."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from kdecs.config import Optimization
 from kdecs.corpus.pairs import Pair, pairs_of
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.teacher.config import TeacherConfig
 from kdecs.teacher.data import (
+    PromptSet,
     Unit,
     fixed_batches,
     global_batches,
@@ -18,9 +21,11 @@ from kdecs.teacher.data import (
     pair_units,
     prepare_data,
     share_among_ranks,
+    target_units,
     tree_units,
 )
 from kdecs.teacher.families import Family
+from kdecs.teacher.network import target_loss
 from kdecs.teacher.plan.workload import estimated_prompts
 from kdecs.teacher.tree.prefix_tree import tree_size
 from kdecs.training.loop import learning_rate_at
@@ -164,6 +169,49 @@ def test_only_training_prompts_have_hints_whatever_the_number_of_ranks(
     assert any(has_hint(config, pair) for pair in one.valid.pairs)
     for pair, prompt in zip(one.valid.pairs, one.valid.prompts, strict=True):
         assert prompt.tokens.tolist() == read_by.encode(pair).tokens.tolist()
+
+
+@pytest.mark.parametrize("layout", ["prefix trees", "target trees"])
+def test_micro_batches_hold_whole_targets_whatever_the_number_of_ranks(
+    layout: str, many_dialogues: tuple[list, list]
+) -> None:
+    """A target is whole, or in several units if it exceeds one, each of which counts as a target of its own."""
+    pairs = many_dialogues[0][:600]
+    prompts = estimated_prompts(pairs, max_prompt_tokens=512, has_trunks=layout == "target trees")
+
+    def divided(max_tokens: int) -> PromptSet:
+        if layout == "prefix trees":
+            return PromptSet(pairs, prompts, tree_units(pairs, prompts, max_tokens=max_tokens, max_pairs=16))
+        return PromptSet(pairs, prompts, target_units(prompts, max_tokens=max_tokens, max_pairs=16))
+
+    assert divided(4096).num_split_targets == 0
+    data = divided(200)
+    # The slow count, and the slow loss: unit by unit, target by target.
+    torch.manual_seed(0)
+    logits_PA = torch.randn(len(pairs), 5)
+    is_cause_P = torch.tensor([pair.is_cause for pair in pairs])
+    expected, parts, with_cause = 0.0, Counter(), set()
+    for unit in data.units:
+        for target in {pairs[n].target for n in unit.pairs}:
+            part = [n for n in unit.pairs if pairs[n].target == target]
+            assert len(set(data.target_of_pair[part].tolist())) == 1
+            key = (pairs[part[0]].dialogue.id, target)
+            parts[key] += 1
+            if any(pairs[n].is_cause for n in part):
+                with_cause.add(key)
+                expected += float(
+                    target_loss(logits_PA[part], is_cause_P[part], torch.zeros(len(part), dtype=torch.int64))
+                )
+    assert len(set(data.target_of_pair.tolist())) == parts.total()
+    assert data.num_split_targets == sum(parts[key] > 1 for key in with_cause) > 3
+    for world_size in (1, 2, 5):
+        found = 0.0
+        for batch in global_batches(data.units, batch_pairs=32, bucket_batches=1, seed=0, epoch=0):
+            shares = share_among_ranks(batch, world_size=world_size, micro_batch_tokens=400, padded=False)
+            for micro in (micro for share in shares for micro in share):
+                held = list(micro.pairs)
+                found += float(target_loss(logits_PA[held], is_cause_P[held], data.target_of_pair[held]))
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_ends_near_zero() -> None:

@@ -1,7 +1,9 @@
 """A teacher's training in this process, one rank: checkpoints, crashes between writes, refusals, metrics, MLflow."""
 
 import json
+import math
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,11 @@ from kdecs.runtime import Runtime
 from kdecs.teacher import checkpoint, engine, training
 from kdecs.teacher import families as families_module
 from kdecs.teacher.config import TeacherConfig
-from kdecs.teacher.data import Unit, share_among_ranks
+from kdecs.teacher.data import Unit, prepare_data, share_among_ranks
 from kdecs.teacher.engine import check_device, deepspeed_config, join_deepspeed, start_engine
 from kdecs.teacher.families import Family, language_model
 from kdecs.teacher.metering import Meter, MetricsFile, network_flops, peak_flops
-from kdecs.teacher.network import check_config, meta_network
+from kdecs.teacher.network import TeacherNetwork, check_config, meta_network
 from kdecs.teacher.scoring import TeacherScorer
 from kdecs.teacher.training import train_teacher
 from kdecs.tracking.datasets import corpus_datasets
@@ -136,6 +138,77 @@ def test_a_training_with_hints_resumes_exactly_and_scores_without(
     scorers[0].score(some_pairs)
     assert shown == [None] * len(some_pairs)
     assert scorers[0].lineage["prompt_template"] == scorers[1].lineage["prompt_template"]
+
+
+@pytest.mark.parametrize("family", ["causal", "masked"])
+def test_the_loss_of_a_step_has_the_targets_beside_the_pairs(
+    family: str,
+    make_config: Callable[..., TeacherConfig],
+    families: Callable[..., Family],
+    runtime: Runtime,
+    group: None,
+) -> None:
+    """A first step's loss, over several micro-batches, against a loop over pairs and targets of prompts one by one."""
+    changes: dict[str, Any] = {"optimization__epochs": 1, "validate_per_epoch": 1}
+    changes |= {"target_loss_weight": 0.7, "batches__global_batch_pairs": 40}
+    changes |= {"batches__micro_batch_tokens": 500}
+    if family == "masked":
+        changes["model"] = {"family": family, "base": make_config(family=family).model.base, "layout": "tree"}
+    config = make_config("with", family, **changes)
+    with pytest.raises(Stopped):
+        train(config, runtime, steps=1)
+    read_by = families(family, max_prompt_tokens=400)
+    read_by.layout = "tree" if family == "masked" else "pair"
+    data = prepare_data(config, read_by, use_tree=True, world_size=1, show_progress=False)
+    assert data.train.num_split_targets == 0
+    assert data.accumulation_steps > 1
+    base = read_by.load_network(config.model.base, dtype=torch.float32).eval()
+    network = TeacherNetwork(read_by, base, use_tree=False, device=runtime.device)
+    total, num_pairs, of_target = 0.0, 0, defaultdict(list)
+    for n in (n for unit in data.steps[0] for n in unit.pairs):
+        pair = data.train.pairs[n]
+        with torch.no_grad():
+            chances = network([data.train.prompts[n]])[0].double().softmax(-1)
+        causal, other = float(chances[:4].sum()), float(chances[4])
+        total -= math.log(causal if pair.is_cause else other)
+        num_pairs += 1
+        of_target[pair.dialogue.id, pair.target].append((causal / other, pair.is_cause))
+    num_with = 0
+    for candidates in of_target.values():
+        every = sum(odds for odds, _ in candidates)
+        gold = [odds for odds, is_cause in candidates if is_cause]
+        num_with += len(gold) > 0
+        total -= 0.7 * sum(math.log(odds / every) for odds in gold) / max(1, len(gold))
+    assert 1 < num_with < len(of_target)
+    assert points(config)[0]["train_loss"] == pytest.approx(total / num_pairs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_teacher_of_targets_resumes_exactly_and_validates_on_pairs(
+    make_config: Callable[..., TeacherConfig], runtime: Runtime, group: None
+) -> None:
+    straight = make_config("straight", target_loss_weight=1.0, optimization__epochs=1)
+    stopped = make_config("stopped", target_loss_weight=1.0, optimization__epochs=1)
+    train(straight, runtime)
+    with pytest.raises(Stopped):
+        train(stopped, runtime, steps=2)
+    train(stopped, runtime)
+    assert same(weights(stopped.output), weights(straight.output))
+    assert [line["train_loss"] for line in points(stopped)] == [
+        line["train_loss"] for line in points(straight)
+    ]
+    details = json.loads((straight.output / "manifest.json").read_text())["details"]
+    assert details["split_targets"] >= 0
+    # A rate of nearly nothing leaves the network as it was, whose validation loss does not know the weight.
+    losses = []
+    for weight in (0.0, 1.0):
+        still = make_config(
+            f"still-{weight}", target_loss_weight=weight, optimization={"epochs": 1, "learning_rate": 1e-12}
+        )
+        train(still, runtime)
+        losses.append({key: points(still)[-1][key] for key in ("train_loss", "valid_loss")})
+    assert losses[0]["valid_loss"] == pytest.approx(losses[1]["valid_loss"], rel=1e-5)
+    assert losses[0]["train_loss"] < losses[1]["train_loss"]
 
 
 @pytest.mark.slow
@@ -286,6 +359,9 @@ def test_what_a_cpu_cannot_do_is_one_line(
         ({"lora": None, "model__load_in_4bit": True}, "full tuning trains it"),
         ({"zero__stage": 3, "model__load_in_4bit": True}, "cannot be partitioned"),
         ({"zero__stage": 2, "zero__offload_parameters": True}, "offload_parameters needs stage 3"),
+        ({"target_loss_weight": 1, "batches__batching": "pairs"}, "set batches.batching=tree"),
+        ({"target_loss_weight": 1, "family": "masked"}, "set model.layout=tree"),
+        ({"target_loss_weight": 1, "family": "seq2seq"}, "the family seq2seq do not have; set it to 0"),
         ({"zero__stage": 0, "zero__offload_optimizer": True}, "offload_optimizer needs stage 1, 2 or 3"),
     ],
 )

@@ -147,6 +147,21 @@ def test_the_first_network_is_freed_before_the_second_is_loaded(
     assert manifest["details"]["batching"] == "pairs"
 
 
+def test_a_loss_over_targets_does_not_fall_back_to_pairs(
+    make_base: Callable[..., Path],
+    make_config: Callable[..., TeacherConfig],
+    runtime: Runtime,
+    group: None,
+) -> None:
+    base = make_base(MistralConfig, sliding_window=8)
+    config = make_config(model__base=str(base), target_loss_weight=0.5)
+    with pytest.raises(
+        ModelError, match=r"batching=pairs and target_loss_weight=0, which needs trees"
+    ) as caught:
+        train_teacher(config, runtime, StopAfter())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "key"),
     [

@@ -67,6 +67,7 @@ class Answers:
     kind: Literal["teacher", "generative"] = "generative"
     universe: str = "fold1+neutral"
     network = AnswerNetwork
+    needs_trees = False
 
     def pairs(self, config: GenerativeConfig) -> tuple[list[Pair], list[Pair]]:
         """See `Objective`, as for all methods."""
