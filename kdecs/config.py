@@ -166,6 +166,11 @@ class Optimization(Optimizer):
 
     epochs: int = Field(default=3, ge=1, le=10_000)  # a teacher deals the batches of all of them at once
 
+    @property
+    def budget(self) -> dict[str, int]:
+        """The key that bounds the training, with its value."""
+        return {"epochs": self.epochs}
+
 
 class BudgetedOptimization(Optimizer):
     """A training for a number of epochs, which are passes over its data, or for a number of steps.

@@ -297,6 +297,27 @@ def save_lively_encoder(directory: Path, kind: str = "roberta") -> Path:
     return directory
 
 
+def save_tiny_decoder(directory: Path, config: "PretrainedConfig | None" = None) -> Path:
+    """Save a random LLaMA, or a decoder of another config, whose byte-level tokenizer reads and writes any text.
+
+    Its weights are so large that every token matters.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer("roberta")
+    config = config or tiny_config("llama")
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.max_position_embeddings = 2048
+    config.initializer_range = 0.15
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A directory that the first worker to ask for it makes and all workers of the run share. Read-only: copy it.
 

@@ -595,6 +595,26 @@ def test_a_baselines_config_is_of_the_kind_that_its_system_says(tmp_path: Path, 
         load_config(type_of_config(old, ["system=mrk"]), old, ["system=mrk"])
 
 
+def test_answers_in_validation_are_part_of_the_hash_where_they_are_given(tmp_path: Path) -> None:
+    path = find_config("generative", "smollm2-135m")
+    places = [f"corpus={{train: {path}, valid: {path}, test: null}}", "model.base=a-base"]
+
+    def config_of(*overrides: str) -> GenerativeConfig:
+        return load_config(GenerativeConfig, path, [*places, *overrides])
+
+    # A config from before these keys is the same work.
+    assert not {"system", "answered_share", "max_answer_tokens"} & set(_hash_view(config_of()))
+    assert config_of().versions == config_of().method_versions
+    plain, longer = (config_hash(config_of(f"max_answer_tokens={n}")) for n in (256, 128))
+    assert plain == longer == config_hash(config_of("answered_share=0"))
+    answered = {
+        config_hash(config_of(f"answered_share={share}", f"max_answer_tokens={n}"))
+        for share in (0.5, 1)
+        for n in (256, 128)
+    }
+    assert len(answered | {plain}) == 5
+
+
 def test_kdecs_configs_lists_and_prints(root: Path) -> None:
     def run(*arguments: str) -> Result:
         return CliRunner().invoke(app, ["configs", *arguments])

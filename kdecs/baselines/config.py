@@ -195,7 +195,10 @@ class BaselineConfig(_Training):
     @classmethod
     def _system_by_name(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in _SYSTEMS:
-            raise ValueError(f"expected {', '.join(map(repr, _SYSTEMS))} or 'mrc'")
+            raise ValueError(
+                f"expected {', '.join(map(repr, _SYSTEMS))} or 'mrc'; a sweep also takes 'generative', which "
+                "kdecs.launch.train_generative trains by itself"
+            )
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")

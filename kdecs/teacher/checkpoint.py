@@ -2,7 +2,8 @@
 
     checkpoints/step-N/
         *_model_states.pt, *_optim_states.pt   DeepSpeed's format without frozen weights; each rank writes its part
-        product/                               the adapter or model, if step N is the best on validation so far
+        product/                               the adapter or model, if step N is the best on validation so far, and
+                                               what its objective writes beside the weights
         state.json                             step, best so far, world size, ZeRO stage, config hash, files with sha256
 
 `state.json` is written last, by rename, and a folder without one does not count: so training state and best product are
@@ -66,14 +67,14 @@ class TeacherState:
     best_step: NonNegativeInt = 0
     best: dict[str, float] = field(default_factory=dict)
 
-    def keep_if_best(self, scores: dict[str, float]) -> None:
-        """Record a validation after `step` if its macro F1 is the highest so far; a lower loss breaks ties.
+    def keep_if_best(self, scores: dict[str, float], criterion: str) -> None:
+        """Record a validation after `step` if its criterion is the highest so far; a lower loss breaks ties.
 
-        What decides nothing while it trains has no macro F1, so that its loss alone counts.
+        A model that decides nothing while it trains has no such score, so that its loss alone counts.
         """
 
         def rank(each: dict[str, float]) -> tuple[float, float]:
-            return each.get("valid_macro_f1", 0.0), -each["valid_loss"]
+            return each.get(criterion, 0.0), -each["valid_loss"]
 
         if not self.best or rank(scores) > rank(self.best):
             self.best_step, self.best = self.step, scores
@@ -96,17 +97,19 @@ class _Record(BaseModel):
         return [entry for entry in self.files if entry.path.startswith(f"{PRODUCT}/")]
 
 
-def best_product(config: TuningConfig, step: int) -> tuple[Path, list[str]]:
+def best_product(config: TuningConfig, step: int, beside: Sequence[str] = ()) -> tuple[Path, list[str]]:
     """Where the product of a step is kept that was the best on validation, and its files' relative paths.
 
-    Raises ArtifactError if a file is not the one that the training wrote.
+    `beside` names the files that may stand there besides the weights. Raises ArtifactError if a file is not the one
+    that the training wrote.
     """
     folder = _folder(config, step)
     product = _read_record(folder).product
     _check_files(folder, product)
     # Every file of a product is copied, and would take the place of another one in the teacher directory.
     for entry in product:
-        if not _PRODUCT_FILES.fullmatch(entry.path):
+        is_beside = entry.path.removeprefix(f"{PRODUCT}/") in beside
+        if not is_beside and not _PRODUCT_FILES.fullmatch(entry.path):
             raise ArtifactError(
                 f"{folder / entry.path}: {STATE} lists this file, but no training writes it; remove {folder}"
             )
@@ -114,11 +117,17 @@ def best_product(config: TuningConfig, step: int) -> tuple[Path, list[str]]:
 
 
 def save_checkpoint(
-    engine: Any, config: TuningConfig, state: TeacherState, work: str, runtime: Runtime
+    engine: Any,
+    config: TuningConfig,
+    state: TeacherState,
+    work: str,
+    runtime: Runtime,
+    save_beside: Callable[[Path], object] | None = None,
 ) -> None:
     """Write the state after `state.step`, with the product if that step is the best. Collective.
 
-    If trained weights are not finite, raises TrainingError on every rank and leaves older checkpoints untouched.
+    `save_beside` writes into the product's folder what belongs to it besides the weights; rank 0 calls it. If trained
+    weights are not finite, raises TrainingError on every rank and leaves older checkpoints untouched.
     """
     folder = _folder(config, state.step)
     if any_rank(runtime.is_main and _is_finished(folder), runtime):
@@ -135,6 +144,8 @@ def save_checkpoint(
         save_product(
             engine.module.network, folder / PRODUCT, runtime, zero_stage=engine.zero_optimization_stage()
         )
+        if save_beside is not None and runtime.is_main:
+            save_beside(folder / PRODUCT)
     # save_latest would name this folder the newest before the other ranks' files are complete. state.json names it,
     # after the barrier below.
     engine.save_checkpoint(

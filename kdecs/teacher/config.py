@@ -116,6 +116,11 @@ class TeacherBatches(Config):
         default="auto", description="auto: FlexAttention on CUDA, blocks of queries elsewhere"
     )
 
+    @property
+    def size(self) -> dict[str, int]:
+        """The key that says how much a step trains on, with its value."""
+        return {"global_batch_pairs": self.global_batch_pairs}
+
 
 class TuningConfig(Config):
     """Fine-tuning of a language model under DeepSpeed, with LoRA or whole, whatever it learns."""

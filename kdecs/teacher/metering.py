@@ -8,7 +8,7 @@
     pairs_per_second, tokens_per_second    of training alone, since the line before, over all ranks
     memory_peak_gib                        the greatest of any rank: of its GPU, or of its process on a CPU
     mfu                                    share of the devices' peak (Chowdhery et al. 2022); null if that is unknown
-    valid_loss, valid_*_f1                 at validations
+    valid_loss, valid_*_f1                 at validations; of a generative baseline the scores of its answers instead
 
 A resume cuts the file back to its checkpoint, so that each step has one line.
 

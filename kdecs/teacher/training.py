@@ -74,6 +74,10 @@ class Objective(Protocol[_Config]):
     network: type[TeacherNetwork]
     needs_trees: bool
     """Whether the loss is none over single prompts."""
+    criterion: str
+    """The validation score that chooses the product; where there is none, the loss alone does."""
+    beside: tuple[str, ...]
+    """The files that `save` may write."""
 
     def pairs(self, config: _Config) -> tuple[list[Pair], list[Pair]]:
         """The training and the validation pairs."""
@@ -95,8 +99,13 @@ class Objective(Protocol[_Config]):
     ) -> tuple[torch.Tensor, dict[int, bool]]:
         """The summed loss of a micro-batch, and which of its pairs are called causal, if any are. Collective."""
 
-    def scores(self, data: PromptSet, decisions: Mapping[int, bool]) -> dict[str, float]:
-        """The validation scores of all decisions, beside the loss."""
+    def scores(
+        self, engine: Any, data: PromptSet, decisions: Mapping[int, bool], runtime: Runtime
+    ) -> dict[str, float]:
+        """The validation scores beside the loss, the same on every rank. Collective."""
+
+    def save(self, folder: Path) -> None:
+        """Write what belongs to the product of the last validation besides the weights. Rank 0 alone."""
 
     def line(self, point: Mapping[str, float | None]) -> str:
         """The validation scores of a line of `metrics.jsonl`, in words."""
@@ -114,6 +123,8 @@ class Connectives:
 
     kind: Literal["teacher", "generative"] = "teacher"
     network = TeacherNetwork
+    criterion = "valid_macro_f1"
+    beside: tuple[str, ...] = ()
 
     def __init__(self, config: TeacherConfig) -> None:
         self.universe: str = config.train_pairs
@@ -161,11 +172,18 @@ class Connectives:
         decisions = dict(zip(micro.pairs, is_causal(logits_PA).tolist(), strict=True)) if micro.pairs else {}
         return connective_loss(logits_PA, is_cause_P, self.gold), decisions
 
-    def scores(self, data: PromptSet, decisions: Mapping[int, bool]) -> dict[str, float]:
+    def scores(
+        self, engine: Any, data: PromptSet, decisions: Mapping[int, bool], runtime: Runtime
+    ) -> dict[str, float]:
         """F1 of the causal pairs, of the others, and their mean."""
+        del engine, runtime
         labels = [pair.is_cause for pair in data.pairs]
         counts = PairCounts.of(labels, [decisions[n] for n in range(len(labels))])
         return {f"valid_{key}": score for key, score in counts.scores().items()}
+
+    def save(self, folder: Path) -> None:
+        """Nothing: a teacher is its weights."""
+        del folder
 
     def line(self, point: Mapping[str, float | None]) -> str:
         """The macro F1, too."""
@@ -277,7 +295,7 @@ def validate(
             f"validation loss {total}: training stopped before it saved anything; lower optimization.learning_rate"
         )
     weight = objective.weight(valid, range(len(valid.pairs)))
-    return {"valid_loss": total / weight} | objective.scores(valid, merged)
+    return {"valid_loss": total / weight} | objective.scores(engine, valid, merged, runtime)
 
 
 def validation_steps(num_steps: int, num_validations: int) -> set[int]:
@@ -302,10 +320,16 @@ class TeacherTraining:
         self.objective = objective
         self.state = resume(engine, config, work, runtime, prime=self.prime)
 
-    def run(self, metrics: MetricsFile, upload: StageUpload, stop: StopSignal) -> None:
+    def run(
+        self,
+        metrics: MetricsFile,
+        upload: StageUpload,
+        stop: StopSignal,
+        on_validation: Callable[[], object] | None = None,
+    ) -> None:
         """Take all remaining steps, with validations, metrics and checkpoints between them. Collective.
 
-        Raises Stopped after a stop signal, once the state is saved.
+        Raises Stopped after a stop signal, once the state is saved. `on_validation`: see `tune`.
         """
         config, data, state, runtime = self.config, self.data, self.state, self.runtime
         num_steps = len(data.steps)
@@ -321,7 +345,7 @@ class TeacherTraining:
             while state.step < num_steps:
                 # A signal may have reached only some ranks, but all have to leave the loop at the same step.
                 if any_rank(stop.requested, runtime):
-                    save_checkpoint(self.engine, config, state, self.work, runtime)
+                    save_checkpoint(self.engine, config, state, self.work, runtime, self.objective.save)
                     raise Stopped(
                         f"{self.objective.kind} {config.name}: stopped at step {state.step} of {num_steps}, "
                         "checkpoint written; run the same command again to resume"
@@ -357,7 +381,7 @@ class TeacherTraining:
                             runtime=runtime,
                         )
                         point |= scores
-                        state.keep_if_best(scores)
+                        state.keep_if_best(scores, self.objective.criterion)
                     if runtime.is_main:
                         metrics.add(point)
                         upload.sync()
@@ -366,7 +390,9 @@ class TeacherTraining:
                 # After the metrics line: a resume cuts the lines back to its checkpoint, so that none is missing or
                 # double.
                 if validates or state.step % config.checkpoint_every_steps == 0:
-                    save_checkpoint(self.engine, config, state, self.work, runtime)
+                    save_checkpoint(self.engine, config, state, self.work, runtime, self.objective.save)
+                if validates and on_validation is not None and runtime.is_main:
+                    on_validation()
 
     def step(self, batch: Sequence[Unit]) -> tuple[float, float]:
         """Take an optimizer step over a global batch: its mean loss, and the rate. Collective.
@@ -459,7 +485,8 @@ class TeacherTraining:
         details = self.objective.details(config, data, family)
         # Before the manifest: a start after a kill between the two finds the last checkpoint and installs the product
         # again.
-        files = install_product(*best_product(config, state.best_step), family, config.output)
+        product = best_product(config, state.best_step, self.objective.beside)
+        files = install_product(*product, family, config.output)
         write_manifest(
             config.output,
             self.objective.kind,
@@ -525,11 +552,13 @@ def tune(
     make: Callable[[], Family],
     runtime: Runtime,
     stop: StopSignal,
+    on_validation: Callable[[], object] | None = None,
 ) -> Path:
     """Train for an objective, validate, keep the best, and write the output directory. Collective.
 
     `make` loads the tokenizer. Resumes from the directory's own checkpoints, with any number of ranks and any ZeRO
-    stage. Raises Stopped after a stop signal, once the state is saved.
+    stage. `on_validation` is called on rank 0 once the line of a validation and its checkpoint are written. Raises
+    Stopped after a stop signal, once the state is saved.
     """
     check_device(config, runtime.device)
     warn_of_emulation(runtime, config.zero.dtype, "zero.dtype")
@@ -564,7 +593,7 @@ def tune(
         record = functools.partial(tuning_record, config, objective.kind, objective.universe, work)
         with stage_upload(config.tracking, config.output, record, is_main=runtime.is_main) as upload:
             upload.sync()
-            training.run(metrics, upload, stop)
+            training.run(metrics, upload, stop, on_validation)
             if runtime.is_main:
                 training.finish(family)
         if runtime.world_size > 1:

@@ -175,6 +175,11 @@ def test_a_product_of_other_files_is_not_installed(stopped: Callable[..., Teache
         ):
             best_product(config, 2)
         (product / name).unlink()
+    (product / "valid-predictions.jsonl").write_text("{}")
+    seal(newest(config))
+    with pytest.raises(ArtifactError, match=r"valid-predictions\.jsonl: state\.json lists this file"):
+        best_product(config, 2)
+    assert "valid-predictions.jsonl" in best_product(config, 2, ("valid-predictions.jsonl",))[1]
 
 
 def newest_record(config: TeacherConfig) -> Any:

@@ -231,10 +231,15 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
 
 
 def write_again(
-    engine: Any, config: TeacherConfig, state: checkpoint.TeacherState, work: str, runtime: Runtime
+    engine: Any,
+    config: TeacherConfig,
+    state: checkpoint.TeacherState,
+    work: str,
+    runtime: Runtime,
+    save_beside: Callable[[Path], object],
 ) -> None:
     (config.output / "checkpoints" / f"step-{state.step}" / "state.json").unlink()
-    checkpoint.save_checkpoint(engine, config, state, work, runtime)
+    checkpoint.save_checkpoint(engine, config, state, work, runtime, save_beside)
 
 
 STAGES = [

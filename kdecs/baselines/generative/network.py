@@ -10,7 +10,7 @@ share, T tokens of a target's own.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,11 +101,21 @@ class AnswerFamily(CausalFamily):
 class AnswerNetwork(TeacherNetwork):
     """Computes the log-probabilities of the answers' tokens, over the questions' prefix tree or one by one."""
 
-    def forward(self, prompts: Sequence[EncodedPrompt], *, by_model: bool = False) -> Tensor:
+    def forward(
+        self,
+        prompts: Sequence[EncodedPrompt] = (),
+        *,
+        by_model: bool = False,
+        step: dict[str, Any] | None = None,
+    ) -> Tensor:
         """Log-probabilities (N,) of every answer token given what is before it, float32, in the order of the prompts.
 
-        `by_model`, for a check: from the logits of the model as a whole, one prompt at a time.
+        `by_model`, for a check: from the logits of the model as a whole, one prompt at a time. `step`, to decode: the
+        model's inputs, for whose rows it returns the logits (B, V) behind the last token; keys and values go into the
+        cache among them.
         """
+        if step is not None:
+            return self.network(**step, use_cache=True, logits_to_keep=1).logits[:, -1]
         assert isinstance(self.family, AnswerFamily)
         if by_model:
             return torch.cat([self._by_model(prompt) for prompt in prompts])
@@ -151,13 +161,21 @@ def check_answers(engine: Any, one: EncodedPrompt, base: str) -> None:
 
 
 class Decoder:
-    """Greedy answers of a loaded model. If it `shares`, a dialogue is read once for all of its targets."""
+    """Greedy answers of a loaded model. If it `shares`, a dialogue is read once for all of its targets.
 
-    def __init__(self, model: AnswerNetwork, *, shares: bool) -> None:
+    `ask` runs the network: the engine's forward while it trains, otherwise the model's own.
+    """
+
+    def __init__(
+        self, model: AnswerNetwork, *, shares: bool, ask: Callable[..., Tensor] | None = None
+    ) -> None:
         assert isinstance(model.family, AnswerFamily)
         self.model, self.family, self.shares = model, model.family, shares
+        self.ask = ask or model
 
-    @torch.inference_mode()
+    # Not in inference mode: ZeRO-3 keeps small parameters that a forward has gathered, and a tensor that was made in
+    # that mode takes part in no gradient.
+    @torch.no_grad()
     def answers(self, dialogue: Dialogue, targets: Sequence[int], *, batch_tokens: int) -> list[str]:
         """The answers about targets of a dialogue, in order. At most `batch_tokens` tokens are cached at a time."""
         questions = [self.family.question(dialogue, target) for target in targets]
@@ -169,7 +187,7 @@ class Decoder:
             for tokens in found
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def is_exact(self, dialogue: Dialogue) -> bool:
         """Whether the first logits over shared keys and values are those over each question alone.
 
@@ -178,8 +196,8 @@ class Decoder:
         if not self._shares_keys():
             return False
         questions = [self.family.question(dialogue, turn) for turn in range(1, len(dialogue.utterances) + 1)]
-        shared_BV = self._logits(self._begin(questions))
-        alone_BV = torch.cat([self._logits(self._begin([one])) for one in questions])
+        shared_BV = self.ask(step=self._begin(questions))
+        alone_BV = torch.cat([self.ask(step=self._begin([one])) for one in questions])
         return are_close(shared_BV.float(), alone_BV.float(), self.model)
 
     def _shares_keys(self) -> bool:
@@ -216,7 +234,7 @@ class Decoder:
         found: list[list[int]] = [[] for _ in questions]
         open_rows = list(range(len(questions)))
         for _ in range(self.family.max_answer_tokens):
-            next_B = self._logits(inputs).argmax(dim=-1)
+            next_B = self.ask(step=inputs).argmax(dim=-1)
             kept_B = (next_B != self.family.tokenizer.eos_token_id).nonzero().squeeze(1)
             if len(kept_B) < len(open_rows):
                 open_rows = [open_rows[place] for place in kept_B.tolist()]
@@ -244,9 +262,8 @@ class Decoder:
         shared_B = [min(shared, size) for shared in shared_B]
         cache = DynamicCache(config=language_model(self.model.network).config)
         if size:
-            self._logits(
-                {"input_ids": _tensor(longest[None, :size]).to(self.model.device), "past_key_values": cache}
-            )
+            ids_1S = _tensor(longest[None, :size]).to(self.model.device)
+            self.ask(step={"input_ids": ids_1S, "past_key_values": cache})
             cache.batch_repeat_interleave(len(questions))
         # The questions end in the same column, behind which the answers begin. A row attends to no shared column
         # beyond its own beginning, nor to the columns that fill it up on the left.
@@ -263,10 +280,6 @@ class Decoder:
         arrays = {"input_ids": ids_BT, "position_ids": positions_BT, "attention_mask": seen_BC}
         tensors = {name: _tensor(array).to(self.model.device) for name, array in arrays.items()}
         return {**tensors, "past_key_values": cache}
-
-    def _logits(self, inputs: dict[str, Any]) -> Tensor:
-        """The logits (B, V) behind the last token of each row; keys and values go into the cache."""
-        return self.model.network(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def _tensor(array: np.ndarray) -> Tensor:

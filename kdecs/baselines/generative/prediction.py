@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdecs.artifact import MANIFEST_NAME, read_verified_manifest, sha256_of_file
+from kdecs.baselines.generative.answering import answer_trained, questions_about, read_texts
 from kdecs.baselines.generative.answers import prompt
 from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.baselines.generative.network import AnswerNetwork, Decoder
@@ -22,9 +23,10 @@ from kdecs.baselines.generative.record import (
 )
 from kdecs.baselines.generative.training import answer_family
 from kdecs.config import CONFIG_NAME, parse_config, read_yaml
-from kdecs.corpus.schema import Dialogue
+from kdecs.corpus.schema import Corpus, Dialogue
 from kdecs.endpoint.record import call_hash
 from kdecs.errors import ArtifactError
+from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.process import ProgressBar, StopSignal, refusing
 from kdecs.runtime import Runtime
 from kdecs.teacher.product import load_tuned
@@ -69,6 +71,13 @@ class GenerativeBaseline:
             AnswerNetwork(family, network, use_tree=False, device=runtime.device).to(runtime.device).eval()
         )
         return cls(model, tuple(labels), sha256_of_file(directory / MANIFEST_NAME), dtype)
+
+    def predict_pairs(self, corpus: Corpus, *, batch_tokens: int = 16_384) -> dict[PairKey, Prediction]:
+        """Predictions for the pairs of annotated and of neutral targets, as `evaluate` takes them, in this process."""
+        asked = questions_about(corpus)
+        texts = answer_trained(self.model, asked, batch_tokens=batch_tokens)
+        predictions, _ = read_texts(texts, asked, self.labels)
+        return {prediction.key: prediction for prediction in predictions}
 
     def questions(self, targets: Sequence[tuple[Dialogue, int]]) -> list[Question]:
         """The questions about targets, each with the hash of all that its answer depends on."""

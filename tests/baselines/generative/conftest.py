@@ -7,42 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from support import made_once, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from support import made_once, save_tiny_decoder
+from transformers import PretrainedConfig
 
+from kdecs.baselines.generative.answers import labels_of
 from kdecs.baselines.generative.config import GenerativeConfig
+from kdecs.baselines.generative.network import AnswerFamily, AnswerNetwork
 from kdecs.config import parse_config
-from kdecs.corpus.reading import bundled_sample
+from kdecs.corpus.reading import bundled_sample, read_corpus
+from kdecs.corpus.schema import Dialogue
 from kdecs.runtime import Runtime, process_group
 
 torch.set_num_threads(1)
 
 
-def _save_decoder(directory: Path, config: PretrainedConfig) -> Path:
-    """A decoder of random weights, large enough that every token matters, with a byte-level tokenizer."""
-    tokenizer = tiny_tokenizer("roberta")
-    config.vocab_size = len(tokenizer)
-    config.pad_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
-    config.eos_token_id = tokenizer.eos_token_id
-    config.max_position_embeddings = 2048
-    config.initializer_range = 0.15
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(
-        tmp_path_factory, "generative-base", lambda path: _save_decoder(path, tiny_config("llama"))
-    )
+    return made_once(tmp_path_factory, "generative-base", save_tiny_decoder)
 
 
 @pytest.fixture
 def make_base(tmp_path: Path) -> Callable[[PretrainedConfig], Path]:
     """A base of another architecture."""
-    return lambda config: _save_decoder(tmp_path / "base", config)
+    return lambda config: save_tiny_decoder(tmp_path / "base", config)
 
 
 def _short(path: Path, num_dialogues: int, num_turns: int) -> Path:
@@ -57,14 +44,38 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _short(tmp_path_factory.mktemp("few") / "few.json", 2, 4)
 
 
-@pytest.fixture
-def make_config(base: Path, few: Path, tmp_path: Path) -> Callable[..., GenerativeConfig]:
+@pytest.fixture(scope="session")
+def dialogues(few: Path) -> tuple[Dialogue, ...]:
+    return read_corpus(few).dialogues
+
+
+@pytest.fixture(scope="session")
+def network_of(dialogues: tuple[Dialogue, ...]) -> Callable[..., AnswerNetwork]:
+    """A base as `kdecs baseline answer` runs it, which is asked with the labels of the few dialogues."""
+
+    def load(base: Path, *, max_prompt_tokens: int = 1024, max_answer_tokens: int = 5) -> AnswerNetwork:
+        family = AnswerFamily(
+            str(base),
+            labels_of(dialogues),
+            max_prompt_tokens=max_prompt_tokens,
+            max_answer_tokens=max_answer_tokens,
+        )
+        network = family.load_network(str(base), dtype=torch.float32)
+        return AnswerNetwork(family, network, use_tree=False, device=torch.device("cpu")).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def config_of(base: Path, few: Path) -> Callable[..., GenerativeConfig]:
+    """The config of a training in a directory, of the few dialogues unless it is given others."""
+
     def make(
-        output: str = "out", corpus: Path = few, *, train: Path | None = None, **groups: Any
+        output: Path, corpus: Path = few, *, train: Path | None = None, **groups: Any
     ) -> GenerativeConfig:
         values: dict[str, Any] = {
             "name": "test",
-            "output": str(tmp_path / output),
+            "output": str(output),
             "corpus": {"train": str(train or corpus), "valid": str(corpus)},
             "model": {"family": "causal", "base": str(base)},
             "lora": {"rank": 4},
@@ -79,6 +90,14 @@ def make_config(base: Path, few: Path, tmp_path: Path) -> Callable[..., Generati
         return parse_config(GenerativeConfig, values | groups, source="test")
 
     return make
+
+
+@pytest.fixture
+def make_config(
+    config_of: Callable[..., GenerativeConfig], tmp_path: Path
+) -> Callable[..., GenerativeConfig]:
+    """The same in a directory of this test's own."""
+    return lambda output="out", *arguments, **groups: config_of(tmp_path / output, *arguments, **groups)
 
 
 @pytest.fixture(scope="session")

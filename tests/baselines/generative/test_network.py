@@ -8,42 +8,20 @@ import pytest
 import torch
 from transformers import GraniteConfig, MistralConfig, PretrainedConfig
 
-from kdecs.baselines.generative.answers import gold_answer, labels_of, prompt, render
+from kdecs.baselines.generative.answering import targets_of
+from kdecs.baselines.generative.answers import gold_answer, prompt, render
 from kdecs.baselines.generative.network import (
-    AnswerFamily,
     AnswerNetwork,
     Decoder,
     check_answers,
     num_answer_tokens,
 )
-from kdecs.baselines.generative.training import targets_of
-from kdecs.corpus.reading import read_corpus
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import DialogueError, ModelError
 from kdecs.teacher.tree.prefix_tree import common_prefix_length
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def dialogues(few: Path) -> tuple[Dialogue, ...]:
-    return read_corpus(few).dialogues
-
-
-@pytest.fixture(scope="module")
-def network_of(dialogues: tuple[Dialogue, ...]) -> Callable[..., AnswerNetwork]:
-    def load(base: Path, *, max_prompt_tokens: int = 1024, max_answer_tokens: int = 5) -> AnswerNetwork:
-        family = AnswerFamily(
-            str(base),
-            labels_of(dialogues),
-            max_prompt_tokens=max_prompt_tokens,
-            max_answer_tokens=max_answer_tokens,
-        )
-        network = family.load_network(str(base), dtype=torch.float32)
-        return AnswerNetwork(family, network, use_tree=False, device=torch.device("cpu")).eval()
-
-    return load
 
 
 @torch.no_grad()

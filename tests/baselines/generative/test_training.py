@@ -19,13 +19,27 @@ from kdecs.baselines.generative.training import train_generative
 from kdecs.config import config_hash
 from kdecs.corpus.reading import read_corpus
 from kdecs.errors import ArtifactError, ConfigError, Stopped
+from kdecs.evaluation.metrics import SCORE_KEYS
+from kdecs.evaluation.predictions import read_predictions
 from kdecs.process import StopSignal
 from kdecs.runtime import Runtime
 from kdecs.teacher.metering import tuning_record
 
 
+def points(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(output: Path) -> list[float]:
-    return [json.loads(line)["train_loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [point["train_loss"] for point in points(output)]
+
+
+def scores(output: Path) -> list[dict[str, float]]:
+    """What each validation found, without the loss, which is never equal to the last digit."""
+    keys = {*SCORE_KEYS, "faulty_answers"}
+    return [
+        {key: point[key] for key in keys & point.keys()} for point in points(output) if "macro_f1" in point
+    ]
 
 
 @pytest.mark.slow
@@ -37,19 +51,26 @@ def test_a_stopped_training_and_prediction_go_on_exactly(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    straight = train_generative(make_config("straight"), runtime, StopSignal())
-    config = make_config("stopped")
+    straight = train_generative(
+        make_config("straight", answered_share=1, validate_per_epoch=2), runtime, StopSignal()
+    )
+    config = make_config("stopped", answered_share=1, validate_per_epoch=2)
     with pytest.raises(Stopped, match="generative test: stopped at step 2 of"):
         train_generative(config, runtime, StopAfter(2))
     train_generative(config, runtime, StopSignal())
     assert_same_weights(straight, config.output)
     assert losses(straight) == losses(config.output)
+    assert len(scores(straight)) > 1 and scores(straight) == scores(config.output)
+    name = "valid-predictions.jsonl"
+    assert (straight / name).read_bytes() == (config.output / name).read_bytes()
+    assert not verify_artifact(config.output)
     details = read_manifest(straight, "generative").details
     assert details["batching"] == "tree" and "neutral" in details["labels"]
     assert not verify_artifact(straight)
     record = tuning_record(config, "generative", "fold1+neutral", config_hash(config))
     assert record.model is not None and record.model.kind == "generative"
     assert record.points[-1]["valid_loss"] < record.points[0]["train_loss"]
+    assert record.points[-1]["macro_f1"] == scores(straight)[-1]["macro_f1"]
 
     corpus = read_corpus(few)
     num_targets = sum(len(dialogue.utterances) for dialogue in corpus.dialogues)
@@ -112,23 +133,43 @@ def five_dialogues(path: Path, copies: int) -> Path:
     return path
 
 
-@pytest.mark.slow
-def test_it_learns_five_dialogues_by_heart(
-    make_config: Callable[..., GenerativeConfig], runtime: Runtime, group: None, tmp_path: Path
-) -> None:
-    corpus = five_dialogues(tmp_path / "valid.json", 1)
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return five_dialogues(tmp_path_factory.mktemp("five") / "five.json", 1)
+
+
+@pytest.fixture(scope="module")
+def by_heart(
+    config_of: Callable[..., GenerativeConfig],
+    runtime: Runtime,
+    group: None,
+    five: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The directory of a training that has learnt the five dialogues by heart."""
+    folder = tmp_path_factory.mktemp("by-heart")
     # A pass over thirty copies, since each pass ends with a validation and a checkpoint.
-    copies = five_dialogues(tmp_path / "train.json", 30)
-    config = make_config(
-        corpus=corpus,
+    copies = five_dialogues(folder / "train.json", 30)
+    config = config_of(
+        folder / "out",
+        five,
         train=copies,
         lora=None,
         batches={"global_batch_pairs": 10, "micro_batch_tokens": 4096, "max_prompt_tokens": 1024},
         optimization={"learning_rate": 0.004, "warmup_share": 0.1, "epochs": 3},
         max_answer_tokens=128,
+        answered_share=1,
     )
-    baseline = GenerativeBaseline.load(train_generative(config, runtime, StopSignal()), runtime=runtime)
-    dialogues = read_corpus(corpus).dialogues
+    return train_generative(config, runtime, StopSignal())
+
+
+@pytest.mark.slow
+def test_it_learns_five_dialogues_by_heart(
+    by_heart: Path, five: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    baseline = GenerativeBaseline.load(by_heart, runtime=runtime)
+    corpus = read_corpus(five)
+    dialogues = corpus.dialogues
     record = AnswerRecord(tmp_path / "answers.jsonl")
     found = answer_corpus(baseline, dialogues, record, batch_tokens=4096, runtime=runtime, stop=StopSignal())
     assert not found.faults and found.num_answers == 10
@@ -139,6 +180,15 @@ def test_it_learns_five_dialogues_by_heart(
         for prediction in predictions_of(gold_answer(dialogue, turn), dialogue, turn)
     ]
     assert found.predictions == gold
+    # Its validations said so, and they chose the product.
+    by_key = {each.key: each for each in gold}
+    assert baseline.predict_pairs(corpus) == by_key
+    assert read_predictions(by_heart / "valid-predictions.jsonl", corpus) == by_key
+    details = read_manifest(by_heart, "generative").details
+    assert details["valid"]["macro_f1"] == details["valid"]["emotion_accuracy"] == 100
+    assert details["valid"]["faulty_answers"] == 0 and details["valid_answers"] == 10
+    first_best = max(points(by_heart), key=lambda point: point.get("macro_f1", -1))
+    assert details["best_step"] == first_best["step"]
 
 
 def test_other_directories_and_settings_are_refused(
@@ -161,12 +211,36 @@ def rank_values(config: GenerativeConfig, output: Path, stage: int, directory: P
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(
-    make_config: Callable[..., GenerativeConfig], runtime: Runtime, group: None, tmp_path: Path
+    make_config: Callable[..., GenerativeConfig],
+    runtime: Runtime,
+    group: None,
+    by_heart: Path,
+    five: Path,
+    few: Path,
+    tmp_path: Path,
 ) -> None:
-    config = make_config("one")
+    # Three dialogues, of which the model knows two by heart, so that its answers have something to score.
+    raw = [*json.loads(five.read_text()).items()][:2] + [*json.loads(few.read_text()).items()][:1]
+    valid = tmp_path / "valid.json"
+    valid.write_text(json.dumps(dict(raw)))
+    model = {"family": "causal", "base": str(by_heart / "model")}
+    optimization = {"learning_rate": 0.0001, "epochs": 1}
+    config = make_config(
+        "one",
+        valid,
+        train=five,
+        model=model,
+        optimization=optimization,
+        max_answer_tokens=128,
+        answered_share=1,
+    )
     train_generative(config, runtime, StopSignal())
     output = tmp_path / "two"
     path = rank_values(config, output, 3, tmp_path)  # the stage that shares out the parameters, too
     result = run_forked_ranks("launch/train_generative.py", "--config", path)
     assert result.returncode == 0, result.stderr
     assert losses(output) == pytest.approx(losses(config.output), rel=1e-4)
+    assert scores(output) == scores(config.output) and len(scores(output)) == 1
+    assert 0 < scores(output)[-1]["positive_f1"] < 100 and 0 < scores(output)[-1]["faulty_answers"] < 100
+    name = "valid-predictions.jsonl"
+    assert (output / name).read_text() == (config.output / name).read_text()
