@@ -1,12 +1,13 @@
 """The config of a sweep (`kdecs.launch.sweep`): base student, search space, search, teachers, resources."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from kdecs.baselines.config import AnyBaseline, BaselineConfig, MrcConfig, baseline_type
+from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.config import (
     Config,
     HashedUnlessDefault,
@@ -25,11 +26,12 @@ from kdecs.tracking.record import TrackingConfig
 
 BASELINES_NAME = "baselines.json"
 REPORT_FOLDER = "report"
-TrialConfig = StudentConfig | AnyBaseline
+TrialConfig = StudentConfig | AnyBaseline | GenerativeConfig
 """What a trial trains. Each of them says what the sweep asks of all: `kind`, the artifact that a trial's directory
-becomes, `task`, `is_given_emotions`, `candidates_after`, `batches.size` and `optimization`."""
-TrialKind = Literal["student", "baseline", "mrc"]
-TRIAL_KINDS: tuple[TrialKind, ...] = ("student", "baseline", "mrc")
+becomes, `task`, `is_given_emotions`, `candidates_after`, `threads`, `batches.size`, and of `optimization` the seed, the
+rate and the budget."""
+TrialKind = Literal["student", "baseline", "mrc", "generative"]
+TRIAL_KINDS: tuple[TrialKind, ...] = ("student", "baseline", "mrc", "generative")
 MAX_POINTS = 100_000
 """Of a search space. Each is a config in memory, so that a few long grids of a stranger's file could fill it."""
 
@@ -180,7 +182,11 @@ class SweepConfig(Config):
         default_factory=dict, description="name -> dotted keys of the student's config set together"
     )
     baselines: Annotated[
-        dict[str, Annotated[dict[str, Any], KeysOf(BaselineConfig), KeysOf(MrcConfig)]], HashedUnlessDefault()
+        dict[
+            str,
+            Annotated[dict[str, Any], KeysOf(BaselineConfig), KeysOf(MrcConfig), KeysOf(GenerativeConfig)],
+        ],
+        HashedUnlessDefault(),
     ] = Field(
         default_factory=dict,
         description="name -> keys of a baseline's config; as a value of the space's `variant` it is trained instead of "
@@ -262,8 +268,18 @@ def load_trial_config(path: Path) -> TrialConfig:
     values = read_yaml(path)
     # Only a baseline's has this key, and in a sweep it must have it.
     if "system" in values:
-        return load_config(baseline_type(values), path)
+        return load_config(trial_type(values), path)
     return load_config(StudentConfig, path)
+
+
+def trial_type(values: Mapping[str, Any]) -> type[AnyBaseline | GenerativeConfig]:
+    """The type of the config of a baseline in a sweep that has these values, by their `system`."""
+    return GenerativeConfig if values.get("system") == GenerativeConfig.kind else baseline_type(values)
+
+
+def num_epochs(config: TrialConfig) -> int:
+    """The epochs of a whole trial. Each ends with a validation, also where that is amid a pass over the data."""
+    return config.num_validations if isinstance(config, GenerativeConfig) else config.optimization.num_epochs
 
 
 def flat_keys(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -42,6 +42,7 @@ from kdecs.sweep.progress import SweepProgress
 from kdecs.sweep.search import SEARCH_NAME, Search, Stage
 from kdecs.sweep.space import Trial, missing_teachers, trials_directory, with_absolute_paths
 from kdecs.sweep.status import (
+    SELECTION_METRIC,
     TRIALS_NAME,
     TrialResult,
     is_trained,
@@ -539,4 +540,6 @@ def run_with_ray(stage: StageRun, stop: StopSignal, follow: Follow) -> None:
 
 
 def _epochs_trained(sweep: Path) -> int:
-    return sum(len(read_points(path)) for path in trials_directory(sweep).glob(f"*/{METRICS_NAME}"))
+    paths = trials_directory(sweep).glob(f"*/{METRICS_NAME}")
+    # Lines without a score lie between the validations of a generative baseline, and a resume writes them again.
+    return sum(SELECTION_METRIC in point for path in paths for point in read_points(path))

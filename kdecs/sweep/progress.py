@@ -24,20 +24,21 @@ from rich.table import Table
 from rich.text import Text
 
 from kdecs.baselines.config import MrcConfig
+from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.corpus.encoding import Layout
 from kdecs.corpus.pairs import pairs_of, training_subset
 from kdecs.corpus.schema import NEUTRAL
 from kdecs.corpus.splits import CorpusConfig, training_split
 from kdecs.errors import ConfigError, KdecsError
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import SweepConfig, TrialConfig
+from kdecs.sweep.config import SweepConfig, TrialConfig, num_epochs
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import Trial, missing_teachers
-from kdecs.sweep.status import TrialResult, is_trained, metric_title, read_note
+from kdecs.sweep.status import TrialResult, is_trained, metric_title, read_note, trial_points
 from kdecs.sweep.teachers import build_commands
 from kdecs.sweep.trial import find_student
 from kdecs.tables import duration, terminal
-from kdecs.tracking.record import METRICS_NAME, read_points
+from kdecs.tracking.record import METRICS_NAME
 
 _MOVING = ("running", "stopped")
 _ENDED = ("complete", "pruned", "failed")
@@ -46,10 +47,18 @@ _BAR_WIDTH = 12
 _NUM_BEST = 5
 _CHARACTERS_PER_TOKEN = 4.0  # of English text in a subword vocabulary
 _TEMPLATE_CHARACTERS = 120  # of a prompt beside the utterances
+_INSTRUCTION_CHARACTERS = 700  # of what the questions about a dialogue have in common beside it
+_ANSWER_CHARACTERS = 120  # of the question's own end and a usual answer
 _GPU_TFLOPS = 40.0  # what a data-centre GPU sustains in such a training, not its peak
 _CORE_TFLOPS = 0.03  # of one CPU core in float32
 # Of bases by name: a name on a hub says nothing of its size, and a dry run downloads nothing.
-_PARAMETERS = {"roberta-base": 0.125e9, "roberta-large": 0.355e9, "bert-base-uncased": 0.11e9}
+_PARAMETERS = {
+    "roberta-base": 0.125e9,
+    "roberta-large": 0.355e9,
+    "bert-base-uncased": 0.11e9,
+    "llama-7b": 6.7e9,
+    "llama-13b": 13.0e9,
+}
 _USUAL_PARAMETERS = 0.125e9
 
 
@@ -234,7 +243,7 @@ def print_dry_run(config: SweepConfig) -> None:
             trial.label,
             trial.id if trial.config_hash else "",
             state,
-            str(trial.config.optimization.num_epochs),
+            str(num_epochs(trial.config)),
             f"{result.score:.2f}" if result.has_score else "",
             duration(result.seconds) if result.seconds else "",
         )
@@ -290,7 +299,7 @@ def _print_hours(
 
 def _is_taken_from_store(config: SweepConfig, trial: Trial) -> bool:
     """Whether the trial will take a finished student, which only a trial without epochs of its own does."""
-    has_own_epochs = bool(read_points(trial.directory / METRICS_NAME))
+    has_own_epochs = bool(trial_points(trial.directory / METRICS_NAME, trial.config.kind))
     return not has_own_epochs and find_student(config.student_store, trial.config_hash) is not None
 
 
@@ -309,8 +318,7 @@ def estimate_left(config: SweepConfig, trials: Sequence[Trial], left: Sequence[T
         mean = sum(rate for _, rate in measured) / len(measured)
         # By the token, since trials with other shares or budgets have shorter or longer epochs.
         per_token = sum(
-            rate * trial.config.optimization.num_epochs / _trained_tokens(trial.config)
-            for trial, rate in measured
+            rate * num_epochs(trial.config) / _trained_tokens(trial.config) for trial, rate in measured
         ) / len(measured)
         seconds = sum(per_token * _trained_tokens(trial.config) for trial in left)
         return Estimate(seconds, f"measured: {len(measured)} trials, {mean:.1f} s per epoch")
@@ -331,7 +339,7 @@ def _seconds_per_epoch(config: SweepConfig, trial: Trial) -> float | None:
     places.append(find_student(config.student_store, trial.config_hash) if trial.config_hash else None)
     for place in places:
         note = read_note(place) if place else None
-        points = read_points(place / METRICS_NAME) if place else []
+        points = trial_points(place / METRICS_NAME, trial.config.kind) if place else []
         if note and note.seconds and points:
             return note.seconds / len(points)
     return None
@@ -351,6 +359,8 @@ def _trained_tokens(config: TrialConfig) -> float:
             gold = _tokens_of_pass(config.corpus, gold_share, config.neutral_share, longest, layout)
             number += (distillation.gold_repeats - 1) * gold[0]
             tokens += (distillation.gold_repeats - 1) * gold[1]
+    elif isinstance(config, GenerativeConfig):
+        return config.optimization.epochs * _tokens_of_answers(config.corpus)
     elif isinstance(config, MrcConfig):
         number, tokens = _tokens_of_pass(config.corpus, 1.0, 0.0, config.model.max_tokens)
     else:
@@ -399,6 +409,16 @@ def _tokens_of_dialogues(corpus: CorpusConfig, *, by_target: bool) -> tuple[floa
             reads = len(dialogue.utterances) - place if by_target else 1
             total += reads * (len(utterance.text) / _CHARACTERS_PER_TOKEN)
     return number, total
+
+
+@cache
+def _tokens_of_answers(corpus: CorpusConfig) -> float:
+    """The tokens of a generative baseline's pass: each dialogue once, and a question with its answer per utterance."""
+    characters = 0.0
+    for dialogue in training_split(corpus):
+        characters += _INSTRUCTION_CHARACTERS + sum(len(each.text) for each in dialogue.utterances)
+        characters += _ANSWER_CHARACTERS * len(dialogue.utterances)
+    return characters / _CHARACTERS_PER_TOKEN
 
 
 @cache

@@ -42,10 +42,10 @@ from kdecs.artifact import file_lock
 from kdecs.config import CONFIG_NAME, BudgetedOptimization, load_config
 from kdecs.errors import DeviceError
 from kdecs.process import run_entry
-from kdecs.sweep.config import GridSearch, SweepConfig, TpeSearch, flat_keys
+from kdecs.sweep.config import GridSearch, SweepConfig, TpeSearch, flat_keys, num_epochs
 from kdecs.sweep.control import wanted_of
 from kdecs.sweep.search import Search, TpeSuggester
-from kdecs.sweep.space import student_value, trials_directory
+from kdecs.sweep.space import VARIANT_KEY, Space, student_value, trials_directory
 from kdecs.sweep.status import read_note
 from kdecs.sweep.trial import OUT_OF_MEMORY, RAY_LOCK_NAME, STAGE_NAME, StageRun, TrialRun, run_trial
 
@@ -266,7 +266,7 @@ def _fit(stage: StageRun, config: SweepConfig) -> None:
 
 
 def most_epochs(config: SweepConfig) -> int:
-    """The most epochs that any trial may train, by the base, the space and the variants."""
+    """The most epochs that any trial may train, by the base, the space, the variants and the baselines."""
 
     def found(name: str) -> list[float]:
         key = f"optimization.{name}"
@@ -281,7 +281,10 @@ def most_epochs(config: SweepConfig) -> int:
         for steps in found("steps")
         for every in (None, *map(int, found("validate_every_steps")))
     ]
-    return int(max([*found("epochs"), *by_steps], default=1))
+    space = Space(config, planned=True)
+    baselines = [space.trial_at({VARIANT_KEY: name}) for name in config.baselines]
+    of_baselines = [num_epochs(trial.config) for trial in baselines if trial is not None]
+    return int(max([*found("epochs"), *by_steps, *of_baselines], default=1))
 
 
 def _run_in_worker(values: dict[str, Any], directory: str, run: TrialRun, gpu_share: float) -> None:

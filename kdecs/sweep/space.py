@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kdecs.artifact import MANIFEST_NAME, read_manifest
-from kdecs.baselines.config import baseline_type
+from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.config import config_hash, has_key, parse_config, set_dotted
 from kdecs.errors import ConfigError, printable
 from kdecs.student.config import StudentConfig
@@ -35,6 +35,7 @@ from kdecs.sweep.config import (
     TrialConfig,
     TwoStageSearch,
     flat_keys,
+    trial_type,
 )
 
 TEACHER_KEY = "teacher"
@@ -49,8 +50,13 @@ _LABELS_KEY, _TEACHERS_KEY = "distillation.labels", "distillation.teachers"
 _TRIAL_ID_DIGITS = 12
 _DIGITS = 4  # of drawn numbers: enough to search, short enough to read
 
-# What a baseline takes from the students' config, so that both are compared on the same terms.
-_SHARED_KEYS = ("corpus", "model.base", "task", "neutral_decision", "threshold_for", "precision", "threads")
+# What a baseline takes from the students' config, so that both are compared on the same terms, and its own name for it.
+_SHARED_KEYS = {
+    key: key
+    for key in ("corpus", "model.base", "task", "neutral_decision", "threshold_for", "precision", "threads")
+}
+# Its base is a decoder, and a student's an encoder.
+_SHARED_WITH_GENERATIVE = {"corpus": "corpus", "precision": "zero.dtype", "threads": "threads_per_rank"}
 
 Point = dict[str, Any]
 """A value for each key of the space: dotted keys of the student's config, and the words teacher and variant."""
@@ -246,18 +252,24 @@ class Space:
         """
         config, name = self.config, str(point[VARIANT_KEY])
         own = config.baselines[name]
-        kind = baseline_type(own)
+        kind = trial_type(own)
         set_by_baseline = {key for key, _ in flat_keys(own)}
         settings = {
             key: value for key, value in point.items() if key not in set_by_baseline and has_key(kind, key)
         }
-        values: dict[str, Any] = {}
-        for key in _SHARED_KEYS:
-            if has_key(kind, key) and (shared := _lookup(key, config.student)) is not None:
-                set_dotted(values, key, copy.deepcopy(shared), kind)
+        values: dict[str, Any] = {"name": "unnamed"}
+        is_generative = kind is GenerativeConfig
+        if is_generative:
+            # A trial is ranked by the answers, and the family has no other choice.
+            values |= {"answered_share": 1.0, "model": {"family": "causal"}}
+        shared_keys = _SHARED_WITH_GENERATIVE if is_generative else _SHARED_KEYS
+        for key, name_there in shared_keys.items():
+            if has_key(kind, name_there) and (shared := _lookup(key, config.student)) is not None:
+                set_dotted(values, name_there, copy.deepcopy(shared), kind)
         for key, value in {**settings, **own}.items():
             set_dotted(values, key, copy.deepcopy(value), kind)
-        values.setdefault("threads", max(1, math.floor(config.cpus_per_trial)))
+        threads = "threads_per_rank" if is_generative else "threads"
+        values.setdefault(threads, max(1, math.floor(config.cpus_per_trial)))
         values["output"] = str(trials_directory(config.output) / "unnamed")
         words = {TEACHER_KEY: None, VARIANT_KEY: name}
         baseline = parse_config(kind, values, source=f"baselines.{name} of sweep {config.name}")
@@ -267,6 +279,11 @@ class Space:
             raise ConfigError(
                 f"baselines.{name} of sweep {config.name}: its task is {baseline.task} and that of the students is "
                 f"{task}; compare them in a sweep of one task (student.task={baseline.task})"
+            )
+        if isinstance(baseline, GenerativeConfig) and baseline.answered_share != 1:
+            raise ConfigError(
+                f"baselines.{name}.answered_share of sweep {config.name}: found {baseline.answered_share:g}, expected "
+                "1, because trials are ranked by their scores on the whole validation split; leave the key out"
             )
         if baseline.tracking is not None:
             raise ConfigError(

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kdecs.artifact import is_complete, listed_file, read_manifest, read_verified_manifest, write_json
 from kdecs.errors import ArtifactError, printable
-from kdecs.sweep.config import TRIAL_KINDS, TrialConfig
+from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, TrialKind, num_epochs
 from kdecs.sweep.control import Wanted
 from kdecs.sweep.space import ALPHA_KEY, TEMPERATURE_KEY, Trial, settings_key, trials_directory
 from kdecs.tracking.record import METRICS_NAME, read_points
@@ -174,11 +174,26 @@ def metric_title(metric: str) -> str:
     return metric.replace("_", " ").replace("f1", "F1")
 
 
+def trial_points(path: Path, kind: TrialKind) -> list[dict[str, Any]]:
+    """The epochs of a trial in its `metrics.jsonl`.
+
+    A generative baseline writes a line every few steps as a teacher does, and those with scores are its epochs.
+    """
+    points = read_points(path)
+    if kind != "generative":
+        return points
+    scored = [point for point in points if SELECTION_METRIC in point]
+    return [{**point, "epoch": number} for number, point in enumerate(scored, start=1)]
+
+
 def best_point(points: list[dict[str, Any]], metric: str = SELECTION_METRIC) -> dict[str, Any] | None:
-    """The epoch whose model a training keeps: the first with the highest score on validation."""
+    """The epoch whose model a training keeps: the first with the highest score on validation.
+
+    Of equal scores a generative baseline, which alone has a loss on validation, keeps the one with the lowest loss.
+    """
     # `max` returns the first of equals, as the training keeps the earliest of equally good epochs.
     scored = [point for point in points if metric in point]
-    return max(scored, key=lambda point: point[metric]) if scored else None
+    return max(scored, key=lambda point: (point[metric], -point.get("valid_loss", 0.0))) if scored else None
 
 
 def is_trained(trial: Trial) -> bool:
@@ -209,8 +224,9 @@ def trial_result(
         # After the loss of a node a trial may wait for room on those that are left, with nobody to note its stop.
         status, error = ("stopped", error) if is_stopped else ("failed", DIED)
     # A complete student's scores go into the sweep's results, so a changed digit has to be seen here.
-    points = read_points(
-        student_file(trial.directory, METRICS_NAME) if is_complete else trial.directory / METRICS_NAME
+    points = trial_points(
+        student_file(trial.directory, METRICS_NAME) if is_complete else trial.directory / METRICS_NAME,
+        trial.config.kind,
     )
     metric = selection_metric(trial.config)
     point = best_point(points, metric)
@@ -240,7 +256,7 @@ def trial_result(
         stage=stage,
         reused_from=note.reused_from if note else None,
         epoch=int(points[-1]["epoch"]) if points else 0,
-        epochs=trial.config.optimization.num_epochs,
+        epochs=num_epochs(trial.config),
         metric=metric,
     )
 

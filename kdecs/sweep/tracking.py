@@ -22,11 +22,11 @@ from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig
 from kdecs.sweep.search import Search
 from kdecs.sweep.space import SEED_KEY, Trial, settings_key
-from kdecs.sweep.status import TrialResult
+from kdecs.sweep.status import TrialResult, trial_points
 from kdecs.tracking.datasets import TRAIN_UNIVERSE, corpus_datasets, label_dataset
 from kdecs.tracking.machine import ENVIRONMENT_NAME, SYSTEM_NAME, read_samples
 from kdecs.tracking.mlflow import Tracker, Uploader
-from kdecs.tracking.record import METRICS_NAME, ModelRecord, RunRecord, directory_identity, read_points
+from kdecs.tracking.record import METRICS_NAME, ModelRecord, RunRecord, directory_identity
 
 SWEEP_TAG = "kdecs.sweep"
 TRIAL_TAG = "kdecs.trial"
@@ -108,7 +108,7 @@ def trial_record(trial: Trial, result: TrialResult, sweep: RunRecord) -> RunReco
         entry=_ENTRY,
         tags=tags,
         params={"seed": trial.seed, **_params(trial)},
-        points=read_points(trial.directory / METRICS_NAME),
+        points=trial_points(trial.directory / METRICS_NAME, config.kind),
         system=read_samples(trial.directory / SYSTEM_NAME),
         artifacts=[trial.directory / CONFIG_NAME, trial.directory / ENVIRONMENT_NAME],
         datasets=[*datasets, *(label_dataset(path) for path in labels)],

@@ -36,16 +36,25 @@ from kdecs.artifact import (
     temporary_path,
     write_text,
 )
+from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.config import CONFIG_NAME, config_hash
 from kdecs.errors import ArtifactError, KdecsError, Stopped
 from kdecs.process import StopSignal
-from kdecs.runtime import start_runtime
+from kdecs.runtime import Runtime, import_deepspeed, process_group, start_runtime
 from kdecs.student.config import StudentConfig
-from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, load_trial_config
+from kdecs.sweep.config import TRIAL_KINDS, TrialConfig, load_trial_config, num_epochs
 from kdecs.sweep.control import wanted_of
-from kdecs.sweep.status import DIED, LOG_NAME, SELECTION_METRIC, TrialNote, read_note, trial_status
+from kdecs.sweep.status import (
+    DIED,
+    LOG_NAME,
+    SELECTION_METRIC,
+    TrialNote,
+    read_note,
+    trial_points,
+    trial_status,
+)
 from kdecs.tracking.machine import sampled_load, write_environment
-from kdecs.tracking.record import METRICS_NAME, read_points
+from kdecs.tracking.record import METRICS_NAME
 
 STAGE_NAME = ".stage.json"  # what the driver asks of the Ray process (StageRun)
 RAY_LOCK_NAME = ".ray-lock"  # held by the Ray process of a sweep
@@ -62,11 +71,28 @@ def train_student_trial(config: TrialConfig, on_epoch: OnEpoch, stop: StopSignal
     from kdecs.student.training import train_student
 
     runtime = start_runtime(threads=config.threads)
+    if isinstance(config, GenerativeConfig):
+        return _train_generative(config, runtime, on_epoch, stop)
     if not isinstance(config, StudentConfig):
         from kdecs.baselines.training import train_baseline
 
         return train_baseline(config, runtime, on_epoch=on_epoch, stop=stop)
     return train_student(config, runtime, on_epoch=on_epoch, stop=stop)
+
+
+def _train_generative(
+    config: GenerativeConfig, runtime: Runtime, on_epoch: OnEpoch, stop: StopSignal
+) -> Path:
+    """Fine-tune a language model as the only rank, whose process group DeepSpeed's engine needs all the same."""
+    import_deepspeed()
+    from kdecs.baselines.generative.training import train_generative
+
+    def on_validation() -> None:
+        # As the driver reads it, so that both count the same epochs.
+        on_epoch(trial_points(config.output / METRICS_NAME, config.kind)[-1])
+
+    with process_group(runtime, single=True):
+        return train_generative(config, runtime, stop, on_validation)
 
 
 class TrialRun(BaseModel):
@@ -160,12 +186,12 @@ def _train_or_skip(attempt: "_Attempt", config: TrialConfig, digest: str, report
 
     directory, run = attempt.directory, attempt.run
     restore_metrics(directory, digest)
-    points = read_points(directory / METRICS_NAME)
+    points = trial_points(directory / METRICS_NAME, config.kind)
     is_trained = is_complete(directory, config.kind, digest)
     # Epochs that this trial trained may be in MLflow already, and those of another training differ from them.
     has_own_epochs = bool(points) and not attempt.note.reused_from
     if run.reuse_students and not is_trained and not has_own_epochs and attempt.take_from_store(digest):
-        is_trained, points = True, read_points(directory / METRICS_NAME)
+        is_trained, points = True, trial_points(directory / METRICS_NAME, config.kind)
     attempt.count_epochs(points)
     try:
         for point in points:
@@ -194,9 +220,7 @@ def _train(attempt: "_Attempt", config: TrialConfig, report: OnEpoch) -> None:
     def on_epoch(metrics: dict[str, float]) -> None:
         # Noted before it is reported: `report` may not return, since Tune ends a pruned trial in it.
         attempt.reach(metrics.get("epoch"))
-        if (
-            metrics["epoch"] < config.optimization.num_epochs
-        ):  # a scheduler must not stop what is trained already
+        if metrics["epoch"] < num_epochs(config):  # a scheduler must not stop what is trained already
             report(metrics)
 
     stop = StopSignal()

@@ -173,12 +173,14 @@ def asked():
 
 def predict_by_rule(patch):
     """Put the distance rule in the place of every student and baseline, and a word in that of the registry."""
+    from kdecs.baselines.generative.prediction import GenerativeBaseline
     from kdecs.baselines.mrc.prediction import MrcBaseline
     from kdecs.baselines.prediction import Baseline
     from kdecs.student.predict.predictor import Student
 
     RuleStudent.asked.clear()
     patch.setattr(Baseline, "from_pretrained", lambda directory, device, knowledge: RuleStudent())
+    patch.setattr(GenerativeBaseline, "load", lambda directory, runtime, dtype: RuleStudent())
     patch.setattr(MrcBaseline, "from_pretrained", lambda directory, device, emotions: RuleStudent())
     patch.setattr(Student, "from_pretrained", lambda directory, device: RuleStudent())
     patch.setattr("kdecs.sweep.selection.choose.register_student", lambda *a, **k: "kdecs-student version 1")

@@ -16,6 +16,7 @@ import torch
 from kdecs.artifact import atomic_path, write_manifest, write_text
 from kdecs.config import config_hash, write_config
 from kdecs.errors import Stopped, TrainingError
+from kdecs.sweep.config import num_epochs
 
 
 def score_of(config, epoch):
@@ -37,8 +38,17 @@ def write_checkpoint(path, digest, points):
         torch.save({"config_hash": digest, "progress": {"history": points}}, temporary)
 
 
-def write_points(path, points):
-    write_text(path, "".join(json.dumps(point) + "\n" for point in points))
+def write_points(path, points, config):
+    lines = points
+    if (
+        config.kind == "generative"
+    ):  # it also writes lines between its validations, which are not whole epochs
+        lines = [
+            {**shown, "epoch": (point["epoch"] - late) / 4}
+            for point in points
+            for late, shown in ((0.5, {"time": point["time"], "train_loss": 1.0}), (0, point))
+        ]
+    write_text(path, "".join(json.dumps(point) + "\n" for point in lines))
 
 
 def train(config, on_epoch, stop):
@@ -57,8 +67,8 @@ def train(config, on_epoch, stop):
         raise RuntimeError("a fault before the first epoch")
     if seed in behaviour.get("kill_early", []):
         os.kill(os.getpid(), signal.SIGKILL)
-    write_points(metrics, points)
-    for epoch in range(len(points) + 1, config.optimization.num_epochs + 1):
+    write_points(metrics, points, config)
+    for epoch in range(len(points) + 1, num_epochs(config) + 1):
         ends = time.monotonic() + behaviour.get("epoch_s", 0.0)
         while time.monotonic() < ends:
             time.sleep(0.02)
@@ -82,7 +92,7 @@ def train(config, on_epoch, stop):
         write_checkpoint(checkpoint, digest, points)
         if seed in behaviour.get("raise_between", []):
             raise RuntimeError("a fault before the epoch's line")
-        write_points(metrics, points)
+        write_points(metrics, points, config)
         on_epoch(points[-1])
         if seed in behaviour.get("raise", []):
             raise RuntimeError("a fault of ours")

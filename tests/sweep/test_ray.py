@@ -104,6 +104,8 @@ def test_a_trial_without_a_gpu_does_not_see_the_hosts(make_config, gpus, device)
         ({"space": {"optimization.epochs": {"grid": [5, 4]}, "teacher": {"grid": ["t5-tiny"]}}}, 5),
         ({"space": {"optimization.steps": {"grid": [None, 100]}, "teacher": {"grid": ["t5-tiny"]}}}, 10),
         ({"variants": {"often": {"optimization.steps": 90, "optimization.validate_every_steps": 4}}}, 23),
+        ({"baselines": {"KEC": {"system": "kec", "optimization.epochs": 9}}}, 9),
+        ({"baselines": {"LM": {"system": "generative", "model.base": "x", "validate_per_epoch": 4}}}, 12),
     ],
 )
 def test_no_trial_is_stopped_for_having_come_to_its_end(make_config, changes, expected):

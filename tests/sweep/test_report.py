@@ -393,11 +393,39 @@ def test_emotions_that_a_winner_was_given_are_no_score_of_it(finish, make_labels
     assert all(score != "–" for score, _ in cards)
 
 
+def test_curves_of_a_generative_baseline_have_a_point_per_validation(finish, monkeypatch):
+    sweep = finish(
+        baselines={
+            "LLaMA": {
+                "system": "generative",
+                "model.base": "tiny",
+                "optimization.epochs": 1,
+                "validate_per_epoch": 2,
+            }
+        },
+        space={"variant": {"grid": ["LLaMA"]}, "teacher": {"grid": ["llama-tiny"]}},
+    )
+    for name in ("leaderboard", "alpha_temperature", "teacher", "spread", "time"):
+        monkeypatch.setattr(page, f"{name}_figure", lambda *arguments: None)
+    drawn = {}
+    monkeypatch.setattr(
+        page, "curves_figure", lambda settings, points, metric, target: drawn.update(points) or None
+    )
+    write_report(sweep)
+    ((curve,),) = drawn.values()
+    assert [(point["epoch"], point["macro_f1"]) for point in curve] == [(1, 72), (2, 74)]
+    (result,) = read_results(sweep)
+    assert (result.best_epoch, result.epoch, result.epochs) == (2, 2, 2)
+
+
 def test_baselines_are_rows_beside_the_chosen_student(finish, runs, undrawn):
     sweep = finish(
         variants={"KD": {}},
-        baselines={"KEC": {"system": "kec", "optimization.epochs": 2}},
-        space={"variant": {"grid": ["KD", "KEC"]}, "teacher": {"grid": ["llama-tiny"]}},
+        baselines={
+            "KEC": {"system": "kec", "optimization.epochs": 2},
+            "LLaMA": {"system": "generative", "model.base": "llama-tiny", "optimization.epochs": 1},
+        },
+        space={"variant": {"grid": ["KD", "KEC", "LLaMA"]}, "teacher": {"grid": ["llama-tiny"]}},
     )
     assert {entry.name for entry in sweep.parent.glob("students/*")} >= {
         result.config_hash for result in read_results(sweep)
@@ -409,13 +437,14 @@ def test_baselines_are_rows_beside_the_chosen_student(finish, runs, undrawn):
     rows = {
         row["system"]: row for row in table_of(sweep / "report" / "table4.csv") if row["source"] == "ours"
     }
-    assert {"KEC (validation)", f"{record.setting.label} (test)"} == set(rows)
+    assert {"KEC (validation)", "LLaMA (validation)", f"{record.setting.label} (test)"} == set(rows)
     assert float(rows["KEC (validation)"]["spans (ECSPE): macro_f1"]) == pytest.approx(74.0)
-    assert [row["variant"] for row in table_of(sweep / "report" / "ablation.csv")] == ["KD", "KEC"]
-    assert {row.label for row in score_settings(sweep).table} == {"KEC", record.setting.label}
+    assert float(rows["LLaMA (validation)"]["spans (ECSPE): macro_f1"]) == pytest.approx(72.0)
+    assert [row["variant"] for row in table_of(sweep / "report" / "ablation.csv")] == ["KD", "KEC", "LLaMA"]
+    assert {row.label for row in score_settings(sweep).table} == {"KEC", "LLaMA", record.setting.label}
     write_report(sweep)
     systems = [row["system"] for row in table_of(sweep / "report" / "table4.csv")]
-    assert systems[-2:] == [f"{record.setting.label} (test)", "KEC (test)"]
+    assert systems[-3:] == [f"{record.setting.label} (test)", "KEC (test)", "LLaMA (test)"]
     shutil.copytree(sweep, runs / "again")
     (runs / "again" / "selection.json").unlink()
     with pytest.raises(ConfigError, match="is a baseline, and selection chooses and registers a student"):

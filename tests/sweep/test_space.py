@@ -6,7 +6,8 @@ import pytest
 from fake_trainer import train
 
 from kdecs.baselines.config import BaselineConfig, MrcConfig
-from kdecs.config import BudgetedOptimization, has_key, load_config, write_config
+from kdecs.baselines.generative.config import GenerativeConfig
+from kdecs.config import BudgetedOptimization, Optimization, has_key, load_config, write_config
 from kdecs.corpus.reading import bundled_sample
 from kdecs.errors import ArtifactError, ConfigError
 from kdecs.student.config import StudentConfig
@@ -16,6 +17,7 @@ from kdecs.sweep.config import (
     SweepConfig,
     TeacherSource,
     load_trial_config,
+    num_epochs,
 )
 from kdecs.sweep.driver import run_sweep
 from kdecs.sweep.progress import estimate_left, print_dry_run
@@ -536,22 +538,29 @@ def test_every_kind_of_trial_says_what_a_sweep_asks_of_all(make_config):
         baselines={
             "ECPE-2D": {"system": "ecpe-2d", "candidates.after": 2, "batches.global_batch_dialogues": 3},
             "MRC": {"system": "mrc", "batches.global_batch_pairs": 8},
+            "LLaMA": {
+                "system": "generative",
+                "model.base": "llama",
+                "batches.global_batch_pairs": 2,
+                "validate_per_epoch": 4,
+            },
         },
         space={
-            "variant": {"grid": ["KD", "given", "ECPE-2D", "MRC"]},
+            "variant": {"grid": ["KD", "given", "ECPE-2D", "MRC", "LLaMA"]},
             "teacher": {"grid": ["t5-tiny"]},
             "optimization.seed": {"grid": [0]},
         },
     )
     said = [
-        (each.kind, each.is_given_emotions, each.candidates_after, each.batches.size)
+        (each.kind, each.is_given_emotions, each.candidates_after, each.batches.size, num_epochs(each))
         for each in (trial.config for trial in Space(config).trials())
     ]
     assert said == [
-        ("student", False, 0, {"global_batch_pairs": 4}),
-        ("student", True, 1, {"global_batch_pairs": 16}),
-        ("baseline", False, 2, {"global_batch_dialogues": 3}),
-        ("mrc", True, 0, {"global_batch_pairs": 8}),
+        ("student", False, 0, {"global_batch_pairs": 4}, 3),
+        ("student", True, 1, {"global_batch_pairs": 16}, 3),
+        ("baseline", False, 2, {"global_batch_dialogues": 3}, 15),
+        ("mrc", True, 0, {"global_batch_pairs": 8}, 12),
+        ("generative", False, 0, {"global_batch_pairs": 2}, 12),
     ]
 
 
@@ -590,9 +599,44 @@ def test_mrc_takes_what_it_has_of_the_students_and_says_that_emotions_are_given(
         Space(without_spans).trials()
 
 
+def test_a_generative_baseline_has_a_decoder_of_its_own_and_answers_about_all_dialogues(make_config):
+    student = {**make_config().student, "precision": "bfloat16"}
+    config = make_config(
+        student=student,
+        teachers={},
+        baselines={"LLaMA": {"system": "generative", "model": {"base": "llama"}, "zero.stage": 0}},
+        space={"variant": {"grid": ["LLaMA"]}, "optimization.seed": {"grid": [0, 1]}},
+        cpus_per_trial=2,
+    )
+    trials = Space(config).trials()
+    assert [trial.label for trial in trials] == ["LLaMA s0", "LLaMA s1"]
+    first = trials[0].config
+    assert isinstance(first, GenerativeConfig) and first.model.base == "llama"
+    assert (first.answered_share, first.zero.dtype, first.zero.stage) == (1, "bfloat16", 0)
+    assert (first.threads, trials[1].config.optimization.seed, first.tracking) == (2, 1, None)
+    assert str(first.corpus.train) == student["corpus"]["train"]
+    trials[0].directory.mkdir(parents=True)
+    write_config(first, trials[0].directory)
+    assert load_trial_config(trials[0].directory / "config.json") == first
+    shorter = [
+        replace(trial, config=trial.config.model_copy(update={"optimization": Optimization(epochs=1)}))
+        for trial in trials
+    ]
+    whole, third = (estimate_left(config, some, some).seconds for some in (trials, shorter))
+    assert 0 < third == pytest.approx(whole / 3)
+    without_spans = config.model_copy(update={"student": {**student, "task": "ecpe"}})
+    with pytest.raises(ConfigError, match="its task is ecspe and that of the students is ecpe"):
+        Space(without_spans).trials()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"baselines": {"U": {"system": "generative"}}}, r"baselines\.U of sweep small: model\.base: "),
+        (
+            {"baselines": {"U": {"system": "generative", "model.base": "x", "answered_share": 0.5}}},
+            r"baselines\.U\.answered_share of sweep small: found 0\.5, expected 1",
+        ),
         (
             {"baselines": {"U": {"system": "ueca-prompt", "task": "ecpe"}}},
             "its task is ecpe and that of the students",

@@ -2,17 +2,31 @@
 
 import json
 import threading
+import time
 
 import pytest
+import torch
 from fake_trainer import train
-from support import Killed, flip_bit, kill
+from support import Killed, flip_bit, kill, save_tiny_decoder
 
-from kdecs.artifact import MANIFEST_NAME, file_lock, is_complete, verify_artifact, write_manifest
+from kdecs.artifact import (
+    MANIFEST_NAME,
+    file_lock,
+    is_complete,
+    read_manifest,
+    verify_artifact,
+    write_manifest,
+)
+from kdecs.baselines.generative.prediction import GenerativeBaseline
 from kdecs.config import load_config, write_config
+from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.errors import ArtifactError
+from kdecs.runtime import Runtime
 from kdecs.student.config import StudentConfig
+from kdecs.sweep.selection.choose import validation_predictions
 from kdecs.sweep.space import Space
 from kdecs.sweep.status import read_note, trial_result
+from kdecs.sweep.tracking import sweep_record, trial_record
 from kdecs.sweep.trial import (
     TrialRun,
     add_student,
@@ -316,21 +330,27 @@ def test_a_student_that_is_taken_again_after_a_kill_leaves_no_second_links(tmp_p
     ]
 
 
-@pytest.mark.parametrize(("system", "kind"), [("kec", "baseline"), ("mrc", "mrc")])
-def test_a_baseline_is_trained_as_one_and_taken_from_the_store(
-    make_config, make_run, monkeypatch, system, kind
-):
+@pytest.mark.parametrize(
+    ("own", "kind"),
+    [
+        ({"system": "kec"}, "baseline"),
+        ({"system": "mrc"}, "mrc"),
+        ({"system": "generative", "model.base": "llama-tiny"}, "generative"),
+    ],
+)
+def test_a_baseline_is_trained_as_one_and_taken_from_the_store(make_config, make_run, monkeypatch, own, kind):
     config = make_config(
-        baselines={"it": {"system": system}},
-        space={"variant": {"grid": ["it"]}, "teacher": {"grid": ["t5-tiny"]}},
+        baselines={"it": own}, space={"variant": {"grid": ["it"]}, "teacher": {"grid": ["t5-tiny"]}}
     )
     (trial,) = Space(config).trials()
-    trained = []
-    monkeypatch.setattr(
-        "kdecs.baselines.training.train_baseline", lambda config, runtime, **options: trained.append(config)
-    )
-    train_student_trial(trial.config, lambda metrics: None, None)
-    assert trained == [trial.config]
+    if kind != "generative":  # which is trained below
+        trained = []
+        monkeypatch.setattr(
+            "kdecs.baselines.training.train_baseline",
+            lambda config, runtime, **options: trained.append(config),
+        )
+        train_student_trial(trial.config, lambda metrics: None, None)
+        assert trained == [trial.config]
     trial.directory.mkdir(parents=True)
     write_config(trial.config, trial.directory)
     run = make_run()
@@ -342,3 +362,69 @@ def test_a_baseline_is_trained_as_one_and_taken_from_the_store(
     write_config(trial.config, other)
     assert run_trial(other, run, lambda metrics: None).reused_from == str(trial.directory.resolve())
     assert verify_artifact(other) == []
+
+
+@pytest.mark.slow
+def test_a_generative_baseline_goes_on_after_a_stop_and_its_validations_are_its_epochs(
+    make_config, make_run, tmp_path
+):
+    raw = json.loads(bundled_sample("train").read_text(encoding="utf-8"))
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps({key: [raw[key][0][:3]] for key in list(raw)[:3]}))
+    config = make_config(
+        student={**make_config().student, "corpus": {"train": str(few), "valid": str(few)}},
+        baselines={
+            "it": {
+                "system": "generative",
+                "model.base": str(save_tiny_decoder(tmp_path / "decoder")),
+                "lora": {"rank": 4},
+                "zero": {"stage": 0, "dtype": "float32"},
+                "batches": {"global_batch_pairs": 2, "micro_batch_tokens": 1024, "max_prompt_tokens": 1024},
+                "optimization": {"learning_rate": 0.005, "epochs": 2},
+                "validate_per_epoch": 2,
+                "max_answer_tokens": 8,
+                "log_every_steps": 1,
+            }
+        },
+        space={"variant": {"grid": ["it"]}, "teacher": {"grid": ["t5-tiny"]}},
+    )
+    (trial,) = Space(config).trials()
+    trial.directory.mkdir(parents=True)
+    write_config(trial.config, trial.directory)
+    run = make_run(trainer=train_student_trial)
+    seen = []
+
+    def report(metrics):
+        seen.append(metrics["epoch"])
+        if len(seen) == 1:
+            run.stop_file.touch()
+            time.sleep(2)  # longer than the watch for this file sleeps
+
+    assert run_trial(trial.directory, run, report).status == "stopped"
+    run.stop_file.unlink()
+    stopped = trial_result(trial, is_live=False)
+    assert (stopped.status, stopped.epoch, stopped.epochs) == ("stopped", 1, 4) and seen == [1]
+    assert run_trial(trial.directory, run, report).status == "complete"
+    # The first one is told again; the last one is of no use to a scheduler.
+    assert seen == [1, 1, 2, 3]
+    result = trial_result(trial, is_live=False)
+    points = read_points(trial.directory / "metrics.jsonl")
+    scored = [point for point in points if "macro_f1" in point]
+    assert len(scored) == 4 < len(points) and (result.status, result.epoch) == ("complete", 4)
+    # The metrics are those of the product, which the lowest loss chooses among equal scores.
+    best = max(scored, key=lambda point: (point["macro_f1"], -point["valid_loss"]))
+    assert result.metrics["valid_loss"] == best["valid_loss"]
+    assert read_manifest(trial.directory, "generative").details["best_step"] == best["step"]
+    assert len({point["macro_f1"] for point in scored}) < 4, "random answers are all without a cause"
+    assert verify_artifact(trial.directory) == []
+    assert find_student(run.store, trial.config_hash) == trial.directory.resolve()
+    record = trial_record(trial, result, sweep_record(config, 1, [result], "FINISHED"))
+    assert [point["epoch"] for point in record.points] == [1, 2, 3, 4]
+    assert record.params["system"] == "generative" and record.model.kind == "generative"
+    # Its own predictions are what it is compared by, and what it says again.
+    corpus = read_corpus(few)
+    kept = validation_predictions(config.output, result, corpus)
+    again = GenerativeBaseline.load(
+        trial.directory, runtime=Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    )
+    assert kept == again.predict_pairs(corpus) and kept

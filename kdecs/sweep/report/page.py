@@ -23,7 +23,15 @@ from kdecs import __version__
 from kdecs.artifact import MANIFEST_NAME, content_checksum, read_manifest, write_manifest, write_text
 from kdecs.config import CONFIG_NAME, load_config
 from kdecs.errors import ArtifactError, KdecsError
-from kdecs.sweep.config import BASELINES_NAME, REPORT_FOLDER, TRIAL_KINDS, SweepConfig
+from kdecs.student.config import StudentConfig
+from kdecs.sweep.config import (
+    BASELINES_NAME,
+    REPORT_FOLDER,
+    TRIAL_KINDS,
+    SweepConfig,
+    TrialKind,
+    trial_type,
+)
 from kdecs.sweep.report.figures import (
     Figure,
     alpha_temperature_figure,
@@ -48,10 +56,10 @@ from kdecs.sweep.selection.record import (
     rank_settings,
     read_selection,
 )
-from kdecs.sweep.space import TEACHER_KEY
-from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory
+from kdecs.sweep.space import TEACHER_KEY, VARIANT_KEY
+from kdecs.sweep.status import TrialResult, read_results, student_file, trial_directory, trial_points
 from kdecs.tables import duration
-from kdecs.tracking.record import METRICS_NAME, read_points
+from kdecs.tracking.record import METRICS_NAME
 
 _BASELINES = TypeAdapter(dict[str, dict[str, float]])
 PAGE_NAME = "index.html"
@@ -216,7 +224,8 @@ def _figures(scored: ScoredSweep, folder: Path) -> list[Figure]:
     scores = {setting.key: [by_id[i].score for i in setting.trials] for setting in ranked}
     points = {
         setting.key: [
-            read_points(student_file(trial_directory(sweep, by_id[i]), METRICS_NAME)) for i in setting.trials
+            trial_points(student_file(trial_directory(sweep, by_id[i]), METRICS_NAME), _kind(config, setting))
+            for i in setting.trials
         ]
         for setting in ranked
     }
@@ -233,6 +242,11 @@ def _figures(scored: ScoredSweep, folder: Path) -> list[Figure]:
         time_figure(ranked, by_id, _resource(config), folder / "time.png"),
     ]
     return [figure for figure in found if figure]
+
+
+def _kind(config: SweepConfig, setting: SettingScore) -> TrialKind:
+    own = config.baselines.get(str(setting.settings.get(VARIANT_KEY)))
+    return StudentConfig.kind if own is None else trial_type(own).kind
 
 
 def _own_scores(sweep: Path, ranked: Sequence[SettingScore]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from kdecs.artifact import (
     write_json,
     write_text,
 )
+from kdecs.baselines.generative.config import GenerativeConfig
 from kdecs.config import CONFIG_NAME, config_hash, load_config
 from kdecs.corpus.schema import Corpus
 from kdecs.corpus.splits import read_split
@@ -331,9 +332,15 @@ def _predictor(directory: Path) -> Any:
     from kdecs.runtime import start_runtime
     from kdecs.student.predict.predictor import Student
 
-    config, device = load_trial_config(student_file(directory, CONFIG_NAME)), start_runtime().device
+    config, runtime = load_trial_config(student_file(directory, CONFIG_NAME)), start_runtime()
+    device = runtime.device
     if isinstance(config, StudentConfig):
         return Student.from_pretrained(directory, device=device)
+    if isinstance(config, GenerativeConfig):
+        from kdecs.baselines.generative.prediction import GenerativeBaseline
+
+        # In the precision that it was validated in.
+        return GenerativeBaseline.load(directory, runtime=runtime, dtype=config.zero.dtype)
     # The phrases of training and validation are one file, which may hold those of test as well.
     knowledge = config.system.knowledge if isinstance(config.system, Kec) else None
     return open_baseline(directory, device=device, knowledge=knowledge)
