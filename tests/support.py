@@ -410,6 +410,8 @@ class ForkedPython:
         """Start it. With a `log` all that it prints is appended to that file, otherwise `communicate` returns it."""
         place = Path(tempfile.mkdtemp(prefix="forked-"))
         self._streams = (log, log) if log else (place / "out", place / "err")
+        for path in self._streams:
+            path.touch()  # the process may be killed before it opens them
         self.args = [str(script), *map(str, arguments)]
         _SERVER.set_forkserver_preload(["preloaded"])
         # A daemon, so that pytest does not wait at its end for one that a failed test has left behind.

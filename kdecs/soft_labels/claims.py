@@ -265,12 +265,16 @@ class Claims:
             heartbeat.join()
             held.release()
 
-    def remove_abandoned(self) -> None:
-        """Remove the claims of dead workers, and the time probes that killed workers left."""
+    def clear(self) -> None:
+        """Remove what killed workers left in a complete export: their claims, and the files that tell them the time.
+
+        A claim that names no owner goes, too, however young it is: its worker died in taking it, or is taking it now
+        and finds its shard published.
+        """
         for leftover in self.directory.glob(".now-*"):
             leftover.unlink(missing_ok=True)
         for path in self.directory.glob("*.lease"):
-            if self._is_abandoned(path):
+            if self._is_abandoned(path) or _names_no_owner(path):
                 path.unlink(missing_ok=True)
 
     def _own(self, path: Path, file: BinaryIO) -> Claim:
@@ -308,10 +312,18 @@ class Claims:
         probe.touch()
         try:
             return probe.stat().st_mtime
-        except FileNotFoundError:  # removed by `remove_abandoned` of another worker, this moment
+        except FileNotFoundError:  # removed by `clear` of another worker, this moment
             return time.time()
         finally:
             probe.unlink(missing_ok=True)
+
+
+def _names_no_owner(path: Path) -> bool:
+    """True of a claim's file into which no owner has been written."""
+    try:
+        return path.stat().st_size == 0
+    except FileNotFoundError:
+        return True
 
 
 def _is_unlocked(file: BinaryIO) -> bool:
@@ -341,4 +353,4 @@ def remove_temporaries(output: Path, lease_s: float, claims: Claims | None = Non
                 for leftover in (*output.glob(".*.tmp"), *work.glob(".*.tmp"), *work.glob("*/.*.tmp")):
                     if is_temporary(leftover):
                         leftover.unlink(missing_ok=True)
-                claims.remove_abandoned()
+                claims.clear()

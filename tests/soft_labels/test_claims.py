@@ -146,6 +146,20 @@ def test_a_claim_that_is_being_written_is_held(tmp_path: Path, clock: Clock) -> 
     assert mine.take("a") is not None
 
 
+def test_what_is_cleared_of_a_complete_export(tmp_path: Path, clock: Clock) -> None:
+    """Of a claim that was never finished nobody knows whose it is; a worker that is alive keeps its claim."""
+    mine = claims_of(tmp_path, clock)
+    held = take(mine, "held")
+    (tmp_path / "unfinished.lease").touch()
+    (tmp_path / ".now-0").touch()
+    take(claims_of(tmp_path, clock, "there"), "silent")
+    clock.now += LEASE_S + 1
+    mine.stamp(held.path)
+    mine.stamp(tmp_path / "unfinished.lease")
+    mine.clear()
+    assert list(tmp_path.iterdir()) == [held.path]
+
+
 def test_of_many_takers_of_a_dead_claim_one_keeps_it(tmp_path: Path) -> None:
     """Four processes race for 30 expired claims. Several may take one, but only the last holds it after a look."""
     for number in range(30):
