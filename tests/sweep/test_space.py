@@ -136,7 +136,7 @@ def test_spaces_parse_and_hold_only_known_keys(path, make_config, make_labels, r
         "given_emotions": 4 * 5,
         "search": 3 * 4 * 3 * 2,
         "minilm": 4 * 3,
-        "low_gold": (5 + 1) * 3,
+        "low_gold": (5 + 2) * 3,
         "table4": 4 * 5,
         "table4_minilm": 5 * 3,
         "table4_ecpe": 5 * 5,
