@@ -98,15 +98,15 @@ def make_students(directory: Path) -> dict[str, Path]:
     return students
 
 
-def export(student: Path, output: Path, *, is_int8: bool) -> Path:
-    """Export a student. What its command measures of int8 is done here on more dialogues, so one is enough there."""
+def export(student: Path, output: Path, *, is_int8: bool, is_trained: bool) -> Path:
+    """Export a student as its command does. What that measures of int8 means nothing without training: one dialogue."""
     from _student_parts import some_dialogues
 
     from kdecs.student.onnx.export import OnnxExport, export_student
 
-    one = some_dialogues(corpus_split("valid")[0], output.parent, 1)
+    corpus_file = None if is_trained else some_dialogues(corpus_split("valid")[0], output.parent, 1)
     config = OnnxExport(student=student, output=output, precision="int8" if is_int8 else "float32")
-    return export_student(config, corpus_file=one, force=True)
+    return export_student(config, corpus_file=corpus_file, force=True)
 
 
 def size_mb(directory: Path) -> float:
@@ -134,14 +134,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         students = {"pair": arguments.pair, "tree": arguments.tree}
-        if None in students.values():
+        is_trained = None not in students.values()
+        if not is_trained:
             students = make_students(directory)
         places: dict[str, Path] = {}
         for layout, student in students.items():
             places[f"torch {layout}"] = student
             for name in FORMATS[1:]:
                 places[f"{name} {layout}"] = export(
-                    student, directory / f"{layout}-{name}", is_int8=name == "int8"
+                    student, directory / f"{layout}-{name}", is_int8=name == "int8", is_trained=is_trained
                 )
         options = [f"--dialogues={arguments.dialogues}", f"--latencies={arguments.latencies}"]
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in places}

@@ -71,7 +71,7 @@ def mrc_text(pair: Pair, *, first_turn: int = 1) -> MrcText:
     if target.emotion is None:
         raise DialogueError(
             f"dialogue {pair.dialogue.id}, turn {pair.target}: no emotion, which the question names; "
-            "give each utterance its emotion"
+            "give each utterance its emotion, or predict with those of another system (--emotions)"
         )
     question = "The target utterance is "
     question_target = (len(question), len(question) + len(target.text))
