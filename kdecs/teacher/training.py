@@ -153,7 +153,7 @@ class Connectives:
         """The sum over pairs, and that over targets, with its weight.
 
         Of a target that is in several units (`PromptSet.target_of_pair`), each part with a gold cause counts as a
-        target of its own.
+        separate target.
         """
         prompts, is_cause_P = prompts_and_gold(data, micro, runtime)
         logits_PA = engine(prompts)

@@ -405,7 +405,7 @@ def test_a_generative_baseline_goes_on_after_a_stop_and_its_validations_are_its_
     stopped = trial_result(trial, is_live=False)
     assert (stopped.status, stopped.epoch, stopped.epochs) == ("stopped", 1, 4) and seen == [1]
     assert run_trial(trial.directory, run, report).status == "complete"
-    # The first one is told again; the last one is of no use to a scheduler.
+    # A resume reports the first epoch again. The last one is not reported: a scheduler has nothing left to decide.
     assert seen == [1, 1, 2, 3]
     result = trial_result(trial, is_live=False)
     points = read_points(trial.directory / "metrics.jsonl")

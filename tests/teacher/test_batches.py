@@ -175,7 +175,7 @@ def test_only_training_prompts_have_hints_whatever_the_number_of_ranks(
 def test_micro_batches_hold_whole_targets_whatever_the_number_of_ranks(
     layout: str, many_dialogues: tuple[list, list]
 ) -> None:
-    """A target is whole, or in several units if it exceeds one, each of which counts as a target of its own."""
+    """A target is whole unless it exceeds a unit; its parts then count as separate targets."""
     pairs = many_dialogues[0][:600]
     prompts = estimated_prompts(pairs, max_prompt_tokens=512, has_trunks=layout == "target trees")
 
