@@ -175,7 +175,7 @@ def test_scores_equal_the_slow_ones(tmp_path_factory, seed):
     expected = slow_scores(gold, submitted)
     assert set(expected) == set(KEYS)
     for key in KEYS:
-        assert scores.values[key] == pytest.approx(expected[key], abs=1e-9)
+        assert scores.values[key] == pytest.approx(expected[key], rel=1e-9, abs=1e-9)
     # Subtask 2 is Subtask 1 without the places.
     for conversation in submitted:
         conversation[PAIRS] = [[left, right.split("_")[0]] for left, right in conversation[PAIRS]]
