@@ -460,7 +460,7 @@ def _label(student: StudentConfig, teacher: str | None, settings: dict[str, Any]
     if distillation.mode == "kd":
         parts.append(f"τ{distillation.temperature:g}")
     for key, value in settings.items():
-        is_shown = key != STEPS_KEY or value is not None  # without steps the budget is the usual one
+        is_shown = value is not None  # null is the usual case, such as a budget without steps
         if is_shown and key not in (ALPHA_KEY, TEMPERATURE_KEY, MODE_KEY, TEACHER_KEY, VARIANT_KEY):
             parts.append(f"{key.rpartition('.')[2]}={_shown(value)}")
     # Names and values come from a config, and this text goes to terminals, figures and MLflow.

@@ -236,7 +236,7 @@ def _figures(scored: ScoredSweep, folder: Path) -> list[Figure]:
         teacher_figure(
             scored, scores, teachers, _own_scores(sweep, ranked), _recipes(config), folder / "teachers.png"
         ),
-        *share_figures(scored, scores, folder),
+        *share_figures(scored, scores, points, folder),
         spread_figure(ranked, scores, folder / "spread.png"),
         curves_figure(ranked, points, metric, folder / "curves.png"),
         time_figure(ranked, by_id, _resource(config), folder / "time.png"),

@@ -111,6 +111,8 @@ def teacher_figure(
     )
 
 
+# Batches are filled by whole targets, so that the steps of an epoch differ a little from pairs / batch size.
+_STEPS_TOLERANCE = 0.05
 _PAPER_SCORE = "positive_f1"  # of Figures 3 and 4
 _STUDY_KEYS = ("exact_match", "positive_f1", "macro_f1", "emotion_accuracy")
 _STUDY_HEADS = (*(f"valid_{key}" for key in _STUDY_KEYS), *(f"test_{key}" for key in _STUDY_KEYS))
@@ -125,11 +127,30 @@ def _study_cells(
     return [*(valid.get(key) for key in _STUDY_KEYS), *(test.get(key) for key in _STUDY_KEYS)]
 
 
-def share_figures(sweep: ScoredSweep, scores: Mapping[str, Sequence[float]], folder: Path) -> list[Figure]:
-    """A figure by share of the gold labels for each budget of the trainings: epochs, or a number of steps."""
+def share_figures(
+    sweep: ScoredSweep,
+    scores: Mapping[str, Sequence[float]],
+    points: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    folder: Path,
+) -> list[Figure]:
+    """A figure by share of the gold labels for each budget of the trainings: epochs, or a number of steps.
+
+    A setting whose epochs take as many steps as the other budget is in both figures, so that a sweep trains it once.
+    `points` has the epochs of each seed by setting.
+    """
     by_budget: dict[int | None, list[SettingScore]] = {}
     for setting in sweep.ranked:
         by_budget.setdefault(setting.settings.get(STEPS_KEY), []).append(setting)
+    by_epochs = by_budget.get(None, [])
+    epochs = {result.id: result.epochs for result in sweep.results}
+    for steps, members in by_budget.items():
+        if steps is None:
+            continue
+        for setting in by_epochs:
+            first = points[setting.key][0][0]
+            planned = epochs[setting.trials[0]] * first["step"] / first["epoch"]
+            if abs(planned - steps) <= _STEPS_TOLERANCE * steps:
+                members.append(setting)  # after the budget's own settings, which have precedence
     found = []
     for steps, members in sorted(by_budget.items(), key=lambda item: item[0] or 0):
         name, title, caption = "share.png", "", ""
