@@ -23,6 +23,7 @@ from kdecs.corpus.prompts import (
     StudentPrompt,
     history_separator,
     kept_tokens,
+    room_for_branch,
     student_branch,
     student_prompt,
     student_trunk,
@@ -300,8 +301,10 @@ class TreeEncoder(PairEncoder):
             target = pairs[start]
             branches = self._branches(target.dialogue)
             num_tokens = len(encoding.ids) - self._num_trailing
-            limit = self.max_tokens - self._reserved(
-                branches[: target.target + self.variant.candidates_after]
+            possible = branches[: target.target + self.variant.candidates_after]
+            limit = self.max_tokens - room_for_branch(
+                ((len(b.token_ids), len(b.offsets)) for b in possible if isinstance(b, _Branch)),
+                self.max_tokens,
             )
             offsets = _covering_offsets(encoding)[:num_tokens]
             removable = [
@@ -331,13 +334,6 @@ class TreeEncoder(PairEncoder):
                     kept,
                     num_lost + len(branch.token_ids) - len(kept.token_ids),
                 )
-
-    def _reserved(self, branches: Sequence["_Branch | DialogueError"]) -> int:
-        """What the trunk leaves for a branch: the longest one, or half of the maximum, or a template and one token."""
-        whole = [b for b in branches if isinstance(b, _Branch)]
-        longest = max((len(b.token_ids) for b in whole), default=0)
-        shortest = max((len(b.token_ids) - len(b.offsets) + 1 for b in whole), default=0)
-        return min(longest, max(self.max_tokens // 2, shortest))
 
     def _joined(
         self, pair: Pair, trunk_ids: list[int], emotion_mask: int, branch: _Branch, num_truncated: int

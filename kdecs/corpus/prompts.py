@@ -5,7 +5,7 @@ end token if it reads a newline as a space (`history_separator`). Prompts are to
 its character offset, not by its token id, since a speaker may have typed a mask token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -284,6 +284,39 @@ def kept_tokens(
     candidates = [*inside[0], *reversed(inside[1]), *reversed(inside[2])]
     dropped = set(candidates[:surplus])
     return [n for n in range(len(offsets)) if n not in dropped]
+
+
+def kept_in_tree(
+    offsets: Sequence[tuple[int, int]],
+    prompt: TeacherPrompt,
+    *,
+    num_trunk: int,
+    room: int,
+    max_tokens: int,
+) -> list[int]:
+    """Indices of the tokens that stay when a prompt whose first `num_trunk` tokens are a trunk is cut to `max_tokens`.
+
+    The trunk leaves `room` for a branch: it loses its oldest history first, then the end of u_i, and so is the same for
+    all candidates of a target. A branch that is still too long loses the end of u_j. Offsets as for `kept_tokens`.
+    """
+    of_trunk = [
+        *tokens_inside(offsets, (0, prompt.history_end)),
+        *reversed(tokens_inside(offsets, prompt.target_range)),
+    ]
+    dropped = set(of_trunk[: max(0, num_trunk - (max_tokens - room))])
+    surplus = max(0, len(offsets) - len(dropped) - max_tokens)
+    dropped.update([*reversed(tokens_inside(offsets, prompt.candidate_range))][:surplus])
+    return [n for n in range(len(offsets)) if n not in dropped]
+
+
+def room_for_branch(branches: Iterable[tuple[int, int]], max_tokens: int) -> int:
+    """What a trunk leaves for a branch: the longest one, or half of `max_tokens`, or a template and one token.
+
+    `branches` are, for each candidate that the target could have, the tokens of its branch and those of u_j in it.
+    """
+    lengths = [(whole, whole - text + 1) for whole, text in branches]
+    longest, shortest = (max(column) for column in zip(*lengths, strict=True)) if lengths else (0, 0)
+    return min(longest, max(max_tokens // 2, shortest))
 
 
 def tokens_inside(offsets: Sequence[tuple[int, int]], characters: tuple[int, int]) -> list[int]:

@@ -22,8 +22,16 @@ from transformers import (
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
-from kdecs.corpus.prompts import TeacherPrompt, history_separator, kept_tokens, teacher_prompt
-from kdecs.corpus.schema import FINE_TO_COARSE
+from kdecs.corpus.prompts import (
+    TeacherPrompt,
+    history_separator,
+    kept_in_tree,
+    kept_tokens,
+    room_for_branch,
+    teacher_prompt,
+    tokens_inside,
+)
+from kdecs.corpus.schema import FINE_TO_COARSE, Dialogue
 from kdecs.errors import ModelError
 from kdecs.models import load_pretrained, load_tokenizer
 from kdecs.teacher.config import MaskedModel, ModelConfig, TreeAttention
@@ -76,6 +84,7 @@ class Family(ABC):
         self.separator = history_separator(self.tokenizer)
         before, after = self.answer_context
         self.answer_ids = answer_token_ids(self.tokenizer, CONNECTIVES, before=before, after=after)
+        self._last_room: tuple[Dialogue | None, tuple[int, int], int] = (None, (0, 0), 0)
 
     def encode(self, pair: Pair) -> EncodedPrompt:
         """The tokens of a pair's prompt, cut to `max_prompt_tokens` by dropping the oldest history."""
@@ -104,17 +113,52 @@ class Family(ABC):
         )
         # The prompt is tokenised as a whole: tokenizers merge characters across the seams of separate pieces.
         encoded = self.tokenizer(prompt.text + self.answer_suffix, return_offsets_mapping=True)
-        kept = kept_tokens(encoded["offset_mapping"], prompt, self.max_prompt_tokens)
-        tokens = np.asarray(encoded["input_ids"], dtype=np.int32)[kept]
-        offsets = [encoded["offset_mapping"][n] for n in kept]
-        answer = self.answer_index(tokens, offsets, len(prompt.text))
+        offsets = encoded["offset_mapping"]
         num_trunk = 0
         if self.layout == "tree":
-            # Behind the full stop of the target clause.
-            num_trunk = next(n for n, (_, right) in enumerate(offsets) if right > prompt.target_range[1] + 1)
-        return EncodedPrompt(
-            tokens, answer, _what_was_cut(encoded["offset_mapping"], kept, prompt), num_trunk
-        )
+            num_trunk = _num_trunk(offsets, prompt)
+            kept = kept_in_tree(
+                offsets,
+                prompt,
+                num_trunk=num_trunk,
+                room=self._room_for_branch(pair),
+                max_tokens=self.max_prompt_tokens,
+            )
+            num_trunk = sum(n < num_trunk for n in kept)
+        else:
+            kept = kept_tokens(offsets, prompt, self.max_prompt_tokens)
+        tokens = np.asarray(encoded["input_ids"], dtype=np.int32)[kept]
+        answer = self.answer_index(tokens, [offsets[n] for n in kept], len(prompt.text))
+        return EncodedPrompt(tokens, answer, _what_was_cut(offsets, kept, prompt), num_trunk)
+
+    def _room_for_branch(self, pair: Pair) -> int:
+        """What the trunk of a pair's target leaves for a branch, hints aside.
+
+        By all candidates that the target could have, not by those asked for: a pair's prompt is the same whatever
+        stands beside it.
+        """
+        target, last = pair.target, max(pair.target, pair.candidate)
+        # Read once and replaced as a whole, since threads may share a family. Pairs come target by target.
+        dialogue, key, room = self._last_room
+        if dialogue is not pair.dialogue or key != (target, last):
+            prompts = [
+                teacher_prompt(pair.dialogue, target, candidate, emotion="", separator=self.separator)
+                for candidate in range(1, last + 1)
+            ]
+            start = prompts[0].target_range[1] + 1
+            texts = [prompt.text[start:] + self.answer_suffix for prompt in prompts]
+            branches = []
+            for prompt, offsets in zip(
+                prompts, self.tokenizer(texts, return_offsets_mapping=True)["offset_mapping"], strict=True
+            ):
+                # The special tokens before the branch are the trunk's.
+                num_leading = next(n for n, (_, right) in enumerate(offsets) if right > 0)
+                first, end = prompt.candidate_range
+                num_text = len(tokens_inside(offsets, (first - start, end - start)))
+                branches.append((len(offsets) - num_leading, num_text))
+            room = room_for_branch(branches, self.max_prompt_tokens)
+            self._last_room = (pair.dialogue, (target, last), room)
+        return room
 
     @property
     def answer_suffix(self) -> str:
@@ -227,6 +271,11 @@ def _check_weights(reference: str, missing: Collection[str], *, new_head: bool) 
         logger.warning(
             "model %s: no weights for the language model's head (%s): it is new", reference, lacking[0]
         )
+
+
+def _num_trunk(offsets: Sequence[tuple[int, int]], prompt: TeacherPrompt) -> int:
+    """The tokens up to the full stop of the target clause."""
+    return next(n for n, (_, right) in enumerate(offsets) if right > prompt.target_range[1] + 1)
 
 
 def _what_was_cut(

@@ -1,6 +1,7 @@
 """Each family against a plain Transformers forward, and the tree against prompts one by one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdecs.corpus.answer_words import CONNECTIVES, answer_token_ids
 from kdecs.corpus.pairs import Pair
-from kdecs.corpus.prompts import teacher_prompt
+from kdecs.corpus.prompts import history_text, teacher_prompt
 from kdecs.corpus.schema import Dialogue, Utterance
 from kdecs.errors import ArtifactError, ModelError
 from kdecs.teacher.config import LoraConfig
@@ -118,6 +119,47 @@ def test_a_masked_teacher_in_trees_reads_trunk_and_branch_alone(
         assert len({prompts[n].trunk for n in unit.pairs}) == 1
         assert unit.tokens <= 300 or len(unit.pairs) == 1
     assert sum(unit.tokens for unit in units) < 0.7 * sum(len(prompt.tokens) for prompt in prompts)
+
+
+@pytest.mark.parametrize("limit", [40, 48, 64, 90, 130])
+def test_an_over_long_target_loses_its_oldest_history_once_for_all_candidates(
+    limit: int, families: Callable[..., Family], some_pairs: list[Pair]
+) -> None:
+    """One trunk for a target, cut as its longest branch needs it: against the whole prompts, cut by hand."""
+    whole, short = families("masked"), families("masked", max_prompt_tokens=limit)
+    whole.layout = short.layout = "tree"
+    order = np.random.default_rng(limit).permutation(len(some_pairs))
+    found = {n: short.encode(some_pairs[n]) for n in order}
+    num_cut = 0
+    for n, pair in enumerate(some_pairs):
+        candidates = [replace(pair, candidate=j) for j in range(1, pair.target + 1)]
+        uncut = [whole.encode(candidate) for candidate in candidates]
+        branches = [prompt.tokens[prompt.num_trunk :] for prompt in uncut]
+        # Of a branch all but u_j has to stay, and of u_j a token.
+        bare = []
+        for candidate, branch in zip(candidates, branches, strict=True):
+            said = candidate.dialogue.utterances[candidate.candidate - 1].text
+            bare.append(len(branch) - len(whole.tokenizer(f" {said}", add_special_tokens=False).input_ids))
+        room = min(max(map(len, branches)), max(limit // 2, max(bare) + 1))
+        own = uncut[pair.candidate - 1]
+        trunk = own.tokens[: own.num_trunk].tolist()
+        history = history_text(pair.dialogue, pair.target, whole.separator)
+        num_history = len(whole.tokenizer(history, add_special_tokens=False).input_ids)
+        if len(trunk) > limit - room:
+            num_cut += 1
+            surplus = len(trunk) - (limit - room)
+            of_history = min(surplus, num_history)
+            kept = trunk[:1] + trunk[1 + of_history :]  # the first token is special
+            of_text = surplus - of_history
+            trunk = kept[: len(kept) - 1 - of_text] + kept[-1:]  # u_i ends before the full stop
+        prompt = found[n]
+        assert prompt.tokens[: prompt.num_trunk].tolist() == trunk
+        branch = branches[pair.candidate - 1]
+        lost = max(0, len(trunk) + len(branch) - limit)
+        assert len(prompt.tokens) - prompt.num_trunk == len(branch) - lost
+        assert prompt.tokens[prompt.num_trunk :][-10:].tolist() == branch[-10:].tolist()
+        assert short.encode_with_hint(pair).trunk == prompt.trunk
+    assert num_cut > (5 if limit < 130 else 0)
 
 
 def test_rest_mass_completes_the_distribution(
