@@ -161,11 +161,15 @@ def test_a_dialogue_is_labelled_by_keyboard_alone(
     complaints: list[str] = []
     with sync_api.sync_playwright() as playwright:
         # Without a sandbox, which needs privileges that containers do not have. Only this page is opened.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(accept_downloads=True)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.goto(page_file.as_uri())
+        # With a profile on disk, as people have: one in memory now and then loses what a page keeps.
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=CHROMIUM, args=["--no-sandbox"], accept_downloads=True
+        )
+        page, other = context.new_page(), context.new_page()
+        for window in (page, other):
+            window.on("pageerror", lambda error: complaints.append(str(error)))
+            window.on("console", lambda message: complaints.append(message.text))
+            window.goto(page_file.as_uri())
         keys = page.evaluate("Object.fromEntries(data.labels.map((label) => [label, keyOf(label)]))")
         first = gold[0].utterances
         # Turn 1 is neutral, turn 2 worry because of two words of turn 1 and one word of turn 2.
@@ -181,14 +185,22 @@ def test_a_dialogue_is_labelled_by_keyboard_alone(
             page.keyboard.press(key)
         for key in ("Enter", "ArrowDown", "ArrowRight", "ArrowLeft", "Enter", "Escape"):
             page.keyboard.press(key)
-        page.reload()
+        assert page.inner_text("#progress").startswith("2 of ")
+        # Another window of the page follows. Until it does, the browser may not have kept the decisions yet.
+        other.wait_for_function("document.getElementById('progress').textContent.startsWith('2 of ')")
+        # On a busy machine Chromium hands a reloaded page what it keeps a moment too late.
+        for _ in range(5):
+            page.reload()
+            if page.inner_text("#progress").startswith("2 of "):
+                break
+            page.wait_for_timeout(500)
         assert page.inner_text("#progress").startswith("2 of ")
         with page.expect_download() as download:
             page.keyboard.press("s")
         file = tmp_path / download.value.suggested_filename
         download.value.save_as(file)
         page.screenshot(path=str(tmp_path / "review.png"), full_page=True)
-        browser.close()
+        context.close()
     assert complaints == []
     assert file.name == "review-ann.json"
     imported = run("review", "import", project.root, file)
