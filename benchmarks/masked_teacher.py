@@ -3,7 +3,9 @@
 Both sides take the fold1 pairs of the same dialogues in steps of about 64 pairs, in micro-batches of at most 2,048
 tokens: `model.layout: tree` reads a target's history and clause once, `pair` once per candidate.
 
-    python benchmarks/masked_teacher.py [--shape minilm|base]
+    python benchmarks/masked_teacher.py [--shape minilm|base] [--max-prompt-tokens 512]
+
+At 512 tokens no prompt is cut. At 128 most are, and a tree's are cut as its longest branch needs it.
 """
 
 import argparse
@@ -27,10 +29,12 @@ from kdecs.teacher.network import TeacherNetwork, add_lora, connective_loss, tra
 STEP_PAIRS, MICRO_BATCH_TOKENS = 64, 2048
 
 
-def side(base: Path, layout: str, dialogues: list, *, trains: bool) -> tuple[Callable[[], float], int]:
+def side(
+    base: Path, layout: str, dialogues: list, longest: int, *, trains: bool
+) -> tuple[Callable[[], float], int]:
     """One pass over the dialogues' pairs, and the tokens that it reads."""
     model = MaskedModel(family="masked", base=str(base), layout=layout)
-    family = make_family(model, max_prompt_tokens=512, emotions_shown="coarse")
+    family = make_family(model, max_prompt_tokens=longest, emotions_shown="coarse")
     torch.manual_seed(0)
     network = add_lora(family.load_network(str(base), dtype=torch.float32), LoraConfig(), family.lora_task)
     teacher = TeacherNetwork(family, network, use_tree=False, device=torch.device("cpu"))
@@ -73,6 +77,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=[*SHAPES], default="minilm")
+    parser.add_argument("--max-prompt-tokens", type=int, default=512)
     parser.add_argument("--dialogues", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -81,20 +86,27 @@ def main() -> None:
     # Evenly drawn, so that a few long dialogues do not decide.
     places = np.linspace(0, len(everything) - 1, min(arguments.dialogues, len(everything))).astype(int)
     dialogues = [everything[int(place)] for place in places]
+    longest = arguments.max_prompt_tokens
     with tempfile.TemporaryDirectory() as scratch:
         base = make_base(Path(scratch) / "base", SHAPES[arguments.shape], path)
         for what, trains in (("training", True), ("scoring", False)):
-            ours, tokens = side(base, "tree", dialogues, trains=trains)
-            theirs, pair_tokens = side(base, "pair", dialogues, trains=trains)
+            ours, tokens = side(base, "tree", dialogues, longest, trains=trains)
+            theirs, pair_tokens = side(base, "pair", dialogues, longest, trains=trains)
             rates = alternate(ours, theirs, rounds=arguments.rounds)
             suffix = "" if arguments.shape == "minilm" else f"_{arguments.shape}"
+            suffix += "" if longest == 512 else f"_{longest}"
             write_rates(
                 f"masked_teacher_{what}_tree_vs_pair{suffix}",
                 rates,
                 baseline_name=f"the layout pair, {SHAPES[arguments.shape].description}",
                 corpus=corpus,
                 target=2.5,
-                details={"dialogues": len(dialogues), "tokens": tokens, "pair_tokens": pair_tokens},
+                details={
+                    "dialogues": len(dialogues),
+                    "max_prompt_tokens": longest,
+                    "tokens": tokens,
+                    "pair_tokens": pair_tokens,
+                },
             )
 
 

@@ -18,7 +18,7 @@ from kdecs.sweep.commands import is_report_of
 from kdecs.sweep.report import figures, page
 from kdecs.sweep.report.figures import figure_label
 from kdecs.sweep.report.page import write_report
-from kdecs.sweep.report.published import TABLE_5
+from kdecs.sweep.report.published import TABLE_5, UTTERANCES
 from kdecs.sweep.report.study_figures import pooled_sd
 from kdecs.sweep.report.tables import latex_escaped
 from kdecs.sweep.selection.choose import print_selection, select_student
@@ -195,8 +195,11 @@ def test_tables_of_the_paper_have_published_figures_rules_and_ours(finish, make_
     )
     rows = {row["system"]: row for row in table_of(report / "table5.csv")}
     means = {"KD-ECS": 68.15, "w/o KD": 64.15}
+    of_table_4 = {row["system"]: row for row in table_of(report / "table4.csv") if row["source"] == "ours"}
     for name, mean in means.items():
         assert float(rows[name]["ours, validation: macro_f1"]) == pytest.approx(mean)
+        (label,) = (label for label in of_table_4 if label.startswith(name))
+        assert float(of_table_4[label]["spans (ECSPE): macro_f1"]) == pytest.approx(mean)
     assert [float(rows["w/o KD"][f"paper: {key}"]) for key in TABLE_5["w/o KD"]] == [30.49, 56.27, 72.74]
     assert rows["j >= i-1"]["source"] == "trivial rule" and rows["given fine"]["paper: macro_f1"] == ""
 
@@ -243,6 +246,9 @@ def test_a_sweep_on_cause_utterances_fills_the_other_half_of_table_4(
     assert by_name["j >= i-1 (test)"] == (spans, utterances), "our students predict by this rule here"
     assert spans and utterances and spans != utterances
     assert [row["source"] for row in rows] == ["paper"] * 10 + ["trivial rule"] * 4 + ["ours"]
+    assert "<button>EM</button>" not in write_report(ecpe).read_text(), "no spans, no scores of spans"
+    heads = table_of(ecpe / "report" / "settings.csv")[0].keys()
+    assert {head for head in heads if head.startswith("valid_")} == {f"valid_{key}" for key in UTTERANCES}
     manifest = read_manifest(selected / "report", "report")
     assert manifest.inputs["beside.small"] == read_manifest(ecpe, "sweep").config_hash
     damaged = ecpe / "baselines.json"

@@ -42,8 +42,8 @@ from kdecs.sweep.report.figures import (
 from kdecs.sweep.report.paper_tables import TITLES, ScoredSweep, paper_tables, write_settings_csv, write_table
 from kdecs.sweep.report.study_figures import share_figures, spread_figure, teacher_figure, time_figure
 from kdecs.sweep.report.tables import (
-    COLUMNS,
     ablation_rows,
+    columns_of,
     latex_table,
     setting_means,
     write_ablation_csv,
@@ -105,10 +105,10 @@ def write_report(sweep: Path, beside: Sequence[Path] = ()) -> Path:
         .render(
             name=config.name,
             version=__version__,
-            columns=COLUMNS,
+            columns=columns_of(results[0].metric),
             metric=results[0].metric,
             settings=[_setting_row(setting, by_id) for setting in ranked],
-            rules=_rule_rows(baselines),
+            rules=_rule_rows(baselines, results[0].metric),
             tables=tables,
             titles=TITLES,
             recipes=_recipes(config),
@@ -174,7 +174,7 @@ def _rows_on_test(sweep: ScoredSweep) -> list[dict[str, Any]]:
     for setting in sweep.ranked:
         row = next((scored[identity] for identity in setting.trials if identity in scored), None)
         if row is not None and row.scores is not None:
-            values = {key: row.scores.get(key) for key, _ in COLUMNS}
+            values = {key: row.scores.get(key) for key, _ in columns_of(record.metric)}
             above = row.above_rule.get(record.metric)
             rows.append(
                 {
@@ -300,9 +300,9 @@ def _setting_row(setting: SettingScore, by_id: Mapping[str, TrialResult]) -> dic
     }
 
 
-def _rule_rows(baselines: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _rule_rows(baselines: Mapping[str, Mapping[str, float]], metric: str) -> list[dict[str, Any]]:
     return [
-        {"label": name, "means": {key: values.get(key) for key, _ in COLUMNS}}
+        {"label": name, "means": {key: values.get(key) for key, _ in columns_of(metric)}}
         for name, values in baselines.items()
     ]
 
@@ -318,7 +318,8 @@ def _test_rows(selection: SelectionRecord) -> list[dict[str, Any]]:
     test = selection.test or {}
     winner = {
         "label": selection.winner.label,
-        "means": {key: test.get(key) for key, _ in COLUMNS},  # emotions that were given have no score
+        # Emotions that were given have no score.
+        "means": {key: test.get(key) for key, _ in columns_of(selection.metric)},
         "intervals": selection.test_intervals,
     }
-    return [winner, *_rule_rows(selection.test_baselines)]
+    return [winner, *_rule_rows(selection.test_baselines, selection.metric)]

@@ -20,7 +20,7 @@ from kdecs.config import CONFIG_NAME
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import SweepConfig, TrialConfig, load_trial_config
 from kdecs.sweep.report import published
-from kdecs.sweep.report.tables import COLUMNS, latex_escaped
+from kdecs.sweep.report.tables import columns_of, latex_escaped
 from kdecs.sweep.selection.pick import best_seed
 from kdecs.sweep.selection.record import SelectionRecord, SettingScore
 from kdecs.sweep.space import SHARE_KEY, VARIANT_KEY
@@ -166,7 +166,7 @@ class ScoredSweep:
 
 
 def paper_tables(sweep: ScoredSweep, beside: Sequence[ScoredSweep] = ()) -> list[PaperTable]:
-    """Table 4 with the winners of all sweeps, and Tables 5 and 6 if the first one tried their variants."""
+    """Table 4 with the systems of all sweeps, and Tables 5 and 6 if the first one tried their variants."""
     found = [_table_4([sweep, *beside]), _table_5(sweep), _table_6(sweep)]
     return [table for table in found if table is not None]
 
@@ -197,7 +197,8 @@ def _table_4(sweeps: Sequence[ScoredSweep]) -> PaperTable:
         best = sweep.best_student
         split, scores = sweep.scores_of([best])
         shown = [(best, split, scores)]
-        shown += [(each, *sweep.scores_of([each])) for each in sweep.baselines_tried if each is not best]
+        others = [*best_of_variants(sweep).values(), *sweep.baselines_tried]
+        shown += [(each, *sweep.scores_of([each])) for each in others if each.key != best.key]
         for setting, its_split, its_scores in shown:
             label = f"{setting.label} ({its_split})"
             if half in ours.get(label, {}):
@@ -303,7 +304,7 @@ def write_table(folder: Path, table: PaperTable) -> list[str]:
 
 def write_settings_csv(path: Path, sweep: ScoredSweep) -> str:
     """Write every setting's scores on validation, and on test where it was scored; returns the file's name."""
-    keys = [key for key, _ in COLUMNS]
+    keys = [key for key, _ in columns_of(sweep.results[0].metric)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(

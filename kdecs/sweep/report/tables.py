@@ -22,6 +22,18 @@ COLUMNS = (
 )
 
 
+def columns_of(metric: str) -> tuple[tuple[str, str], ...]:
+    """The scores that a report shows of students that are chosen by `metric`: without spans, those of utterances."""
+    if metric != "utterance_macro_f1":
+        return COLUMNS
+    titles = {
+        "utterance_macro_f1": "macro F1",
+        "utterance_positive_f1": "Pos F1",
+        "utterance_negative_f1": "Neg F1",
+    }
+    return (*titles.items(), ("emotion_accuracy", "Emo Acc"))
+
+
 @dataclass(frozen=True, slots=True)
 class AblationRow:
     """A variant compared with the first one: difference of means in points, p over dialogues and over seeds."""
@@ -38,7 +50,7 @@ class AblationRow:
 def setting_means(group: Sequence[TrialResult]) -> dict[str, float | None]:
     """The mean over seeds of each column, None if the students have no such score."""
     means: dict[str, float | None] = {}
-    for key, _ in COLUMNS:
+    for key, _ in columns_of(group[0].metric):
         values = [result.metrics[key] for result in group if key in result.metrics]
         means[key] = sum(values) / len(values) if values else None
     return means
@@ -99,12 +111,21 @@ def _paired_by_seed(first: Sequence[TrialResult], second: Sequence[TrialResult])
 
 def write_ablation_csv(path: Path, rows: Sequence[AblationRow]) -> str:
     """Write the ablation table's data and return the file's name."""
+    keys = [*rows[0].means]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", *(key for key, _ in COLUMNS), "sd", "difference", "p_dialogues", "p_seeds"])
+    writer.writerow(["variant", *keys, "sd", "difference", "p_dialogues", "p_seeds"])
     for row in rows:
-        means = [row.means[key] for key, _ in COLUMNS]
-        writer.writerow([row.variant, *means, row.sd, row.difference, row.dialogues_p, row.seeds_p])
+        writer.writerow(
+            [
+                row.variant,
+                *(row.means[key] for key in keys),
+                row.sd,
+                row.difference,
+                row.dialogues_p,
+                row.seeds_p,
+            ]
+        )
     write_text(path, text.getvalue())
     return path.name
 
@@ -116,26 +137,27 @@ def latex_table(
     baselines: Mapping[str, Mapping[str, float]],
 ) -> str:
     """A booktabs table of the settings and the trivial rules on validation. The best mean of a column is bold."""
+    columns = columns_of(results[0].metric)
     by_id = {result.id: result for result in results}
     groups = [[by_id[identity] for identity in setting.trials] for setting in ranked]
     means = [setting_means(group) for group in groups]
-    best = {key: max((v for m in means if (v := m[key]) is not None), default=None) for key, _ in COLUMNS}
+    best = {key: max((v for m in means if (v := m[key]) is not None), default=None) for key, _ in columns}
     lines = [
         "% \\usepackage{booktabs}",
-        "\\begin{tabular}{l" + "r" * len(COLUMNS) + "}",
+        "\\begin{tabular}{l" + "r" * len(columns) + "}",
         "\\toprule",
-        "setting & " + " & ".join(latex_escaped(title) for _, title in COLUMNS) + " \\\\",
+        "setting & " + " & ".join(latex_escaped(title) for _, title in columns) + " \\\\",
         "\\midrule",
     ]
     for setting, row in zip(ranked, means, strict=True):
-        cells = [_cell(row[key], is_best=row[key] == best[key]) for key, _ in COLUMNS]
+        cells = [_cell(row[key], is_best=row[key] == best[key]) for key, _ in columns]
         if setting.sd is not None:
-            place = next(n for n, (key, _) in enumerate(COLUMNS) if key == by_id[setting.trials[0]].metric)
+            place = next(n for n, (key, _) in enumerate(columns) if key == by_id[setting.trials[0]].metric)
             cells[place] += f" \\tiny{{$\\pm${setting.sd:.2f}}}"
         lines.append(f"{latex_escaped(setting.label)} & " + " & ".join(cells) + " \\\\")
     lines.append("\\midrule")
     for rule, values in baselines.items():
-        cells = [_cell(values.get(key), is_best=False) for key, _ in COLUMNS]
+        cells = [_cell(values.get(key), is_best=False) for key, _ in columns]
         lines.append(f"{latex_escaped(rule)} & " + " & ".join(cells) + " \\\\")
     lines += [
         "\\bottomrule",
