@@ -246,8 +246,15 @@ def test_a_sweep_on_cause_utterances_fills_the_other_half_of_table_4(
     assert by_name["j >= i-1 (test)"] == (spans, utterances), "our students predict by this rule here"
     assert spans and utterances and spans != utterances
     assert [row["source"] for row in rows] == ["paper"] * 10 + ["trivial rule"] * 4 + ["ours"]
-    assert "<button>EM</button>" not in write_report(ecpe).read_text(), "no spans, no scores of spans"
-    heads = table_of(ecpe / "report" / "settings.csv")[0].keys()
+    variants = finish(
+        output=str(runs / "variants"),
+        student=student,
+        variants={"KD-ECS": {}, "w/o KD": {"distillation.mode": "joint"}},
+        space={"teacher": {"grid": ["llama-tiny"]}, "variant": {"grid": ["KD-ECS", "w/o KD"]}},
+    )
+    text = write_report(variants).read_text()
+    assert "<button>EM</button>" not in text and "(Table 5)" not in text, "no spans, no scores of spans"
+    heads = table_of(variants / "report" / "settings.csv")[0].keys()
     assert {head for head in heads if head.startswith("valid_")} == {f"valid_{key}" for key in UTTERANCES}
     manifest = read_manifest(selected / "report", "report")
     assert manifest.inputs["beside.small"] == read_manifest(ecpe, "sweep").config_hash

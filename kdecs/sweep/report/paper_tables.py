@@ -221,7 +221,8 @@ def _table_4(sweeps: Sequence[ScoredSweep]) -> PaperTable:
 def _table_5(sweep: ScoredSweep) -> PaperTable | None:
     best = best_of_variants(sweep)
     named = [name for name in best if name in published.TABLE_5]
-    if len(named) < 2 or any(SHARE_KEY in setting.settings for setting in sweep.ranked):
+    # The paper's table is about spans.
+    if len(named) < 2 or sweep.is_ecpe or any(SHARE_KEY in setting.settings for setting in sweep.ranked):
         return None
     split, scores = sweep.scores_of(list(best.values()))
     ours = f"ours, {split}"
