@@ -239,7 +239,7 @@ class PromptSet:
         """A number per pair (int64): equal for the pairs of a target that are in one unit.
 
         A target is in several units, with a number in each, only if its candidates exceed the limits of a unit, or if
-        the trunks of its prompts in the layout tree were cut to unequal lengths.
+        one after the target is so long that, in the layout tree, its trunk is cut more than the others'.
         Micro-batches hold whole units, so whatever the number of ranks, pairs with one number are computed together.
         """
         numbers: dict[tuple[int, int, int], int] = {}
