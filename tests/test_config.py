@@ -395,8 +395,15 @@ def test_written_config_reads_back_equal(values: dict[str, Any], tmp_path: Path)
     assert load_config(TeacherConfig, tmp_path / "config.json") == config
 
 
-@pytest.mark.parametrize(("kind", "name"), [(StudentConfig, "joint"), (TeacherConfig, "roberta-base")])
-def test_how_trees_are_dealt_is_part_of_their_hash_alone(kind, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "name", "version"),
+    [
+        (StudentConfig, "joint", "TREE_BATCHES_VERSION"),
+        (TeacherConfig, "roberta-base", "TREE_BATCHES_VERSION"),
+        (TeacherConfig, "roberta-base", "TREE_PROMPTS_VERSION"),
+    ],
+)
+def test_how_trees_are_dealt_and_cut_is_part_of_their_hash_alone(kind, name, version, tmp_path, monkeypatch):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.json").write_text(split)
 
@@ -408,7 +415,7 @@ def test_how_trees_are_dealt_is_part_of_their_hash_alone(kind, name, tmp_path, m
         return config_hash(load_config(kind, path, [*places, *more, f"model.layout={layout}"]))
 
     before = {layout: hash_of(layout) for layout in ("pair", "tree")}
-    monkeypatch.setattr(f"{kind.__module__}.TREE_BATCHES_VERSION", 3)
+    monkeypatch.setattr(f"{kind.__module__}.{version}", 3)
     assert hash_of("pair") == before["pair"] and hash_of("tree") != before["tree"]
 
 

@@ -23,11 +23,11 @@ from kdecs.corpus.prompts import (
     StudentPrompt,
     history_separator,
     kept_tokens,
+    lost_of_trunk,
     room_for_branch,
     student_branch,
     student_prompt,
     student_trunk,
-    tokens_inside,
 )
 from kdecs.corpus.schema import Dialogue
 from kdecs.errors import DialogueError, ModelError
@@ -307,11 +307,7 @@ class TreeEncoder(PairEncoder):
                 self.max_tokens,
             )
             offsets = _covering_offsets(encoding)[:num_tokens]
-            removable = [
-                *tokens_inside(offsets, (0, trunk.history_end)),
-                *reversed(tokens_inside(offsets, trunk.target_range)),
-            ]
-            removed = set(removable[: max(0, num_tokens - limit)])
+            removed = lost_of_trunk(offsets, trunk, num_tokens - limit)
             trunk_ids = [t for index, t in enumerate(encoding.ids[:num_tokens]) if index not in removed]
             emotion_mask = 0
             if trunk.emotion_mask is not None:

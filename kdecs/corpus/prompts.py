@@ -296,17 +296,24 @@ def kept_in_tree(
 ) -> list[int]:
     """Indices of the tokens that stay when a prompt whose first `num_trunk` tokens are a trunk is cut to `max_tokens`.
 
-    The trunk leaves `room` for a branch: it loses its oldest history first, then the end of u_i, and so is the same for
-    all candidates of a target. A branch that is still too long loses the end of u_j. Offsets as for `kept_tokens`.
+    The trunk leaves `room` for a branch, and so is the same for all candidates of a target. A branch that is still too
+    long loses the end of u_j. Offsets as for `kept_tokens`.
     """
-    of_trunk = [
-        *tokens_inside(offsets, (0, prompt.history_end)),
-        *reversed(tokens_inside(offsets, prompt.target_range)),
-    ]
-    dropped = set(of_trunk[: max(0, num_trunk - (max_tokens - room))])
+    dropped = lost_of_trunk(offsets, prompt, num_trunk - (max_tokens - room))
     surplus = max(0, len(offsets) - len(dropped) - max_tokens)
     dropped.update([*reversed(tokens_inside(offsets, prompt.candidate_range))][:surplus])
     return [n for n in range(len(offsets)) if n not in dropped]
+
+
+def lost_of_trunk(
+    offsets: Sequence[tuple[int, int]], prompt: TeacherPrompt | TrunkPrompt, surplus: int
+) -> set[int]:
+    """Indices of the tokens that a trunk with `surplus` too many loses: the oldest history, then the end of u_i."""
+    removable = [
+        *tokens_inside(offsets, (0, prompt.history_end)),
+        *reversed(tokens_inside(offsets, prompt.target_range)),
+    ]
+    return set(removable[: max(0, surplus)])
 
 
 def room_for_branch(branches: Iterable[tuple[int, int]], max_tokens: int) -> int:

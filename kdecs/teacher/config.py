@@ -23,6 +23,8 @@ BATCHES_VERSION = 2
 """Version of how pairs are dealt to optimizer steps: part of the config hash, so that no other steps resume."""
 TREE_BATCHES_VERSION = 2
 """The same for target trees alone, which are dealt in random order; part of the hash only with the layout tree."""
+TREE_PROMPTS_VERSION = 2
+"""Version of how the prompts of target trees are cut, which is part of their hash and of their labels' lineage."""
 SEPARATOR_VERSION = 2
 """Version of what joins the history: part of the hash of the family seq2seq alone, since T5 drops newlines."""
 GOLD_HINT_VERSION = 1
@@ -213,11 +215,15 @@ class TeacherConfig(TuningConfig):
 
     @property
     def versions(self) -> dict[str, int]:
-        """Of target trees also how batches are dealt, of T5 what joins the history, and of hints their wording."""
+        """Of target trees also how they are dealt and cut, of T5 what joins the history, and of hints their wording."""
         is_tree = getattr(self.model, "layout", "pair") == "tree"
         return (
             super().versions
-            | ({"tree_batches": TREE_BATCHES_VERSION} if is_tree else {})
+            | (
+                {"tree_batches": TREE_BATCHES_VERSION, "tree_prompts": TREE_PROMPTS_VERSION}
+                if is_tree
+                else {}
+            )
             | ({"separator": SEPARATOR_VERSION} if self.model.family == "seq2seq" else {})
             | ({"gold_hint": GOLD_HINT_VERSION} if self.gold_hint_share else {})
         )

@@ -42,7 +42,7 @@ from kdecs.errors import ArtifactError, ModelError, TrainingError
 from kdecs.models import read_settings, save_pretrained
 from kdecs.process import refusing
 from kdecs.runtime import Runtime
-from kdecs.teacher.config import ModelConfig, TeacherConfig, TuningConfig
+from kdecs.teacher.config import TREE_PROMPTS_VERSION, ModelConfig, TeacherConfig, TuningConfig
 from kdecs.teacher.families import Family, make_family
 from kdecs.teacher.network import DTYPES, load_base, trainable_parameters
 
@@ -74,14 +74,18 @@ def lineage_of(
 
 
 def template_digest(family: Family) -> str:
-    """Checksum of a family's prompts for a fixed dialogue of two turns, target 2, candidates 1 and 2."""
+    """Checksum of a family's prompts for a fixed dialogue of two turns, target 2, candidates 1 and 2.
+
+    In the layout tree also of how over-long prompts are cut, which so short a dialogue does not show.
+    """
     turns = tuple(Utterance(n, speaker, f"text {n}", "neutral", ()) for n, speaker in ((1, "A"), (2, "B")))
     dialogue = Dialogue("template", turns)
     texts = [
         teacher_prompt(dialogue, 2, candidate, emotion="joy", separator=family.separator).text
         for candidate in (1, 2)
     ]
-    return _digest([family.name, family.answer_suffix, *texts])
+    cut = [f"tree prompts {TREE_PROMPTS_VERSION}"] if family.layout == "tree" else []
+    return _digest([family.name, family.answer_suffix, *texts, *cut])
 
 
 SEPARATOR_KEY = "history_separator"

@@ -63,6 +63,7 @@ def test_what_changes_shows_where_it_belongs(
     assert {key for key in first if found[key] != first[key]} == {"emotions_shown", "dtype"}
     other_ids = SimpleNamespace(
         name=family.name,
+        layout=family.layout,
         separator=family.separator,
         answer_suffix=family.answer_suffix,
         answer_ids=[n + 1 for n in family.answer_ids],
@@ -82,4 +83,6 @@ def test_what_changes_shows_where_it_belongs(
 
 def test_families_have_templates_of_their_own(families: Callable[[str], Family]) -> None:
     digests = {lineage.template_digest(families(name)) for name in ("causal", "seq2seq", "masked")}
-    assert len(digests) == 3
+    tree = families("masked")
+    tree.layout = "tree"  # whose prompts are cut in another way
+    assert len({*digests, lineage.template_digest(tree)}) == 4
