@@ -49,7 +49,14 @@ class Ecpe2d(Config):
     name: Literal["ecpe-2d"] = "ecpe-2d"
     hidden_size: _Size = Field(default=200, description="of an utterance's emotion and cause vectors")
     pair_size: _Size = Field(default=30, description="of a cell of the pair matrix")
-    layers: int = Field(default=1, ge=0, le=16, description="cross-road layers over the pair matrix")
+    layers: int = Field(default=1, ge=0, le=16, description="of interaction over the pair matrix")
+    window: Annotated[int | None, HashedUnlessDefault()] = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="null: a pair interacts with its row and its column (cross-road); a number: with all pairs at most "
+        "so far apart (window-constrained)",
+    )
     stop_gradient: bool = Field(
         default=True,
         description="the pair matrix passes no gradient to the utterances' vectors, as in the variant with BERT",

@@ -2,7 +2,8 @@
 
 Ding, Xia and Yu, "ECPE-2D: Emotion-Cause Pair Extraction based on Joint Two-Dimensional Representation, Interaction and
 Prediction", ACL 2020. Here: the variant Inter-EC, which predicts emotions first and shows them to the causes, with
-cross-road interaction. In the order of the paper: representation (section 3.1), interaction (3.2), prediction (3.3).
+cross-road interaction, or with `window` the window-constrained one. In the order of the paper: representation (section
+3.1), interaction (3.2), prediction (3.3).
 
 What differs from the paper:
 
@@ -72,7 +73,12 @@ class Ecpe2dModel(UtteranceModel):
         self.of_emotion_p = nn.Linear(num_emotions, cell, bias=False)
         self.of_cause_p = nn.Linear(2, cell, bias=False)
         self.of_distance = nn.Embedding(_DISTANCES + candidates_after, cell)
-        self.roads = nn.ModuleList(CrossRoad(cell, system.dropout) for _ in range(system.layers))
+        self.roads = nn.ModuleList(
+            CrossRoad(cell, system.dropout)
+            if system.window is None
+            else Window(cell, system.dropout, system.window)
+            for _ in range(system.layers)
+        )
         self.pair_head = nn.Linear(cell, 1)
         self.dropout = nn.Dropout(system.dropout)
 
@@ -136,7 +142,7 @@ class Ecpe2dModel(UtteranceModel):
 class CrossRoad(nn.Module):
     """A transformer layer over the matrix: a cell attends to the cells of its row and, apart, of its column.
 
-    The two have their own weights and are averaged. Then as usual: residual, layer norm, feed-forward, residual, norm.
+    The two have their own weights and are averaged.
     """
 
     def __init__(self, size: int, dropout: float) -> None:
@@ -156,9 +162,41 @@ class CrossRoad(nn.Module):
         itself_NN = torch.eye(len(sees_NN), dtype=torch.bool, device=cells.device)
         sees_column = (sees_NN & is_pair_DNN.transpose(-2, -1).unsqueeze(-2)) | itself_NN
         by_column = _attention(self.along_column(cells.transpose(1, 2)), sees_column).transpose(1, 2)
-        cells = self.first_norm(cells + self.dropout((by_row + by_column) / 2))
-        found: Tensor = self.second_norm(cells + self.dropout(self.feed_forward(cells)))
-        return found
+        return _pass_on(self, cells, (by_row + by_column) / 2)
+
+
+class Window(nn.Module):
+    """A transformer layer over the pairs whose utterances are at most `window` apart, as one sequence."""
+
+    def __init__(self, size: int, dropout: float, window: int) -> None:
+        super().__init__()
+        self.window, self.along_window = window, nn.Linear(size, 3 * size)
+        self.feed_forward = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
+        self.first_norm, self.second_norm = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, cells: Tensor, is_pair_DNN: Tensor) -> Tensor:
+        """(D, N, N, V) from the same, as for `CrossRoad`; cells beyond the window stay as they are."""
+        size = cells.size(1)
+        is_pair_DNN = is_pair_DNN.expand(len(cells), size, size)
+        place_N = torch.arange(size, device=cells.device)
+        is_near_NN = (place_N[:, None] - place_N).abs() <= self.window
+        target_S, candidate_S = (is_near_NN & is_pair_DNN.any(0)).nonzero().unbind(1)
+        sees_SS = target_S <= target_S[:, None]
+        itself_SS = torch.eye(len(target_S), dtype=torch.bool, device=cells.device)
+        sees_DSS = (sees_SS & is_pair_DNN[:, target_S, candidate_S].unsqueeze(-2)) | itself_SS
+        near_DSV = cells[:, target_S, candidate_S]
+        near_DSV = _pass_on(self, near_DSV, _attention(self.along_window(near_DSV), sees_DSS))
+        return cells.index_put(
+            (torch.arange(len(cells), device=cells.device)[:, None], target_S, candidate_S), near_DSV
+        )
+
+
+def _pass_on(layer: CrossRoad | Window, cells: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a transformer layer after its attention: residual, norm, feed-forward, residual, norm."""
+    cells = layer.first_norm(cells + layer.dropout(attended))
+    found: Tensor = layer.second_norm(cells + layer.dropout(layer.feed_forward(cells)))
+    return found
 
 
 def _attention(projected: Tensor, allowed: Tensor) -> Tensor:

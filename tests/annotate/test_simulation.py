@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -190,6 +191,43 @@ def test_a_study_goes_on_where_it_stopped_and_may_grow(
     monkeypatch.setattr(simulation_study, "run_child", stopped)
     with pytest.raises(Stopped, match="run the same command again to resume"):
         run(study_of(strategies=("random", "uncertainty"), num_seeds=3))
+
+
+def test_rounds_of_one_size_may_run_at_the_same_time(
+    study_of: Callable[..., Study], stages: FakeStages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study = study_of(num_seeds=1)
+    run(study)
+    alone, calls = labelled_in(study), sorted(stages.calls)
+    study.output.rename(tmp_path / "alone")
+    stages.calls.clear()
+    both = Barrier(2, timeout=60)
+
+    def together(command: list[str], stop: StopSignal, *, log: Path) -> int:
+        name = log.parent.name
+        if command[2] == "kdecs.launch.train_student" and name in ("random-5", "disagreement-5"):
+            both.wait()  # raises unless both are trained at the same time
+        return stages(command, stop, log=log)
+
+    monkeypatch.setattr(simulation_study, "run_child", together)
+    Simulation(study).run(StopSignal(), lambda line: None, concurrency=2)
+    assert labelled_in(study) == alone
+    assert sorted(stages.calls) == calls, "the predictions of a round are made once"
+
+    # The first error ends the study; what runs beside it is kept.
+    shutil.rmtree(study.output)
+    stages.calls.clear()
+
+    def failing(command: list[str], stop: StopSignal, *, log: Path) -> int:
+        code = together(command, stop, log=log)
+        return 1 if "random-5" in log.parent.name else code
+
+    monkeypatch.setattr(simulation_study, "run_child", failing)
+    with pytest.raises(AnnotationError, match="random-5"):
+        Simulation(study).run(StopSignal(), lambda line: None, concurrency=2)
+    done = labelled_in(study)
+    assert (0, "disagreement", 5) in done and (0, "random", 5) not in done
+    assert all(size < 8 for _, _, size in done)
 
 
 def test_candidates_bound_what_is_predicted(study_of: Callable[..., Study], stages: FakeStages) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kdecs.baselines.ecpe_2d import CrossRoad
+from kdecs.baselines.ecpe_2d import CrossRoad, Window
 from kdecs.baselines.model import causal_mask
 
 
@@ -34,6 +34,25 @@ def test_a_cell_attends_to_its_row_and_its_column_up_to_its_target():
                 torch.testing.assert_close(found[d, i, j], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("later", [0, 1])
+def test_in_a_window_a_cell_attends_to_the_near_cells_of_targets_up_to_its_own(later):
+    torch.manual_seed(0)
+    layer, cells = Window(6, 0.0, window=1).eval(), torch.randn(2, 4, 4, 6)
+    found = layer(cells, causal_mask(4, cells.device, later)[None])
+    for d in range(2):
+        for i in range(4):
+            for j in range(4):
+                if not i - 1 <= j <= i + later:
+                    assert torch.equal(found[d, i, j], cells[d, i, j])
+                    continue
+                near = [
+                    cells[d, k, m] for k in range(i + 1) for m in range(max(0, k - 1), min(3, k + later) + 1)
+                ]
+                first = layer.first_norm(cells[d, i, j] + _attend(layer.along_window, cells[d, i, j], near))
+                expected = layer.second_norm(first + layer.feed_forward(first))
+                torch.testing.assert_close(found[d, i, j], expected, rtol=1e-4, atol=1e-5)
+
+
 def _by_distance(make_dialogue, count, seed):
     """The cause is the utterance two before the target, whatever is said."""
     draw, words = (
@@ -57,8 +76,9 @@ def _by_distance(make_dialogue, count, seed):
     ]
 
 
-def test_it_learns_the_distance_of_causes(make_bench, make_dialogue):
-    bench = make_bench("ecpe-2d", task="ecpe")
+@pytest.mark.parametrize("window", [None, 1])
+def test_it_learns_the_distance_of_causes(make_bench, make_dialogue, window):
+    bench = make_bench("ecpe-2d", task="ecpe", window=window)
     bench.fit(_by_distance(make_dialogue, 4, seed=0), steps=35, rate=1e-2)
     assert bench.pair_accuracy(_by_distance(make_dialogue, 8, seed=1)) > 0.98
 

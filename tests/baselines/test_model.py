@@ -32,10 +32,17 @@ def _changed(dialogue: Dialogue, turn: int) -> Dialogue:
     return replace(dialogue, utterances=tuple(utterances))
 
 
-@pytest.mark.parametrize(("name", "reach"), [*((name, 0) for name in NAMES), ("ecpe-2d", 2)])
-def test_a_target_sees_nothing_that_comes_later(make_bench, dialogues, name, reach):
+CASES = [
+    *((name, 0, {}) for name in NAMES),
+    *(("ecpe-2d", *case) for case in ((2, {}), (0, {"window": 1}), (2, {"window": 1}))),
+]
+"""System, reach, settings."""
+
+
+@pytest.mark.parametrize(("name", "reach", "settings"), CASES)
+def test_a_target_sees_nothing_that_comes_later(make_bench, dialogues, name, reach, settings):
     """Except for the later candidates that it may have, on which its emotion never depends."""
-    bench, dialogue = make_bench(name, after=reach), dialogues[0]
+    bench, dialogue = make_bench(name, after=reach, **settings), dialogues[0]
     before, after = bench.output([dialogue]), bench.output([_changed(dialogue, 5)])
     pairs = candidate_pairs(dialogue, after=reach)
     is_early = torch.tensor([pair.target + reach < 5 for pair in pairs])
@@ -50,9 +57,9 @@ def test_a_target_sees_nothing_that_comes_later(make_bench, dialogues, name, rea
             torch.testing.assert_close(left[is_early, :width], right[is_early, :width], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "reach"), [*((name, 0) for name in NAMES), ("ecpe-2d", 2)])
-def test_dialogues_of_a_batch_do_not_mix(make_bench, dialogues, name, reach):
-    bench = make_bench(name, after=reach)
+@pytest.mark.parametrize(("name", "reach", "settings"), CASES)
+def test_dialogues_of_a_batch_do_not_mix(make_bench, dialogues, name, reach, settings):
+    bench = make_bench(name, after=reach, **settings)
     together = bench.output(dialogues)
     start = 0
     for index, dialogue in enumerate(dialogues):

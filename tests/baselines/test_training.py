@@ -92,7 +92,7 @@ def test_a_system_is_given_by_its_name_or_with_its_settings(values, tmp_path):
     for changes, message in (
         ({"system": "kecs"}, "system: .*'ecpe-2d', 'kec', 'mgsag', 'ueca-prompt'"),
         ({"system": "ueca-prompt"}, "set task: ecpe"),
-        ({"system": {"name": "ecpe-2d", "window": 2}}, "window"),
+        ({"system": {"name": "mgsag", "window": 2}}, "window"),
         ({"system": {"name": "mgsag", "hidden_size": 10, "heads": 4}}, "no multiple of heads"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:

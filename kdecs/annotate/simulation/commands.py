@@ -58,6 +58,13 @@ def simulate(
             metavar="FILE", help="Predictions of another system for the corpus, for disagreement; repeatable."
         ),
     ] = None,
+    concurrency: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Most rounds at the same time. More than one: set threads=1 and the like, or they share all CPUs.",
+        ),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Try how much labelling each strategy of kdecs annotate next saves, on a corpus that is labelled already.
@@ -90,7 +97,7 @@ def simulate(
     simulation = Simulation(study)
     stop = StopSignal()
     stop.install()
-    simulation.run(stop, (lambda line: typer.echo(line, err=True)) if as_json else say)
+    simulation.run(stop, (lambda line: typer.echo(line, err=True)) if as_json else say, concurrency)
     result = result_of(simulation)
     paths = write_result(study, result)
     if as_json:

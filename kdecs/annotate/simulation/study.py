@@ -21,9 +21,11 @@ A round with a round.json is finished. Its student is needed until the rounds th
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -187,9 +189,13 @@ class Simulation:
             for path in study.predictions
         ]
         self.record = study.record()
+        self._predicting: dict[Path, Lock] = {}
 
-    def run(self, stop: StopSignal, say: Callable[[str], object]) -> None:
-        """Run all rounds that are not finished. Raises Stopped; the same command goes on."""
+    def run(self, stop: StopSignal, say: Callable[[str], object], concurrency: int = 1) -> None:
+        """Run all rounds that are not finished, at most `concurrency` of one size at the same time.
+
+        Raises Stopped; the same command goes on. After an error, the rounds that run are finished, and no other begins.
+        """
         study = self.study
         with file_lock(study.output / ".lock", blocking=False) as held:
             if not held:
@@ -197,15 +203,29 @@ class Simulation:
                     f"{study.output}: another simulation uses this directory; wait until it has ended"
                 )
             self._claim()
-            rounds = list(study.rounds())
-            for number, each in enumerate(rounds, start=1):
+            rounds = list(enumerate(study.rounds(), start=1))
+
+            def run_round(numbered: tuple[int, Round]) -> None:
+                number, each = numbered
                 title = f"round {number} of {len(rounds)}: {each}"
                 record = each.record()
                 if record is None:
+                    stop.raise_if_requested(f"{each.folder}: stopped; run the same command again to resume")
                     say(f"{title}: …")
                     record = self._finish(each, stop)
                 scores = ", ".join(f"{name} {record.scores[key]:.2f}" for key, name in SHOWN.items())
                 say(f"{title}: {scores}")
+
+            with ThreadPoolExecutor(concurrency) as pool:
+                # Size by size: what a round labels depends on the student of the size before.
+                for _, of_size in groupby(rounds, key=lambda numbered: numbered[1].place):
+                    tasks = [pool.submit(run_round, numbered) for numbered in of_size]
+                    try:
+                        for task in tasks:
+                            task.result()
+                    finally:
+                        for task in tasks:
+                            task.cancel()
 
     def _claim(self) -> None:
         """Write down which study the directory holds. Raises ConfigError if it holds another one."""
@@ -269,11 +289,12 @@ class Simulation:
         predictions, candidates = (
             previous.folder / f"{name}.jsonl" for name in ("predictions", "candidates")
         )
-        if not predictions.is_file():  # strategies share those of the first round
-            self._write(candidates, list(left))
-            command = [*module_command([], "kdecs.cli"), "predict", "--offsets", "--no-example"]
-            command += ["--student", str(previous.folder / "student"), "--input", str(candidates)]
-            _run([*command, "--output", str(predictions)], previous.folder, stop)
+        with self._predicting.setdefault(previous.folder, Lock()):
+            if not predictions.is_file():  # strategies share those of the first round
+                self._write(candidates, list(left))
+                command = [*module_command([], "kdecs.cli"), "predict", "--offsets", "--no-example"]
+                command += ["--student", str(previous.folder / "student"), "--input", str(candidates)]
+                _run([*command, "--output", str(predictions)], previous.folder, stop)
         student, unsure = annotation_of_predictions(predictions, left, ())
         best = ranked_by(each.strategy, [student, *self.others], left, unsure, each.seed)
         return labelled + [item.dialogue.id for item in best[:num_new]]
