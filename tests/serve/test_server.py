@@ -97,11 +97,15 @@ def start(serving):
         yield start
 
 
-def test_answers_are_those_of_python(start, ask, directory):
+@pytest.mark.parametrize("decision", ["threshold", "argmax"])
+def test_answers_are_those_of_python(start, ask, directory, decision):
     from kdecs.student.predict.files import _lines
     from kdecs.student.predict.predictor import Student
 
-    student = Student.from_pretrained(directory)
+    trained = Student.from_pretrained(directory)
+    student = Student(
+        trained.scorer, trained.tokenizer, trained.card.model_copy(update={"cause_decision": decision})
+    )
     dialogues = list(itertools.islice(iter_dialogues(bundled_sample("unlabelled"), labelled=False), 2))
     rows = [
         {

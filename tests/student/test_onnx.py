@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from kdecs.artifact import read_manifest
 from kdecs.cli import app
+from kdecs.config import load_config
 from kdecs.corpus.encoding import ENCODERS
 from kdecs.corpus.pairs import candidate_pairs
 from kdecs.corpus.prompts import PromptVariant
@@ -26,11 +27,11 @@ from kdecs.corpus.reading import bundled_sample, iter_dialogues, read_corpus
 from kdecs.errors import ArtifactError, DependencyError, DeviceError, KdecsError, ModelError, OutputError
 from kdecs.evaluation.metrics import evaluate
 from kdecs.models import load_tokenizer
-from kdecs.student.config import Outputs
+from kdecs.student.config import Outputs, StudentConfig
 from kdecs.student.decision import score_pairs
 from kdecs.student.model import StudentModel, TorchScorer, load_language_model, student_answer_ids
 from kdecs.student.onnx import export
-from kdecs.student.onnx.export import Measured, OnnxExport, export_student, largest_difference
+from kdecs.student.onnx.export import Measured, OnnxExport, export_student, largest_difference, measure
 from kdecs.student.onnx.graph import export_graph
 from kdecs.student.onnx.scoring import OnnxScorer, batch_feeds
 from kdecs.student.predict.predictor import Student
@@ -182,10 +183,10 @@ def test_an_export_predicts_with_the_packages_that_the_page_names(exported, dire
     assert "needs PyTorch and Transformers, and " in done.stderr
 
 
-def test_an_export_decides_by_argmax_as_its_student(directory, exported, dialogues):
+def test_an_export_decides_by_argmax_as_its_student(directory, exported, dialogues, corpus_files):
     """The card decides, which the export has from the student; causes are those of the largest logits."""
     pairs = [pair for dialogue in dialogues for pair in candidate_pairs(dialogue)]
-    found = []
+    found, students = [], []
     for folder in (directory, exported):
         one = Student.from_pretrained(folder)
         # A student that is never neutral, so that argmax alone decides.
@@ -200,7 +201,14 @@ def test_an_export_decides_by_argmax_as_its_student(directory, exported, dialogu
         )
         assert [item.score for item in by_threshold.detail(pairs)] == [item.score for item in predicted]
         found.append([item.prediction for item in predicted])
+        students.append(Student(one.scorer, one.tokenizer, card))
     assert found[0] == found[1]
+    # Measuring, as an export to int8 does, chooses no threshold for it.
+    corpus, config = read_corpus(corpus_files["valid"]), load_config(StudentConfig, directory / "config.json")
+    measured, threshold = measure(students[1], students[0], corpus, config, None)
+    assert threshold == students[0].card.threshold
+    expected = evaluate(corpus, students[0].predict_pairs(corpus), universe="fold1")["macro_f1"]
+    assert measured.macro_f1 == measured.macro_f1_float32 == expected
 
 
 def test_an_export_is_served(exported, student):
