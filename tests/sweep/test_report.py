@@ -165,6 +165,7 @@ def test_shares_make_lines(finish, make_labels, runs):
     assert paper == {"KD": "58.62", "joint": "56.27"} and rows[0]["paper_positive_f1"] == ""
     assert rows[0]["test_positive_f1"] == "" and rows[0]["valid_positive_f1"]
     assert 'src="share.png"' in page and "What each part is worth" not in page
+    assert "Dashed: the trivial rule j &gt;= i-1." in page
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def teacher_figure(
             panel.set_xticks(range(len(names)), ticks, fontsize=8.5)
             panel.set_xlim(-0.5, len(names) - 0.5)
             panel.grid(axis="y", color="#e6e9ef", zorder=0)
+        rule = _draw_best_rule(sweep, split, axes, right)
         save(figure, target)
     recipe_keys = list(dict.fromkeys(key for name in names for key in recipes.get(name, {})))
     rows = [
@@ -107,7 +108,7 @@ def teacher_figure(
         target.name,
         write_csv(target, [*header, "paper_positive_f1", "seeds"], rows),
         "Students by teacher (Figure 4)",
-        caption + sweep.about(split, [best[name] for name in names]),
+        caption + rule + sweep.about(split, [best[name] for name in names]),
     )
 
 
@@ -214,6 +215,7 @@ def _share_figure(
             panel.set_xlabel("share of the training dialogues with gold labels, percent")
             panel.grid(color="#e6e9ef")
         right.legend(frameon=False, fontsize=8.5)
+        rule = _draw_best_rule(sweep, split, axes, right)
         save(figure, target)
     rows = [
         [
@@ -237,8 +239,28 @@ def _share_figure(
         "Left: mean over seeds; band: its 95% interval (Student's t), cut where it leaves the frame. Right: Pos F1, "
         "which the paper's Figure 3 shows; stars: the points that the paper prints, with all of the data. "
         + caption
+        + rule
         + sweep.about(split, shown),
     )
+
+
+def _draw_best_rule(sweep: ScoredSweep, split: str, left: Any, right: Any) -> str:
+    """Draw the trivial rule with the best macro F1 on validation into both panels; returns a sentence about it.
+
+    A panel is stretched for the rule, but not so far that its own lines could no longer be told apart.
+    """
+    metric = sweep.results[0].metric
+    known = {name: values[metric] for name, values in sweep.baselines.items() if metric in values}
+    if not known:
+        return ""
+    name = max(known, key=lambda rule: known[rule])
+    for panel, value in ((left, known[name]), (right, sweep.rules(split).get(name, {}).get(_PAPER_SCORE))):
+        low, high = panel.get_ylim()
+        if value is not None and low - 2 * (high - low) <= value <= high + 2 * (high - low):
+            pad = 0.08 * (high - low)
+            panel.axhline(value, color=MUTED, ls="--", lw=1, zorder=1)
+            panel.set_ylim(min(low, value - pad), max(high, value + pad))
+    return f"Dashed: the trivial rule {name}. "
 
 
 def spread_figure(
