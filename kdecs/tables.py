@@ -43,6 +43,14 @@ def figures_table(title: str, first: str, *columns: str, tight: bool = False) ->
     return table
 
 
+def markdown_table(table: Table) -> str:
+    """A table as Markdown, without its title."""
+    heads = [str(column.header) for column in table.columns]
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = [heads, ["---"] * len(heads), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def duration(seconds: float) -> str:
     """A length of time such as 12s, 1m40s or 2h05m."""
     # Rounded before it is divided: 119.7 seconds are 2m00s, not 1m60s.

@@ -1,10 +1,12 @@
 """`kdecs report` and `kdecs sweep …`, and the two functions that the driver shares with the report.
 
-`kdecs sweep stop|resume|drop|add` change what is asked of a sweep (kdecs.sweep.control), whether it runs or not. What
-draws, and what reads a search space, is imported when it is needed.
+`kdecs sweep stop|resume|drop|add` change what is asked of a sweep (kdecs.sweep.control), whether it runs or not, and
+`kdecs sweep compare` reads finished ones. What draws, and what reads a search space, is imported when it is needed.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,7 @@ from kdecs.process import say
 from kdecs.student.config import StudentConfig
 from kdecs.sweep.config import REPORT_FOLDER, SweepConfig
 from kdecs.sweep.control import Wanted, changing_control
+from kdecs.tables import figures_table, markdown_table, terminal
 
 if TYPE_CHECKING:
     from kdecs.sweep.search import Search
@@ -28,7 +31,7 @@ _SHORTEST_ID = 4  # hex digits of a trial's id that may stand for it
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Change a sweep while it runs: stop, resume or drop trials, add settings.",
+    help="Change a sweep while it runs: stop, resume or drop trials, add settings; compare its settings afterwards.",
 )
 Sweep = Annotated[
     Path, typer.Argument(metavar="SWEEP_DIR", help="The output directory of an unfinished sweep.")
@@ -140,6 +143,78 @@ def add(
     for trial in new:
         say(f"{trial.label} ({trial.id}): added")
     say(_WHEN)
+
+
+@app.command("compare")
+def compare(
+    sweep_dirs: Annotated[
+        list[Path], typer.Argument(metavar="SWEEP_DIR…", help="Finished sweeps on the same validation split.")
+    ],
+    minus: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="The setting that is subtracted from the others: its name, or its variant's."
+        ),
+    ],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A setting to compare with it; repeatable. Default: all others."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare settings with one of them on validation: A minus B with a 95% interval and p, paired by dialogue.
+
+    The predictions of all seeds are pooled. p (Holm) is corrected for all comparisons that are shown.
+
+    Example: kdecs sweep compare runs/sweeps/table4 --minus 'w/o KD' --setting KD-ECS
+    """
+    from kdecs.sweep.selection.compare import contenders, differences, named, shown
+
+    everyone = contenders([sweep.absolute() for sweep in sweep_dirs])
+    reference = named(everyone, minus)
+    others = [named(everyone, name) for name in setting or ()] or [
+        each for each in everyone if each is not reference
+    ]
+    if not others or any(each is reference for each in others):
+        raise ConfigError(f"{minus}: there is no other setting to compare it with")
+    found = differences(reference, others)
+    titles = shown(reference)
+    if as_json:
+        scores = [
+            {"setting": each.name, "seeds": len(each.trials), **{score: each.mean(score) for score in titles}}
+            for each in (*others, reference)
+        ]
+        rows = [
+            {"setting": each.name, "score": each.score, "seeds": each.num_seeds, **asdict(each.compared)}
+            | {"holm_p": each.holm_p}
+            for each in found
+        ]
+        print(json.dumps({"minus": reference.name, "scores": scores, "differences": rows}, indent=2))
+        return
+    means = figures_table(
+        "Validation: mean over seeds, percent", "setting", "seeds", *titles.values(), tight=True
+    )
+    for each in (*others, reference):
+        cells = [each.mean(score) for score in titles]
+        means.add_row(
+            each.name, str(len(each.trials)), *("–" if cell is None else f"{cell:.2f}" for cell in cells)
+        )
+    columns = ("difference", "95% over dialogues", "p", "p (Holm)")
+    if markdown:
+        table = figures_table("", "setting", "score", *columns)
+        for row in found:
+            table.add_row(row.name, titles[row.score], *row.cells)
+        print(f"{markdown_table(means)}\n\n{markdown_table(table)}")
+        return
+    console = terminal()
+    console.print(means)
+    for score, title in titles.items():
+        table = figures_table(f"{title}, minus {reference.name}", "setting", *columns, tight=True)
+        for row in found:
+            if row.score == score:
+                table.add_row(row.name, *row.cells)
+        console.print(table)
 
 
 def _ask(sweep_dir: Path, names: list[str], wanted: Wanted | None) -> None:

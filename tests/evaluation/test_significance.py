@@ -8,7 +8,7 @@ from scipy import stats
 from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.evaluation.baselines import trivial_predictions
 from kdecs.evaluation.metrics import SCORE_KEYS, evaluate, metrics_of
-from kdecs.evaluation.significance import bootstrap_intervals, compare_systems, summarise_seeds
+from kdecs.evaluation.significance import bootstrap_intervals, compare_systems, holm, summarise_seeds
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,20 @@ def test_seeds_are_summarised():
     for wrong in ([], [1.0, math.nan], [math.inf]):
         with pytest.raises(ValueError, match="finite values"):
             summarise_seeds(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], []),
+        ([0.03], [0.03]),
+        (
+            [0.01, 0.04, 0.03],
+            [0.03, 0.06, 0.06],
+        ),  # 3 x 0.01, then 2 x 0.03, which 1 x 0.04 must not fall below
+        ([0.4, 0.6, 0.001], [0.8, 0.8, 0.003]),
+        ([0.9, 0.8], [1.0, 1.0]),
+    ],
+)
+def test_holm_by_hand(given, expected):
+    assert holm(given) == pytest.approx(expected)

@@ -1,15 +1,21 @@
 """Selection compares settings by the predictions that trainings kept, as it would by predicting anew."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from support import flip_bit, rewrite_manifest
+from typer.testing import CliRunner
 
+from kdecs.cli import app
 from kdecs.config import load_config
 from kdecs.corpus.reading import read_corpus
-from kdecs.errors import ArtifactError
+from kdecs.errors import ArtifactError, ConfigError
 from kdecs.evaluation.baselines import trivial_predictions
+from kdecs.evaluation.metrics import evaluate
 from kdecs.evaluation.predictions import write_predictions
+from kdecs.evaluation.significance import compare_systems, holm
 from kdecs.student.config import StudentConfig
 from kdecs.student.predict.predictor import Student
 from kdecs.sweep.selection.choose import select_student
@@ -125,3 +131,79 @@ def test_predictions_that_selection_kept_are_those_that_it_wrote(sweep):
         select_student(sweep)
     path.unlink()
     select_student(sweep)
+
+
+def compared(*arguments):
+    done = CliRunner().invoke(app, ["sweep", "compare", *map(str, arguments)])
+    return done.exit_code, done.stdout
+
+
+def test_settings_are_compared_with_one_of_them(sweep, tmp_path):
+    results = read_results(sweep)
+    groups = {}
+    for result in results:
+        groups.setdefault(result.label.rpartition(" s")[0], []).append(result)
+    first, *rest = groups
+    code, text = compared(sweep, "--minus", first, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["minus"] == first
+    assert {row["setting"] for row in found["scores"]} == {*groups}
+    assert {row["setting"] for row in found["differences"]} == {*rest}
+    corpus = read_corpus(
+        load_config(StudentConfig, trial_directory(sweep, results[0]) / "config.json").corpus.valid
+    )
+
+    def sums(label):
+        tables = [
+            trivial_predictions(corpus, "fold1+neutral")[rule_of(trial_directory(sweep, r))]
+            for r in groups[label]
+        ]
+        return np.sum([evaluate(corpus, table).sums_by_dialogue for table in tables], axis=0)
+
+    for row in found["differences"]:
+        expected = compare_systems(sums(row["setting"]), sums(first))[row["score"]]
+        for name in ("difference", "low", "high", "p"):
+            assert row[name] == pytest.approx(getattr(expected, name))
+    # All that are shown are corrected together.
+    p_values = [row["p"] for row in found["differences"]]
+    assert [row["holm_p"] for row in found["differences"]] == holm(p_values) != p_values
+    [only] = {
+        row["setting"]
+        for row in json.loads(compared(sweep, "--minus", first, "--setting", rest[0], "--json")[1])[
+            "differences"
+        ]
+    }
+    assert only == rest[0]
+    # The tables say the same.
+    row = found["differences"][0]
+    cells = [
+        f"{row['difference']:+.2f}",
+        f"{row['low']:+.2f} to {row['high']:+.2f}",
+        f"{row['p']:.3f}",
+        f"{row['holm_p']:.3f}",
+    ]
+    assert (
+        f"| {row['setting']} | macro F1 | {' | '.join(cells)} |"
+        in compared(sweep, "--minus", first, "--markdown")[1]
+    )
+    assert cells[1] in compared(sweep, "--minus", first)[1]
+    # A second sweep with settings of the same names.
+    other = shutil.copytree(sweep, sweep.with_name("other"))
+    found = json.loads(compared(sweep, other, "--minus", f"{first} (sweep)", "--json")[1])
+    same = [row for row in found["differences"] if row["setting"] == f"{first} (other)"]
+    assert [row["difference"] for row in same] == [0] * 4 and {row["p"] for row in same} == {1.0}
+
+
+def test_what_cannot_be_compared_is_one_line(sweep, finish):
+    label = read_results(sweep)[0].label.rpartition(" s")[0]
+    other = shutil.copytree(sweep, sweep.with_name("other"))
+    for arguments, message in (
+        ((sweep, "--minus", "nobody"), f"nobody: no setting has this name; there are .*{label}"),
+        (
+            (sweep, other, "--minus", label),
+            f"{label}: 2 settings have this name; name one of .*{label} .sweep.; .*",
+        ),
+        ((sweep, "--minus", label, "--setting", label), "there is no other setting to compare it with"),
+    ):
+        with pytest.raises((ArtifactError, ConfigError), match=message):
+            CliRunner().invoke(app, ["sweep", "compare", *map(str, arguments)], catch_exceptions=False)

@@ -159,7 +159,7 @@ def _comparisons(sweep: Path, results: list[TrialResult], record: SelectionRecor
     groups = {setting.key: [by_id[identity] for identity in setting.trials] for setting in ranked}
 
     def tests(first: SettingScore, second: SettingScore) -> dict[str, Comparison]:
-        return compare_settings(sweep, groups[first.key], groups[second.key])
+        return compare_settings((sweep, groups[first.key]), (sweep, groups[second.key]))
 
     runner_up = None
     if len(ranked) > 1:
@@ -186,17 +186,18 @@ def _comparisons(sweep: Path, results: list[TrialResult], record: SelectionRecor
 
 
 def compare_settings(
-    sweep: Path, first: Sequence[TrialResult], second: Sequence[TrialResult]
+    first: tuple[Path, Sequence[TrialResult]], second: tuple[Path, Sequence[TrialResult]]
 ) -> dict[str, Comparison]:
     """By score: first minus second in points, its 95% bootstrap interval and the paired permutation p.
 
-    If one of the two was given the emotions, their accuracy is left out: it would be that of the gold.
+    Each is a setting's trials with the directory of their sweep; both have the same validation file. If one of the two
+    was given the emotions, their accuracy is left out: it would be that of the gold.
     """
     # Sums over different numbers of students could not be compared.
-    seeds = {result.seed for result in first} & {result.seed for result in second}
+    seeds = {result.seed for result in first[1]} & {result.seed for result in second[1]}
     configs = [
         load_trial_config(student_file(trial_directory(sweep, group[0]), CONFIG_NAME))
-        for group in (first, second)
+        for sweep, group in (first, second)
     ]
     corpus = read_split(configs[0].corpus, configs[0].corpus.valid)
     are_given = any(config.is_given_emotions for config in configs)
@@ -204,7 +205,7 @@ def compare_settings(
     # The same rows for both: who looks less far ahead finds no cause there.
     reach = max(config.candidates_after for config in configs)
 
-    def sums(group: Sequence[TrialResult]) -> NDArray[np.float64]:
+    def sums(sweep: Path, group: Sequence[TrialResult]) -> NDArray[np.float64]:
         """(D, K) contributions of the students' predictions, summed over seeds (kdecs.evaluation.rows)."""
         scores = [
             evaluate(
@@ -219,7 +220,7 @@ def compare_settings(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns of degenerate samples, which equal systems are
-        return compare_systems(sums(first), sums(second), keys=keys)
+        return compare_systems(sums(*first), sums(*second), keys=keys)
 
 
 def validation_predictions(sweep: Path, result: TrialResult, corpus: Corpus) -> dict[PairKey, Prediction]:
