@@ -27,7 +27,7 @@ from kdecs.config import (
 )
 from kdecs.corpus.checking import MAX_UTTERANCES
 from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
-from kdecs.student.config import StudentBatches
+from kdecs.student.config import LATER_KEYS, StudentBatches
 from kdecs.tracking.record import TrackingConfig
 
 BASELINE_VERSION = 1
@@ -308,11 +308,12 @@ class BaselineCard(BaseModel):
     neutral_offset: float = Field(
         default=0.0, description="added to neutral's log-probability in the decision"
     )
+    neutral_weighs_causes: bool = Field(
+        default=False, description="neutral is less likely the likelier the target is its own cause"
+    )
     candidates_after: int = Field(default=0, ge=0, le=MAX_UTTERANCES)
 
     def as_json(self) -> dict[str, Any]:
-        """The values of `baseline.json`; versions without later candidates read the cards that need none."""
+        """The values of `baseline.json`, without those that earlier versions do not know and this card needs not."""
         values = self.model_dump(mode="json")
-        if not self.candidates_after:
-            del values["candidates_after"]
-        return values
+        return {key: value for key, value in values.items() if value or key not in LATER_KEYS}

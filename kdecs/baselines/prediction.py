@@ -187,7 +187,13 @@ class Baseline:
         )
         if num_cut := sum(dialogue.num_truncated for dialogue in encoded.values()):
             logger.warning("%d utterances were cut to %d tokens", num_cut, self.encoder.max_tokens)
-        emotions = pair_emotions(scores, list(pairs), self.card.emotions, self.card.neutral_offset)
+        emotions = pair_emotions(
+            scores,
+            list(pairs),
+            self.card.emotions,
+            self.card.neutral_offset,
+            weighs_causes=self.card.neutral_weighs_causes,
+        )
         decided = decide(list(pairs), scores, emotions, span_texts(pairs, ranges), self.card.threshold)
         return [
             PairPrediction(prediction, float(score), place if prediction.is_cause else None)

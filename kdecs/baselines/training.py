@@ -191,6 +191,7 @@ class JointTask(BaselineTask):
             max_utterance_tokens=max_tokens,
             uses_knowledge=knowledge is not None,
             threshold=DEFAULT_THRESHOLD,
+            neutral_weighs_causes=config.neutral_decision == "balanced",
             candidates_after=config.candidates.after,
         )
         self.model = build_model(language_model, self.tokenizer, self.card, knowledge).to(runtime.device)
@@ -248,7 +249,11 @@ class JointTask(BaselineTask):
         threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
         self.card = self.card.model_copy(update={"threshold": threshold, "neutral_offset": offset})
         self.predictions = decide(
-            pairs, scores, pair_emotions(scores, pairs, emotions, offset), spans, threshold
+            pairs,
+            scores,
+            pair_emotions(scores, pairs, emotions, offset, weighs_causes=rule.weighs_causes),
+            spans,
+            threshold,
         )
         found = evaluate(
             self.valid_corpus,

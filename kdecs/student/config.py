@@ -243,8 +243,8 @@ class StudentConfig(Config):
     neutral_decision: Literal["argmax", "balanced", "macro_f1"] = Field(
         default="argmax",
         description="how a target is found neutral: by its likeliest emotion (argmax), or after adding an offset to "
-        "neutral's log-probability that is chosen on the validation split for the mean of macro F1 and emotion "
-        "accuracy (balanced) or for macro F1 alone",
+        "neutral's log-probability that is chosen on the validation split for macro F1 alone, or for the mean of macro "
+        "F1 and emotion accuracy (balanced), where a target that seems to be its own cause is less likely neutral",
     )
     cause_decision: Annotated[Literal["threshold", "argmax"], HashedUnlessDefault()] = Field(
         default="threshold",
@@ -331,6 +331,10 @@ class Outputs:
     later_candidates: bool = False
 
 
+LATER_KEYS = ("candidates_after", "neutral_weighs_causes")
+"""Keys of cards that came later, and that are left out where they are 0 or false."""
+
+
 class StudentCard(BaseModel):
     """`student.json`: what a predictor has to know in addition to the weights. An export to ONNX has the same card."""
 
@@ -345,6 +349,9 @@ class StudentCard(BaseModel):
     threshold: float = Field(ge=0, le=1, description="a pair is a cause if its score is at least this")
     neutral_offset: float = Field(
         default=0.0, description="added to neutral's log-probability in the decision"
+    )
+    neutral_weighs_causes: bool = Field(
+        default=False, description="neutral is less likely the likelier the target is its own cause"
     )
     cause_decision: Literal["threshold", "argmax"] = Field(
         default="threshold", description="argmax: the threshold is not used"
@@ -361,11 +368,9 @@ class StudentCard(BaseModel):
     candidates_after: int = Field(default=0, ge=0)
 
     def as_json(self) -> dict[str, Any]:
-        """The values of `student.json`; versions without later candidates read the cards that need none."""
+        """The values of `student.json`, without those that earlier versions do not know and this card does not need."""
         values = self.model_dump(mode="json")
-        if not self.candidates_after:
-            del values["candidates_after"]
-        return values
+        return {key: value for key, value in values.items() if value or key not in LATER_KEYS}
 
     @property
     def chosen_threshold(self) -> float | None:

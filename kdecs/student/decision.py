@@ -34,6 +34,7 @@ DEFAULT_THRESHOLD = 0.5
 Level = Literal["span", "utterance", "both"]
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
+_LEAST_SCORE = 1e-6  # log-odds of scores are bounded by those of this one
 _OFFSETS = 64  # of neutral that are tried at most: each costs a choice of the threshold
 
 
@@ -70,6 +71,11 @@ class DecisionRule:
     neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
     cause: Literal["threshold", "argmax"] = "threshold"
 
+    @property
+    def weighs_causes(self) -> bool:
+        """Whether a target that seems to be its own cause is less likely neutral (`pair_emotions`)."""
+        return self.neutral == "balanced"
+
 
 def validate(
     batches: Iterable[tuple[Ints, Logits]],
@@ -101,7 +107,7 @@ def validate(
         ]
     threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
     # The scores flatter a little, since they are of the split that the two numbers were chosen on; test has its own.
-    emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
+    emotion_of_pair = pair_emotions(scores, pairs, emotions, offset, weighs_causes=rule.weighs_causes)
     decided = decide(pairs, scores, emotion_of_pair, spans, None if rule.cause == "argmax" else threshold)
     found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1", candidates_after=candidates_after)
     return Validation(found, threshold, offset, decided)
@@ -251,15 +257,34 @@ def target_emotions(
 
 
 def pair_emotions(
-    scores: PairScores, pairs: list[Pair], emotions: tuple[str, ...], neutral_offset: float = 0.0
+    scores: PairScores,
+    pairs: list[Pair],
+    emotions: tuple[str, ...],
+    neutral_offset: float = 0.0,
+    *,
+    weighs_causes: bool = False,
 ) -> list[str | None]:
-    """The emotion decided for each pair's target; the gold one if the student is given the emotions."""
-    if scores.emotion_PE is None:
+    """The emotion decided for each pair's target; the gold one if the student is given the emotions.
+
+    With `weighs_causes`, the log-odds of the cause score of (i, i) are taken from neutral's log-probability first: a
+    target that is a cause of its own emotion has one.
+    """
+    emotion_PE = _with_causes(scores, emotions) if weighs_causes else scores.emotion_PE
+    if emotion_PE is None:
         return [pair.emotion for pair in pairs]
     target_of_P = target_index(pairs)
     is_own_P = np.array([pair.candidate == pair.target for pair in pairs], dtype=bool)
-    by_target = target_emotions(scores.emotion_PE, target_of_P, is_own_P, emotions, neutral_offset)
+    by_target = target_emotions(emotion_PE, target_of_P, is_own_P, emotions, neutral_offset)
     return [by_target[target] for target in target_of_P]
+
+
+def _with_causes(scores: PairScores, emotions: tuple[str, ...]) -> npt.NDArray[np.float32] | None:
+    if scores.emotion_PE is None or NEUTRAL not in emotions:
+        return scores.emotion_PE
+    found = scores.emotion_PE.copy()
+    p_cause_P = scores.cause_P.clip(_LEAST_SCORE, 1 - _LEAST_SCORE)
+    found[:, emotions.index(NEUTRAL)] -= np.log(p_cause_P / (1 - p_cause_P))
+    return found
 
 
 def decide(
@@ -323,7 +348,7 @@ def choose_decision(
         if pair.dialogue.utterances[pair.target - 1].evidence is not None
     ]
     for offset in _offsets(scores, pairs, emotions, rule):
-        emotion_of_pair = pair_emotions(scores, pairs, emotions, offset)
+        emotion_of_pair = pair_emotions(scores, pairs, emotions, offset, weighs_causes=rule.weighs_causes)
         gains = pair_gains(
             cause_P[scored],
             [emotion_of_pair[row] for row in scored],
@@ -355,7 +380,9 @@ def _offsets(
     """
     if rule.neutral == "argmax" or scores.emotion_PE is None or NEUTRAL not in emotions or len(emotions) < 2:
         return [0.0]
-    own_PE = scores.emotion_PE[[pair.candidate == pair.target for pair in pairs]].astype(np.float64)
+    emotion_PE = _with_causes(scores, emotions) if rule.weighs_causes else scores.emotion_PE
+    assert emotion_PE is not None
+    own_PE = emotion_PE[[pair.candidate == pair.target for pair in pairs]].astype(np.float64)
     neutral = emotions.index(NEUTRAL)
     margins = np.unique(np.delete(own_PE, neutral, axis=1).max(axis=1) - own_PE[:, neutral])
     never = margins[:1] - 1  # below the smallest margin, so that no target is neutral

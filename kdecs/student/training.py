@@ -214,6 +214,7 @@ class StudentTask:
             max_prompt_tokens=max_prompt_tokens,
             prompt_version=PROMPT_VERSION,
             threshold=DEFAULT_THRESHOLD,
+            neutral_weighs_causes=config.neutral_decision == "balanced",
             cause_decision=config.cause_decision,
             mode=config.distillation.mode,
             task=config.task,

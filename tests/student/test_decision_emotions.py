@@ -32,5 +32,59 @@ def test_never_neutral_is_tried(num_targets: int) -> None:
     for neutral in ("macro_f1", "balanced"):
         rule = DecisionRule("utterance", neutral)
         _, offset = choose_decision(scores, pairs, emotions, ["Hi"] * len(pairs), rule)
-        assert set(pair_emotions(scores, pairs, emotions, offset)) == {"anger"}
+        found = pair_emotions(scores, pairs, emotions, offset, weighs_causes=rule.weighs_causes)
+        assert set(found) == {"anger"}
     assert choose_decision(scores, pairs, emotions, ["Hi"] * len(pairs), DecisionRule())[1] == 0
+
+
+def test_neutral_weighs_causes() -> None:
+    """A target is neutral unless log p(neutral) minus the log-odds of its own cause score is below the others."""
+    draw = np.random.default_rng(0)
+    turns = range(1, 21)
+    utterances = tuple(Utterance(turn, "A", "Hi", "anger", (Evidence(turn, "Hi"),)) for turn in turns)
+    pairs = pairs_of(Dialogue("d", utterances), "fold1+neutral")
+    emotions = ("anger", "neutral", "fear")
+    p_PE = draw.dirichlet(np.ones(3), len(pairs)).astype(np.float32)
+    cause_P = draw.uniform(0, 1, len(pairs)).astype(np.float32)
+    cause_P[:2] = 0, 1  # bounded
+    scores = PairScores(np.log(p_PE), cause_P, None)
+    expected = {}
+    for row, pair in enumerate(pairs):
+        if pair.candidate == pair.target:
+            p = min(max(float(cause_P[row]), 1e-6), 1 - 1e-6)
+            worth = dict(zip(emotions, np.log(p_PE[row].astype(float)), strict=True))
+            worth["neutral"] += 0.3 - np.log(p / (1 - p))
+            expected[pair.target] = max(worth, key=lambda name: worth[name])
+    found = pair_emotions(scores, pairs, emotions, 0.3, weighs_causes=True)
+    assert found == [expected[pair.target] for pair in pairs] != pair_emotions(scores, pairs, emotions, 0.3)
+    # A student that knows no neutral has none to weigh.
+    assert pair_emotions(scores, pairs, ("anger", "joy", "fear"), weighs_causes=True) == pair_emotions(
+        scores, pairs, ("anger", "joy", "fear")
+    )
+
+
+def test_balanced_finds_emotions_by_their_causes() -> None:
+    """Emotion scores alone cannot tell neutral targets; whether a target is its own cause does."""
+    utterances = tuple(
+        Utterance(turn, "A", "Hi", "anger", (Evidence(turn, "Hi"),))
+        if turn % 2
+        else Utterance(turn, "A", "Hi", "neutral", None)
+        for turn in range(1, 9)
+    )
+    pairs = pairs_of(Dialogue("d", utterances), "fold1+neutral")
+    is_cause_P = np.array([pair.is_cause for pair in pairs])
+    scores = PairScores(
+        np.log(np.full((len(pairs), 2), 0.5, dtype=np.float32)),
+        np.where(is_cause_P, 0.9, 0.1).astype(np.float32),
+        None,
+    )
+    emotions = ("neutral", "anger")
+    right = {}
+    for neutral in ("macro_f1", "balanced"):
+        rule = DecisionRule("utterance", neutral)
+        _, offset = choose_decision(scores, pairs, emotions, ["Hi"] * len(pairs), rule)
+        found = pair_emotions(scores, pairs, emotions, offset, weighs_causes=rule.weighs_causes)
+        right[neutral] = np.mean(
+            [emotion == pair.emotion for emotion, pair in zip(found, pairs, strict=True)]
+        )
+    assert right["balanced"] == 1 > right["macro_f1"]

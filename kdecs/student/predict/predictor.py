@@ -190,7 +190,13 @@ class Student:
             "" if place is None else pair.dialogue.utterances[pair.candidate - 1].text[slice(*place)]
             for pair, place in zip(pairs, ranges, strict=True)
         ]
-        emotions = pair_emotions(scores, pairs, self.card.emotions, self.card.neutral_offset)
+        emotions = pair_emotions(
+            scores,
+            pairs,
+            self.card.emotions,
+            self.card.neutral_offset,
+            weighs_causes=self.card.neutral_weighs_causes,
+        )
         decided = decide(pairs, scores, emotions, texts, self.card.chosen_threshold)
         return [
             PairPrediction(prediction, float(score), place if prediction.is_cause else None)
