@@ -246,6 +246,13 @@ class StudentConfig(Config):
         "neutral's log-probability that is chosen on the validation split for macro F1 alone, or for the mean of macro "
         "F1 and emotion accuracy (balanced), where a target that seems to be its own cause is less likely neutral",
     )
+    least_emotion_accuracy: Annotated[float, HashedUnlessDefault()] = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="percent of the validation split's emotions that the chosen offset of neutral has to get right, if "
+        "any offset does; above 0, a target that seems to be its own cause is less likely neutral, as for balanced",
+    )
     cause_decision: Annotated[Literal["threshold", "argmax"], HashedUnlessDefault()] = Field(
         default="threshold",
         description="how a pair is found a cause: by a score of at least a threshold that is chosen on the validation "
@@ -283,6 +290,10 @@ class StudentConfig(Config):
             )
         if self.is_given_emotions and self.neutral_decision != "argmax":
             raise ValueError("neutral_decision needs predicted emotions, but model.given_emotions gives them")
+        if self.least_emotion_accuracy and self.neutral_decision == "argmax":
+            raise ValueError(
+                "least_emotion_accuracy needs neutral_decision macro_f1 or balanced: argmax chooses no offset"
+            )
         return self
 
     @property

@@ -63,18 +63,19 @@ class Validation:
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """How a decision is made: the level of macro F1, and how neutral and causes are decided (`neutral_decision` and
-    `cause_decision` in configs).
+    """How a decision is made: the level of macro F1, and how neutral and causes are decided (`neutral_decision`,
+    `least_emotion_accuracy` and `cause_decision` in configs).
     """
 
     level: Level = "span"
     neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
     cause: Literal["threshold", "argmax"] = "threshold"
+    least_accuracy: float = 0.0
 
     @property
     def weighs_causes(self) -> bool:
         """Whether a target that seems to be its own cause is less likely neutral (`pair_emotions`)."""
-        return self.neutral == "balanced"
+        return self.neutral == "balanced" or self.least_accuracy > 0
 
 
 def validate(
@@ -332,7 +333,8 @@ def choose_decision(
     """The threshold of causes and the offset of neutral that serve a labelled corpus best under a rule.
 
     Under `argmax` the offset is 0. Otherwise the offsets that change a target's emotion are tried (at most _OFFSETS,
-    spread evenly over the targets), each with its best threshold; of equally good offsets the nearest to 0 wins.
+    spread evenly over the targets), each with its best threshold; of equally good offsets the nearest to 0 wins. One
+    whose emotion accuracy is below the rule's least is taken only if none reaches it, and then the most accurate one.
     Where causes are decided by argmax there is no threshold to choose, and DEFAULT_THRESHOLD stands for it.
     """
     decides_by_argmax = rule.cause == "argmax"
@@ -340,7 +342,8 @@ def choose_decision(
     if decides_by_argmax:
         assert scores.is_likeliest_P is not None
         cause_P = scores.is_likeliest_P.astype(np.float32)  # on the two sides of the threshold
-    best = (-np.inf, 0.0, 0.0, 0.0)
+    best = (-np.inf, -np.inf, 0.0, 0.0, 0.0)
+    own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
     # Only what fold1 scores counts for the threshold: pairs (i, i) of neutral targets serve emotion accuracy alone.
     scored = [
         row
@@ -360,14 +363,12 @@ def choose_decision(
             threshold, macro_f1 = DEFAULT_THRESHOLD, _macro_f1(gains, gains.score_P >= DEFAULT_THRESHOLD)
         else:
             threshold, macro_f1 = choose_threshold(gains)
-        worth = macro_f1
-        if rule.neutral == "balanced":
-            own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
-            right = [emotion_of_pair[row] == pairs[row].emotion for row in own]
-            worth = (macro_f1 + 100 * float(np.mean(right))) / 2
+        right = [float(emotion_of_pair[row] == pairs[row].emotion) for row in own]
+        accuracy = 100 * float(np.mean(right or [0.0]))
+        worth = (macro_f1 + accuracy) / 2 if rule.neutral == "balanced" else macro_f1
         # Tuples compare from the left, which settles equal worth by the offset nearest to 0.
-        best = max(best, (worth, -abs(offset), threshold, offset))
-    return best[2], best[3]
+        best = max(best, (min(accuracy, rule.least_accuracy), worth, -abs(offset), threshold, offset))
+    return best[3], best[4]
 
 
 def _offsets(

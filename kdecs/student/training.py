@@ -188,7 +188,10 @@ class StudentTask:
     def __init__(self, config: StudentConfig, runtime: Runtime) -> None:
         """Load what the config names. Collective: rank 0 builds the caches first."""
         self.config, self.runtime = config, runtime
-        self.level: Level = config.threshold_for if config.task == "ecspe" else "utterance"
+        level: Level = config.threshold_for if config.task == "ecspe" else "utterance"
+        self.rule = DecisionRule(
+            level, config.neutral_decision, config.cause_decision, config.least_emotion_accuracy
+        )
         self.criterion = "macro_f1" if config.task == "ecspe" else "utterance_macro_f1"
         self.no_sums = torch.zeros(1 + len(_PARTS), dtype=torch.float64, device=runtime.device)
         # Before the model: a base without a head and the student's own heads start with random weights.
@@ -214,7 +217,7 @@ class StudentTask:
             max_prompt_tokens=max_prompt_tokens,
             prompt_version=PROMPT_VERSION,
             threshold=DEFAULT_THRESHOLD,
-            neutral_weighs_causes=config.neutral_decision == "balanced",
+            neutral_weighs_causes=self.rule.weighs_causes,
             cause_decision=config.cause_decision,
             mode=config.distillation.mode,
             task=config.task,
@@ -323,7 +326,7 @@ class StudentTask:
             self.data.valid_corpus,
             self.data.emotions,
             self.card.outputs,
-            DecisionRule(self.level, config.neutral_decision, config.cause_decision),
+            self.rule,
             config.candidates.after,
         )
         loss, *parts = (state.sums / num_rows).tolist()

@@ -5,7 +5,15 @@ import pytest
 
 from kdecs.corpus.pairs import pairs_of
 from kdecs.corpus.schema import Dialogue, Evidence, Utterance
-from kdecs.student.decision import DecisionRule, PairScores, choose_decision, pair_emotions, target_emotions
+from kdecs.student.decision import (
+    DecisionRule,
+    PairScores,
+    choose_decision,
+    choose_threshold,
+    pair_emotions,
+    pair_gains,
+    target_emotions,
+)
 
 
 def test_other_pairs_do_not_decide() -> None:
@@ -88,3 +96,45 @@ def test_balanced_finds_emotions_by_their_causes() -> None:
             [emotion == pair.emotion for emotion, pair in zip(found, pairs, strict=True)]
         )
     assert right["balanced"] == 1 > right["macro_f1"]
+
+
+def test_the_least_accuracy_bounds_the_choice() -> None:
+    """Against a loop over all offsets: the best macro F1 of those that are accurate enough, else the most accurate."""
+    draw = np.random.default_rng(1)
+    utterances = tuple(
+        Utterance(turn, "A", "Hi", "anger", (Evidence(turn, "Hi"),))
+        if draw.random() < 0.5
+        else Utterance(turn, "A", "Hi", "neutral", None)
+        for turn in range(1, 16)
+    )
+    pairs = pairs_of(Dialogue("d", utterances), "fold1+neutral")
+    emotions, spans = ("neutral", "anger"), ["Hi"] * len(pairs)
+    scores = PairScores(
+        np.log(draw.dirichlet(np.ones(2), len(pairs)).astype(np.float32)),
+        draw.uniform(0, 1, len(pairs)).astype(np.float32),
+        None,
+    )
+    own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
+    scored = [row for row, pair in enumerate(pairs) if pair.dialogue.utterances[pair.target - 1].evidence]
+
+    def worth(offset: float) -> tuple[float, float]:
+        found = pair_emotions(scores, pairs, emotions, offset, weighs_causes=True)
+        accuracy = 100 * np.mean([found[row] == pairs[row].emotion for row in own])
+        gains = pair_gains(
+            scores.cause_P[scored], [found[row] for row in scored], [pairs[row].spans for row in scored],
+            [spans[row] for row in scored], level="utterance",
+        )  # fmt: skip
+        return float(accuracy), choose_threshold(gains)[1]
+
+    offsets = np.linspace(-20, 20, 4001)
+    tried = [worth(float(offset)) for offset in offsets]
+    most = max(accuracy for accuracy, _ in tried)
+    chosen = set()
+    for least in (0.1, 40.0, 55.0, most, 100.0):
+        rule = DecisionRule("utterance", "macro_f1", least_accuracy=least)
+        accuracy, macro_f1 = worth(choose_decision(scores, pairs, emotions, spans, rule)[1])
+        bound = min(least, most)
+        assert accuracy >= bound
+        assert macro_f1 == max(f1 for accuracy, f1 in tried if accuracy >= bound)
+        chosen.add((accuracy, macro_f1))
+    assert len(chosen) > 2
