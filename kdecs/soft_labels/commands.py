@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kdecs.artifact import Manifest
 
 app = typer.Typer(
-    help="Show, combine and import soft labels, write them as predictions, and make controls.",
+    help="Show, combine, calibrate and import soft labels, write them as predictions, and make controls.",
     no_args_is_help=True,
 )
 
@@ -211,6 +211,40 @@ def combine(
         manifest = run(config, cache_dir=cache or scratch)
     num_pairs = sum(manifest.details["num_pairs"].values())
     say(f"soft labels {output.name}: {num_pairs:,} pairs of {len(labels)} teachers by {rule}: {output}")
+
+
+@app.command("calibrate")
+def calibrate(
+    labels: Annotated[Path, typer.Argument(metavar="DIR", help="A label directory.")],
+    train: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="The training corpus with its gold labels. Repeatable."),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the calibrated labels.")],
+    cache: Cache = None,
+) -> None:
+    """Correct a teacher that favours some distances, against the gold of its training corpus.
+
+    A teacher may be right about what is said and still prefer, say, a target's own utterance to the one before it.
+    The fit has a scale and one number per distance; labels of other splits are corrected with the same numbers.
+
+    Example: kdecs soft-labels calibrate runs/soft_labels/minilm-l6 --train data/dailydialog_train.json
+    --output runs/soft_labels/minilm-l6-calibrated
+    """
+    from kdecs.artifact import scratch_folder
+    from kdecs.config import parse_config
+    from kdecs.soft_labels.derive.calibrate import calibrate as run
+    from kdecs.soft_labels.derive.config import CalibrateConfig
+
+    values = {"labels": labels, "train": train, "output": output}
+    config = parse_config(CalibrateConfig, values, source="soft-labels calibrate")
+    with scratch_folder("labels") as scratch:
+        manifest = run(config, cache_dir=cache or scratch)
+    found = manifest.details["calibration"]
+    say(
+        f"soft labels {output.name}: {_counts(manifest)} pairs, log loss on {found['training_pairs']:,} training pairs "
+        f"{found['log_loss_before']:.4f} before, {found['log_loss']:.4f} after: {output}"
+    )
 
 
 @app.command("import")

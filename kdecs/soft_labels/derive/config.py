@@ -1,4 +1,4 @@
-"""The configs of label directories that no single export wrote: combined, imported, cross-fitted ones and controls."""
+"""Configs of label directories that no export wrote: combined, calibrated, imported, cross-fitted ones, controls."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -87,6 +87,15 @@ class ControlConfig(Config):
         if self.wrong_share and self.control != "oracle":
             raise ValueError("wrong_share is of the oracle; the other controls do not read gold labels")
         return self
+
+
+class CalibrateConfig(Config):
+    """`kdecs soft-labels calibrate`: a teacher's labels against gold (`kdecs.soft_labels.derive.calibrate`)."""
+
+    method_versions: ClassVar[dict[str, int]] = {"calibration": 1}
+    labels: InputPath
+    train: InputFiles = Field(description="the training corpus that was labelled, with its gold labels")
+    output: OutputPath
 
 
 class FoldExport(Config):

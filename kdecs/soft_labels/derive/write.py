@@ -1,4 +1,4 @@
-"""Writes the label directories that no teacher scores: combined, imported, cross-fitted ones and controls.
+"""Writes the label directories that no teacher scores: combined, calibrated, imported, cross-fitted ones, controls.
 
 One process writes such a directory in minutes, so it has no working files: an unfinished one is written anew.
 """
