@@ -24,6 +24,7 @@ from kdecs.corpus.prompts import PROMPT_VERSION, PromptVariant
 from kdecs.corpus.schema import FINE_TO_COARSE, KNOWN_EMOTIONS
 from kdecs.corpus.splits import CandidatesConfig, CorpusConfig
 from kdecs.errors import ArtifactError
+from kdecs.evaluation.by_distance import DistanceCalibration
 from kdecs.tracking.record import TrackingConfig
 
 Mode = Literal["kd", "joint", "cls", "span_only"]
@@ -259,6 +260,11 @@ class StudentConfig(Config):
         "split, or as the paper decodes (argmax): the largest connective is a causal word, and the best span is "
         "likelier than none",
     )
+    cause_calibration: Annotated[Literal["none", "distance"], HashedUnlessDefault()] = Field(
+        default="none",
+        description="distance: cause scores get a scale and a shift for each distance of target and candidate, fitted "
+        "to the validation split's gold before the threshold is chosen",
+    )
     threshold_for: Literal["span", "utterance", "both"] = Field(
         default="span",
         description="the macro F1 on the validation split that the threshold of causes maximises (task ecpe: always "
@@ -290,6 +296,8 @@ class StudentConfig(Config):
             )
         if self.is_given_emotions and self.neutral_decision != "argmax":
             raise ValueError("neutral_decision needs predicted emotions, but model.given_emotions gives them")
+        if self.cause_calibration != "none" and self.cause_decision == "argmax":
+            raise ValueError("cause_calibration needs cause_decision threshold: argmax reads no scores")
         if self.least_emotion_accuracy and self.neutral_decision == "argmax":
             raise ValueError(
                 "least_emotion_accuracy needs neutral_decision macro_f1 or balanced: argmax chooses no offset"
@@ -342,8 +350,8 @@ class Outputs:
     later_candidates: bool = False
 
 
-LATER_KEYS = ("candidates_after", "neutral_weighs_causes")
-"""Keys of cards that came later, and that are left out where they are 0 or false."""
+LATER_KEYS = ("candidates_after", "neutral_weighs_causes", "cause_calibration")
+"""Keys of cards that came later, and that are left out where they are 0, false or null."""
 
 
 class StudentCard(BaseModel):
@@ -363,6 +371,9 @@ class StudentCard(BaseModel):
     )
     neutral_weighs_causes: bool = Field(
         default=False, description="neutral is less likely the likelier the target is its own cause"
+    )
+    cause_calibration: DistanceCalibration | None = Field(
+        default=None, description="of cause scores, before the threshold decides"
     )
     cause_decision: Literal["threshold", "argmax"] = Field(
         default="threshold", description="argmax: the threshold is not used"

@@ -2,7 +2,8 @@
 
 The story: `score_pairs` turns batches of logits into scores (`PairScores`); `pair_emotions` and `decide` turn scores
 into predictions, given a threshold of causes and an offset of neutral; `choose_decision` finds the two that serve a
-labelled corpus best; `validate` does all of it on the validation split, once per epoch. All of it is NumPy, so that it
+labelled corpus best, after `fit_calibration` if scores are to be calibrated; `validate` does all of it on the
+validation split, once per epoch. All of it but that fit is NumPy, so that it
 decides the same whether PyTorch or ONNX Runtime computed the logits.
 
 Legend: B pairs of a batch, P pairs, E emotions, A connective answer words, M tokens of u_j's copy, S = M + 1 span
@@ -10,7 +11,7 @@ places (0 = no span).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from kdecs.corpus.answer_words import NUM_CAUSAL
 from kdecs.corpus.pairs import Ints, Pair, pairs_of
 from kdecs.corpus.schema import NEUTRAL, Corpus
+from kdecs.evaluation.by_distance import DistanceCalibration, fit_by_distance, log_odds_of
 from kdecs.evaluation.counts import f1
 from kdecs.evaluation.metrics import Scores, evaluate
 from kdecs.evaluation.predictions import Prediction
@@ -34,7 +36,6 @@ DEFAULT_THRESHOLD = 0.5
 Level = Literal["span", "utterance", "both"]
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
-_LEAST_SCORE = 1e-6  # log-odds of scores are bounded by those of this one
 _OFFSETS = 64  # of neutral that are tried at most: each costs a choice of the threshold
 
 
@@ -58,19 +59,21 @@ class Validation:
     scores: Scores
     threshold: float
     neutral_offset: float
+    calibration: DistanceCalibration | None
     predictions: list[Prediction]
 
 
 @dataclass(frozen=True)
 class DecisionRule:
     """How a decision is made: the level of macro F1, and how neutral and causes are decided (`neutral_decision`,
-    `least_emotion_accuracy` and `cause_decision` in configs).
+    `least_emotion_accuracy`, `cause_decision` and `cause_calibration` in configs).
     """
 
     level: Level = "span"
     neutral: Literal["argmax", "balanced", "macro_f1"] = "argmax"
     cause: Literal["threshold", "argmax"] = "threshold"
     least_accuracy: float = 0.0
+    calibration: Literal["none", "distance"] = "none"
 
     @property
     def weighs_causes(self) -> bool:
@@ -106,12 +109,16 @@ def validate(
             )
             for row, pair in enumerate(pairs)
         ]
+    calibration = None
+    if rule.calibration == "distance":
+        calibration = fit_calibration(scores, pairs)
+        scores = with_calibration(scores, pairs, calibration)
     threshold, offset = choose_decision(scores, pairs, emotions, spans, rule)
-    # The scores flatter a little, since they are of the split that the two numbers were chosen on; test has its own.
+    # The scores flatter a little, since they are of the split that these numbers were chosen on; test has its own.
     emotion_of_pair = pair_emotions(scores, pairs, emotions, offset, weighs_causes=rule.weighs_causes)
     decided = decide(pairs, scores, emotion_of_pair, spans, None if rule.cause == "argmax" else threshold)
     found = evaluate(corpus, {p.key: p for p in decided}, universe="fold1", candidates_after=candidates_after)
-    return Validation(found, threshold, offset, decided)
+    return Validation(found, threshold, offset, calibration, decided)
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,36 @@ def score_pairs(
         if on_batch:
             on_batch(len(places))
     return PairScores(emotion_PE, cause_P, span_P2, is_likeliest_P)
+
+
+def fit_calibration(scores: PairScores, pairs: list[Pair]) -> DistanceCalibration:
+    """The calibration of cause scores on the pairs of a labelled corpus that fold1 scores."""
+    rows = _scored(pairs)
+    distance_P, gold_P = distances(pairs), np.array([pair.is_cause for pair in pairs])
+    return fit_by_distance(log_odds_of(scores.cause_P[rows]), distance_P[rows], gold_P[rows])
+
+
+def with_calibration(
+    scores: PairScores, pairs: list[Pair], calibration: DistanceCalibration | None
+) -> PairScores:
+    """The same scores with calibrated causes, or as they are without a calibration."""
+    if calibration is None:
+        return scores
+    return replace(scores, cause_P=calibration.scores(scores.cause_P, distances(pairs)))
+
+
+def distances(pairs: list[Pair]) -> Ints:
+    """Target minus candidate of each pair."""
+    return np.array([pair.target - pair.candidate for pair in pairs], dtype=np.int64)
+
+
+def _scored(pairs: list[Pair]) -> list[int]:
+    # Pairs (i, i) of neutral targets serve emotion accuracy alone.
+    return [
+        row
+        for row, pair in enumerate(pairs)
+        if pair.dialogue.utterances[pair.target - 1].evidence is not None
+    ]
 
 
 def cause_scores(logits: Logits) -> Singles:
@@ -283,8 +320,7 @@ def _with_causes(scores: PairScores, emotions: tuple[str, ...]) -> npt.NDArray[n
     if scores.emotion_PE is None or NEUTRAL not in emotions:
         return scores.emotion_PE
     found = scores.emotion_PE.copy()
-    p_cause_P = scores.cause_P.clip(_LEAST_SCORE, 1 - _LEAST_SCORE)
-    found[:, emotions.index(NEUTRAL)] -= np.log(p_cause_P / (1 - p_cause_P))
+    found[:, emotions.index(NEUTRAL)] -= log_odds_of(scores.cause_P)
     return found
 
 
@@ -344,12 +380,8 @@ def choose_decision(
         cause_P = scores.is_likeliest_P.astype(np.float32)  # on the two sides of the threshold
     best = (-np.inf, -np.inf, 0.0, 0.0, 0.0)
     own = [row for row, pair in enumerate(pairs) if pair.candidate == pair.target]
-    # Only what fold1 scores counts for the threshold: pairs (i, i) of neutral targets serve emotion accuracy alone.
-    scored = [
-        row
-        for row, pair in enumerate(pairs)
-        if pair.dialogue.utterances[pair.target - 1].evidence is not None
-    ]
+    # Only what fold1 scores counts for the threshold.
+    scored = _scored(pairs)
     for offset in _offsets(scores, pairs, emotions, rule):
         emotion_of_pair = pair_emotions(scores, pairs, emotions, offset, weighs_causes=rule.weighs_causes)
         gains = pair_gains(

@@ -190,7 +190,11 @@ class StudentTask:
         self.config, self.runtime = config, runtime
         level: Level = config.threshold_for if config.task == "ecspe" else "utterance"
         self.rule = DecisionRule(
-            level, config.neutral_decision, config.cause_decision, config.least_emotion_accuracy
+            level,
+            config.neutral_decision,
+            config.cause_decision,
+            config.least_emotion_accuracy,
+            config.cause_calibration,
         )
         self.criterion = "macro_f1" if config.task == "ecspe" else "utterance_macro_f1"
         self.no_sums = torch.zeros(1 + len(_PARTS), dtype=torch.float64, device=runtime.device)
@@ -354,6 +358,7 @@ class StudentTask:
         chosen = {
             "threshold": self.validation.threshold,
             "neutral_offset": self.validation.neutral_offset,
+            "cause_calibration": self.validation.calibration,
         }
         save_student(folder, self.model, self.tokenizer, self.card.model_copy(update=chosen))
         write_predictions(folder / VALIDATION_NAME, self.validation.predictions)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from kdecs.corpus.pairs import pairs_of
+from kdecs.corpus.reading import bundled_sample, read_corpus
 from kdecs.corpus.schema import Dialogue, Evidence, Utterance
+from kdecs.evaluation.by_distance import fit_by_distance, log_odds_of
 from kdecs.student.config import Outputs
 from kdecs.student.decision import (
     DEFAULT_THRESHOLD,
@@ -17,9 +19,11 @@ from kdecs.student.decision import (
     choose_decision,
     choose_threshold,
     decide,
+    fit_calibration,
     pair_emotions,
     pair_gains,
     score_pairs,
+    with_calibration,
 )
 
 
@@ -168,3 +172,23 @@ def test_equal_scores_stay_together():
     threshold, found = choose_threshold(gains)
     assert threshold <= 0.3
     assert found == pytest.approx(50.0)
+
+
+def test_causes_are_calibrated_by_distance_on_the_pairs_that_are_scored():
+    """Against the fit itself; scores of pairs that fold1 leaves out are moved, and decide nothing."""
+    draw = np.random.default_rng(0)
+    dialogue = read_corpus(bundled_sample("valid")).dialogues[0]
+    pairs = pairs_of(dialogue, "fold1+neutral")
+    scores = PairScores(None, draw.random(len(pairs)).astype(np.float32), None)
+    kept = [row for row, pair in enumerate(pairs) if pair.emotion != "neutral"]
+    assert 0 < len(kept) < len(pairs)
+    gold, distance = (
+        np.array([f(pair) for pair in pairs])
+        for f in (lambda p: p.is_cause, lambda p: p.target - p.candidate)
+    )
+    expected = fit_by_distance(log_odds_of(scores.cause_P[kept]), distance[kept], gold[kept])
+    found = fit_calibration(scores, pairs)
+    assert found == expected
+    moved = with_calibration(scores, pairs, found)
+    np.testing.assert_array_equal(moved.cause_P, found.scores(scores.cause_P, distance))
+    assert with_calibration(scores, pairs, None) is scores

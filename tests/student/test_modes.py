@@ -45,6 +45,7 @@ MODES: dict[str, dict[str, object]] = {
         "distillation": {**KD, "dynamic": "temperature", "hard_weight": 0.5},
         "emotion_weight": "own",
         "neutral_decision": "balanced",
+        "cause_calibration": "distance",
         "head_rate_factor": 5.0,
     },
     "priors, classifier": {"model": {"priors": "training"}, "distillation": {"mode": "cls"}},
@@ -351,6 +352,14 @@ def test_share_of_gold_labels_is_nested_and_the_rest_distils_or_is_dropped(make,
             {"distillation": {"mode": "joint"}, "model": {"base": "b", "given_emotions": "fine"}}
             | {"neutral_decision": "balanced"},
             "neutral_decision needs predicted emotions",
+        ),
+        (
+            {"distillation": {"mode": "joint"}, "cause_calibration": "distance", "cause_decision": "argmax"},
+            "cause_calibration needs cause_decision threshold",
+        ),
+        (
+            {"distillation": {"mode": "joint"}, "least_emotion_accuracy": 50},
+            "least_emotion_accuracy needs neutral_decision macro_f1 or balanced",
         ),
         (
             {"distillation": {"mode": "joint"}, "model": {"base": "b", "layout": "tree"}, "compile": True},

@@ -22,7 +22,14 @@ from kdecs.errors import DependencyError
 from kdecs.evaluation.predictions import PairKey, Prediction
 from kdecs.process import refusing
 from kdecs.student.config import StudentCard
-from kdecs.student.decision import Logits, decide, pair_emotions, score_pairs, span_characters
+from kdecs.student.decision import (
+    Logits,
+    decide,
+    pair_emotions,
+    score_pairs,
+    span_characters,
+    with_calibration,
+)
 from kdecs.student.predict.streaming import (
     DEFAULT_BATCH_TOKENS,
     PairPrediction,
@@ -172,6 +179,7 @@ class Student:
             len(self.card.emotions),
             on_batch=on_batch,
         )
+        scores = with_calibration(scores, pairs, self.card.cause_calibration)
         num_cut = sum(pair.num_truncated > 0 for pair in encoded)
         if num_cut:
             logger.warning(
