@@ -216,19 +216,17 @@ def combine(
 @app.command("calibrate")
 def calibrate(
     labels: Annotated[Path, typer.Argument(metavar="DIR", help="A label directory.")],
-    train: Annotated[
-        list[Path],
-        typer.Option(metavar="FILE", help="The training corpus with its gold labels. Repeatable."),
-    ],
+    corpus: Corpora,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the calibrated labels.")],
     cache: Cache = None,
 ) -> None:
-    """Correct a teacher that favours some distances, against the gold of its training corpus.
+    """Correct a teacher that favours some distances, against the gold labels of one split.
 
     A teacher may be right about what is said and still prefer, say, a target's own utterance to the one before it.
-    The fit has a scale and one number per distance; labels of other splits are corrected with the same numbers.
+    The fit has a scale and one number per distance; labels of all splits are corrected with them. Fit to the validation
+    split unless the teacher was trained on other pairs than these: it knows its training pairs better than others.
 
-    Example: kdecs soft-labels calibrate runs/soft_labels/minilm-l6 --train data/dailydialog_train.json
+    Example: kdecs soft-labels calibrate runs/soft_labels/minilm-l6 --corpus valid=data/dailydialog_valid.json
     --output runs/soft_labels/minilm-l6-calibrated
     """
     from kdecs.artifact import scratch_folder
@@ -236,14 +234,16 @@ def calibrate(
     from kdecs.soft_labels.derive.calibrate import calibrate as run
     from kdecs.soft_labels.derive.config import CalibrateConfig
 
-    values = {"labels": labels, "train": train, "output": output}
-    config = parse_config(CalibrateConfig, values, source="soft-labels calibrate")
+    files = {split: value for split, value in _by_split(corpus).items() if value is not None}
+    config = parse_config(
+        CalibrateConfig, {**files, "labels": labels, "output": output}, source="soft-labels calibrate"
+    )
     with scratch_folder("labels") as scratch:
         manifest = run(config, cache_dir=cache or scratch)
     found = manifest.details["calibration"]
     say(
-        f"soft labels {output.name}: {_counts(manifest)} pairs, log loss on {found['training_pairs']:,} training pairs "
-        f"{found['log_loss_before']:.4f} before, {found['log_loss']:.4f} after: {output}"
+        f"soft labels {output.name}: {_counts(manifest)} pairs, log loss on {found['pairs']:,} pairs of "
+        f"{found['split']} {found['log_loss_before']:.4f} before, {found['log_loss']:.4f} after: {output}"
     )
 
 

@@ -17,15 +17,16 @@ from kdecs.soft_labels.derive.calibrate import log_odds
 from kdecs.soft_labels.labels import SoftLabels
 
 
-def calibrate(labels, output, train=None):
-    train = train or bundled_sample("train")
-    command = ["soft-labels", "calibrate", str(labels), "--train", str(train), "--output", str(output)]
-    return CliRunner().invoke(app, command, catch_exceptions=False)
+def calibrate(labels, output, *splits, catch=False):
+    corpora = [part for split in splits for part in ("--corpus", f"{split}={bundled_sample(split)}")]
+    command = ["soft-labels", "calibrate", str(labels), *corpora, "--output", str(output)]
+    return CliRunner().invoke(app, command, catch_exceptions=catch)
 
 
-def test_a_directory_is_calibrated(tmp_path):
+@pytest.mark.parametrize("fitted_to", ["train", "valid"])
+def test_a_directory_is_calibrated(tmp_path, fitted_to):
     parent = sample_labels(tmp_path / "labels", seed=3)
-    result = calibrate(parent, tmp_path / "out")
+    result = calibrate(parent, tmp_path / "out", fitted_to)
     assert result.exit_code == 0 and "log loss on" in result.output
     assert verify_artifact(tmp_path / "out") == []
     details = read_manifest(tmp_path / "out").details
@@ -34,8 +35,8 @@ def test_a_directory_is_calibrated(tmp_path):
     assert details["lineage"] == {"calibrated": read_manifest(tmp_path / "out").inputs["labels"]}
     before, after = (SoftLabels.open(d, tmp_path / "cache") for d in (parent, tmp_path / "out"))
     shift = found["shifts"]
-    scored = [pair for pair in sample_pairs("train") if pair.emotion != "neutral"]
-    assert found["training_pairs"] == len(scored)
+    scored = [pair for pair in sample_pairs(fitted_to) if pair.emotion != "neutral"]
+    assert (found["split"], found["pairs"]) == (fitted_to, len(scored))
     for split in ("train", "valid"):
         pairs = sample_pairs(split)
         old_nA, new_nA = (
@@ -53,7 +54,7 @@ def test_a_directory_is_calibrated(tmp_path):
         rests = [of.log_rest_mass(of.rows_of(*names_of(pairs), split=split)) for of in (before, after)]
         np.testing.assert_array_equal(*rests)
     same = content_checksum(tmp_path / "out")
-    assert calibrate(parent, tmp_path / "out").exit_code == 0
+    assert calibrate(parent, tmp_path / "out", fitted_to).exit_code == 0
     assert content_checksum(tmp_path / "out") == same
 
 
@@ -63,13 +64,15 @@ def test_other_splits_decide_nothing(tmp_path):
     for name, tilt in (("one", 2.0), ("two", 2.0)):
         splits = ("train",) if name == "one" else ("train", "valid")
         parent = sample_labels(tmp_path / name, seed=4, tilt=tilt, splits=splits)
-        assert calibrate(parent, tmp_path / f"{name}-out").exit_code == 0
+        assert calibrate(parent, tmp_path / f"{name}-out", "train").exit_code == 0
         found.append(read_manifest(tmp_path / f"{name}-out").details["calibration"])
     assert json.dumps(found[0]) == json.dumps(found[1])
 
 
 def test_labels_of_another_corpus_are_refused(tmp_path):
     labels = make_labels(tmp_path / "labels", make_table(["nobody/1/1"]), words=WORDS)
-    with pytest.raises(LabelError, match="none of its training pairs is in the corpus; name the corpus"):
-        calibrate(labels, tmp_path / "out")
+    with pytest.raises(LabelError, match="none of its pairs of train is in the corpus; name the corpus"):
+        calibrate(labels, tmp_path / "out", "train")
+    for splits in ((), ("train", "valid")):
+        assert calibrate(labels, tmp_path / "out", *splits, catch=True).exit_code != 0
     assert not (tmp_path / "out").exists()

@@ -1,9 +1,11 @@
-"""Calibrates a teacher's labels by distance (`kdecs.evaluation.by_distance`), against the gold of its training corpus.
+"""Calibrates a teacher's labels by distance (`kdecs.evaluation.by_distance`), against the gold of one split.
 
-The fit is to the training pairs of emotional targets. Every pair's causal logits are raised by z' - z, so that the
-words keep their shares of p(cause). Labels of other splits are calibrated with the same numbers, and their gold is
-never read. The teacher was trained on these pairs, so the fit finds a preference for distances better than
-overconfidence: cross-fitted labels, which no teacher gives to its own training pairs, have neither problem.
+The fit is to the pairs of emotional targets. Every pair's causal logits are raised by z' - z, so that the words keep
+their shares of p(cause); the other splits are calibrated with the same numbers, and their gold is never read.
+
+A teacher that knows its training pairs by heart has other log-odds there than elsewhere, so that a fit to them says
+little about other pairs. Fit such a teacher to the validation split. Cross-fitted labels, which no teacher gives to its
+own training pairs, can be fitted to either.
 """
 
 from collections.abc import Iterator
@@ -33,8 +35,8 @@ from kdecs.soft_labels.verify import verified_labels
 def calibrate(config: CalibrateConfig, *, cache_dir: Path) -> Manifest:
     """Write the calibrated directory, or return its manifest where it is complete and undamaged.
 
-    Raises LabelError if the directory has no training pair of the corpus, ArtifactError for a damaged directory or an
-    output of other work, and CorpusError for a fault in the corpus.
+    Raises LabelError if the directory has no pair of the corpus in its split, ArtifactError for a damaged directory or
+    an output of other work, and CorpusError for a fault in the corpus.
     """
     refuse_overlaps(config)
     if finished := verified_labels(config.output, config_hash(config), show_progress=True):
@@ -44,9 +46,11 @@ def calibrate(config: CalibrateConfig, *, cache_dir: Path) -> Manifest:
     require_cause_words(labels.directory, labels.answer_words)
     after = candidates_after_of(labels.directory, labels.manifest)
     rows, gold, distances = [], [], []
-    for batch in pair_batches(config.train, EXPORT_UNIVERSE, after):
+    corpus, split = config.valid or config.train, config.split
+    assert corpus is not None
+    for batch in pair_batches(corpus, EXPORT_UNIVERSE, after):
         scored = [pair for pair in batch if pair.emotion != NEUTRAL]
-        row_n = labels.find([pair.id for pair in scored], [pair.hash for pair in scored], split="train")
+        row_n = labels.find([pair.id for pair in scored], [pair.hash for pair in scored], split=split)
         for pair, row in zip(scored, row_n.tolist(), strict=True):
             if row >= 0:
                 rows.append(row)
@@ -54,7 +58,7 @@ def calibrate(config: CalibrateConfig, *, cache_dir: Path) -> Manifest:
                 distances.append(pair.target - pair.candidate)
     if not rows:
         raise LabelError(
-            f"{labels.directory}: none of its training pairs is in the corpus; name the corpus that was labelled"
+            f"{labels.directory}: none of its pairs of {split} is in the corpus; name the corpus that was labelled"
         )
     z_n = log_odds(labels.logits(np.array(rows)))
     gold_n, distance_n = np.array(gold), np.array(distances)
@@ -63,7 +67,7 @@ def calibrate(config: CalibrateConfig, *, cache_dir: Path) -> Manifest:
     directory.write(_calibrated(labels, found))
     names = {"labels": config.labels}
     return directory.finish(
-        inputs=input_checksums(**names, corpus_train=config.train),
+        inputs=input_checksums(**names, **{f"corpus_{split}": corpus}),
         details={
             "universe": labels.manifest.details.get("universe", EXPORT_UNIVERSE),
             **reach_details(after),
@@ -71,7 +75,8 @@ def calibrate(config: CalibrateConfig, *, cache_dir: Path) -> Manifest:
             "parents": labels.manifest.details.get("parents", []),
             "calibration": {
                 **found.model_dump(mode="json"),
-                "training_pairs": len(rows),
+                "split": split,
+                "pairs": len(rows),
                 "log_loss_before": log_loss(z_n, gold_n),
                 "log_loss": log_loss(found.log_odds(z_n, distance_n), gold_n),
             },

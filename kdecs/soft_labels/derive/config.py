@@ -92,10 +92,23 @@ class ControlConfig(Config):
 class CalibrateConfig(Config):
     """`kdecs soft-labels calibrate`: a teacher's labels against gold (`kdecs.soft_labels.derive.calibrate`)."""
 
-    method_versions: ClassVar[dict[str, int]] = {"calibration": 1}
     labels: InputPath
-    train: InputFiles = Field(description="the training corpus that was labelled, with its gold labels")
+    train: InputFiles | None = None
+    valid: InputPath | None = None
     output: OutputPath
+
+    @model_validator(mode="after")
+    def _names_one_split(self) -> "CalibrateConfig":
+        if (self.train is None) == (self.valid is None):
+            raise ValueError(
+                "name one corpus whose gold the labels are fitted to: that of train or that of valid"
+            )
+        return self
+
+    @property
+    def split(self) -> Literal["train", "valid"]:
+        """The split whose gold is read."""
+        return "valid" if self.train is None else "train"
 
 
 class FoldExport(Config):
