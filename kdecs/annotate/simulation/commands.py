@@ -123,18 +123,21 @@ def simulate(
         table.add_section()
         table.add_row("rule j >= i-1", *[f"{result.rule[key]:.2f}"] * len(study.strategies))
         console.print(table)
-    table = figures_table(
-        "Minus random choice, paired (95% intervals)", "strategy, dialogues", "difference", "over seeds",
-        "over dialogues", "p", tight=True,
-    )  # fmt: skip
-    for row in result.comparisons:
-        seeds_range = (
-            "–" if row["seeds_low"] is None else f"{row['seeds_low']:+.2f} to {row['seeds_high']:+.2f}"
-        )
-        table.add_row(
-            f"{SHOWN[row['score']]}: {row['strategy']}, {row['size']}", f"{row['difference']:+.2f}", seeds_range,
-            f"{row['dialogues_low']:+.2f} to {row['dialogues_high']:+.2f}", f"{row['dialogues_p']:.3f}",
+    for key, name in SHOWN.items():
+        table = figures_table(
+            f"{name}: minus random choice, paired (95% intervals)", "strategy, dialogues", "difference",
+            "over seeds", "over dialogues", "p", tight=True,
         )  # fmt: skip
-    if result.comparisons:
-        console.print(table)
+        for row in result.comparisons:
+            if row["score"] != key:
+                continue
+            seeds_range = (
+                "–" if row["seeds_low"] is None else f"{row['seeds_low']:+.2f} to {row['seeds_high']:+.2f}"
+            )
+            table.add_row(
+                f"{row['strategy']}, {row['size']}", f"{row['difference']:+.2f}", seeds_range,
+                f"{row['dialogues_low']:+.2f} to {row['dialogues_high']:+.2f}", f"{row['dialogues_p']:.3f}",
+            )  # fmt: skip
+        if table.row_count:
+            console.print(table)
     say(f"written: {', '.join(map(str, paths))}")
