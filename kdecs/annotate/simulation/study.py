@@ -216,6 +216,10 @@ class Simulation:
                 scores = ", ".join(f"{name} {record.scores[key]:.2f}" for key, name in SHOWN.items())
                 say(f"{title}: {scores}")
 
+            if concurrency == 1:
+                for numbered in rounds:
+                    run_round(numbered)
+                return
             with ThreadPoolExecutor(concurrency) as pool:
                 # Size by size: what a round labels depends on the student of the size before.
                 for _, of_size in groupby(rounds, key=lambda numbered: numbered[1].place):
