@@ -314,6 +314,6 @@ class BaselineCard(BaseModel):
     candidates_after: int = Field(default=0, ge=0, le=MAX_UTTERANCES)
 
     def as_json(self) -> dict[str, Any]:
-        """The values of `baseline.json`, without those that earlier versions do not know and this card needs not."""
+        """The values of `baseline.json`, without those that older versions do not know and that are not needed."""
         values = self.model_dump(mode="json")
         return {key: value for key, value in values.items() if value or key not in LATER_KEYS}

@@ -1,7 +1,8 @@
 """Calibration of cause scores by the distance of a pair.
 
-A model may judge well what is said and still favour some distances: a target's own utterance over the one before it,
-say. For log-odds z of "cause" and distance d (target minus candidate), a logistic regression finds
+A model can understand what is said and still be biased towards some distances, for example towards a target's own
+utterance and against the one before it. For log-odds z of "cause" and distance d (target minus candidate), a logistic
+regression finds
 
     z' = a z + b_d
 

@@ -222,9 +222,9 @@ def calibrate(
 ) -> None:
     """Correct a teacher that favours some distances, against the gold labels of one split.
 
-    A teacher may be right about what is said and still prefer, say, a target's own utterance to the one before it.
-    The fit has a scale and one number per distance; labels of all splits are corrected with them. Fit to the validation
-    split unless the teacher was trained on other pairs than these: it knows its training pairs better than others.
+    A teacher can understand what is said and still be biased, for example towards a target's own utterance and against
+    the one before it. A scale and one shift per distance are fitted, and correct the labels of all splits. Use the
+    validation split: a teacher knows the pairs that it was trained on too well for a fit to them to hold elsewhere.
 
     Example: kdecs soft-labels calibrate runs/soft_labels/minilm-l6 --corpus valid=data/dailydialog_valid.json
     --output runs/soft_labels/minilm-l6-calibrated

@@ -304,8 +304,8 @@ def pair_emotions(
 ) -> list[str | None]:
     """The emotion decided for each pair's target; the gold one if the student is given the emotions.
 
-    With `weighs_causes`, the log-odds of the cause score of (i, i) are taken from neutral's log-probability first: a
-    target that is a cause of its own emotion has one.
+    With `weighs_causes`, the log-odds of the cause score of (i, i) are first subtracted from neutral's log-probability,
+    because a target that causes its own emotion is not neutral.
     """
     emotion_PE = _with_causes(scores, emotions) if weighs_causes else scores.emotion_PE
     if emotion_PE is None:

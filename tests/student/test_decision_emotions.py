@@ -46,7 +46,7 @@ def test_never_neutral_is_tried(num_targets: int) -> None:
 
 
 def test_neutral_weighs_causes() -> None:
-    """A target is neutral unless log p(neutral) minus the log-odds of its own cause score is below the others."""
+    """Against a loop: neutral's log-probability loses the log-odds of the target's own cause score, then argmax."""
     draw = np.random.default_rng(0)
     turns = range(1, 21)
     utterances = tuple(Utterance(turn, "A", "Hi", "anger", (Evidence(turn, "Hi"),)) for turn in turns)

@@ -216,7 +216,7 @@ class Simulation:
                 scores = ", ".join(f"{name} {record.scores[key]:.2f}" for key, name in SHOWN.items())
                 say(f"{title}: {scores}")
 
-            if concurrency == 1:
+            if concurrency == 1:  # without a pool, so that each child is this thread's
                 for numbered in rounds:
                     run_round(numbered)
                 return
